@@ -1,0 +1,50 @@
+"""Fine-grained DeepSeekMoE in minutes on a laptop's CPU: 1 shared + top-7 of 63 experts.
+
+Run:    python -m experiments.train --config=configs/quickstart.py --workdir=runs/quickstart
+"""
+
+from configs import base
+
+WIDTH = 256  # FFN width of the conventional MoE that is being refined; 4 experts make one of its
+
+
+def _gshard(config):
+  """Conventional MoE of equal parameters and FLOPs: top-2 of 16 experts, four times as wide."""
+  config.model.moe.num_experts = 16
+  config.model.moe.num_shared_experts = 0
+  config.model.moe.num_experts_per_tok = 2
+  config.model.moe.moe_mlp_dim = WIDTH
+  config.model.moe.router = 'gshard_top2'
+
+
+VARIANTS = {
+  'gshard': _gshard,
+  'dense': lambda config: base.make_dense(config, 2 * WIDTH),  # equal activated parameters
+}
+
+
+def get_config(variant=''):
+  """`:gshard` and `:dense` match the page's activated parameters and FLOPs."""
+  config = base.get_config()
+  config.model.vocab_size = 2048
+  config.model.max_seq_len = 256
+  config.model.embed_dim = 128
+  config.model.num_layers = 4
+  config.model.num_dense_layers = 0
+  config.model.num_heads = 4
+  config.model.init_std = 0.02
+  config.model.attention.num_kv_heads = 4
+  config.model.attention.head_dim = 32
+  config.model.moe.num_experts = 63
+  config.model.moe.num_shared_experts = 1
+  config.model.moe.num_experts_per_tok = 7
+  config.model.moe.moe_mlp_dim = WIDTH // 4
+  config.data.heldout_fraction = 0.02
+  config.optim.peak_lr = 3e-3
+  config.optim.schedule = 'cosine'
+  config.optim.warmup_steps = 30
+  config.train.num_steps = 400
+  config.train.batch_size = 8
+  config.train.log_every = 10
+  config.checkpoint.save_every = 100
+  return base.variant(config, variant, VARIANTS)

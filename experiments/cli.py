@@ -1,0 +1,172 @@
+"""What the commands share: config pages, and errors in one line.
+
+`run(main)` is `app.run` for people: bad input ends the command with status 2 and a single line
+`error: ...` on standard error, never with a traceback. `load_page` reads a config page;
+`config_flag` and `resolve` do the same for commands that also take overrides, `--config.KEY=VALUE`.
+"""
+
+import importlib.util
+import inspect
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import ml_collections
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from moe_jax import config, errors
+
+MISSING_CONFIG = (
+  '--config is missing; give a config page, for example --config=configs/quickstart.py'
+)
+
+
+def run(main: Callable[[Sequence[str]], object], define_flags: Callable[[], object] | None = None):
+  """Parses the flags, runs `main(argv)` and exits.
+
+  Args:
+    main: the command; raises errors.InputError for whatever the user can mend.
+    define_flags: called first. Flags that are defined here, and not while the command's module is
+      imported, let tests import several commands into one process.
+  """
+  if define_flags is not None:
+    define_flags()
+
+  def quiet_main(argv: Sequence[str]):
+    if not flags.FLAGS['verbosity'].present:
+      logging.set_verbosity(logging.WARNING)  # app.run leaves it at INFO, and JAX is talkative
+    return main(argv)
+
+  try:
+    app.run(quiet_main, flags_parser=_parse_flags)
+  except errors.InputError as error:
+    print('error:', ' '.join(str(error).split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def config_flag() -> flags.FlagHolder:
+  """Defines `--config=PAGE[:VARIANT]` with `--config.KEY=VALUE` overrides of its (locked) keys."""
+  return config_flags.DEFINE_config_file(
+    'config', lock_config=True, help_string='config page, path.py or path.py:variant'
+  )
+
+
+def workdir_flag(help_string: str) -> flags.FlagHolder:
+  """Defines `--workdir`."""
+  return flags.DEFINE_string('workdir', None, help_string)
+
+
+def required(name: str) -> str:
+  """The value of a string flag that has no default.
+
+  Raises:
+    errors.InputError: it was not given.
+  """
+  value = flags.FLAGS[name].value
+  if not value:
+    raise errors.InputError(f'--{name} is missing: {flags.FLAGS[name].help}')
+  return value
+
+
+def resolve(flag_value: ml_collections.ConfigDict | None) -> config.Config:
+  """Checks the value of `config_flag` and returns it as dataclasses.
+
+  Raises:
+    errors.InputError: no page was given, or a value in it breaks a rule.
+  """
+  if flag_value is None:
+    raise errors.InputError(MISSING_CONFIG)
+  return config.from_dict(flag_value.to_dict())
+
+
+def load_page(spec: str) -> config.Config:
+  """Reads the config page `path.py`, or its variant `path.py:variant`.
+
+  Raises:
+    errors.InputError: there is no such page or variant, or a value in it breaks a rule.
+  """
+  return resolve(_get_config(spec))
+
+
+def _get_config(spec: str) -> ml_collections.ConfigDict:
+  path, _, variant = spec.partition(':')
+  get_config = getattr(_import_file(path), 'get_config', None)
+  if get_config is None:
+    raise errors.InputError(f'--config={spec}: {path} is no config page, it has no get_config()')
+  arguments = (variant,) if variant else ()
+  try:
+    inspect.signature(get_config).bind(*arguments)
+  except TypeError:
+    problem = f'takes no variant {variant!r}' if variant else 'needs a variant, PAGE:VARIANT'
+    raise errors.InputError(f'--config={spec}: {path} {problem}') from None
+  try:
+    return get_config(*arguments)
+  except ValueError as error:  # how pages refuse a variant
+    raise errors.InputError(f'--config={spec}: {error}') from error
+
+
+def _import_file(path: str):
+  file = pathlib.Path(path)
+  if file.suffix != '.py' or not file.is_file():
+    pages = [str(page) for page in file.parent.glob('*.py') if not page.name.startswith('_')]
+    hint = errors.did_you_mean(path, pages)
+    raise errors.InputError(f'--config={path}: there is no such config page{hint}')
+  spec = importlib.util.spec_from_file_location(f'config_page_{file.stem}', file)
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+  except SyntaxError as error:
+    raise errors.InputError(f'--config={path}: line {error.lineno}: {error.msg}') from error
+  return module
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+  """The flags_parser of `app.run`: all that can be wrong with a command line is an InputError."""
+  if 'config' in flags.FLAGS and config_flags.config_flags.is_config_flag(flags.FLAGS['config']):
+    # config_flags would answer these mistakes with tracebacks of several exception types.
+    _check_config_arguments(argv)
+  try:
+    rest = flags.FLAGS(argv)
+  except flags.Error as error:
+    raise errors.InputError(str(error)) from error
+  if len(rest) > 1:
+    raise errors.InputError(f'unexpected argument {rest[1]!r}; all arguments are --name=value')
+  return rest
+
+
+def _check_config_arguments(argv: Sequence[str]):
+  """Checks that `--config` names a page and that every `--config.KEY` is one of the page's keys."""
+  arguments = dict(_config_arguments(argv))
+  spec = arguments.pop('', None)
+  if spec is None:
+    if arguments:
+      raise errors.InputError(MISSING_CONFIG)
+    return
+  values = _get_config(spec).to_dict()
+  for key in arguments:
+    _check_key(values, key)
+
+
+def _config_arguments(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+  """Yields (key, value) of `--config.key=value`, with key '' for `--config=value` itself."""
+  for i, argument in enumerate(argv[1:], start=1):
+    if argument == '--':
+      return
+    match = re.match(r'--?(?:no)?config(?:\.([^=]+))?(?:=(.*))?$', argument, re.DOTALL)
+    if match:
+      following = argv[i + 1] if i + 1 < len(argv) else ''
+      yield match[1] or '', following if match[2] is None else match[2]
+
+
+def _check_key(values: Mapping[str, object], key: str):
+  prefix = 'config'
+  for part in key.split('.'):
+    name = part.partition('[')[0]  # config_flags also understands key[index]
+    if not isinstance(values, Mapping):
+      raise errors.InputError(f'{prefix} is a single value, it has no key {name!r}')
+    if name not in values:
+      hint = errors.did_you_mean(name, values)
+      raise errors.InputError(f'{prefix}.{name} is not a known key{hint}')
+    values, prefix = values[name], f'{prefix}.{name}'

@@ -1,0 +1,426 @@
+"""Checkpoints on orbax: training state, meta data and an integrity record in one atomic step.
+
+Orbax writes a step asynchronously and renames it into place when it is complete. What it does not
+do is notice damage: flipped bytes in a chunk restore silently, and an empty or half-copied step
+directory is offered as the newest one. So every step also records a checksum per array, computed on
+the devices before the save and again after a restore, and `restore` walks from the newest step to
+the oldest until one is whole. It never starts from zero while there are steps on disk, and a
+damaged step is moved aside, never deleted.
+
+Layout: `<directory>/<step>/{state,meta}`. Moved aside, where orbax does not look:
+`<directory>/<step>.damaged-<k>`.
+"""
+
+import dataclasses
+import itertools
+import json
+import logging as std_logging
+import os
+import sys
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+
+from moe_jax import config, errors
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+  """One whole checkpoint: the state on its devices and the meta saved with it (plus `step`)."""
+
+  state: Any
+  meta: dict[str, Any]
+  step: int
+
+
+class _DamagedError(Exception):
+  """Why a step cannot be trusted; callers fall back to an older one."""
+
+
+class Checkpointer:
+  """Saves and restores the steps of one run.
+
+  Args:
+    directory: where the steps lie, `W/checkpoints`; made when the first writer opens it.
+    cfg: how often to save and what to keep; None for a reader.
+    read_only: a reader renames, deletes and creates nothing, so it may look at a run in progress.
+  """
+
+  def __init__(
+    self,
+    directory: str | os.PathLike[str],
+    cfg: config.CheckpointConfig | None,
+    *,
+    read_only: bool = False,
+  ):
+    _drop_orbax_chatter()
+    remote = '://' in str(directory)
+    self._directory = epath.Path(directory if remote else os.path.abspath(directory))
+    self._cfg = None if read_only else cfg
+    self._may_save = False  # until `restore` has settled which steps the new ones follow
+    writer = self._cfg is not None
+    self._manager = ocp.CheckpointManager(
+      self._directory,
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=self._cfg.keep_last if writer else None,
+        keep_period=(self._cfg.keep_every or None) if writer else None,
+        create=writer,
+        # What a killed run left half-written was never a checkpoint, and would fill the disk.
+        cleanup_tmp_directories=writer,
+      ),
+    )
+    self._reader = _reader()
+
+  def steps(self) -> list[int]:
+    """Steps on disk or being written, oldest first; whether they are whole is not checked."""
+    return sorted(self._manager.all_steps())
+
+  def save(self, step: int, state: Any, meta: Mapping[str, Any], *, force: bool = False) -> bool:
+    """Starts writing `state` and `meta` as one step and returns once the state may be donated.
+
+    Args:
+      step: optimizer steps done; the name of the checkpoint.
+      state: pytree of arrays.
+      meta: what JSON can hold: the resolved config, the data fingerprint.
+      force: save also when `step` is not a multiple of `save_every` (the last step, a signal).
+
+    Returns:
+      Whether a save was started; False off schedule, or when this run has that step already.
+    """
+    if self._cfg is None:
+      raise ValueError(
+        f'The checkpointer of {self._directory} only reads; give it a config to save.'
+      )
+    if not self._may_save and self.steps():
+      raise ValueError(f'{self._directory} holds checkpoints: call restore before the first save.')
+    self._may_save = True
+    if (not force and step % self._cfg.save_every) or step in self.steps():
+      return False
+    record = _record(step, state, meta)
+    items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(record))
+    # Orbax's own rules for when to save are switched off: the schedule is decided above.
+    return self._manager.save(step, args=items, force=True)
+
+  def restore(self, abstract_state: Any, step: int | None = None) -> Restored | None:
+    """Restores the newest whole step, or exactly `step`.
+
+    A writer then moves every newer step aside: new steps follow the restored one, can take their
+    numbers, and keep_last counts whole checkpoints only.
+
+    Args:
+      abstract_state: pytree of `jax.ShapeDtypeStruct` with the shardings to restore to.
+      step: the step wanted; None for the newest whole one.
+
+    Returns:
+      None when there are no steps at all.
+
+    Raises:
+      errors.InputError: `step` is missing or damaged, every step is damaged, or the checkpoint
+        holds other arrays than `abstract_state`.
+    """
+    self._reload()
+    steps = self.steps()
+    if step is not None:
+      self._require_step(step)
+    target = jax.tree.map(_with_sharding, abstract_state)
+    _drop_abandoned_reads()
+    damaged = {}
+    for candidate in [step] if step is not None else reversed(steps):
+      try:
+        restored = self._restore_whole(candidate, target)
+      except _DamagedError as e:
+        damaged[candidate] = str(e)
+        continue
+      # Only with one step proved whole under the same target are the others called damaged: had
+      # none worked, the fault might be ours (memory, a lost disk), and nothing must be moved.
+      self._settle(candidate, damaged)
+      return restored
+    if damaged:
+      raise errors.InputError(self._none_whole(damaged))
+    self._may_save = True
+    return None
+
+  def read_meta(self, step: int | None = None) -> dict[str, Any] | None:
+    """Meta of `step`, or of the newest step whose meta is readable, without restoring arrays.
+
+    It lets a command rebuild the model before it knows the abstract state. `restore` may still fall
+    back to an older step; the meta that belongs to the arrays is `Restored.meta`.
+
+    Returns:
+      None when there are no steps at all.
+
+    Raises:
+      errors.InputError: `step` is missing or damaged, or no step has a readable meta.
+    """
+    self._reload()
+    if step is not None:
+      self._require_step(step)
+    damaged = {}
+    for candidate in [step] if step is not None else reversed(self.steps()):
+      try:
+        return self._read_record(candidate)['meta']
+      except _DamagedError as e:
+        damaged[candidate] = str(e)
+    if damaged:
+      raise errors.InputError(self._none_whole(damaged))
+    return None
+
+  def wait(self):
+    """Blocks until the save in flight is on disk, and raises what went wrong with it."""
+    self._manager.wait_until_finished()
+
+  def close(self):
+    """Waits for the save in flight and frees the threads."""
+    self._manager.close()
+    self._reader.close()
+
+  def __enter__(self) -> 'Checkpointer':
+    return self
+
+  def __exit__(self, *unused_exc):
+    self.close()
+
+  def _reload(self):
+    self.wait()
+    self._manager.reload()
+
+  def _read_record(self, step: int) -> dict[str, Any]:
+    """Reads the JSON item of a step and checks that nothing of the step's metadata is missing."""
+    try:
+      found = self._reader.metadata(self._directory / str(step))
+      item = ocp.args.Composite(meta=ocp.args.JsonRestore())
+      record = self._reader.restore(self._directory / str(step), args=item).meta
+    except Exception as e:
+      raise _DamagedError(f'its meta cannot be read: {_first_line(e)}') from e
+    if not isinstance(record, dict) or record.pop('crc32', None) != _crc(record):
+      raise _DamagedError('its meta does not match its own checksum')
+    if record['step'] != step:
+      raise _DamagedError(f'it holds step {record["step"]}')
+    if found.commit_timestamp_nsecs is None:
+      raise _DamagedError('its _CHECKPOINT_METADATA is missing or unreadable')
+    if found.item_metadata.get('state') is None:
+      raise _DamagedError('its state/_METADATA or what it points to is missing')
+    return record
+
+  def _restore_whole(self, step: int, target: Any) -> Restored:
+    state, reason = None, 'another process could not read it'
+    items = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+    try:
+      record = self._read_record(step)
+      _check_leaves(record['leaves'], target, self._directory / str(step))
+      state = self._reader.restore(self._directory / str(step), args=items).state
+    except errors.InputError:
+      raise
+    except _DamagedError as e:
+      reason = str(e)
+    except Exception as e:  # orbax and tensorstore raise many kinds for the same broken file
+      reason = f'its arrays cannot be read: {_first_line(e)}'
+    if not _on_all_processes(state is not None):
+      raise _DamagedError(reason)
+    found = checksums(state)
+    wrong = [path for path, leaf in record['leaves'].items() if leaf['checksum'] != found[path]]
+    if wrong:
+      raise _DamagedError(
+        f'{len(wrong)} of {len(found)} arrays differ from their checksums, first {wrong[0]}'
+      )
+    return Restored(state, record['meta'], step)
+
+  def _settle(self, step: int, damaged: Mapping[int, str]):
+    """Says which steps are damaged; a writer moves everything newer than `step` aside."""
+    self._may_save = True
+    newer = [s for s in self.steps() if s > step] if self._cfg is not None else []
+    moved = {s: self._free_name(s, 'damaged' if s in damaged else 'superseded') for s in newer}
+    for old, reason in damaged.items():
+      kept = f' (kept as {moved[old].name})' if old in moved else ''
+      where = f'Checkpoint step {old} in {self._directory}'
+      logging.warning(f'{where} is damaged: {reason}{kept}. Using step {step} in its place.')
+    if not newer:
+      return
+    _on_all_processes(True)  # everyone has chosen its names before the first one changes
+    if jax.process_index() == 0:
+      for old, name in moved.items():
+        (self._directory / str(old)).rename(name)
+    _on_all_processes(True)
+    self._manager.reload()
+
+  def _free_name(self, step: int, label: str) -> epath.Path:
+    names = (self._directory / f'{step}.{label}-{k}' for k in itertools.count(1))
+    return next(name for name in names if not name.exists())
+
+  def _require_step(self, step: int):
+    if step not in self.steps():
+      raise errors.InputError(
+        f'step={step} is not among the checkpoints in {self._directory}; {_available(self.steps())}'
+      )
+
+  def _none_whole(self, damaged: Mapping[int, str]) -> str:
+    reasons = '; '.join(f'step {step}: {reason}' for step, reason in damaged.items())
+    others = [step for step in self.steps() if step not in damaged]
+    if others:
+      return f'Checkpoint in {self._directory} is damaged ({reasons}); {_available(others)}'
+    return (
+      f'No checkpoint in {self._directory} is whole ({reasons}). Nothing was changed: repair one '
+      'of them, or start again in another --workdir (or move this directory away)'
+    )
+
+
+def _reader() -> ocp.Checkpointer:
+  """Reads steps without waiting for the other processes.
+
+  A manager's restore ends in a barrier. When one process alone cannot read its part, the others
+  would wait there for ever instead of hearing of it in `_on_all_processes`.
+  """
+  index = jax.process_index()
+  alone = ocp.options.MultiprocessingOptions(
+    primary_host=index, active_processes={index}, barrier_sync_key_prefix=f'reader{index}'
+  )
+  handler = ocp.CompositeCheckpointHandler(
+    state=ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+    meta=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+    composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
+  )
+  return ocp.Checkpointer(handler, multiprocessing_options=alone)
+
+
+def checksums(tree: Any) -> dict[str, int]:
+  """One 32-bit checksum per array, by path, whatever the sharding, mesh and process count."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  # One small program per distinct array type: parameters and both moments share theirs.
+  sums = jax.device_get([_checksum(leaf) for _, leaf in leaves])
+  return {_name(path): int(value) for (path, _), value in zip(leaves, sums)}
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+  """Sum modulo 2^32 of the bits of each element mixed with its position.
+
+  Integer addition commutes, so any order of summation gives the same value. The mixing is
+  one-to-one for a given position: a change of one element always shows, any other change but once
+  in 2^32.
+  """
+  if x.dtype == jnp.bool_:
+    bits = x.astype(jnp.uint32)
+  else:
+    unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+  position, stride = jnp.zeros(bits.shape, jnp.uint32), 1
+  for axis in reversed(range(bits.ndim)):
+    iota = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    position += iota * jnp.uint32(stride % 2**32)
+    stride *= bits.shape[axis]
+  return jnp.sum(_mix(bits ^ _mix(position + jnp.uint32(0x9E3779B9))), dtype=jnp.uint32)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+  """MurmurHash3's 32-bit finaliser: one-to-one, every output bit hangs on every input bit."""
+  x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+  x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+  return x ^ (x >> 16)
+
+
+def _record(step: int, state: Any, meta: Mapping[str, Any]) -> dict[str, Any]:
+  sums = checksums(state)
+  leaves = {
+    _name(path): {
+      'shape': list(leaf.shape),
+      'dtype': str(leaf.dtype),
+      'checksum': sums[_name(path)],
+    }
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+  }
+  record = {'step': step, 'meta': {**meta, 'step': step}, 'leaves': leaves}
+  record = json.loads(json.dumps(record))  # tuples become lists now, as they will on disk
+  return {**record, 'crc32': _crc(record)}
+
+
+def _crc(record: Mapping[str, Any]) -> int:
+  return zlib.crc32(json.dumps(record, sort_keys=True).encode())
+
+
+def _check_leaves(saved: Mapping[str, Any], target: Any, where: epath.Path):
+  """Compares names, shapes and types of the checkpoint's arrays with those of the model at hand."""
+  wanted = {
+    _name(path): (tuple(leaf.shape), str(leaf.dtype))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(target)
+  }
+  has = {name: (tuple(leaf['shape']), leaf['dtype']) for name, leaf in saved.items()}
+  for name in [*wanted, *(name for name in has if name not in wanted)]:
+    if has.get(name) != wanted.get(name):
+      raise errors.InputError(
+        f'{name} is {_describe(has.get(name))} in checkpoint {where} but '
+        f'{_describe(wanted.get(name))} in this configuration; use the config it was trained with '
+        '(config.json beside the checkpoints), or another --workdir'
+      )
+
+
+def _describe(leaf: tuple[tuple[int, ...], str] | None) -> str:
+  return 'absent' if leaf is None else f'{leaf[1]}{list(leaf[0])}'
+
+
+def _name(path: tuple[Any, ...]) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
+def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
+  sharding = getattr(leaf, 'sharding', None)
+  if sharding is None:  # orbax would look for the devices of the run that saved
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _available(steps: list[int]) -> str:
+  if not steps:
+    return 'there are none'
+  return f'choose one of {", ".join(map(str, steps))}, or leave the step out for the newest'
+
+
+def _first_line(e: BaseException) -> str:
+  while e.__cause__ is not None:  # the first cause names the file, the wrappers print their request
+    e = e.__cause__
+  text = (str(e).strip().splitlines() or [''])[0]
+  return f'{type(e).__name__}: {text[:200]}'
+
+
+def _on_all_processes(ok: bool) -> bool:
+  """Whether `ok` holds on every process; also a meeting point, so that all take the same branch."""
+  if jax.process_count() == 1:
+    return ok
+  return bool(multihost_utils.process_allgather(np.array(ok)).all())
+
+
+def _drop_orbax_chatter():
+  """Silences orbax below ERROR; what it warns of (missing metadata) is reported by this module."""
+  logger = logging.get_absl_logger()
+  if _is_worth_showing not in logger.filters:
+    logger.addFilter(_is_worth_showing)
+
+
+def _is_worth_showing(record: std_logging.LogRecord) -> bool:
+  return record.levelno >= std_logging.ERROR or '/orbax/' not in record.pathname
+
+
+def _drop_abandoned_reads():
+  """Keeps one broken file from filling the screen.
+
+  When a read fails, orbax drops the others that are under way and python prints a page for each,
+  from other threads and at any later time; the failure itself is raised and reported.
+  """
+  previous = sys.unraisablehook
+  if getattr(previous, 'drops_abandoned_reads', False):
+    return
+
+  def hook(unraisable: Any):
+    text = str(unraisable.exc_value)
+    if not text.startswith(('Encountered error while reading array', 'Event loop is closed')):
+      previous(unraisable)
+
+  hook.drops_abandoned_reads = True
+  sys.unraisablehook = hook

@@ -1,0 +1,470 @@
+"""What every field of a run's configuration means, its type, and the rules between fields.
+
+Values live in `configs/*.py` (ml_collections, overridable from the command line); this module holds
+the meaning. No dataclass field has a default, so `configs/base.py` is the only home of a value and
+a missing or unknown key fails by name. The two meet in `from_dict`, which is called once, before
+anything is compiled or written.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from moe_jax import errors
+
+ROUTERS = ('softmax_topk', 'gshard_top2', 'switch_top1')
+DISPATCHES = ('dense', 'dropless')
+GROUPED_MATMULS = ('auto', 'blocks', 'ragged_dot', 'tokamax')
+REMAT_POLICIES = ('none', 'moe_core', 'full')
+DTYPES = ('float32', 'bfloat16')
+SCHEDULES = ('multi_step', 'cosine', 'constant', 'linear')
+SOURCES = ('python_source', 'text', 'jsonl', 'parquet', 'hf', 'synthetic', 'mixture')
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+  """Multi-head attention with grouped key-value heads and rotary positions."""
+
+  num_kv_heads: int  # key-value heads; = model.num_heads is MHA, 1 is MQA, anything between is GQA
+  head_dim: int  # size of one head, H; must be even for the rotation
+  rope_theta: float  # base of the rotary frequencies, theta^(-2i/H)
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+  """DeepSeekMoE feed-forward layer: shared experts plus routed fine-grained experts."""
+
+  num_experts: int  # routed experts per layer, E; 0 turns every layer into a dense one
+  num_shared_experts: int  # experts that see every token, fused into one FFN
+  num_experts_per_tok: int  # K, routed experts that each token visits
+  moe_mlp_dim: int  # width F of one expert, shared or routed
+  router: str  # one of ROUTERS
+  norm_topk_prob: bool  # softmax_topk only: divide the K gates by their sum
+  load_balance_loss_weight: float  # alpha_1 of DeepSeekMoE, Eq. 12; summed over the MoE layers
+  dispatch: str  # one of DISPATCHES: how tokens reach their experts
+  grouped_matmul: (
+    str  # one of GROUPED_MATMULS: kernel of the dropless dispatch; 'auto' asks the platform
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """A pre-norm decoder: `num_dense_layers` dense blocks, then MoE blocks."""
+
+  vocab_size: int  # rows V of the embedding and of the output head (untied)
+  max_seq_len: int  # L, the longest row a batch holds and the longest context that is generated
+  embed_dim: int  # D, width of the residual stream
+  mlp_dim: int  # FFN width of the dense layers
+  num_layers: int  # all layers, dense ones included
+  num_dense_layers: int  # leading layers that keep a dense FFN although the rest are MoE
+  num_heads: int  # N, query heads
+  norm_eps: float  # RMSNorm epsilon
+  init_std: float  # standard deviation of every weight at the start (0.006 in the DeepSeek papers)
+  dtype: str  # compute dtype, one of DTYPES; the router, the softmaxes and the losses stay float32
+  param_dtype: str  # dtype in which the optimizer keeps the weights, one of DTYPES
+  remat: str  # one of REMAT_POLICIES: which activations the backward pass recomputes
+  attention: AttentionConfig
+  moe: MoEConfig
+
+  @property
+  def is_moe(self) -> bool:
+    return self.moe.num_experts > 0
+
+  @property
+  def num_moe_layers(self) -> int:
+    return self.num_layers - self.num_dense_layers if self.is_moe else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtureComponent:
+  """One member of `data.source='mixture'`; its name in the config is its domain label."""
+
+  source: str  # one of SOURCES except 'mixture'
+  path: str  # as data.path
+  weight: float  # share of the training rows, relative to the sum over components
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Where text comes from and how it becomes rows of token ids."""
+
+  source: str  # one of SOURCES
+  path: (
+    str  # roots, files or globs (comma separated), or a Hugging Face dataset name; '' = the default
+  )
+  text_field: str  # column that holds the text (jsonl, parquet, hf)
+  domain_field: str  # column that holds the domain label; '' = the source's own label
+  heldout_fraction: (
+    float  # share of the documents kept for evaluation, chosen by a hash of their name
+  )
+  synthetic_documents: int  # number of documents that source='synthetic' makes
+  tokenizer: str  # 'bpe' (trained on the training split), 'bytes', or a path to a tokenizer.json
+  bos_token: str  # begin-of-document token; must be in a tokenizer.json that is given
+  eos_token: str  # end-of-document token, likewise
+  fim_rate: float  # share of training documents rearranged as prefix-suffix-middle
+  prefetch: int  # batches prepared ahead of the device
+  cache_dir: str  # tokenised corpora and tokenizers; '' = $MOE_JAX_CACHE or ~/.cache/moe_jax
+  mixture: Mapping[str, MixtureComponent]  # members when source='mixture', by domain label
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+  """AdamW with decoupled weight decay on the matrices, norm clipping, warm-up and a schedule."""
+
+  peak_lr: float  # learning rate at the end of the warm-up
+  schedule: str  # one of SCHEDULES
+  warmup_steps: int  # linear warm-up from 0
+  final_lr_fraction: float  # cosine and linear: last learning rate as a share of the peak
+  multi_step_boundaries: tuple[
+    float, ...
+  ]  # multi_step: shares of num_steps at which the rate drops
+  multi_step_factor: (
+    float  # multi_step: factor applied at each boundary (0.316 in the DeepSeek papers)
+  )
+  beta1: float
+  beta2: float
+  eps: float
+  weight_decay: float
+  clip_norm: float  # largest global gradient norm; 0 = no clipping
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """The loop."""
+
+  num_steps: int
+  batch_size: int  # sequences per optimizer step, over all devices and processes
+  batch_ramp: tuple[
+    tuple[int, int], ...
+  ]  # ((first step, batch size), ...) before batch_size; () = none
+  micro_batch_size: (
+    int  # sequences per forward pass; gradients are accumulated; 0 = the whole batch
+  )
+  seed: int  # decides initialisation and data order
+  z_loss_weight: float  # weight of the mean squared log-partition of the vocabulary softmax
+  log_every: int  # steps between log lines
+  eval_every: int  # steps between held-out evaluations; 0 = only at the end
+  sample_prompt: str  # prompt continued at the end of the run; '' = none
+  sample_tokens: int  # length of that continuation
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+  save_every: int  # steps between checkpoints; the last step is always saved
+  keep_last: int  # newest checkpoints kept
+  keep_every: int  # checkpoints at multiples of this step are kept for ever; 0 = none
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Sizes of the device mesh's axes; -1 takes the devices that are left."""
+
+  data: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PaperConfig:
+  """Only for `describe`: the widths that the paper's FLOPs convention counts.
+
+  DeepSeekMoE's tables count FFN widths before they are aligned (papers' 8/3 D times the relative
+  expert size). 0 = the model's own width.
+  """
+
+  mlp_dim: float
+  moe_mlp_dim: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """One run, whole."""
+
+  model: ModelConfig
+  data: DataConfig
+  optim: OptimConfig
+  train: TrainConfig
+  checkpoint: CheckpointConfig
+  mesh: MeshConfig
+  paper: PaperConfig
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+  """Builds and checks a `Config` from nested dicts (a ConfigDict's `to_dict()`, or parsed JSON).
+
+  Raises:
+    errors.InputError: an unknown, missing or mistyped key, or a value that breaks a rule.
+  """
+  config = _build(Config, values, '')
+  validate(config)
+  return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+  """The inverse of `from_dict`: nested plain dicts that JSON can hold."""
+  return dataclasses.asdict(config)
+
+
+def diff(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = '') -> list[str]:
+  """Lines `key: old -> new` for every leaf in which two nested dicts differ."""
+  lines = []
+  for key in sorted(old.keys() | new.keys()):
+    a, b = old.get(key, '<absent>'), new.get(key, '<absent>')
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+      lines += diff(a, b, f'{prefix}{key}.')
+    elif a != b:
+      lines.append(f'{prefix}{key}: {a!r} -> {b!r}')
+  return lines
+
+
+def _build(cls: type, values: Any, prefix: str) -> Any:
+  if not isinstance(values, Mapping):
+    raise errors.InputError(
+      f'config.{prefix[:-1]}={values!r} must be a section of {cls.__name__} fields'
+    )
+  fields = {f.name: f.type for f in dataclasses.fields(cls)}
+  for key in values:
+    if key not in fields:
+      raise errors.InputError(
+        f'config.{prefix}{key} is not a known key{errors.did_you_mean(key, fields)}'
+      )
+  missing = [name for name in fields if name not in values]
+  if missing:
+    raise errors.InputError(
+      f'config.{prefix}{missing[0]} is missing; start the config page from configs/base.py, which '
+      f'has every key'
+    )
+  return cls(
+    **{name: _coerce(kind, values[name], f'{prefix}{name}') for name, kind in fields.items()}
+  )
+
+
+def _coerce(kind: Any, value: Any, name: str) -> Any:
+  """Checks one value against its field's type; ints become floats and lists become tuples."""
+  if dataclasses.is_dataclass(kind):
+    return _build(kind, value, name + '.')
+  origin, args = typing.get_origin(kind), typing.get_args(kind)
+  if origin is tuple and isinstance(value, (list, tuple)):
+    inner = args[:1] * len(value) if args[-1] is Ellipsis else args
+    if len(inner) == len(value):
+      return tuple(_coerce(k, v, f'{name}[{i}]') for i, (k, v) in enumerate(zip(inner, value)))
+  elif origin is not None and issubclass(origin, Mapping) and isinstance(value, Mapping):
+    return {key: _coerce(args[1], value[key], f'{name}.{key}') for key in value}
+  elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+    return float(value)
+  elif isinstance(kind, type) and not isinstance(kind, types.GenericAlias) and type(value) is kind:
+    return value
+  expected = getattr(kind, '__name__', None) if origin is None else str(kind)
+  raise errors.InputError(
+    f'config.{name}={value!r} must be of type {expected}, not {type(value).__name__}'
+  )
+
+
+def _require(condition: bool, message: str):
+  if not condition:
+    raise errors.InputError(message)
+
+
+def _choice(name: str, value: str, known: tuple[str, ...]):
+  _require(
+    value in known,
+    f'config.{name}={value!r} must be one of {", ".join(known)}{errors.did_you_mean(value, known)}',
+  )
+
+
+def _at_least(section: Any, prefix: str, minimum: float, *names: str):
+  for name in names:
+    value = getattr(section, name)
+    _require(value >= minimum, f'config.{prefix}.{name}={value!r} must be at least {minimum}')
+
+
+def validate(config: Config):
+  """Checks every rule that needs no data and no devices.
+
+  Raises:
+    errors.InputError: names the field, its value, the rule and the way out.
+  """
+  validate_model(config.model)
+  _validate_data(config.data)
+  _validate_optim(config.optim, config.train)
+  _validate_train(config.train)
+  _at_least(config.checkpoint, 'checkpoint', 1, 'save_every', 'keep_last')
+  _at_least(config.checkpoint, 'checkpoint', 0, 'keep_every')
+  _at_least(config.paper, 'paper', 0, 'mlp_dim', 'moe_mlp_dim')
+  _require(
+    config.mesh.data == -1 or config.mesh.data >= 1,
+    f'config.mesh.data={config.mesh.data} must be a number of devices, or -1 for all that are left',
+  )
+
+
+def validate_model(model: ModelConfig):
+  """The rules between the sizes of a model; see `validate`."""
+  _at_least(
+    model,
+    'model',
+    1,
+    'vocab_size',
+    'max_seq_len',
+    'embed_dim',
+    'mlp_dim',
+    'num_layers',
+    'num_heads',
+  )
+  _at_least(model, 'model', 0, 'num_dense_layers', 'norm_eps', 'init_std')
+  _choice('model.dtype', model.dtype, DTYPES)
+  _choice('model.param_dtype', model.param_dtype, DTYPES)
+  _choice('model.remat', model.remat, REMAT_POLICIES)
+  attention = model.attention
+  _at_least(attention, 'model.attention', 1, 'num_kv_heads', 'head_dim')
+  _require(
+    attention.rope_theta > 0,
+    f'config.model.attention.rope_theta={attention.rope_theta} must be positive',
+  )
+  _require(
+    model.num_heads % attention.num_kv_heads == 0,
+    f'config.model.attention.num_kv_heads={attention.num_kv_heads} must divide '
+    f'model.num_heads={model.num_heads}; '
+    f'choose a divisor of {model.num_heads}',
+  )
+  _require(
+    attention.head_dim % 2 == 0,
+    f'config.model.attention.head_dim={attention.head_dim} must be even: RoPE rotates pairs; '
+    f'choose {attention.head_dim + 1}',
+  )
+  if model.is_moe:
+    _validate_moe(model)
+  else:
+    _require(
+      model.moe.num_experts == 0,
+      f'config.model.moe.num_experts={model.moe.num_experts} must be 0 (no MoE layers) or positive',
+    )
+
+
+def _validate_moe(model: ModelConfig):
+  moe = model.moe
+  _at_least(moe, 'model.moe', 1, 'num_experts_per_tok', 'moe_mlp_dim')
+  _at_least(moe, 'model.moe', 0, 'num_shared_experts', 'load_balance_loss_weight')
+  _choice('model.moe.router', moe.router, ROUTERS)
+  _choice('model.moe.dispatch', moe.dispatch, DISPATCHES)
+  _choice('model.moe.grouped_matmul', moe.grouped_matmul, GROUPED_MATMULS)
+  k, e = moe.num_experts_per_tok, moe.num_experts
+  _require(
+    k <= e,
+    f'config.model.moe.num_experts_per_tok={k} must not exceed model.moe.num_experts={e}; '
+    f'choose at most {e}, or more experts',
+  )
+  fixed_k = {'gshard_top2': 2, 'switch_top1': 1}.get(moe.router, k)
+  _require(
+    k == fixed_k,
+    f'config.model.moe.num_experts_per_tok={k} must be {fixed_k} with '
+    f'model.moe.router={moe.router!r}; '
+    f"set it to {fixed_k}, or use router='softmax_topk'",
+  )
+  _require(
+    not moe.norm_topk_prob or moe.router == 'softmax_topk',
+    f'config.model.moe.norm_topk_prob=True applies to router softmax_topk only, not '
+    f'{moe.router!r}, whose '
+    'normalisation is fixed; set it to False',
+  )
+  _require(
+    model.num_dense_layers < model.num_layers,
+    f'config.model.num_dense_layers={model.num_dense_layers} leaves no MoE layer among '
+    f'num_layers={model.num_layers}; lower it, or set model.moe.num_experts=0 for a dense model',
+  )
+
+
+def _validate_data(data: DataConfig):
+  _choice('data.source', data.source, SOURCES)
+  for name in ('heldout_fraction', 'fim_rate'):
+    value = getattr(data, name)
+    _require(0 <= value <= 1, f'config.data.{name}={value} must lie between 0 and 1')
+  _require(
+    0 < data.heldout_fraction < 1,
+    f'config.data.heldout_fraction={data.heldout_fraction} must lie strictly between 0 and 1: both '
+    f'splits need text',
+  )
+  _at_least(data, 'data', 1, 'prefetch', 'synthetic_documents')
+  needs_path = ('text', 'jsonl', 'parquet', 'hf')
+  if data.source == 'mixture':
+    _require(
+      bool(data.mixture),
+      "config.data.mixture={} must name at least one component when data.source='mixture'",
+    )
+    for label, part in data.mixture.items():
+      _choice(
+        f'data.mixture.{label}.source', part.source, tuple(s for s in SOURCES if s != 'mixture')
+      )
+      _require(
+        part.weight > 0,
+        f'config.data.mixture.{label}.weight={part.weight} must be positive; or drop the component',
+      )
+      _require(
+        bool(part.path) or part.source not in needs_path,
+        f"config.data.mixture.{label}.path='' must name a file, glob or dataset for source "
+        f'{part.source!r}',
+      )
+  else:
+    _require(
+      not data.mixture,
+      f'config.data.mixture is set but data.source={data.source!r} would ignore it; '
+      "set data.source='mixture' or empty it",
+    )
+    _require(
+      bool(data.path) or data.source not in needs_path,
+      f"config.data.path='' must name a file, glob or dataset for data.source={data.source!r}",
+    )
+
+
+def _validate_optim(optim: OptimConfig, train: TrainConfig):
+  _choice('optim.schedule', optim.schedule, SCHEDULES)
+  _at_least(
+    optim,
+    'optim',
+    0,
+    'warmup_steps',
+    'final_lr_fraction',
+    'weight_decay',
+    'clip_norm',
+    'beta1',
+    'beta2',
+  )
+  _require(optim.peak_lr > 0, f'config.optim.peak_lr={optim.peak_lr} must be positive')
+  _require(optim.eps > 0, f'config.optim.eps={optim.eps} must be positive')
+  for name in ('beta1', 'beta2'):
+    value = getattr(optim, name)
+    _require(value < 1, f'config.optim.{name}={value} must lie in [0, 1)')
+  bounds = optim.multi_step_boundaries
+  _require(
+    list(bounds) == sorted(bounds) and all(0 < b < 1 for b in bounds),
+    f'config.optim.multi_step_boundaries={bounds} must be rising shares of the run between 0 and 1',
+  )
+  _require(
+    optim.warmup_steps < max(train.num_steps, 1),
+    f'config.optim.warmup_steps={optim.warmup_steps} must be smaller than '
+    f'train.num_steps={train.num_steps}; '
+    'lower it, or train longer',
+  )
+
+
+def _validate_train(train: TrainConfig):
+  _at_least(train, 'train', 1, 'num_steps', 'batch_size', 'log_every')
+  _at_least(
+    train, 'train', 0, 'micro_batch_size', 'seed', 'z_loss_weight', 'eval_every', 'sample_tokens'
+  )
+  steps = [step for step, _ in train.batch_ramp]
+  _require(
+    steps == sorted(set(steps)) and all(step > 0 for step in steps),
+    f'config.train.batch_ramp={train.batch_ramp} must be (until step, batch size) pairs whose '
+    'steps are positive and rise',
+  )
+  sizes = {size for _, size in train.batch_ramp} | {train.batch_size}
+  for size in sizes:
+    _require(
+      size >= 1, f'config.train.batch_ramp={train.batch_ramp} must hold positive batch sizes'
+    )
+    _require(
+      not train.micro_batch_size or size % train.micro_batch_size == 0,
+      f'config.train.micro_batch_size={train.micro_batch_size} must divide every batch size, also '
+      f'{size}; '
+      f'choose a divisor of {size}, or 0',
+    )

@@ -1,0 +1,68 @@
+"""Directories of derived data, named by a hash of what they derive from.
+
+A directory is built under a temporary name beside its final one and then renamed, so that whatever
+stands under the final name is whole. Two processes that build the same thing both succeed: the
+second finds the first one's result, which is equal by its name, and drops its own.
+"""
+
+import os
+import pathlib
+import shutil
+import uuid
+from collections.abc import Callable
+
+from moe_jax import errors
+
+
+def root(cache_dir: str) -> pathlib.Path:
+  """Resolves `config.data.cache_dir`; '' is $MOE_JAX_CACHE, or ~/.cache/moe_jax without it."""
+  chosen = cache_dir or os.environ.get('MOE_JAX_CACHE') or '~/.cache/moe_jax'
+  return pathlib.Path(chosen).expanduser()
+
+
+def get_or_build(
+  target: pathlib.Path,
+  build: Callable[[pathlib.Path], None],
+  is_whole: Callable[[pathlib.Path], bool],
+) -> pathlib.Path:
+  """Returns `target`, filled by `build(directory)` unless `is_whole(target)` already holds.
+
+  Raises:
+    errors.InputError: the cache cannot be written.
+  """
+  if is_whole(target):
+    return target
+  temporary = target.parent / f'.{target.name}.{uuid.uuid4().hex}'
+  try:
+    temporary.mkdir(parents=True)
+  except OSError as e:
+    raise _unwritable(target, e) from e
+  try:
+    build(temporary)
+    _publish(temporary, target, is_whole)
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)  # already renamed away if all went well
+  return target
+
+
+def _publish(
+  temporary: pathlib.Path, target: pathlib.Path, is_whole: Callable[[pathlib.Path], bool]
+):
+  failure = None
+  for _ in range(3):
+    try:
+      os.rename(temporary, target)
+      return
+    except OSError as e:
+      failure = e
+    if is_whole(target):  # another process was first
+      return
+    shutil.rmtree(target, ignore_errors=True)  # damaged, for example by a full disk
+  raise _unwritable(target, failure)
+
+
+def _unwritable(target: pathlib.Path, error: OSError | None) -> errors.InputError:
+  return errors.InputError(
+    f'config.data.cache_dir: cannot write {str(target)!r} ({error}); it must be a writable '
+    'directory: set config.data.cache_dir or the environment variable MOE_JAX_CACHE to one'
+  )

@@ -1,0 +1,349 @@
+"""Documents tokenised once into arrays on disk, cached by a hash of all that decides them.
+
+The source is read in passes and never held in memory: one to hash it (always), one to train the
+tokenizer and one to tokenise (only when the cache has no result). A mixture is one cached corpus
+per component, so that new weights cost nothing.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tqdm
+
+from moe_jax import config, errors
+from moe_jax.data import cache, fim, hashing, sources
+from moe_jax.data import tokenizer as tokenizer_lib
+
+_VERSION = 1  # of the files below and of the way text becomes ids: raise it when either changes
+_BATCH_BYTES = 4_000_000  # text tokenised at a time
+_SPLITS = ('train', 'heldout')
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenSplit:
+  """One split, end to end; document d is tokens[offsets[d]:offsets[d + 1]], BOS to EOS."""
+
+  tokens: np.ndarray  # [num_tokens] uint16 or uint32
+  offsets: np.ndarray  # [n + 1] int64
+  doc_bytes: np.ndarray  # [n] int64, UTF-8 bytes of the text
+  doc_domain: np.ndarray  # [n] int32, index into Corpus.domains
+
+  @property
+  def num_documents(self) -> int:
+    return len(self.doc_bytes)
+
+  @property
+  def num_tokens(self) -> int:
+    return int(self.offsets[-1])
+
+  @functools.cached_property
+  def num_bytes(self) -> int:
+    """True size of the text, the denominator of bits per byte."""
+    return int(self.doc_bytes.sum())
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+  """Everything that the training loop and the evaluation need to know about the text."""
+
+  tokenizer: tokenizer_lib.Tokenizer
+  train: tuple[TokenSplit, ...]  # one per component of a mixture, else one
+  weights: tuple[float, ...]  # share of the training rows of each, summing to 1
+  heldout: TokenSplit  # all components, end to end
+  domains: tuple[str, ...]  # label table; the components' names if it is a mixture
+  fingerprint: str  # hash of all that decides the token stream
+  directories: tuple[pathlib.Path, ...]  # where each component is cached
+
+  def heldout_bytes(self) -> bytes:
+    """The held-out text itself, to measure other compressors on."""
+    return b''.join((directory / 'heldout.txt').read_bytes() for directory in self.directories)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scan:
+  """What the first pass over a source learns."""
+
+  digests: tuple[str, str]  # train, heldout: names, domains and contents, in order
+  num_documents: tuple[int, int]
+  num_bytes: tuple[int, int]
+
+
+def load_corpus(
+  data: config.DataConfig, vocab_size: int, seed: int, *, progress: bool = True
+) -> Corpus:
+  """Reads, splits and tokenises the configured text, or opens the cached result of having done so.
+
+  Args:
+    data: the config's data section.
+    vocab_size: the model's vocabulary; the size to which 'bpe' is trained.
+    seed: decides which documents FIM rearranges, and how.
+    progress: show bars on a terminal.
+
+  Raises:
+    errors.InputError: bad or too little text, an unfitting tokenizer, an unwritable cache.
+  """
+  specs = sources.specs(data, progress=progress)
+  scans = {k: _scan(spec, data.heldout_fraction, progress) for k, spec in specs.items()}
+  tokenizer = _tokenizer(data, vocab_size, specs, scans, progress)
+  fim.check(tokenizer, data.fim_rate)
+  fim_key = (data.fim_rate, seed) if data.fim_rate > 0 else ()
+  fingerprints, directories = [], []
+  for label, spec in specs.items():
+    scan = scans[label]
+    key = hashing.hexdigest(_VERSION, *scan.digests, tokenizer.to_json(), *fim_key)
+    build = functools.partial(
+      _build, spec=spec, scan=scan, tokenizer=tokenizer, data=data, seed=seed, progress=progress
+    )
+    target = cache.root(data.cache_dir) / 'corpora' / key
+    directories.append(cache.get_or_build(target, build, _is_whole))
+    fingerprints.append(key)
+  return _assemble(data, tokenizer, list(specs), fingerprints, directories)
+
+
+def _assemble(
+  data: config.DataConfig,
+  tokenizer: tokenizer_lib.Tokenizer,
+  labels: Sequence[str],
+  fingerprints: Sequence[str],
+  directories: Sequence[pathlib.Path],
+) -> Corpus:
+  domains = tuple(json.loads((directories[0] / 'meta.json').read_text())['domains'])
+  train, heldout = ([_open(d, split) for d in directories] for split in _SPLITS)
+  weights, fingerprint = [1.0], fingerprints[0]
+  if data.mixture:
+    domains = tuple(labels)
+    train, heldout = _label(train), _label(heldout)
+    weights = [data.mixture[label].weight for label in labels]
+    fingerprint = hashing.hexdigest(*fingerprints, *labels, *weights)
+  return Corpus(
+    tokenizer=tokenizer,
+    train=tuple(train),
+    weights=tuple(w / sum(weights) for w in weights),
+    heldout=_concatenate(heldout),
+    domains=domains,
+    fingerprint=fingerprint,
+    directories=tuple(directories),
+  )
+
+
+def _scan(spec: sources.Spec, heldout_fraction: float, progress: bool) -> _Scan:
+  """Reads a source once; both of its splits must come out with text."""
+  counter = _Counter(heldout_fraction)
+  documents = sources.read(spec)
+  for document in tqdm.tqdm(documents, 'read', unit='doc', disable=None if progress else True):
+    counter.add(document)
+  scan = counter.result()
+  total = sum(scan.num_documents)
+  if not total:
+    raise errors.InputError(
+      f'{spec.where} must hold some text, and it holds none; name files that do'
+    )
+  for split, count in zip(_SPLITS, scan.num_documents):
+    if not count:
+      raise errors.InputError(
+        f'config.data.heldout_fraction={heldout_fraction} leaves no document for the {split} split '
+        f'of {spec.where}, which has {total}; {"lower" if split == "train" else "raise"} it, or '
+        'give more documents (a text file is one document, a line of a jsonl file is one)'
+      )
+  return scan
+
+
+class _Counter:
+  """Accumulates a `_Scan`."""
+
+  def __init__(self, heldout_fraction: float):
+    self._heldout_fraction = heldout_fraction
+    self._hashers = [hashing.new(), hashing.new()]
+    self._num_documents, self._num_bytes = [0, 0], [0, 0]
+
+  def add(self, document: sources.Document) -> bool:
+    """Takes in one document; returns whether it is held out."""
+    heldout = sources.is_heldout(document.name, self._heldout_fraction)
+    hashing.update(self._hashers[heldout], document.name, document.domain, document.text)
+    self._num_documents[heldout] += 1
+    self._num_bytes[heldout] += len(document.text)
+    return heldout
+
+  def result(self) -> _Scan:
+    digests = tuple(hasher.hexdigest() for hasher in self._hashers)
+    return _Scan(digests, tuple(self._num_documents), tuple(self._num_bytes))
+
+
+def _tokenizer(
+  data: config.DataConfig,
+  vocab_size: int,
+  specs: Mapping[str, sources.Spec],
+  scans: Mapping[str, _Scan],
+  progress: bool,
+) -> tokenizer_lib.Tokenizer:
+  """The configured tokenizer; 'bpe' is trained on the training split alone, and cached."""
+  specials = (data.bos_token, data.eos_token)
+  if data.tokenizer == 'bytes':
+    tokenizer = tokenizer_lib.byte_tokenizer(*specials)
+  elif data.tokenizer == 'bpe':
+
+    def build(temporary: pathlib.Path):
+      texts = (
+        (document.name, document.text)
+        for spec in specs.values()
+        for document in sources.read(spec, quiet=True)
+        if not sources.is_heldout(document.name, data.heldout_fraction)
+      )
+      sample = tokenizer_lib.training_sample(texts, sum(s.num_bytes[0] for s in scans.values()))
+      trained = tokenizer_lib.train_bpe(sample, vocab_size, *specials, progress=progress)
+      trained.save(temporary / 'tokenizer.json')
+
+    digests = [scan.digests[0] for scan in scans.values()]
+    key = hashing.hexdigest(
+      _VERSION, tokenizer_lib.BPE_TRAINING_BYTES, vocab_size, *specials, *digests
+    )
+    target = cache.root(data.cache_dir) / 'tokenizers' / key
+    cache.get_or_build(target, build, lambda d: (d / 'tokenizer.json').is_file())
+    tokenizer = tokenizer_lib.load(target / 'tokenizer.json', *specials)
+  else:
+    tokenizer = tokenizer_lib.load(data.tokenizer, *specials)
+  tokenizer_lib.check_vocab_size(tokenizer, vocab_size)
+  return tokenizer
+
+
+def _build(
+  directory: pathlib.Path,
+  *,
+  spec: sources.Spec,
+  scan: _Scan,
+  tokenizer: tokenizer_lib.Tokenizer,
+  data: config.DataConfig,
+  seed: int,
+  progress: bool,
+):
+  """Tokenises a source into `directory`."""
+  dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+  counter = _Counter(data.heldout_fraction)
+  disable = None if progress else True
+  bar = tqdm.tqdm(
+    desc='tokenise', total=sum(scan.num_bytes), unit='B', unit_scale=True, disable=disable
+  )
+  with bar, (directory / 'heldout.txt').open('wb') as heldout_text:
+    writers = [_SplitWriter(directory, split, dtype) for split in _SPLITS]
+    for batch in _batches(sources.read(spec, quiet=True)):
+      heldout = [counter.add(document) for document in batch]
+      rates = [0.0 if is_heldout else data.fim_rate for is_heldout in heldout]
+      for document, is_heldout, ids in zip(batch, heldout, _encode(tokenizer, batch, rates, seed)):
+        writers[is_heldout].add(document, ids)
+        if is_heldout:
+          heldout_text.write(document.text)
+      bar.update(sum(len(document.text) for document in batch))
+  if counter.result() != scan:
+    raise errors.InputError(f'{spec.where} changed while it was being tokenised; run again')
+  domains = sorted(set().union(*(writer.domains for writer in writers)))
+  for writer in writers:
+    writer.close(domains)
+  sizes = {file.name: file.stat().st_size for file in directory.iterdir()}
+  meta = {'domains': domains, 'dtype': dtype.name, 'sizes': sizes}
+  (directory / 'meta.json').write_text(json.dumps(meta))
+
+
+def _batches(documents: Iterable[sources.Document]) -> Iterator[list[sources.Document]]:
+  """Groups documents into lists of about _BATCH_BYTES of text, in order."""
+  batch, size = [], 0
+  for document in documents:
+    batch.append(document)
+    size += len(document.text)
+    if size >= _BATCH_BYTES:
+      yield batch
+      batch, size = [], 0
+  if batch:
+    yield batch
+
+
+def _encode(
+  tokenizer: tokenizer_lib.Tokenizer,
+  documents: Sequence[sources.Document],
+  fim_rates: Sequence[float],
+  seed: int,
+) -> Iterator[list[int]]:
+  """Yields each document's ids, BOS to EOS; all parts are encoded in one batch, on all cores."""
+  parts = [
+    fim.split(document.text.decode('utf-8'), fim.document_rng(seed, document.name), rate)
+    for document, rate in zip(documents, fim_rates)
+  ]
+  encoded = iter(tokenizer.encode_batch([text for texts in parts for text in texts]))
+  for texts in parts:
+    yield fim.assemble(tokenizer, [next(encoded) for _ in texts])
+
+
+class _SplitWriter:
+  """Appends documents to the files of one split."""
+
+  def __init__(self, directory: pathlib.Path, split: str, dtype: np.dtype):
+    self._directory, self._split, self._dtype = directory, split, dtype
+    self._tokens = (directory / f'{split}.tokens').open('wb')
+    self._lengths, self._doc_bytes, self._doc_domain = [], [], []
+
+  @property
+  def domains(self) -> set[str]:
+    return set(self._doc_domain)
+
+  def add(self, document: sources.Document, ids: Sequence[int]):
+    np.asarray(ids, self._dtype).tofile(self._tokens)
+    self._lengths.append(len(ids))
+    self._doc_bytes.append(len(document.text))
+    self._doc_domain.append(document.domain)
+
+  def close(self, domains: Sequence[str]):
+    self._tokens.close()
+    index = {label: i for i, label in enumerate(domains)}
+    arrays = {
+      'offsets': np.concatenate([[0], np.cumsum(self._lengths)]).astype(np.int64),
+      'doc_bytes': np.asarray(self._doc_bytes, np.int64),
+      'doc_domain': np.asarray([index[label] for label in self._doc_domain], np.int32),
+    }
+    for name, array in arrays.items():
+      np.save(self._directory / f'{self._split}.{name}.npy', array)
+
+
+def _is_whole(directory: pathlib.Path) -> bool:
+  """Whether every file of a cached corpus has the size it was written with."""
+  try:
+    sizes = json.loads((directory / 'meta.json').read_text())['sizes']
+    return all((directory / name).stat().st_size == size for name, size in sizes.items())
+  except (OSError, ValueError, KeyError):
+    return False
+
+
+def _open(directory: pathlib.Path, split: str) -> TokenSplit:
+  """Maps one split's tokens into memory; the small per-document arrays are read."""
+  meta = json.loads((directory / 'meta.json').read_text())
+  arrays: dict[str, Any] = {
+    name: np.load(directory / f'{split}.{name}.npy')
+    for name in ('offsets', 'doc_bytes', 'doc_domain')
+  }
+  tokens = np.memmap(directory / f'{split}.tokens', np.dtype(meta['dtype']), mode='r')
+  return TokenSplit(tokens=tokens, **arrays)
+
+
+def _label(splits: Sequence[TokenSplit]) -> list[TokenSplit]:
+  """Gives every document of the i-th split the domain i."""
+  return [
+    dataclasses.replace(split, doc_domain=np.full_like(split.doc_domain, i))
+    for i, split in enumerate(splits)
+  ]
+
+
+def _concatenate(splits: Sequence[TokenSplit]) -> TokenSplit:
+  if len(splits) == 1:
+    return splits[0]
+  starts = np.cumsum([0] + [split.num_tokens for split in splits[:-1]])
+  offsets = [split.offsets[:-1] + start for split, start in zip(splits, starts)]
+  total = sum(split.num_tokens for split in splits)
+  return TokenSplit(
+    tokens=np.concatenate([split.tokens for split in splits]),
+    offsets=np.concatenate([*offsets, [total]]),
+    doc_bytes=np.concatenate([split.doc_bytes for split in splits]),
+    doc_domain=np.concatenate([split.doc_domain for split in splits]),
+  )

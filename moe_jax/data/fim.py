@@ -1,0 +1,53 @@
+"""Fill-in-the-middle: some training documents are rearranged as prefix, suffix, middle (PSM).
+
+`BOS BEGIN prefix HOLE suffix END middle EOS`, per document and before packing, with an ordinary
+next-token loss on every token (DeepSeek-Coder-V2, section 3; split points uniform over characters,
+as in Bavarian et al., 2022). The three parts are tokenised apart, as they will be when a user asks
+for a middle.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from moe_jax import errors
+from moe_jax.data import hashing
+from moe_jax.data import tokenizer as tokenizer_lib
+
+
+def check(tokenizer: tokenizer_lib.Tokenizer, fim_rate: float):
+  """Raises errors.InputError if FIM is asked for and the tokenizer lacks its three tokens."""
+  if fim_rate > 0 and tokenizer.fim_ids is None:
+    raise errors.InputError(
+      f'config.data.fim_rate={fim_rate} needs the tokens {", ".join(tokenizer_lib.FIM_TOKENS)} in '
+      "the tokenizer (config.data.tokenizer); set fim_rate=0, or use tokenizer='bpe' or 'bytes'"
+    )
+
+
+def document_rng(seed: int, name: str) -> np.random.Generator:
+  """The randomness of one document: it depends on no other document and on no order."""
+  return np.random.Generator(np.random.PCG64([seed, hashing.integer('fim', name)]))
+
+
+def split(text: str, rng: np.random.Generator, fim_rate: float) -> tuple[str, ...]:
+  """Returns `(text,)`, or with probability `fim_rate` its `(prefix, suffix, middle)`."""
+  if rng.random() >= fim_rate:
+    return (text,)
+  i, j = sorted(rng.integers(0, len(text) + 1, size=2))
+  return text[:i], text[j:], text[i:j]
+
+
+def assemble(tokenizer: tokenizer_lib.Tokenizer, parts: Sequence[list[int]]) -> list[int]:
+  """Joins the ids of what `split` returned into one document, BOS to EOS."""
+  if len(parts) == 1:
+    return [tokenizer.bos_id, *parts[0], tokenizer.eos_id]
+  prefix, suffix, middle = parts
+  begin, hole, end = tokenizer.fim_ids
+  return [tokenizer.bos_id, begin, *prefix, hole, *suffix, end, *middle, tokenizer.eos_id]
+
+
+def transform(
+  text: str, tokenizer: tokenizer_lib.Tokenizer, rng: np.random.Generator, fim_rate: float
+) -> list[int]:
+  """One document's ids, BOS to EOS, rearranged with probability `fim_rate`."""
+  return assemble(tokenizer, tokenizer.encode_batch(split(text, rng, fim_rate)))

@@ -1,0 +1,181 @@
+"""Corpus to batches. The batch at step n is a pure function of (corpus, seed, n).
+
+The training rows form one endless stream with random access: each component's rows, shuffled anew
+in every epoch, interleaved by weight. Step n takes the rows after those of all earlier steps, and
+each process a contiguous slice of them. So resuming needs only n, and any number of processes sees
+the same global batch. Threads read ahead of the device; they change when a batch is made, never
+which.
+
+Legend: B global batch size, L max_seq_len, P process_count.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+
+import grain
+import numpy as np
+
+from moe_jax import errors
+from moe_jax.data import corpus as corpus_lib
+from moe_jax.data import packing
+
+Batch = dict[str, np.ndarray]
+
+_THREADS = 2  # numpy holds the interpreter most of the time, so more would only wait for each other
+
+
+def check_corpus(
+  corpus: corpus_lib.Corpus,
+  *,
+  max_seq_len: int,
+  batch_sizes: Iterable[int],
+  process_count: int = 1,
+):
+  """Checks that every batch can be filled with distinct rows and divided among the processes.
+
+  Args:
+    corpus: the text.
+    max_seq_len: L.
+    batch_sizes: every global batch size that the run will use.
+    process_count: P.
+
+  Raises:
+    errors.InputError: names the numbers and the ways out.
+  """
+  sizes = set(batch_sizes)
+  for size in sorted(sizes):
+    if size % process_count:
+      raise errors.InputError(
+        f'config.train.batch_size={size} (or a size of train.batch_ramp) must be divisible by the '
+        f'{process_count} processes; choose {-(-size // process_count) * process_count}, or change '
+        'the number of processes'
+      )
+  largest = max(sizes, default=0)
+  for i, (split, weight) in enumerate(zip(corpus.train, corpus.weights)):
+    rows = packing.num_rows(split, max_seq_len)
+    needed = int(largest * weight)
+    if rows < needed:
+      # A mixture's labels are its components' names, in this order.
+      part = f' of component {corpus.domains[i]!r}' if len(corpus.train) > 1 else ''
+      raise errors.InputError(
+        f'config.train.batch_size={largest} takes {needed} rows{part} of config.model.max_seq_len='
+        f'{max_seq_len} tokens, but the training split{part} packs into only {rows} '
+        f'({split.num_tokens} tokens); use batch_size <= {max(int(rows / weight), 1)}, a shorter '
+        'max_seq_len, or more text (config.data.path)'
+      )
+
+
+class TrainBatches:
+  """This process's slices of the global batches, by step: a source with random access for grain."""
+
+  def __init__(
+    self,
+    corpus: corpus_lib.Corpus,
+    *,
+    seed: int,
+    max_seq_len: int,
+    batch_size_at: Callable[[int], int],
+    num_steps: int,
+    process_index: int = 0,
+    process_count: int = 1,
+  ):
+    """Lays out the row stream; arguments as in `train_batches`."""
+    sizes = np.fromiter((batch_size_at(n) for n in range(num_steps)), np.int64, num_steps)
+    check_corpus(
+      corpus,
+      max_seq_len=max_seq_len,
+      batch_sizes=np.unique(sizes).tolist(),
+      process_count=process_count,
+    )
+    self._starts = np.concatenate([[0], np.cumsum(sizes)])  # [num_steps + 1] first row of each step
+    self._rows = _row_stream(corpus, seed, max_seq_len)
+    self._process_index, self._process_count = process_index, process_count
+
+  def __len__(self) -> int:
+    return len(self._starts) - 1
+
+  def __getitem__(self, step: int) -> Batch:
+    """Returns the batch of `step`: int32 [B / P, L] arrays, see `packing.Packing`."""
+    start, size = int(self._starts[step]), int(self._starts[step + 1] - self._starts[step])
+    share = size // self._process_count
+    begin = start + self._process_index * share
+    return packing.stack([self._rows[i] for i in range(begin, begin + share)])
+
+
+def _row_stream(corpus: corpus_lib.Corpus, seed: int, max_seq_len: int) -> grain.MapDataset:
+  """All epochs of all components' rows, by index."""
+  components = []
+  for i, split in enumerate(corpus.train):
+    # Hashed, so that neighbouring seeds share nothing: grain shuffles epoch e with (seed + e).
+    order_seed, shuffle_seed = np.random.SeedSequence([seed, i]).generate_state(2).tolist()
+    order = np.random.default_rng(order_seed).permutation(split.num_documents)
+    rows = grain.MapDataset.source(packing.Packing(split, order, max_seq_len))
+    components.append(rows.shuffle(seed=shuffle_seed).repeat())
+  if len(components) == 1:
+    return components[0]
+  return grain.MapDataset.mix(components, weights=corpus.weights)
+
+
+def train_batches(
+  corpus: corpus_lib.Corpus,
+  *,
+  seed: int,
+  max_seq_len: int,
+  batch_size_at: Callable[[int], int],
+  start_step: int,
+  num_steps: int,
+  process_index: int = 0,
+  process_count: int = 1,
+  prefetch: int = 8,
+) -> Iterator[Batch]:
+  """Yields this process's batches of the steps start_step, ..., num_steps - 1.
+
+  Args:
+    corpus: the text.
+    seed: decides the order of documents and rows.
+    max_seq_len: L.
+    batch_size_at: step -> B, the global batch size; must be a pure function.
+    start_step: first step to yield.
+    num_steps: length of the whole run.
+    process_index: which slice of the global batch.
+    process_count: P; must divide every batch size.
+    prefetch: batches made ahead.
+
+  Returns:
+    An iterator of dicts of int32 [B / P, L], see `packing.Packing`. Closing it, or leaving it, ends
+    its threads.
+
+  Raises:
+    errors.InputError: at once, see `check_corpus`.
+  """
+  source = TrainBatches(
+    corpus,
+    seed=seed,
+    max_seq_len=max_seq_len,
+    batch_size_at=batch_size_at,
+    num_steps=num_steps,
+    process_index=process_index,
+    process_count=process_count,
+  )
+  return _prefetched(source, start_step, prefetch)
+
+
+def _prefetched(source: TrainBatches, start_step: int, prefetch: int) -> Iterator[Batch]:
+  if start_step >= len(source):
+    return
+  steps = grain.MapDataset.source(source)[start_step:]
+  options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=prefetch)
+  iterator = iter(steps.to_iter_dataset(options))
+  try:
+    yield from iterator
+  finally:
+    iterator.close()
+
+
+def heldout_batches(
+  corpus: corpus_lib.Corpus, max_seq_len: int, batch_size: int
+) -> Iterator[Batch]:
+  """Yields the held-out rows in natural order, int32 [B, L]; padding rows fill the last batch."""
+  rows = packing.Packing(corpus.heldout, np.arange(corpus.heldout.num_documents), max_seq_len)
+  for begin in range(0, len(rows), batch_size):
+    batch = [rows[i] for i in range(begin, min(begin + batch_size, len(rows)))]
+    yield packing.stack(batch + [packing.padding_row(max_seq_len)] * (batch_size - len(batch)))

@@ -1,0 +1,330 @@
+"""Where text comes from: each source yields documents, which are a name, UTF-8 text and a domain.
+
+A name is the same on every machine (a path below its root, a line of a file), because a hash of it
+decides whether the document is trained on or held out. Documents without any text are left out.
+"""
+
+import dataclasses
+import glob
+import importlib
+import io
+import json
+import os
+import pathlib
+import sysconfig
+import tokenize
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import tqdm
+from absl import logging
+
+from moe_jax import config, errors
+from moe_jax.data import cache, hashing, synthetic
+
+_SKIPPED_DIRS = frozenset({'site-packages', 'dist-packages', '__pycache__'})
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+  """One unit of text: never packed across, wholly trained on or wholly held out."""
+
+  name: str
+  text: bytes  # UTF-8
+  domain: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+  """What a source needs to know; fields as in `config.DataConfig`."""
+
+  section: (
+    str  # where it stands in the config, for error messages: 'config.data' or '...mixture.<label>'
+  )
+  source: str
+  path: str
+  text_field: str
+  domain_field: str
+  synthetic_documents: int
+  cache_dir: pathlib.Path
+  progress: bool  # show a bar for a download
+
+  @property
+  def where(self) -> str:
+    """The start of every error message about this source."""
+    return f'{self.section}.path={self.path!r} (source {self.source!r})'
+
+
+def specs(data: config.DataConfig, *, progress: bool = False) -> dict[str, Spec]:
+  """One `Spec` per member of the mixture, by domain label; any other source is {'': spec}."""
+  members = {'': data}
+  if data.source == 'mixture':
+    members = {label: data.mixture[label] for label in sorted(data.mixture)}
+  return {
+    label: Spec(
+      section=f'config.data.mixture.{label}' if label else 'config.data',
+      source=member.source,
+      path=member.path,
+      text_field=data.text_field,
+      domain_field=data.domain_field,
+      synthetic_documents=data.synthetic_documents,
+      cache_dir=cache.root(data.cache_dir),
+      progress=progress,
+    )
+    for label, member in members.items()
+  }
+
+
+def read(spec: Spec, *, quiet: bool = False) -> Iterator[Document]:
+  """Yields the documents of a source in a fixed order.
+
+  Args:
+    spec: the source.
+    quiet: for a later pass over the same documents: no second warning about skipped files.
+
+  Raises:
+    errors.InputError: something is missing, unreadable or malformed.
+  """
+  warn = (lambda message: None) if quiet else logging.warning
+  return (document for document in SOURCES[spec.source](spec, warn) if document.text)
+
+
+def is_heldout(name: str, heldout_fraction: float) -> bool:
+  """Whether `name` is kept for evaluation: a hash decides, not its content, place or order."""
+  return hashing.uniform('heldout', name) < heldout_fraction
+
+
+def python_source(spec: Spec, warn: Callable[[str], None]) -> Iterator[Document]:
+  """All .py files under the roots; without a root, the standard library of the running interpreter.
+
+  Domain: the first directory of the path below the root, or 'top'. Installed packages
+  (site-packages) are left out. Files that cannot be read, or decoded as PEP 263 says, are skipped
+  and counted in a warning.
+  """
+  skipped: list[str] = []
+  for pattern in _comma_separated(spec.path) or [sysconfig.get_path('stdlib')]:
+    root = pathlib.Path(pattern).expanduser()
+    if not root.is_dir():
+      raise errors.InputError(
+        f'{spec.where} must name directories, and {pattern!r} is none; correct it, or leave it '
+        'empty for the standard library'
+      )
+    for name in _python_files(root, skipped):
+      try:
+        text = _decode_python((root / name).read_bytes())
+      except (OSError, SyntaxError, UnicodeError, LookupError):
+        skipped.append(name)
+        continue
+      yield Document(name, text, name.split('/')[0] if '/' in name else 'top')
+  if skipped:
+    warn(
+      f'{spec.where}: skipped {len(skipped)} that could not be read or decoded: '
+      f'{", ".join(skipped[:3])}{", ..." if len(skipped) > 3 else ""}'
+    )
+
+
+def _python_files(root: pathlib.Path, skipped: list[str]) -> list[str]:
+  """Paths of the .py files below `root`, relative to it, with forward slashes, sorted."""
+  names = []
+  for folder, subfolders, files in os.walk(root, onerror=lambda e: skipped.append(str(e.filename))):
+    subfolders[:] = [d for d in subfolders if d not in _SKIPPED_DIRS]
+    below = pathlib.Path(folder).relative_to(root)
+    names += [(below / file).as_posix() for file in files if file.endswith('.py')]
+  return sorted(names)
+
+
+def _decode_python(data: bytes) -> bytes:
+  """Python source in its declared encoding (PEP 263) to UTF-8 without a byte-order mark."""
+  encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+  return data.decode(encoding).encode('utf-8')
+
+
+def text_files(spec: Spec, warn: Callable[[str], None]) -> Iterator[Document]:
+  """One document per file. Domain: its folder as the path spells it; without one, its stem."""
+  for name, file in _files(spec):
+    data = _read_bytes(spec, file)
+    try:
+      data.decode('utf-8')
+    except UnicodeDecodeError as e:
+      raise errors.InputError(
+        f'{spec.where} must hold UTF-8 text, and {str(file)!r} does not ({e}); convert it with '
+        'iconv, or leave it out'
+      ) from e
+    folder = file.parent.name
+    yield Document(name, data, folder if folder not in ('', '..') else file.stem)
+
+
+def jsonl(spec: Spec, warn: Callable[[str], None]) -> Iterator[Document]:
+  """One document per line. Domain: data.domain_field, or the file's stem."""
+  for name, file in _files(spec):
+    yield from _jsonl_documents(spec, file, name, file.stem)
+
+
+def _jsonl_documents(spec: Spec, file: pathlib.Path, name: str, domain: str) -> Iterator[Document]:
+  try:
+    with file.open('rb') as lines:
+      for number, line in enumerate(lines, start=1):
+        if line.strip():
+          where = f'{name}:{number}'
+          yield _record(spec, _parse(spec, line, f'{file}:{number}'), where, domain)
+  except OSError as e:
+    raise _unreadable(spec, file, e) from e
+
+
+def _parse(spec: Spec, line: bytes, where: str) -> Any:
+  try:
+    return json.loads(line)
+  except ValueError as e:
+    raise errors.InputError(
+      f'{spec.where}: {where} must be a JSON object on one line ({e}); repair or remove the line'
+    ) from e
+
+
+def parquet(spec: Spec, warn: Callable[[str], None]) -> Iterator[Document]:
+  """One document per row. Domain: data.domain_field, or the file's stem."""
+  for name, file in _files(spec):
+    for number, row in enumerate(_parquet_rows(spec, file)):
+      yield _record(spec, row, f'{name}:{number}', file.stem)
+
+
+def _parquet_rows(spec: Spec, file: pathlib.Path) -> Iterator[Mapping[str, Any]]:
+  library = _optional(spec, 'pyarrow.parquet', 'pyarrow')
+  try:
+    with library.ParquetFile(file) as table:
+      known = table.schema_arrow.names
+      wanted = [field for field in (spec.text_field, spec.domain_field) if field in known]
+      # Without the wanted columns all are read, so that the error can name those that exist.
+      for batch in table.iter_batches(batch_size=1024, columns=wanted or None):
+        yield from batch.to_pylist()
+  except (OSError, ValueError) as e:  # a malformed file is ArrowInvalid, a ValueError
+    raise _unreadable(spec, file, e) from e
+
+
+def hugging_face(spec: Spec, warn: Callable[[str], None]) -> Iterator[Document]:
+  """The 'train' split of a Hugging Face dataset, streamed once into the cache and read there.
+
+  Domain: data.domain_field, or the dataset's name.
+  """
+  key = hashing.hexdigest(spec.path, spec.text_field, spec.domain_field)
+  directory = cache.get_or_build(
+    spec.cache_dir / 'hf' / key,
+    lambda temporary: _download(spec, temporary / 'data.jsonl'),
+    lambda target: (target / 'data.jsonl').is_file(),
+  )
+  stored = dataclasses.replace(spec, text_field='text', domain_field='domain')
+  yield from _jsonl_documents(stored, directory / 'data.jsonl', spec.path, spec.path)
+
+
+def _download(spec: Spec, file: pathlib.Path):
+  library = _optional(spec, 'datasets', 'datasets')
+  try:
+    rows = library.load_dataset(spec.path, split='train', streaming=True)
+  except (OSError, ValueError) as e:
+    raise errors.InputError(
+      f"{spec.where} must name a Hugging Face dataset with a 'train' split ({e}); correct the "
+      "name, check the network, or use source='jsonl' with a local copy"
+    ) from e
+  bar = tqdm.tqdm(
+    rows, f'download {spec.path}', unit='doc', disable=None if spec.progress else True
+  )
+  with file.open('w', encoding='utf-8') as out, bar:
+    for number, row in enumerate(bar, start=1):
+      document = _record(spec, row, f'{spec.path}:{number}', spec.path)
+      line = {'text': document.text.decode('utf-8'), 'domain': document.domain}
+      out.write(json.dumps(line) + '\n')
+
+
+def synthetic_text(spec: Spec, warn: Callable[[str], None]) -> Iterator[Document]:
+  """`data.synthetic_documents` documents of made-up text in four domains; see `synthetic`."""
+  for name, text, domain in synthetic.documents(spec.synthetic_documents):
+    yield Document(name, text.encode('utf-8'), domain)
+
+
+SOURCES: dict[str, Callable[[Spec, Callable[[str], None]], Iterator[Document]]] = {
+  'python_source': python_source,
+  'text': text_files,
+  'jsonl': jsonl,
+  'parquet': parquet,
+  'hf': hugging_face,
+  'synthetic': synthetic_text,
+}
+
+
+def _record(spec: Spec, row: Any, where: str, domain: str) -> Document:
+  """Turns one row with named fields into a document called `where`."""
+  fields = (spec.text_field, spec.domain_field) if spec.domain_field else (spec.text_field,)
+  for option, field in zip(('text_field', 'domain_field'), fields):
+    if not isinstance(row, Mapping) or field not in row:
+      known = ', '.join(map(repr, row)) if isinstance(row, Mapping) else 'no fields at all'
+      raise errors.InputError(
+        f'config.data.{option}={field!r} must be a field of every document; {where} of '
+        f'{spec.where} has {known}: set config.data.{option} to one of its fields'
+      )
+  text = row[spec.text_field]
+  try:
+    data = text.encode('utf-8')
+  except (AttributeError, UnicodeEncodeError) as e:
+    raise errors.InputError(
+      f'{spec.where}: field {spec.text_field!r} of {where} must be a string of Unicode text, not '
+      f'{ascii(text):.40}; repair or remove that document'
+    ) from e
+  return Document(where, data, str(row[spec.domain_field]) if spec.domain_field else domain)
+
+
+def _files(spec: Spec) -> list[tuple[str, pathlib.Path]]:
+  """The files that a path of files and globs names, each with its name below the glob's root."""
+  found: dict[pathlib.Path, str] = {}
+  for pattern in _comma_separated(spec.path):
+    path = pathlib.Path(pattern).expanduser()
+    if path.is_file():
+      found[path] = path.name
+    elif glob.has_magic(pattern):
+      fixed = pathlib.Path(*_before_magic(path.parts))
+      matches = sorted(map(pathlib.Path, glob.glob(str(path), recursive=True)))
+      matches = [match for match in matches if match.is_file()]
+      if not matches:
+        raise errors.InputError(
+          f'{spec.where}: the glob {pattern!r} must match a file, and it matches none; correct it'
+        )
+      found.update({match: match.relative_to(fixed).as_posix() for match in matches})
+    else:
+      what = 'is a directory' if path.is_dir() else 'does not exist'
+      raise errors.InputError(
+        f'{spec.where} must name files or globs, and {pattern!r} {what}; name files, or a glob '
+        f'such as {str(path / "*" if path.is_dir() else path.parent / "*")!r}'
+      )
+  return [(name, path) for path, name in found.items()]
+
+
+def _before_magic(parts: tuple[str, ...]) -> list[str]:
+  magic = [glob.has_magic(part) for part in parts]
+  return list(parts[: magic.index(True)])
+
+
+def _comma_separated(path: str) -> list[str]:
+  return [part.strip() for part in path.split(',') if part.strip()]
+
+
+def _read_bytes(spec: Spec, file: pathlib.Path) -> bytes:
+  try:
+    return file.read_bytes()
+  except OSError as e:
+    raise _unreadable(spec, file, e) from e
+
+
+def _unreadable(spec: Spec, file: pathlib.Path, error: Exception) -> errors.InputError:
+  return errors.InputError(
+    f'{spec.where}: cannot read {str(file)!r} ({error}); make it readable, or leave it '
+    'out of the path'
+  )
+
+
+def _optional(spec: Spec, module: str, package: str) -> Any:
+  """Imports a library that only this source needs."""
+  try:
+    return importlib.import_module(module)
+  except ImportError as e:
+    raise errors.InputError(
+      f'{spec.section}.source={spec.source!r} needs the package {package!r}; install the extra '
+      f"'hf' (pip install 'moe_jax[hf]', or -e '.[hf]' in a clone), or choose another source"
+    ) from e

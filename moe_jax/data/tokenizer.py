@@ -1,0 +1,166 @@
+"""Text to token ids and back: byte-level BPE, plain bytes, or any existing tokenizer.json.
+
+All three are one class around `tokenizers.Tokenizer`, so that each can be saved beside a checkpoint
+as one file. Both of our own kinds cover all 256 bytes, so every text survives
+`decode(encode(text))`. Text can never smuggle in a special token: its literal spelling is encoded
+as ordinary characters.
+"""
+
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from moe_jax import errors
+from moe_jax.data import hashing
+
+# Begin, hole, end, spelled as in DeepSeek-Coder-V2: full-width bars, lower-one-eighth blocks.
+FIM_TOKENS = ('<｜fim▁begin｜>', '<｜fim▁hole｜>', '<｜fim▁end｜>')
+
+# Merges hardly change beyond this much text, and training takes 2 s for it on 2 cores.
+BPE_TRAINING_BYTES = 8_000_000
+_SAMPLE_BYTES = 65_536  # a long document is sampled in pieces of this size
+
+
+class Tokenizer:
+  """A `tokenizers.Tokenizer` with the ids of its begin, end and fill-in-the-middle tokens."""
+
+  def __init__(self, inner: tokenizers.Tokenizer, bos_token: str, eos_token: str):
+    """Wraps `inner`, which must know `bos_token` and `eos_token`; the FIM tokens are optional.
+
+    Raises:
+      errors.InputError: a token is missing.
+    """
+    present = [t for t in FIM_TOKENS if inner.token_to_id(t) is not None]
+    for field, token in (('bos_token', bos_token), ('eos_token', eos_token)):
+      if inner.token_to_id(token) is None:
+        known = [t.content for t in inner.get_added_tokens_decoder().values()]
+        raise errors.InputError(
+          f'config.data.{field}={token!r} must be a token of the tokenizer; its special tokens are '
+          f"{', '.join(map(repr, known)) or 'none'}: name one of these, or use data.tokenizer='bpe'"
+        )
+    # Published files mark some of these tokens as ordinary, which would let text spell them.
+    inner.add_special_tokens([bos_token, eos_token, *present])
+    inner.encode_special_tokens = True
+    inner.no_truncation()
+    inner.no_padding()
+    self._inner = inner
+    self.bos_id: int = inner.token_to_id(bos_token)
+    self.eos_id: int = inner.token_to_id(eos_token)
+    # One more than the largest id, which is what an embedding must have rows for.
+    self.vocab_size: int = max(inner.get_vocab(with_added_tokens=True).values()) + 1
+    self.fim_ids: tuple[int, ...] | None = None  # begin, hole, end
+    if len(present) == len(FIM_TOKENS):
+      self.fim_ids = tuple(inner.token_to_id(t) for t in FIM_TOKENS)
+
+  def encode(self, text: str) -> list[int]:
+    return self._inner.encode(text, add_special_tokens=False).ids
+
+  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    """Encodes several texts, on all cores."""
+    batch = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [encoding.ids for encoding in batch]
+
+  def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+    """Ids to text; ids that form no whole UTF-8 character become U+FFFD."""
+    return self._inner.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+  def to_json(self) -> str:
+    return self._inner.to_str()
+
+  def save(self, path: str | pathlib.Path):
+    pathlib.Path(path).write_text(self.to_json(), encoding='utf-8')
+
+
+def load(path: str | pathlib.Path, bos_token: str, eos_token: str) -> Tokenizer:
+  """Reads a tokenizer.json.
+
+  Raises:
+    errors.InputError: no such file, not a tokenizer, or a token is missing.
+  """
+  try:
+    text = pathlib.Path(path).expanduser().read_text(encoding='utf-8')
+    inner = tokenizers.Tokenizer.from_str(text)
+  except Exception as e:  # `tokenizers` raises bare Exception for a malformed file
+    raise errors.InputError(
+      f"config.data.tokenizer={str(path)!r} must be 'bpe', 'bytes' or a readable tokenizer.json "
+      f'({e}){errors.did_you_mean(str(path), ("bpe", "bytes"))}'
+    ) from e
+  return Tokenizer(inner, bos_token, eos_token)
+
+
+def byte_tokenizer(bos_token: str, eos_token: str) -> Tokenizer:
+  """One id per byte, after the special tokens: a BPE without merges."""
+  specials = _special_tokens(bos_token, eos_token)
+  alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+  vocab = {token: i for i, token in enumerate(specials + alphabet)}
+  inner = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+  inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  inner.decoder = decoders.ByteLevel()
+  return Tokenizer(inner, bos_token, eos_token)
+
+
+def train_bpe(
+  texts: Iterable[str], vocab_size: int, bos_token: str, eos_token: str, *, progress: bool = False
+) -> Tokenizer:
+  """Trains byte-level BPE with at most `vocab_size` entries; digits stand alone, as DeepSeek's do.
+
+  Raises:
+    errors.InputError: `vocab_size` has no room for the bytes and the special tokens.
+  """
+  specials = _special_tokens(bos_token, eos_token)
+  alphabet = pre_tokenizers.ByteLevel.alphabet()
+  smallest = len(specials) + len(alphabet)
+  if vocab_size < smallest:
+    raise errors.InputError(
+      f"config.model.vocab_size={vocab_size} must be at least {smallest} for data.tokenizer='bpe' "
+      f'({len(alphabet)} bytes and {len(specials)} special tokens); choose {smallest} or more'
+    )
+  inner = tokenizers.Tokenizer(models.BPE())
+  inner.pre_tokenizer = pre_tokenizers.Sequence(
+    [
+      pre_tokenizers.Digits(individual_digits=True),
+      pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ]
+  )
+  inner.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=vocab_size,
+    special_tokens=specials,
+    initial_alphabet=alphabet,
+    show_progress=progress,
+  )
+  inner.train_from_iterator(texts, trainer)
+  return Tokenizer(inner, bos_token, eos_token)
+
+
+def training_sample(texts: Iterable[tuple[str, bytes]], total_bytes: int) -> Iterator[str]:
+  """Picks about BPE_TRAINING_BYTES out of `total_bytes` of (name, UTF-8 text) documents.
+
+  A piece is taken by a hash of its document's name and its place in it, so the sample depends on
+  nothing else.
+  """
+  share = BPE_TRAINING_BYTES / max(total_bytes, 1)
+  for name, text in texts:
+    if share >= 1:
+      yield text.decode('utf-8')
+      continue
+    for start in range(0, len(text), _SAMPLE_BYTES):
+      if hashing.uniform('bpe sample', name, start) < share:
+        # A character cut at the border of a piece is dropped.
+        yield text[start : start + _SAMPLE_BYTES].decode('utf-8', 'ignore')
+
+
+def check_vocab_size(tokenizer: Tokenizer, vocab_size: int):
+  """Raises errors.InputError if the model has too few rows for the tokenizer's ids."""
+  if tokenizer.vocab_size > vocab_size:
+    raise errors.InputError(
+      f'config.model.vocab_size={vocab_size} must be at least {tokenizer.vocab_size}, the entries '
+      f'of the tokenizer (config.data.tokenizer); set config.model.vocab_size='
+      f'{tokenizer.vocab_size} or choose a smaller tokenizer'
+    )
+
+
+def _special_tokens(bos_token: str, eos_token: str) -> list[str]:
+  return list(dict.fromkeys((bos_token, eos_token, *FIM_TOKENS)))

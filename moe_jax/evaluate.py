@@ -1,0 +1,99 @@
+"""Held-out loss, bits per byte and expert balance of a model.
+
+Every token of the held-out documents but their first (begin-of-document) is predicted exactly once,
+the end-of-document token included, so bits per byte is a code length for the documents as they lie
+on disk: nats / ln 2 / true UTF-8 bytes. Fragments of a document cut by the row length start without
+context.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+
+from moe_jax import balance, config, losses, partitioning
+from moe_jax.data import corpus as corpus_lib
+from moe_jax.data import pipeline
+from moe_jax.models import transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """Figures over the whole held-out split."""
+
+  loss: float  # mean cross-entropy per target, nats
+  bits_per_byte: float
+  load: np.ndarray | None  # [num_moe_layers, E] int64, tokens per expert; None for a dense model
+
+  @property
+  def max_vio_per_layer(self) -> list[float]:
+    """MaxVio_global of each MoE layer (arXiv 2408.15664): loads counted over the whole split."""
+    return [] if self.load is None else [float(v) for v in balance.max_vio(self.load)]
+
+  @property
+  def max_vio(self) -> float | None:
+    """Mean of `max_vio_per_layer`; None for a dense model."""
+    return None if self.load is None else float(np.mean(self.max_vio_per_layer))
+
+  def as_dict(self, step: int) -> dict[str, Any]:
+    """The stable keys of `evaluate --json`."""
+    return {
+      'step': step,
+      'loss': self.loss,
+      'bits_per_byte': self.bits_per_byte,
+      'max_vio': self.max_vio,
+      'max_vio_per_layer': self.max_vio_per_layer,
+    }
+
+
+def _sums(cfg: config.ModelConfig, params: Any, batch: dict[str, jax.Array]):
+  out = transformer.Transformer(cfg).apply(
+    {'params': params}, batch['tokens'], batch['positions'], batch['segment_ids']
+  )
+  cross_entropy, _ = losses.next_token(out.logits, batch['targets'])
+  load = None if out.stats is None else out.stats.load
+  return cross_entropy, (batch['targets'] >= 0).sum(), load
+
+
+def evaluate(
+  cfg: config.Config,
+  params: Any,
+  corpus: corpus_lib.Corpus,
+  mesh: jax.sharding.Mesh,
+  *,
+  progress: bool = False,
+) -> Evaluation:
+  """Runs the model over the held-out split, in order.
+
+  Args:
+    cfg: the run; batches have `train.micro_batch_size` (or `batch_size`) rows.
+    params: weights on the mesh.
+    corpus: whose `heldout` split is read.
+    mesh: devices that share each batch.
+    progress: show a bar.
+  """
+  batch_size = cfg.train.micro_batch_size or cfg.train.batch_size
+  batches = list(pipeline.heldout_batches(corpus, cfg.model.max_seq_len, batch_size))
+  step = jax.jit(functools.partial(_sums, cfg.model))
+  nats, targets, load = 0.0, 0, None
+  for batch in tqdm.tqdm(
+    batches, desc='held-out', unit='batch', disable=None if progress else True, leave=False
+  ):
+    del batch['domain_ids']
+    with partitioning.activate(mesh):
+      batch_nats, batch_targets, batch_load = jax.device_get(
+        step(params, partitioning.put_global_batch(batch, mesh))
+      )
+    nats += float(batch_nats)
+    targets += int(batch_targets)
+    if batch_load is not None:
+      load = batch_load.astype(np.int64) + (0 if load is None else load)
+  return Evaluation(
+    loss=nats / targets,
+    bits_per_byte=nats / math.log(2) / corpus.heldout.num_bytes,
+    load=load,
+  )

@@ -1,0 +1,160 @@
+"""Sampling: prefill of the prompts, then decoding with the key-value cache, compiled as one."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax import config, errors
+from moe_jax.models import transformer
+
+Array = jax.Array
+
+LENGTH_BUCKET = 64  # prompts and caches are padded to multiples of this, to compile rarely
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How the next token is drawn; the filters apply in the order temperature, top_k, top_p."""
+
+  temperature: float = 1.0  # 0 = the most likely token
+  top_k: int = 0  # keep the k most likely tokens; 0 = all
+  top_p: float = 1.0  # keep the fewest tokens whose probabilities reach p; 1 = all
+  seed: int = 0
+
+  def __post_init__(self):
+    """Raises errors.InputError for a value out of its range."""
+    rules = (
+      ('temperature', self.temperature >= 0, 'at least 0 (0 takes the most likely token)'),
+      ('top_k', self.top_k >= 0, 'at least 0 (0 keeps all tokens)'),
+      ('top_p', 0 < self.top_p <= 1, 'above 0 and at most 1 (1 keeps all tokens)'),
+      ('seed', self.seed >= 0, 'at least 0'),
+    )
+    for name, holds, rule in rules:
+      if not holds:
+        raise errors.InputError(f'--{name}={getattr(self, name)} must be {rule}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+  """Continuations of a batch of prompts."""
+
+  tokens: list[list[int]]  # new ids per prompt, without the end token
+  seconds: float  # prefill and decoding, without compilation
+
+  @property
+  def tokens_per_second(self) -> float:
+    return sum(len(row) for row in self.tokens) / self.seconds
+
+
+def filter_logits(logits: Array, sampling: Sampling) -> Array:
+  """[B, V] float32 -> logits of the tempered distribution, -inf for tokens that are left out."""
+  logits = logits / sampling.temperature
+  vocab_size = logits.shape[-1]
+  if 0 < sampling.top_k < vocab_size:
+    kth = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
+    logits = jnp.where(logits >= kth, logits, -jnp.inf)
+  if sampling.top_p < 1:
+    order = jnp.argsort(-logits, axis=-1)
+    probs = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
+    # A token stays if the tokens before it have not reached p; so the first one always does.
+    keep = jnp.cumsum(probs, axis=-1) - probs < sampling.top_p
+    keep = jnp.take_along_axis(keep, jnp.argsort(order, axis=-1), axis=-1)
+    logits = jnp.where(keep, logits, -jnp.inf)
+  return logits
+
+
+def _draw(logits: Array, sampling: Sampling, rng: Array) -> Array:
+  if sampling.temperature == 0:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  return jax.random.categorical(rng, filter_logits(logits, sampling)).astype(jnp.int32)
+
+
+def _generate(
+  cfg: config.ModelConfig,
+  sampling: Sampling,
+  eos_id: int,
+  max_new_tokens: int,
+  params: Any,
+  prompt: Array,
+  length: Array,
+) -> Array:
+  """prompt [B, P] int32, padded on the right, length [B] -> ids [B, max_new_tokens], -1 unused."""
+  batch_size, prompt_len = prompt.shape
+  apply = functools.partial(transformer.Transformer(cfg).apply, {'params': params})
+  slots = -(-(prompt_len + max_new_tokens) // LENGTH_BUCKET) * LENGTH_BUCKET
+  cache = transformer.init_cache(cfg, batch_size, slots)
+  # The seed alone decides a draw: position t of every row uses the key folded with t.
+  rng = jax.random.key(sampling.seed)
+
+  at = jnp.broadcast_to(jnp.arange(prompt_len), prompt.shape)
+  out = apply(prompt, at, (at < length[:, None]).astype(jnp.int32), cache)
+  last = jnp.take_along_axis(out.logits, (length - 1)[:, None, None], axis=1)[:, 0]
+  token = _draw(last, sampling, jax.random.fold_in(rng, 0))
+
+  def unfinished(carry):
+    t, _, _, done, _ = carry
+    return (t < max_new_tokens) & ~done.all()
+
+  def decode(carry):
+    t, token, cache, done, written = carry
+    done |= token == eos_id
+    written = written.at[:, t].set(jnp.where(done, -1, token))
+    out = apply(token[:, None], (length + t)[:, None], jnp.ones((batch_size, 1), jnp.int32), cache)
+    token = _draw(out.logits[:, 0], sampling, jax.random.fold_in(rng, t + 1))
+    return t + 1, token, out.cache, done, written
+
+  written = jnp.full((batch_size, max_new_tokens), -1, jnp.int32)
+  done = jnp.zeros((batch_size,), bool)
+  return jax.lax.while_loop(unfinished, decode, (0, token, out.cache, done, written))[-1]
+
+
+def check_lengths(cfg: config.ModelConfig, longest_prompt: int, max_new_tokens: int):
+  """Refuses prompts that do not fit the context together with what is asked for.
+
+  Raises:
+    errors.InputError: names the lengths and the way out.
+  """
+  if max_new_tokens < 1:
+    raise errors.InputError(f'--max_new_tokens={max_new_tokens} must be at least 1')
+  room = cfg.max_seq_len - max_new_tokens
+  if longest_prompt > room:
+    raise errors.InputError(
+      f'--prompt has {longest_prompt} tokens and --max_new_tokens={max_new_tokens}, together more '
+      f'than model.max_seq_len={cfg.max_seq_len}; shorten the prompt to {max(room, 0)} tokens or '
+      'ask for fewer new ones'
+    )
+
+
+def generate(
+  cfg: config.ModelConfig,
+  params: Any,
+  prompts: Sequence[Sequence[int]],
+  max_new_tokens: int,
+  eos_id: int,
+  sampling: Sampling,
+) -> Generation:
+  """Continues each prompt (ids, begin-of-document token included) until the end token or the limit.
+
+  Raises:
+    errors.InputError: a prompt is empty, or does not fit the context.
+  """
+  longest = max(len(p) for p in prompts)
+  if not all(prompts):
+    raise errors.InputError('--prompt must hold at least one token')
+  check_lengths(cfg, longest, max_new_tokens)
+  padded = np.zeros((len(prompts), -(-longest // LENGTH_BUCKET) * LENGTH_BUCKET), np.int32)
+  for row, prompt in zip(padded, prompts):
+    row[: len(prompt)] = prompt
+  length = np.array([len(p) for p in prompts], np.int32)
+  fn = functools.partial(_generate, cfg, sampling, eos_id, max_new_tokens)
+  compiled = jax.jit(fn).lower(params, padded, length).compile()
+  start = time.perf_counter()
+  ids = np.asarray(compiled(params, padded, length))
+  seconds = time.perf_counter() - start
+  return Generation([[int(i) for i in row if i >= 0] for row in ids], seconds)

@@ -1,0 +1,16 @@
+"""How tokens reach their experts and come back: one function each, entered in `DISPATCHES`.
+
+All of them compute the same thing, the gated sum of each token's experts; they differ in what they
+move and multiply for it.
+"""
+
+from collections.abc import Callable
+
+import jax
+
+from moe_jax.models.dispatch import dense, dropless
+
+DISPATCHES: dict[str, Callable[..., jax.Array]] = {
+  'dense': dense.dispatch,
+  'dropless': dropless.dispatch,
+}

@@ -1,0 +1,80 @@
+"""Where every (token, choice) goes: integers, made once per layer for forward and backward.
+
+The rows that experts work on are sorted by expert. Activations are only ever gathered by these
+integers, in both directions; the one scatter is the int32 inverse permutation.
+
+Legend: T tokens, K choices per token, M = T*K choices, E experts, R rows.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+class Plan(NamedTuple):
+  """A sorted layout of R rows in E groups.
+
+  Every group starts at a multiple of the alignment. Rows that hold no choice are padding: gathers
+  by `row_choice` read zeros there, because M is out of bounds. With alignment 1 the groups cover
+  all R rows (unrouted choices sit, as zero rows, in the last group), so that no kernel leaves a row
+  unwritten.
+  """
+
+  row_choice: Array  # [R] int32, row -> flat (token, choice), M on padding rows
+  choice_row: Array  # [T, K] int32, (token, choice) -> row, R for choices that are not routed
+  group_sizes: Array  # [E] int32, rows of each expert, padding included
+
+
+def num_rows(num_choices: int, num_experts: int, align: int) -> int:
+  """R: the rows that any assignment of M choices to E experts fits into at this alignment."""
+  most = num_choices + min(num_experts, num_choices) * (align - 1)
+  return most // align * align
+
+
+def make_plan(expert_idx: Array, num_experts: int, align: int) -> Plan:
+  """Sorts the choices by expert; ties keep token order.
+
+  Args:
+    expert_idx: [T, K] int32 in 0..E; E means not routed.
+    num_experts: E.
+    align: rows to which the size of every group is rounded up.
+
+  Raises:
+    ValueError: (E + 1) * T * K does not fit the packed int32 sort key.
+  """
+  num_tokens, k = expert_idx.shape
+  m = num_tokens * k
+  bits = (m - 1).bit_length()
+  if (num_experts + 1) << bits >= 2**31:
+    raise ValueError(
+      f'{num_experts} experts x {m} choices overflow the int32 sort key; '
+      'lower train.micro_batch_size so that a forward pass holds fewer tokens'
+    )
+  # One packed key makes an unstable single-operand sort equal to a stable argsort.
+  choice = jnp.arange(m, dtype=jnp.int32)
+  key = jax.lax.sort((expert_idx.reshape(m) << bits) | choice, is_stable=False)
+  choice_at, expert_at = key & ((1 << bits) - 1), key >> bits
+  edge = jnp.searchsorted(key, jnp.arange(num_experts + 1, dtype=jnp.int32) << bits)
+  edge = edge.astype(jnp.int32)
+  count = jnp.diff(edge)
+  rows = num_rows(m, num_experts, align)
+  aligned = -(-count // align) * align
+  if align == 1:
+    aligned = aligned.at[-1].add(m - edge[-1])
+  end = jnp.cumsum(aligned)
+  start = end - aligned
+
+  row = jnp.arange(rows, dtype=jnp.int32)
+  group = jnp.minimum(jnp.searchsorted(end, row, side='right'), num_experts - 1)
+  offset = row - start[group]
+  source = jnp.clip(edge[group] + offset, 0, m - 1)
+  row_choice = jnp.where(offset < count[group], choice_at[source], m)
+
+  routed = expert_at < num_experts
+  group_at = jnp.minimum(expert_at, num_experts - 1)
+  row_at = jnp.where(routed, start[group_at] + choice - edge[group_at], rows)
+  choice_row = jnp.zeros(m, jnp.int32).at[choice_at].set(row_at, unique_indices=True)
+  return Plan(row_choice, choice_row.reshape(num_tokens, k), aligned)

@@ -1,0 +1,68 @@
+"""Learning-rate schedules, the batch-size ramp and the AdamW chain."""
+
+from typing import Any
+
+import jax
+import optax
+
+from moe_jax import config
+
+
+def learning_rate(cfg: config.OptimConfig, num_steps: int) -> optax.Schedule:
+  """Linear warm-up from 0 to `peak_lr`, then the schedule over the whole run of `num_steps`.
+
+  multi_step multiplies by `multi_step_factor` at each boundary, a share of the whole run (DeepSeek
+  LLM, section 2.3); cosine and linear fall to `final_lr_fraction` of the peak at the last step.
+  """
+  decay_steps = max(num_steps - cfg.warmup_steps, 1)
+  end = cfg.peak_lr * cfg.final_lr_fraction
+  if cfg.schedule == 'multi_step':
+    after = {
+      round(share * num_steps) - cfg.warmup_steps: cfg.multi_step_factor
+      for share in cfg.multi_step_boundaries
+    }
+    main = optax.piecewise_constant_schedule(cfg.peak_lr, after)
+  elif cfg.schedule == 'cosine':
+    main = optax.cosine_decay_schedule(cfg.peak_lr, decay_steps, alpha=cfg.final_lr_fraction)
+  elif cfg.schedule == 'linear':
+    main = optax.linear_schedule(cfg.peak_lr, end, decay_steps)
+  else:
+    main = optax.constant_schedule(cfg.peak_lr)
+  if not cfg.warmup_steps:
+    return main
+  # Step 0 already trains: the first of W warm-up steps has rate peak / W, not 0.
+  w = cfg.warmup_steps
+  warmup = optax.linear_schedule(cfg.peak_lr / w, cfg.peak_lr, max(w - 1, 1))
+  return optax.join_schedules([warmup, main], [w])
+
+
+def batch_size_at(cfg: config.TrainConfig, step: int) -> int:
+  """Sequences in the global batch of `step`: the ramp entry still in force, or `batch_size`."""
+  return next((size for until, size in cfg.batch_ramp if step < until), cfg.batch_size)
+
+
+def decay_mask(params: Any) -> Any:
+  """True for the matrices, False for norm scales: only matrices decay.
+
+  Told by name, because the scales of stacked layers are two-dimensional too.
+  """
+
+  def is_matrix(path, _):
+    names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+    return names[-1] != 'scale'
+
+  return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def optimizer(cfg: config.OptimConfig, num_steps: int) -> optax.GradientTransformation:
+  """Global-norm clipping, then AdamW with decoupled decay scaled by the learning rate."""
+  clip = [optax.clip_by_global_norm(cfg.clip_norm)] if cfg.clip_norm else []
+  adamw = optax.adamw(
+    learning_rate(cfg, num_steps),
+    b1=cfg.beta1,
+    b2=cfg.beta2,
+    eps=cfg.eps,
+    weight_decay=cfg.weight_decay,
+    mask=decay_mask,
+  )
+  return optax.chain(*clip, adamw)

@@ -1,0 +1,74 @@
+"""The end of a run: held-out figures beside gzip and xz, a sample, plots, and what was written."""
+
+import gzip
+import json
+import lzma
+import pathlib
+
+from moe_jax import config, evaluate, files, generate, metrics, plots
+from moe_jax import run as run_lib
+from moe_jax.data import corpus as corpus_lib
+
+
+def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
+  """Bits per byte of general compressors on the same bytes, the bar for any model of text."""
+  sizes = {
+    'gzip -9': len(gzip.compress(text, compresslevel=9, mtime=0)),
+    'xz -9': len(lzma.compress(text, preset=9)),
+  }
+  return {name: 8 * size / len(text) for name, size in sizes.items()}
+
+
+def sample(run: run_lib.Run, prompt: str, max_new_tokens: int, sampling: generate.Sampling):
+  """Continues one text prompt.
+
+  Returns:
+    (completion text, `generate.Generation`).
+  """
+  ids = [run.tokenizer.bos_id, *run.tokenizer.encode(prompt)]
+  result = generate.generate(
+    run.cfg.model, run.params, [ids], max_new_tokens, run.tokenizer.eos_id, sampling
+  )
+  return run.tokenizer.decode(result.tokens[0]), result
+
+
+def draw(
+  cfg: config.Config, workdir: pathlib.Path, step: int, figures: evaluate.Evaluation
+) -> list[pathlib.Path]:
+  """Draws `plots/loss.png` and, for an MoE model, `plots/expert_load.png`; returns their paths."""
+  (workdir / 'plots').mkdir(exist_ok=True)
+  written = [workdir / 'plots' / 'loss.png']
+  points = metrics.read_metrics(workdir)
+  plots.loss_curve(points, written[0], f'{workdir.name}: training loss', [(step, figures.loss)])
+  if figures.load is not None:
+    written.append(workdir / 'plots' / 'expert_load.png')
+    title = f'{workdir.name}: expert load on held-out text, step {step}'
+    plots.expert_load(figures.load, written[1], title, first_layer=cfg.model.num_dense_layers)
+  return written
+
+
+def finish(
+  run: run_lib.Run, corpus: corpus_lib.Corpus, workdir: pathlib.Path, say: run_lib.Say
+) -> evaluate.Evaluation:
+  """Evaluates a finished run, samples from it, draws, and says all of it."""
+  figures = evaluate.evaluate(run.cfg, run.params, corpus, run.mesh, progress=True)
+  baselines = compressed_bits_per_byte(corpus.heldout_bytes())
+  record = {**figures.as_dict(run.step), 'compressors_bits_per_byte': baselines}
+  files.write_text(workdir / 'evaluation.json', json.dumps(record, indent=2) + '\n')
+  written = draw(run.cfg, workdir, run.step, figures)
+  against = ', '.join(f'{name} {value:.3f}' for name, value in baselines.items())
+  say(
+    f'held-out: bits_per_byte={figures.bits_per_byte:.3f} loss={figures.loss:.4f} '
+    f'(same {corpus.heldout.num_bytes:,} bytes: {against})'
+  )
+  if figures.max_vio is not None:
+    layers = ' '.join(f'{value:.2f}' for value in figures.max_vio_per_layer)
+    say(f'held-out: max_vio_global={figures.max_vio:.2f} (per MoE layer: {layers})')
+  train = run.cfg.train
+  if train.sample_prompt and train.sample_tokens:
+    sampling = generate.Sampling(temperature=0.8, top_p=0.95, seed=train.seed)
+    completion, result = sample(run, train.sample_prompt, train.sample_tokens, sampling)
+    say(f'sample ({result.tokens_per_second:.0f} tokens/s):\n{train.sample_prompt}{completion}')
+  names = ['config.json', 'metrics.jsonl', 'tensorboard', 'checkpoints', 'evaluation.json']
+  say('wrote: ' + ' '.join(str(path) for path in [*(workdir / n for n in names), *written]))
+  return figures

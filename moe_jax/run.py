@@ -1,0 +1,245 @@
+"""One run and its directory: train from a config, or load what was trained.
+
+Layout of a workdir: config.json (resolved config, versions, commit), tokenizer.json, metrics.jsonl,
+tensorboard/, checkpoints/<step>/, plots/, evaluation.json.
+"""
+
+import dataclasses
+import hashlib
+import math
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import tqdm
+
+from moe_jax import (
+  checkpoint,
+  config,
+  errors,
+  evaluate,
+  flops,
+  generate,
+  metrics,
+  optim,
+  partitioning,
+  run_record,
+  train,
+)
+from moe_jax.data import cache, pipeline
+from moe_jax.data import corpus as corpus_lib
+from moe_jax.data import tokenizer as tokenizer_lib
+
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A model with what is needed to use it."""
+
+  cfg: config.Config
+  mesh: jax.sharding.Mesh
+  params: Any
+  tokenizer: tokenizer_lib.Tokenizer
+  step: int  # optimizer steps done
+  data_fingerprint: str  # of the corpus it was trained on
+  interrupted_by: str = ''  # name of the signal that ended training early
+
+
+def run_training(
+  cfg: config.Config,
+  workdir: str | os.PathLike[str],
+  *,
+  allow_config_change: bool = False,
+  argv: Sequence[str] = (),
+  say: Say = print,
+) -> tuple[Run, corpus_lib.Corpus]:
+  """Trains `cfg` in `workdir`, resuming from the newest whole checkpoint there.
+
+  Everything that can be wrong with the input is found before anything is compiled or written.
+
+  Args:
+    cfg: the run.
+    workdir: where everything is written.
+    allow_config_change: continue a run of another config.
+    argv: command line, for the record.
+    say: prints one line.
+
+  Returns:
+    The trained (or interrupted) run and its corpus.
+
+  Raises:
+    errors.InputError: see the message.
+  """
+  workdir = pathlib.Path(workdir)
+  changes = run_record.check_workdir(workdir, cfg, allow_config_change)
+  mesh = partitioning.make_mesh(cfg.mesh)
+  partitioning.check_batch(cfg.train, mesh)
+  first = jax.process_index() == 0
+  corpus = corpus_lib.load_corpus(cfg.data, cfg.model.vocab_size, cfg.train.seed, progress=first)
+  _check_rows(cfg, corpus)
+  if cfg.train.sample_prompt:
+    prompt = corpus.tokenizer.encode(cfg.train.sample_prompt)
+    generate.check_lengths(cfg.model, 1 + len(prompt), cfg.train.sample_tokens)
+  with checkpoint.Checkpointer(workdir / 'checkpoints', cfg.checkpoint) as checkpointer:
+    restored = checkpointer.restore(train.abstract_state(cfg, mesh))
+    if restored is not None:
+      _check_corpus_unchanged(restored.meta, corpus, allow_config_change)
+    if first:
+      run_record.write(workdir, cfg, argv=argv, data_fingerprint=corpus.fingerprint)
+      corpus.tokenizer.save(workdir / 'tokenizer.json')
+      for line in changes:
+        say(f'config changed: {line}')
+    if restored is None:
+      state = train.init_state(cfg, mesh)
+    else:
+      state = restored.state
+      say(f'resuming after step {restored.step} of {cfg.train.num_steps}')
+    state, stop = _fit(cfg, workdir, corpus, mesh, state, checkpointer, say)
+    step = int(state.step)
+  run = Run(cfg, mesh, state.params, corpus.tokenizer, step, corpus.fingerprint, stop)
+  return run, corpus
+
+
+def _check_rows(cfg: config.Config, corpus: corpus_lib.Corpus):
+  sizes = [cfg.train.batch_size, *(size for _, size in cfg.train.batch_ramp)]
+  pipeline.check_corpus(
+    corpus,
+    max_seq_len=cfg.model.max_seq_len,
+    batch_sizes=sizes,
+    process_count=jax.process_count(),
+  )
+
+
+def _check_corpus_unchanged(meta: Mapping[str, Any], corpus: corpus_lib.Corpus, allow: bool):
+  if meta['data_fingerprint'] != corpus.fingerprint and not allow:
+    raise errors.InputError(
+      f'config.data.path: the corpus has changed since the checkpoint of step {meta["step"]} (was '
+      f'{meta["data_fingerprint"]}, is {corpus.fingerprint}), so the run would not continue on the '
+      'same data; restore the text, use another --workdir, or pass --allow_config_change'
+    )
+
+
+def _meta(cfg: config.Config, corpus: corpus_lib.Corpus) -> dict[str, Any]:
+  return {
+    'config': config.to_dict(cfg),
+    'data_fingerprint': corpus.fingerprint,
+    'tokenizer': _digest(corpus.tokenizer),
+  }
+
+
+def _digest(tokenizer: tokenizer_lib.Tokenizer) -> str:
+  return hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
+
+
+def _fit(
+  cfg: config.Config,
+  workdir: pathlib.Path,
+  corpus: corpus_lib.Corpus,
+  mesh: jax.sharding.Mesh,
+  state: train.TrainState,
+  checkpointer: checkpoint.Checkpointer,
+  say: Say,
+) -> tuple[train.TrainState, str]:
+  """The loop with its periodic actions; returns the last state and the signal that stopped it."""
+  start, total = int(state.step), cfg.train.num_steps
+  meta = _meta(cfg, corpus)
+  first = jax.process_index() == 0
+  flops_per_token = flops.train_flops_per_token(cfg.model)
+  peak = metrics.matmul_peak(cfg.model.dtype, cache.root(cfg.data.cache_dir))
+  timer = metrics.StepTimer(flops_per_token, peak)
+  batches = pipeline.train_batches(
+    corpus,
+    seed=cfg.train.seed,
+    max_seq_len=cfg.model.max_seq_len,
+    batch_size_at=lambda step: optim.batch_size_at(cfg.train, step),
+    start_step=start,
+    num_steps=total,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    prefetch=cfg.data.prefetch,
+  )
+  writer = metrics.MetricWriter(workdir, resume_step=start, enabled=first)
+  bar = tqdm.tqdm(total=total, initial=start, unit='step', disable=None if first else True)
+  with train.StopSignal() as stop, bar:
+    for report in train.steps(cfg, mesh, state, batches, timer):
+      step, state = report.step, report.state
+      bar.update()
+      if step % cfg.train.log_every == 0 or step == total:
+        line = {'step': step, **train.host_metrics(report.metrics), **timer.report()}
+        writer.write(line)
+        say(metrics.format_line(line))
+        bar.set_postfix(loss=f'{line["loss"]:.3f}', refresh=False)
+        _check_finite(cfg, line)
+      with timer.paused():
+        if cfg.train.eval_every and step % cfg.train.eval_every == 0 and step < total:
+          figures = evaluate.evaluate(cfg, state.params, corpus, mesh)
+          scalars = {'heldout_loss': figures.loss, 'heldout_bits_per_byte': figures.bits_per_byte}
+          writer.write_scalars(step, scalars)
+          say(f'step={step} ' + ' '.join(f'{k}={v:.4f}' for k, v in scalars.items()))
+        checkpointer.save(step, state, meta, force=step == total or bool(stop.name))
+      if stop.name:
+        break
+  writer.close()
+  batches.close()
+  checkpointer.wait()
+  return state, stop.name if int(state.step) < total else ''
+
+
+def _check_finite(cfg: config.Config, line: Mapping[str, float]):
+  if not math.isfinite(line['loss']):
+    raise errors.InputError(
+      f'the loss is {line["loss"]} at step {line["step"]}: training diverged with '
+      f'config.optim.peak_lr={cfg.optim.peak_lr} and clip_norm={cfg.optim.clip_norm}; lower the '
+      'rate or lengthen config.optim.warmup_steps, and start in a new --workdir'
+    )
+
+
+def load(workdir: str | os.PathLike[str], step: int | None = None) -> Run:
+  """Loads a checkpoint of a workdir: the newest whole one, or that of `step`.
+
+  Raises:
+    errors.InputError: there is none, it is damaged, or the tokenizer is not the one trained with.
+  """
+  workdir = pathlib.Path(workdir)
+  if not (workdir / 'checkpoints').is_dir():
+    raise errors.InputError(
+      f'--workdir={workdir} holds no checkpoints; train first: python -m experiments.train '
+      f'--config=configs/quickstart.py --workdir={workdir}'
+    )
+  with checkpoint.Checkpointer(workdir / 'checkpoints', None, read_only=True) as checkpointer:
+    meta = checkpointer.read_meta(step)
+    if meta is None:
+      raise errors.InputError(
+        f'--workdir={workdir} holds no finished checkpoint yet; wait for step '
+        'config.checkpoint.save_every, or for the end of the run'
+      )
+    cfg = config.from_dict(meta['config'])
+    mesh = partitioning.make_mesh(cfg.mesh)
+    restored = checkpointer.restore(train.abstract_state(cfg, mesh), step)
+  data = cfg.data
+  tokenizer = tokenizer_lib.load(workdir / 'tokenizer.json', data.bos_token, data.eos_token)
+  tokenizer_lib.check_vocab_size(tokenizer, cfg.model.vocab_size)
+  if _digest(tokenizer) != restored.meta['tokenizer']:
+    raise errors.InputError(
+      f'{workdir / "tokenizer.json"} is not the tokenizer that the checkpoint of step '
+      f'{restored.step} was trained with; put the original file back'
+    )
+  return Run(
+    cfg, mesh, restored.state.params, tokenizer, restored.step, restored.meta['data_fingerprint']
+  )
+
+
+def heldout_corpus(run: Run, workdir: str | os.PathLike[str], warn: Say) -> corpus_lib.Corpus:
+  """The corpus of a loaded run, tokenised with the run's own tokenizer."""
+  path = str(pathlib.Path(workdir) / 'tokenizer.json')
+  data = dataclasses.replace(run.cfg.data, tokenizer=path)
+  corpus = corpus_lib.load_corpus(data, run.cfg.model.vocab_size, run.cfg.train.seed)
+  if corpus.fingerprint != run.data_fingerprint:
+    warn(
+      'the text at config.data.path has changed since training (another Python version, edited '
+      'files): held-out figures are of the text as it is now'
+    )
+  return corpus

@@ -1,0 +1,156 @@
+"""What a run was: `config.json` in its workdir, and whether a second start is the same run.
+
+The record holds the resolved config, package versions, the git commit, the command line and the
+fingerprint of the data. A record that differs from the one on disk never replaces it: the old one
+is kept as `config.<k>.json`.
+"""
+
+import importlib.metadata
+import itertools
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import moe_jax
+from moe_jax import config, errors
+
+PACKAGES = (
+  'jax',
+  'jaxlib',
+  'flax',
+  'optax',
+  'orbax-checkpoint',
+  'grain',
+  'tokenizers',
+  'numpy',
+)
+_Path = str | os.PathLike[str]
+
+
+def check_workdir(workdir: _Path, new_config: config.Config, allow_change: bool) -> list[str]:
+  """Makes `workdir` and makes sure that this run may use it; call before anything is compiled.
+
+  Args:
+    workdir: where the run writes.
+    new_config: the resolved config of this start.
+    allow_change: continue a run under another config (`--allow_config_change`).
+
+  Returns:
+    Lines `key: old -> new` where `new_config` differs from the config in the workdir.
+
+  Raises:
+    errors.InputError: the workdir cannot be written, or holds a run of another config and
+      `allow_change` is False.
+  """
+  workdir = pathlib.Path(workdir)
+  changes = _changes(workdir / 'config.json', new_config, allow_change)
+  if changes and not allow_change:
+    raise errors.InputError(
+      f'--workdir={workdir} holds a run of another config: {"; ".join(changes)}. Use another '
+      '--workdir, undo the change, or pass --allow_config_change to go on under the new config'
+    )
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=workdir):
+      pass
+  except OSError as e:
+    raise errors.InputError(
+      f'--workdir={workdir} must be a directory that can be written: {e.strerror or e}; choose '
+      'another --workdir, or free this one'
+    ) from e
+  return changes
+
+
+def write(
+  workdir: _Path,
+  run_config: config.Config,
+  *,
+  argv: Sequence[str],
+  data_fingerprint: Any,
+) -> pathlib.Path:
+  """Writes `workdir/config.json` and returns its path; an older, different record is kept."""
+  path = pathlib.Path(workdir) / 'config.json'
+  record = {
+    'config': config.to_dict(run_config),
+    'data_fingerprint': data_fingerprint,
+    'argv': list(argv),
+    'versions': versions(),
+    'git': git_state(),
+  }
+  text = json.dumps(record, indent=2) + '\n'
+  if path.exists():
+    if path.read_bytes() == text.encode():
+      return path
+    # A copy, so that no moment is without a config.json.
+    _replace(_free_name(path), path.read_bytes())
+  _replace(path, text.encode())
+  return path
+
+
+def versions() -> dict[str, str | None]:
+  """Versions of python, moe_jax and the packages that decide a run's numbers; None if absent."""
+  found = {'python': platform.python_version(), 'moe_jax': moe_jax.__version__}
+  for name in PACKAGES:
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      found[name] = None
+  return found
+
+
+def git_state() -> dict[str, Any] | None:
+  """`commit` and `dirty` of the repository that this package is run from; None outside of one."""
+  root = pathlib.Path(__file__).resolve().parent.parent
+  top = _git(root, 'rev-parse', '--show-toplevel')
+  commit = _git(root, 'rev-parse', '--verify', 'HEAD')
+  # An installed copy may lie inside some other repository, whose commit says nothing about it.
+  if not commit or not top or pathlib.Path(top).resolve() != root:
+    return None
+  return {
+    'commit': commit,
+    'dirty': bool(_git(root, 'status', '--porcelain', '--untracked-files=no')),
+  }
+
+
+def _changes(path: pathlib.Path, new_config: config.Config, allow_change: bool) -> list[str]:
+  try:
+    old = json.loads(path.read_text(encoding='utf-8'))['config']
+    if not isinstance(old, dict):
+      raise ValueError('its config is not a section')
+  except (FileNotFoundError, NotADirectoryError):
+    return []
+  except (OSError, ValueError, KeyError, TypeError) as e:
+    if allow_change:
+      return [f'config.json: unreadable ({e}) -> replaced']
+    raise errors.InputError(
+      f'{path} is not the record of a run ({e!r}); restore it, use another --workdir, or pass '
+      '--allow_config_change to replace it (it is kept beside the new one)'
+    ) from e
+  # Through JSON, like the old one: tuples are lists there.
+  return config.diff(old, json.loads(json.dumps(config.to_dict(new_config))))
+
+
+def _git(root: pathlib.Path, *args: str) -> str | None:
+  command = ['git', '--no-optional-locks', '-C', str(root), *args]
+  try:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+  except (OSError, subprocess.SubprocessError):
+    return None
+  return done.stdout.strip()
+
+
+def _free_name(path: pathlib.Path) -> pathlib.Path:
+  names = (path.with_name(f'{path.stem}.{k}{path.suffix}') for k in itertools.count(1))
+  return next(name for name in names if not name.exists())
+
+
+def _replace(path: pathlib.Path, data: bytes):
+  """Writes a file whole or not at all."""
+  temp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+  temp.write_bytes(data)
+  os.replace(temp, path)

@@ -1,0 +1,48 @@
+"""Package metadata and extras; tool settings are in pyproject.toml."""
+
+import pathlib
+import re
+
+import setuptools
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(r"__version__ = '(.+)'", (ROOT / 'moe_jax/__init__.py').read_text()).group(1)
+
+setuptools.setup(
+  name='moe_jax',
+  version=VERSION,
+  description="DeepSeek's mixture-of-experts language models in JAX and Flax linen",
+  long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
+  long_description_content_type='text/markdown',
+  license='Apache-2.0',
+  python_requires='>=3.11',
+  packages=setuptools.find_packages(include=['moe_jax*', 'configs*', 'experiments*']),
+  install_requires=[
+    'absl-py>=2.1',
+    'flax>=0.12',
+    'grain>=0.2.12',
+    'jax>=0.10',
+    'matplotlib>=3.9',
+    'ml-collections>=1.0',
+    'numpy>=2.0',
+    'optax>=0.2.6',
+    'orbax-checkpoint>=0.11.30',
+    'tensorboardX>=2.6.2',
+    'tokenizers>=0.21',
+    'tqdm>=4.66',
+  ],
+  extras_require={
+    'test': [
+      'pytest>=8.0',
+      'pytest-xdist>=3.6',
+      'ruff>=0.15',
+      'pyarrow>=17.0',
+      'tensorboard>=2.18',
+      'tokamax>=0.0.12',
+    ],
+    'cuda': ['jax[cuda13]>=0.10', 'tokamax>=0.0.12'],
+    'tpu': ['jax[tpu]>=0.10'],
+    'hf': ['datasets>=3.0', 'pyarrow>=17.0'],
+    'colab': ['nbclient>=0.10', 'ipykernel>=6.29'],
+  },
+)

@@ -1,0 +1,73 @@
+import pathlib
+
+import pytest
+
+from moe_jax import errors
+from moe_jax.data import cache
+
+
+def is_whole(directory: pathlib.Path) -> bool:
+  return (directory / 'done').is_file()
+
+
+def fill(directory: pathlib.Path):
+  (directory / 'done').write_text('new')
+
+
+def test_root_prefers_config_then_environment_then_home(monkeypatch):
+  monkeypatch.setenv('MOE_JAX_CACHE', '/from/environment')
+  assert cache.root('/from/config') == pathlib.Path('/from/config')
+  assert cache.root('') == pathlib.Path('/from/environment')
+  monkeypatch.delenv('MOE_JAX_CACHE')
+  assert cache.root('') == pathlib.Path('~/.cache/moe_jax').expanduser()
+
+
+def test_builds_once(tmp_path):
+  calls = []
+
+  def build(directory):
+    calls.append(directory)
+    fill(directory)
+
+  for _ in range(2):
+    assert is_whole(cache.get_or_build(tmp_path / 'a' / 'b', build, is_whole))
+  assert len(calls) == 1
+  assert calls[0].parent == tmp_path / 'a' and calls[0].name != 'b'
+  assert [p.name for p in (tmp_path / 'a').iterdir()] == ['b']
+
+
+def test_failed_build_leaves_nothing(tmp_path):
+  def build(directory):
+    fill(directory)
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    cache.get_or_build(tmp_path / 'x', build, is_whole)
+  assert not list(tmp_path.iterdir())
+
+
+def test_another_process_may_finish_first(tmp_path):
+  def build(directory):
+    fill(directory)
+    (tmp_path / 'x').mkdir()
+    (tmp_path / 'x' / 'done').write_text('theirs')
+
+  target = cache.get_or_build(tmp_path / 'x', build, is_whole)
+  assert (target / 'done').read_text() == 'theirs'
+  assert [p.name for p in tmp_path.iterdir()] == ['x']
+
+
+def test_half_written_directories_are_not_used(tmp_path):
+  (tmp_path / 'x').mkdir()
+  (tmp_path / 'x' / 'part').write_text('old')
+  (tmp_path / '.x.killed').mkdir()
+  (tmp_path / '.x.killed' / 'done').write_text('old')
+  target = cache.get_or_build(tmp_path / 'x', fill, is_whole)
+  assert [p.name for p in target.iterdir()] == ['done']
+  assert (target / 'done').read_text() == 'new'
+
+
+def test_unwritable_cache(tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(errors.InputError, match=r'config\.data\.cache_dir.*file.*MOE_JAX_CACHE'):
+    cache.get_or_build(tmp_path / 'file' / 'x', fill, is_whole)

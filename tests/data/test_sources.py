@@ -1,0 +1,259 @@
+import json
+import logging
+import pathlib
+import shutil
+import sys
+import types
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from moe_jax import config, errors
+from moe_jax.data import sources
+
+
+def read(spec: sources.Spec) -> dict[str, tuple[str, str]]:
+  """{name: (text, domain)} of a source."""
+  return {d.name: (d.text.decode('utf-8'), d.domain) for d in sources.read(spec)}
+
+
+def write_tree(root: pathlib.Path, files: dict[str, str | bytes]) -> pathlib.Path:
+  for name, content in files.items():
+    file = root / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content if isinstance(content, bytes) else content.encode('utf-8'))
+  return root
+
+
+def test_specs_of_a_mixture_are_sorted_by_label(make_config):
+  mixture = {
+    'b': config.MixtureComponent('synthetic', '', 1.0),
+    'a': config.MixtureComponent('text', 'x.txt', 2.0),
+  }
+  specs = sources.specs(make_config(source='mixture', mixture=mixture))
+  assert list(specs) == ['a', 'b']
+  assert specs['a'].where == "config.data.mixture.a.path='x.txt' (source 'text')"
+
+
+# python_source
+
+
+def test_python_source(make_spec, tmp_path):
+  root = write_tree(
+    tmp_path / 'r',
+    {
+      'a.py': 'a = 1\n',
+      'pkg/b.py': 'b = 2\n',
+      'pkg/sub/c.py': 'c = "é"\n',
+      'pkg/notes.txt': 'no',
+      'empty.py': '',
+      'pkg/__pycache__/d.py': 'no',
+      'site-packages/e.py': 'no',
+      'pkg/dist-packages/f.py': 'no',
+    },
+  )
+  documents = read(make_spec('python_source', root))
+  assert documents == {
+    'a.py': ('a = 1\n', 'top'),
+    'pkg/b.py': ('b = 2\n', 'pkg'),
+    'pkg/sub/c.py': ('c = "é"\n', 'pkg'),
+  }
+  assert list(documents) == sorted(documents)
+
+
+def test_python_source_of_several_roots_and_elsewhere(make_spec, tmp_path):
+  one = write_tree(tmp_path / 'one', {'a.py': 'a', 'm/b.py': 'b'})
+  two = write_tree(tmp_path / 'two', {'c.py': 'c'})
+  moved = shutil.copytree(one, tmp_path / 'elsewhere' / 'deep')
+  assert list(read(make_spec('python_source', f'{one}, {two}'))) == ['a.py', 'm/b.py', 'c.py']
+  assert list(sources.read(make_spec('python_source', one))) == list(
+    sources.read(make_spec('python_source', moved))
+  )
+
+
+def test_python_source_decodes_as_pep_263_and_counts_what_it_skips(make_spec, tmp_path, caplog):
+  root = write_tree(
+    tmp_path,
+    {
+      'latin.py': '# coding: latin-1\nx = "é"\n'.encode('latin-1'),
+      'bom.py': b'\xef\xbb\xbfx = 1\r\n',
+      'bad1.py': b'x = "\xff"\n',
+      'bad2.py': b'# coding: no-such-codec\n',
+      'bad3.py': b'# coding: rot13\n',
+    },
+  )
+  (root / 'broken.py').symlink_to(root / 'nowhere')
+  spec = make_spec('python_source', root)
+  with caplog.at_level(logging.WARNING):
+    documents = read(spec)
+  assert documents['latin.py'][0] == '# coding: latin-1\nx = "é"\n'
+  assert documents['bom.py'][0] == 'x = 1\r\n'
+  assert len(documents) == 2
+  assert 'skipped 4 ' in caplog.text and 'bad1.py' in caplog.text
+  caplog.clear()
+  assert len(list(sources.read(spec, quiet=True))) == 2
+  assert not caplog.text
+
+
+def test_python_source_defaults_to_the_standard_library(make_spec):
+  documents = sources.read(make_spec('python_source'))
+  first = [next(documents) for _ in range(30)]
+  assert '__future__.py' in {document.name for document in first}
+
+
+def test_python_source_missing_root(make_spec, tmp_path):
+  with pytest.raises(errors.InputError, match=r"config\.data\.path='.*gone'.*correct it, or leave"):
+    read(make_spec('python_source', tmp_path / 'gone'))
+
+
+# text
+
+
+def test_text_files_and_globs(make_spec, tmp_path, monkeypatch):
+  write_tree(tmp_path, {'books/a.txt': 'A', 'books/old/b.txt': 'B', 'c.txt': 'é'})
+  monkeypatch.chdir(tmp_path)
+  assert read(make_spec('text', 'c.txt, books/**/*.txt')) == {
+    'c.txt': ('é', 'c'),
+    'a.txt': ('A', 'books'),
+    'old/b.txt': ('B', 'old'),
+  }
+  absolute = read(make_spec('text', tmp_path / 'books' / '**' / '*.txt'))
+  assert absolute == {'a.txt': ('A', 'books'), 'old/b.txt': ('B', 'old')}
+  assert len(read(make_spec('text', 'c.txt,c.txt,*.txt'))) == 1
+
+
+@pytest.mark.parametrize(
+  'path, message',
+  [
+    ('gone.txt', r"config\.data\.path='gone.txt'.*'gone.txt' does not exist; name files"),
+    ('*.md', r"config\.data\.path='\*\.md'.*matches none; correct it"),
+    ('folder', r"'folder' is a directory; name files, or a glob such as 'folder/\*'"),
+    ('latin.txt', r"UTF-8 text, and 'latin.txt' does not.*iconv"),
+  ],
+)
+@pytest.mark.parametrize('source', ['text'])
+def test_text_bad_paths(make_spec, tmp_path, monkeypatch, source, path, message):
+  write_tree(tmp_path, {'folder/a.txt': 'A', 'latin.txt': b'\xe9'})
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(errors.InputError, match=message):
+    read(make_spec(source, path))
+
+
+# jsonl
+
+
+def test_jsonl(make_spec, tmp_path):
+  lines = [{'text': 'one', 'lang': 'en'}, {'text': '', 'lang': 'en'}, {'text': 'zwei', 'lang': 2}]
+  file = tmp_path / 'd.jsonl'
+  file.write_text('\n\n'.join(map(json.dumps, lines)))
+  assert read(make_spec('jsonl', file)) == {'d.jsonl:1': ('one', 'd'), 'd.jsonl:5': ('zwei', 'd')}
+  labelled = read(make_spec('jsonl', file, domain_field='lang'))
+  assert [domain for _, domain in labelled.values()] == ['en', '2']
+
+
+@pytest.mark.parametrize(
+  'line, message',
+  [
+    (b'{"text": "a"', r'd\.jsonl:2 must be a JSON object.*repair or remove'),
+    (b'{"text": "\xff"}', r'd\.jsonl:2 must be a JSON object'),
+    (b'["text"]', r"config\.data\.text_field='text' .*d\.jsonl:2.*no fields at all"),
+    (b'{"body": "a"}', r"config\.data\.text_field='text' .*d\.jsonl:2.*has 'body': set"),
+    (b'{"text": null}', r"field 'text' of d\.jsonl:2 must be a string.*None"),
+    (b'{"text": "\\ud800"}', r"field 'text' of d\.jsonl:2 must be a string"),
+  ],
+)
+def test_jsonl_bad_line(make_spec, tmp_path, line, message):
+  (tmp_path / 'd.jsonl').write_bytes(b'{"text": "fine"}\n' + line + b'\n')
+  with pytest.raises(errors.InputError, match=message):
+    read(make_spec('jsonl', tmp_path / 'd.jsonl'))
+
+
+def test_jsonl_missing_domain_field(make_spec, tmp_path):
+  (tmp_path / 'd.jsonl').write_text('{"text": "fine"}\n')
+  with pytest.raises(errors.InputError, match=r"config\.data\.domain_field='lang'.*d\.jsonl:1"):
+    read(make_spec('jsonl', tmp_path / 'd.jsonl', domain_field='lang'))
+
+
+# parquet
+
+
+def test_parquet(make_spec, tmp_path):
+  table = pyarrow.table({'text': ['a', 'é', ''], 'lang': ['x', 'y', 'z'], 'n': [1, 2, 3]})
+  parquet.write_table(table, tmp_path / 'd.parquet')
+  spec = make_spec('parquet', tmp_path / '*.parquet', domain_field='lang')
+  assert read(spec) == {'d.parquet:0': ('a', 'x'), 'd.parquet:1': ('é', 'y')}
+  with pytest.raises(errors.InputError, match=r"text_field='body'.*'text', 'lang', 'n': set"):
+    read(make_spec('parquet', tmp_path / 'd.parquet', text_field='body'))
+
+
+def test_parquet_unreadable_or_without_the_library(make_spec, tmp_path, monkeypatch):
+  (tmp_path / 'd.parquet').write_bytes(b'not parquet')
+  spec = make_spec('parquet', tmp_path / 'd.parquet')
+  with pytest.raises(errors.InputError, match=r"config\.data\.path=.*cannot read '.*d\.parquet'"):
+    read(spec)
+  monkeypatch.setitem(sys.modules, 'pyarrow.parquet', None)
+  with pytest.raises(errors.InputError, match=r"config\.data\.source='parquet' needs.*'hf'.*pip"):
+    read(spec)
+
+
+# hf
+
+
+def fake_datasets(rows, calls: list) -> types.SimpleNamespace:
+  def load_dataset(path, *, split, streaming):
+    calls.append((path, split, streaming))
+    if path != 'org/data':
+      raise FileNotFoundError(f'no dataset {path}')
+    return iter(rows)
+
+  return types.SimpleNamespace(load_dataset=load_dataset)
+
+
+def test_hugging_face_is_streamed_once(make_spec, monkeypatch):
+  calls = []
+  rows = [{'body': 'a\nb', 'lang': 'x'}, {'body': 'é', 'lang': 'y'}]
+  monkeypatch.setitem(sys.modules, 'datasets', fake_datasets(rows, calls))
+  spec = make_spec('hf', 'org/data', text_field='body', domain_field='lang')
+  expected = {'org/data:1': ('a\nb', 'x'), 'org/data:2': ('é', 'y')}
+  assert read(spec) == expected
+  monkeypatch.setitem(sys.modules, 'datasets', None)
+  assert read(spec) == expected
+  assert calls == [('org/data', 'train', True)]
+
+
+def test_hugging_face_download_that_fails_leaves_nothing(make_spec, monkeypatch, tmp_path):
+  rows = [{'text': 'a'}, {'body': 'b'}]
+  monkeypatch.setitem(sys.modules, 'datasets', fake_datasets(rows, []))
+  with pytest.raises(errors.InputError, match=r"text_field='text'.*org/data:2.*'body'"):
+    read(make_spec('hf', 'org/data'))
+  assert not [p for p in tmp_path.rglob('*') if p.is_file()]
+  with pytest.raises(errors.InputError, match=r"config\.data\.path='org/gone'.*no dataset.*local"):
+    read(make_spec('hf', 'org/gone'))
+
+
+def test_hugging_face_without_the_library(make_spec, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'datasets', None)
+  with pytest.raises(errors.InputError, match=r"'datasets'; install the extra 'hf'"):
+    read(make_spec('hf', 'org/data'))
+
+
+# synthetic
+
+
+def test_synthetic(make_spec):
+  documents = list(sources.read(make_spec('synthetic', synthetic_documents=8)))
+  assert [d.name for d in documents] == [f'synthetic/{i}' for i in range(8)]
+  assert len({d.domain for d in documents}) == 4
+
+
+# the split
+
+
+def test_split_has_the_asked_size_and_grows_with_the_fraction():
+  names = [f'pkg/file{i}.py' for i in range(4000)]
+  small = {n for n in names if sources.is_heldout(n, 0.1)}
+  large = {n for n in names if sources.is_heldout(n, 0.2)}
+  # Binomial(4000, 0.1) has standard deviation 19.
+  assert 320 < len(small) < 480
+  assert small < large

@@ -1,0 +1,134 @@
+import random
+
+import pytest
+import tokenizers
+
+from moe_jax import errors
+from moe_jax.data import tokenizer as tokenizer_lib
+
+BOS, EOS = '<｜begin▁of▁sentence｜>', '<｜end▁of▁sentence｜>'
+TEXTS = ['def f(x):\n    return x + 1234\n', 'for i in range(10):\n  print(i)\n'] * 20
+
+
+def make(kind: str) -> tokenizer_lib.Tokenizer:
+  if kind == 'bytes':
+    return tokenizer_lib.byte_tokenizer(BOS, EOS)
+  return tokenizer_lib.train_bpe(TEXTS, 300, BOS, EOS)
+
+
+def random_texts() -> list[str]:
+  """Text from all planes of Unicode, with control characters and literal special tokens."""
+  rng = random.Random(0)
+  ranges = [(0, 0x80), (0x80, 0x800), (0x800, 0xD800), (0xE000, 0x10000), (0x10000, 0x110000)]
+  texts = ['', ' ', '\r\n\t \x00', '１２３ ½ ٣', 'e\u0301 \ufeff\ufffd', BOS + 'x' + EOS]
+  for _ in range(100):
+    spans = [rng.choice(ranges) for _ in range(rng.randrange(30))]
+    texts.append(''.join(chr(rng.randrange(*span)) for span in spans))
+  return texts + list(tokenizer_lib.FIM_TOKENS)
+
+
+@pytest.mark.parametrize('kind', ['bytes', 'bpe'])
+def test_any_text_survives(kind, tmp_path):
+  tokenizer = make(kind)
+  tokenizer.save(tmp_path / 'tokenizer.json')
+  loaded = tokenizer_lib.load(tmp_path / 'tokenizer.json', BOS, EOS)
+  assert loaded.to_json() == tokenizer.to_json()
+  texts = random_texts()
+  batch = loaded.encode_batch(texts)
+  for text, ids in zip(texts, batch):
+    assert tokenizer.encode(text) == ids
+    assert loaded.decode(ids) == text
+    assert max(ids, default=0) < tokenizer.vocab_size
+
+
+@pytest.mark.parametrize('kind', ['bytes', 'bpe'])
+def test_text_cannot_spell_special_tokens(kind):
+  tokenizer = make(kind)
+  special = {tokenizer.bos_id, tokenizer.eos_id, *tokenizer.fim_ids}
+  assert special == set(range(5))
+  for token in (BOS, EOS, *tokenizer_lib.FIM_TOKENS):
+    assert not special & set(tokenizer.encode(f'a{token}b'))
+
+
+def test_special_tokens_are_shown_only_on_request():
+  tokenizer = make('bytes')
+  ids = [tokenizer.bos_id, *tokenizer.encode('hi'), tokenizer.eos_id]
+  assert tokenizer.decode(ids) == 'hi'
+  assert tokenizer.decode(ids, skip_special_tokens=False) == f'{BOS}hi{EOS}'
+
+
+def test_bytes_are_one_id_each():
+  tokenizer = make('bytes')
+  assert tokenizer.vocab_size == 256 + 5
+  assert len(tokenizer.encode('aé𝄞')) == 1 + 2 + 4
+
+
+def test_bpe_is_deterministic_bounded_and_splits_digits():
+  tokenizer = make('bpe')
+  assert tokenizer.to_json() == make('bpe').to_json()
+  assert tokenizer.vocab_size <= 300
+  assert len(tokenizer.encode('return')) < len('return')
+  assert len(tokenizer.encode('1234')) == 4
+
+
+def test_bpe_needs_room_for_the_bytes():
+  with pytest.raises(errors.InputError, match=r'config\.model\.vocab_size=100 .*at least 261'):
+    tokenizer_lib.train_bpe(TEXTS, 100, BOS, EOS)
+
+
+def test_published_files_with_ordinary_sentinels_padding_and_templates(tmp_path):
+  inner = tokenizers.Tokenizer.from_str(make('bytes').to_json())
+  inner.add_tokens(['<s>', '</s>'])  # not marked special, like FIM tokens in published files
+  inner.post_processor = tokenizers.processors.TemplateProcessing('<s> $A', None, [('<s>', 261)])
+  inner.enable_truncation(2)
+  inner.enable_padding()
+  inner.save(str(tmp_path / 't.json'))
+  tokenizer = tokenizer_lib.load(str(tmp_path / 't.json'), '<s>', '</s>')
+  assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (261, 262, 263)
+  assert [len(ids) for ids in tokenizer.encode_batch(['<s>abc', 'x'])] == [6, 1]
+
+
+def test_a_tokenizer_without_fim_tokens_says_so(tmp_path):
+  inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+  inner.add_special_tokens([BOS, EOS])
+  assert tokenizer_lib.Tokenizer(inner, BOS, EOS).fim_ids is None
+
+
+def test_bad_files(tmp_path):
+  with pytest.raises(errors.InputError, match=r"config\.data\.tokenizer='byte' .*mean 'bytes'"):
+    tokenizer_lib.load('byte', BOS, EOS)
+  (tmp_path / 't.json').write_text('{}')
+  with pytest.raises(errors.InputError, match=r'config\.data\.tokenizer=.*t\.json.*readable'):
+    tokenizer_lib.load(tmp_path / 't.json', BOS, EOS)
+  make('bytes').save(tmp_path / 't.json')
+  with pytest.raises(
+    errors.InputError, match=r"config\.data\.bos_token='<s>' .*begin▁of.*name one"
+  ):
+    tokenizer_lib.load(tmp_path / 't.json', '<s>', EOS)
+  with pytest.raises(errors.InputError, match=r"config\.data\.eos_token='</s>'"):
+    tokenizer_lib.load(tmp_path / 't.json', BOS, '</s>')
+
+
+def test_vocabulary_larger_than_the_model():
+  tokenizer_lib.check_vocab_size(make('bytes'), 261)
+  with pytest.raises(errors.InputError, match=r'vocab_size=260 must be at least 261.*=261'):
+    tokenizer_lib.check_vocab_size(make('bytes'), 260)
+
+
+def test_training_sample_is_bounded_spread_and_independent_of_order(monkeypatch):
+  texts = [(f'doc{i}', bytes([97 + i]) * 10_000) for i in range(20)]
+  assert [len(t) for t in tokenizer_lib.training_sample(texts, 200_000)] == [10_000] * 20
+  monkeypatch.setattr(tokenizer_lib, 'BPE_TRAINING_BYTES', 50_000)
+  monkeypatch.setattr(tokenizer_lib, '_SAMPLE_BYTES', 100)
+  sample = list(tokenizer_lib.training_sample(texts, 200_000))
+  # 2000 pieces taken with probability 1/4: 500 with a standard deviation of 19.
+  assert 400 < len(sample) < 600
+  assert len({piece[0] for piece in sample}) == 20
+  assert sorted(sample) == sorted(tokenizer_lib.training_sample(texts[::-1], 200_000))
+
+
+def test_training_sample_drops_characters_cut_at_a_border(monkeypatch):
+  monkeypatch.setattr(tokenizer_lib, 'BPE_TRAINING_BYTES', 999)
+  monkeypatch.setattr(tokenizer_lib, '_SAMPLE_BYTES', 3)
+  pieces = list(tokenizer_lib.training_sample([('a', 'é'.encode() * 500)], 1000))
+  assert set(pieces) <= {'é', ''}  # no U+FFFD
