@@ -16,7 +16,8 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from moe_jax import config, errors
+from moe_jax import compile_cache, config, errors
+from moe_jax.data import cache
 
 MISSING_CONFIG = (
   '--config is missing; give a config page, for example --config=configs/quickstart.py'
@@ -37,6 +38,7 @@ def run(main: Callable[[Sequence[str]], object], define_flags: Callable[[], obje
   def quiet_main(argv: Sequence[str]):
     if not flags.FLAGS['verbosity'].present:
       logging.set_verbosity(logging.WARNING)  # app.run leaves it at INFO, and JAX is talkative
+    compile_cache.enable(cache.root(''))
     return main(argv)
 
   try:

@@ -50,6 +50,7 @@ class Evaluation:
     }
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _sums(cfg: config.ModelConfig, params: Any, batch: dict[str, jax.Array]):
   out = transformer.Transformer(cfg).apply(
     {'params': params}, batch['tokens'], batch['positions'], batch['segment_ids']
@@ -78,7 +79,6 @@ def evaluate(
   """
   batch_size = cfg.train.micro_batch_size or cfg.train.batch_size
   batches = list(pipeline.heldout_batches(corpus, cfg.model.max_seq_len, batch_size))
-  step = jax.jit(functools.partial(_sums, cfg.model))
   nats, targets, load = 0.0, 0, None
   for batch in tqdm.tqdm(
     batches, desc='held-out', unit='batch', disable=None if progress else True, leave=False
@@ -86,7 +86,7 @@ def evaluate(
     del batch['domain_ids']
     with partitioning.activate(mesh):
       batch_nats, batch_targets, batch_load = jax.device_get(
-        step(params, partitioning.put_global_batch(batch, mesh))
+        _sums(cfg.model, params, partitioning.put_global_batch(batch, mesh))
       )
     nats += float(batch_nats)
     targets += int(batch_targets)

@@ -45,7 +45,7 @@ class Generation:
   """Continuations of a batch of prompts."""
 
   tokens: list[list[int]]  # new ids per prompt, without the end token
-  seconds: float  # prefill and decoding, without compilation
+  seconds: float  # prefill and decoding; without compilation if it was `timed`
 
   @property
   def tokens_per_second(self) -> float:
@@ -75,22 +75,40 @@ def _draw(logits: Array, sampling: Sampling, rng: Array) -> Array:
   return jax.random.categorical(rng, filter_logits(logits, sampling)).astype(jnp.int32)
 
 
+@functools.partial(jax.jit, static_argnames=('cfg', 'sampling', 'eos_id', 'max_new_tokens'))
 def _generate(
+  params: Any,
+  prompt: Array,
+  length: Array,
+  limit: Array,
+  seed: Array,
+  *,
   cfg: config.ModelConfig,
   sampling: Sampling,
   eos_id: int,
   max_new_tokens: int,
-  params: Any,
-  prompt: Array,
-  length: Array,
 ) -> Array:
-  """prompt [B, P] int32, padded on the right, length [B] -> ids [B, max_new_tokens], -1 unused."""
+  """Writes up to `limit` new ids per row.
+
+  Args:
+    params: weights.
+    prompt: [B, P] int32, padded on the right.
+    length: [B] int32, real tokens per prompt.
+    limit: [] int32, at most max_new_tokens.
+    seed: [] uint32.
+    cfg: the model.
+    sampling: how to draw (its seed is not read).
+    eos_id: id that ends a row.
+    max_new_tokens: size of the result.
+
+  Returns:
+    [B, max_new_tokens] int32, -1 from the end token on.
+  """
   batch_size, prompt_len = prompt.shape
   apply = functools.partial(transformer.Transformer(cfg).apply, {'params': params})
   slots = -(-(prompt_len + max_new_tokens) // LENGTH_BUCKET) * LENGTH_BUCKET
   cache = transformer.init_cache(cfg, batch_size, slots)
-  # The seed alone decides a draw: position t of every row uses the key folded with t.
-  rng = jax.random.key(sampling.seed)
+  rng = jax.random.key(seed)
 
   at = jnp.broadcast_to(jnp.arange(prompt_len), prompt.shape)
   out = apply(prompt, at, (at < length[:, None]).astype(jnp.int32), cache)
@@ -99,7 +117,7 @@ def _generate(
 
   def unfinished(carry):
     t, _, _, done, _ = carry
-    return (t < max_new_tokens) & ~done.all()
+    return (t < limit) & ~done.all()
 
   def decode(carry):
     t, token, cache, done, written = carry
@@ -138,23 +156,44 @@ def generate(
   max_new_tokens: int,
   eos_id: int,
   sampling: Sampling,
+  *,
+  timed: bool = False,
 ) -> Generation:
-  """Continues each prompt (ids, begin-of-document token included) until the end token or the limit.
+  """Continues each prompt until the end token or the limit.
+
+  Args:
+    cfg: the model.
+    params: its weights.
+    prompts: token ids, begin-of-document token included; lengths may differ.
+    max_new_tokens: limit per prompt.
+    eos_id: id that ends a continuation.
+    sampling: how tokens are drawn; its seed decides all draws.
+    timed: compile before the clock starts (at the price of one more prefill).
 
   Raises:
     errors.InputError: a prompt is empty, or does not fit the context.
   """
-  longest = max(len(p) for p in prompts)
   if not all(prompts):
     raise errors.InputError('--prompt must hold at least one token')
+  longest = max(len(p) for p in prompts)
   check_lengths(cfg, longest, max_new_tokens)
   padded = np.zeros((len(prompts), -(-longest // LENGTH_BUCKET) * LENGTH_BUCKET), np.int32)
   for row, prompt in zip(padded, prompts):
     row[: len(prompt)] = prompt
-  length = np.array([len(p) for p in prompts], np.int32)
-  fn = functools.partial(_generate, cfg, sampling, eos_id, max_new_tokens)
-  compiled = jax.jit(fn).lower(params, padded, length).compile()
+  fn = functools.partial(
+    _generate,
+    params,
+    padded,
+    np.array([len(p) for p in prompts], np.int32),
+    seed=np.uint32(sampling.seed),
+    cfg=cfg,
+    sampling=dataclasses.replace(sampling, seed=0),  # one compilation serves all seeds
+    eos_id=eos_id,
+    max_new_tokens=max_new_tokens,
+  )
+  if timed:
+    fn(np.int32(0)).block_until_ready()
   start = time.perf_counter()
-  ids = np.asarray(compiled(params, padded, length))
+  ids = np.asarray(fn(np.int32(max_new_tokens)))
   seconds = time.perf_counter() - start
   return Generation([[int(i) for i in row if i >= 0] for row in ids], seconds)

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import tensorboardX
 from absl import logging
 
+from moe_jax import files
+
 KEYS = (
   'step',
   'loss',
@@ -194,7 +196,7 @@ def matmul_peak(dtype: Any, cache_dir: _Path) -> float:
     cache[key] = _measure_peak(dtype, device.platform)
     try:
       path.parent.mkdir(parents=True, exist_ok=True)
-      _replace(path, json.dumps(cache, indent=2) + '\n')
+      files.write_text(path, json.dumps(cache, indent=2) + '\n')
     except OSError as e:
       logging.warning('Matmul peak is not cached, it will be measured again next time: %s', e)
   return cache[key] * count
@@ -258,11 +260,4 @@ def _parse(path: pathlib.Path) -> list[dict[str, Any]]:
 
 def _drop_after(path: pathlib.Path, step: int):
   kept = [json.dumps(value) + '\n' for value in _parse(path) if value['step'] <= step]
-  _replace(path, ''.join(kept))
-
-
-def _replace(path: pathlib.Path, text: str):
-  """Writes a file whole or not at all."""
-  temp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-  temp.write_text(text, encoding='utf-8')
-  os.replace(temp, path)
+  files.write_text(path, ''.join(kept))

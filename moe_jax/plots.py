@@ -3,6 +3,7 @@
 Drawn through matplotlib's objects, not pyplot: no global state, no window, safe in any thread.
 """
 
+import io
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,8 @@ import matplotlib
 import numpy as np
 from matplotlib import colors, figure, ticker
 from matplotlib.backends import backend_agg
+
+from moe_jax import files
 
 _Path = str | os.PathLike[str]
 _STYLE = {
@@ -153,10 +156,9 @@ def _annotate_last(axes: Any, point: tuple[int, float]):
 
 
 def _save(fig: figure.Figure, path: _Path):
-  """Writes the PNG whole or not at all."""
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  temp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+  png = io.BytesIO()
   backend_agg.FigureCanvasAgg(fig)
-  fig.savefig(temp, format='png', dpi=130)
-  os.replace(temp, path)
+  fig.savefig(png, format='png', dpi=130)
+  files.write_bytes(path, png.getvalue())

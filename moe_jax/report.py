@@ -27,7 +27,7 @@ def sample(run: run_lib.Run, prompt: str, max_new_tokens: int, sampling: generat
   """
   ids = [run.tokenizer.bos_id, *run.tokenizer.encode(prompt)]
   result = generate.generate(
-    run.cfg.model, run.params, [ids], max_new_tokens, run.tokenizer.eos_id, sampling
+    run.cfg.model, run.params, [ids], max_new_tokens, run.tokenizer.eos_id, sampling, timed=True
   )
   return run.tokenizer.decode(result.tokens[0]), result
 
@@ -36,7 +36,6 @@ def draw(
   cfg: config.Config, workdir: pathlib.Path, step: int, figures: evaluate.Evaluation
 ) -> list[pathlib.Path]:
   """Draws `plots/loss.png` and, for an MoE model, `plots/expert_load.png`; returns their paths."""
-  (workdir / 'plots').mkdir(exist_ok=True)
   written = [workdir / 'plots' / 'loss.png']
   points = metrics.read_metrics(workdir)
   plots.loss_curve(points, written[0], f'{workdir.name}: training loss', [(step, figures.loss)])

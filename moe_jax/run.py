@@ -167,20 +167,21 @@ def _fit(
     for report in train.steps(cfg, mesh, state, batches, timer):
       step, state = report.step, report.state
       bar.update()
+      stopping = bool(stop.name)  # read once: a signal may come at any line below
+      last = step == total or stopping
       if step % cfg.train.log_every == 0 or step == total:
         line = {'step': step, **train.host_metrics(report.metrics), **timer.report()}
         writer.write(line)
         say(metrics.format_line(line))
         bar.set_postfix(loss=f'{line["loss"]:.3f}', refresh=False)
-        _check_finite(cfg, line)
+        _check_finite(cfg, step, report.metrics)
       with timer.paused():
         if cfg.train.eval_every and step % cfg.train.eval_every == 0 and step < total:
-          figures = evaluate.evaluate(cfg, state.params, corpus, mesh)
-          scalars = {'heldout_loss': figures.loss, 'heldout_bits_per_byte': figures.bits_per_byte}
-          writer.write_scalars(step, scalars)
-          say(f'step={step} ' + ' '.join(f'{k}={v:.4f}' for k, v in scalars.items()))
-        checkpointer.save(step, state, meta, force=step == total or bool(stop.name))
-      if stop.name:
+          _evaluate_midway(cfg, step, state.params, corpus, mesh, writer, say)
+        if last or step % cfg.checkpoint.save_every == 0:
+          _check_finite(cfg, step, report.metrics)
+          checkpointer.save(step, state, meta, force=last)
+      if stopping:
         break
   writer.close()
   batches.close()
@@ -188,10 +189,27 @@ def _fit(
   return state, stop.name if int(state.step) < total else ''
 
 
-def _check_finite(cfg: config.Config, line: Mapping[str, float]):
-  if not math.isfinite(line['loss']):
+def _evaluate_midway(
+  cfg: config.Config,
+  step: int,
+  params: Any,
+  corpus: corpus_lib.Corpus,
+  mesh: jax.sharding.Mesh,
+  writer: metrics.MetricWriter,
+  say: Say,
+):
+  figures = evaluate.evaluate(cfg, params, corpus, mesh)
+  scalars = {'heldout_loss': figures.loss, 'heldout_bits_per_byte': figures.bits_per_byte}
+  writer.write_scalars(step, scalars)
+  say(f'step={step} ' + ' '.join(f'{k}={v:.4f}' for k, v in scalars.items()))
+
+
+def _check_finite(cfg: config.Config, step: int, step_metrics: train.StepMetrics):
+  """Stops a diverged run before its state is saved over a good one."""
+  loss, norm = float(step_metrics.loss), float(step_metrics.grad_norm)
+  if not (math.isfinite(loss) and math.isfinite(norm)):
     raise errors.InputError(
-      f'the loss is {line["loss"]} at step {line["step"]}: training diverged with '
+      f'loss {loss} and gradient norm {norm} at step {step}: training diverged with '
       f'config.optim.peak_lr={cfg.optim.peak_lr} and clip_norm={cfg.optim.clip_norm}; lower the '
       'rate or lengthen config.optim.warmup_steps, and start in a new --workdir'
     )

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import moe_jax
-from moe_jax import config, errors
+from moe_jax import config, errors, files
 
 PACKAGES = (
   'jax',
@@ -87,8 +87,8 @@ def write(
     if path.read_bytes() == text.encode():
       return path
     # A copy, so that no moment is without a config.json.
-    _replace(_free_name(path), path.read_bytes())
-  _replace(path, text.encode())
+    files.write_bytes(_free_name(path), path.read_bytes())
+  files.write_text(path, text)
   return path
 
 
@@ -147,10 +147,3 @@ def _git(root: pathlib.Path, *args: str) -> str | None:
 def _free_name(path: pathlib.Path) -> pathlib.Path:
   names = (path.with_name(f'{path.stem}.{k}{path.suffix}') for k in itertools.count(1))
   return next(name for name in names if not name.exists())
-
-
-def _replace(path: pathlib.Path, data: bytes):
-  """Writes a file whole or not at all."""
-  temp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-  temp.write_bytes(data)
-  os.replace(temp, path)

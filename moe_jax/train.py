@@ -142,7 +142,7 @@ def make_train_step(cfg: config.Config, mesh: jax.sharding.Mesh) -> Any:
     with jax.named_scope('optimizer'):
       updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
       params = optax.apply_updates(state.params, updates)
-    metrics = StepMetrics(loss, schedule(state.step), optax.global_norm(grads), load)
+    metrics = StepMetrics(loss, schedule(state.step), optax.tree.norm(grads), load)
     return TrainState(state.step + 1, params, opt_state), metrics
 
   out = jax.tree.map(lambda x: x.sharding, abstract_state(cfg, mesh))

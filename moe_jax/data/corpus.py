@@ -5,6 +5,7 @@ tokenizer and one to tokenise (only when the cache has no result). A mixture is 
 per component, so that new weights cost nothing.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -24,7 +25,7 @@ _BATCH_BYTES = 4_000_000  # text tokenised at a time
 _SPLITS = ('train', 'heldout')
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class TokenSplit:
   """One split, end to end; document d is tokens[offsets[d]:offsets[d + 1]], BOS to EOS."""
 
@@ -47,7 +48,7 @@ class TokenSplit:
     return int(self.doc_bytes.sum())
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Corpus:
   """Everything that the training loop and the evaluation need to know about the text."""
 
@@ -148,7 +149,7 @@ def _scan(spec: sources.Spec, heldout_fraction: float, progress: bool) -> _Scan:
       raise errors.InputError(
         f'config.data.heldout_fraction={heldout_fraction} leaves no document for the {split} split '
         f'of {spec.where}, which has {total}; {"lower" if split == "train" else "raise"} it, or '
-        'give more documents (a text file is one document, a line of a jsonl file is one)'
+        'give more documents (a line of a jsonl file is one, and so are 64 KiB of a text file)'
       )
   return scan
 
@@ -228,8 +229,10 @@ def _build(
   bar = tqdm.tqdm(
     desc='tokenise', total=sum(scan.num_bytes), unit='B', unit_scale=True, disable=disable
   )
-  with bar, (directory / 'heldout.txt').open('wb') as heldout_text:
-    writers = [_SplitWriter(directory, split, dtype) for split in _SPLITS]
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(bar)
+    heldout_text = stack.enter_context((directory / 'heldout.txt').open('wb'))
+    writers = [stack.enter_context(_SplitWriter(directory, split, dtype)) for split in _SPLITS]
     for batch in _batches(sources.read(spec, quiet=True)):
       heldout = [counter.add(document) for document in batch]
       rates = [0.0 if is_heldout else data.fim_rate for is_heldout in heldout]
@@ -242,7 +245,7 @@ def _build(
     raise errors.InputError(f'{spec.where} changed while it was being tokenised; run again')
   domains = sorted(set().union(*(writer.domains for writer in writers)))
   for writer in writers:
-    writer.close(domains)
+    writer.write_documents(domains)
   sizes = {file.name: file.stat().st_size for file in directory.iterdir()}
   meta = {'domains': domains, 'dtype': dtype.name, 'sizes': sizes}
   (directory / 'meta.json').write_text(json.dumps(meta))
@@ -278,12 +281,18 @@ def _encode(
 
 
 class _SplitWriter:
-  """Appends documents to the files of one split."""
+  """Appends documents to the files of one split; leaving its context closes them."""
 
   def __init__(self, directory: pathlib.Path, split: str, dtype: np.dtype):
     self._directory, self._split, self._dtype = directory, split, dtype
     self._tokens = (directory / f'{split}.tokens').open('wb')
     self._lengths, self._doc_bytes, self._doc_domain = [], [], []
+
+  def __enter__(self) -> '_SplitWriter':
+    return self
+
+  def __exit__(self, *exception):
+    self._tokens.close()
 
   @property
   def domains(self) -> set[str]:
@@ -295,8 +304,8 @@ class _SplitWriter:
     self._doc_bytes.append(len(document.text))
     self._doc_domain.append(document.domain)
 
-  def close(self, domains: Sequence[str]):
-    self._tokens.close()
+  def write_documents(self, domains: Sequence[str]):
+    """Writes what is known per document; a document's domain becomes its place in `domains`."""
     index = {label: i for i, label in enumerate(domains)}
     arrays = {
       'offsets': np.concatenate([[0], np.cumsum(self._lengths)]).astype(np.int64),

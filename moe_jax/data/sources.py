@@ -22,6 +22,7 @@ from absl import logging
 from moe_jax import config, errors
 from moe_jax.data import cache, hashing, synthetic
 
+TEXT_CUT_BYTES = 64 * 1024  # source 'text': files longer than this become several documents
 _SKIPPED_DIRS = frozenset({'site-packages', 'dist-packages', '__pycache__'})
 
 
@@ -140,7 +141,10 @@ def _decode_python(data: bytes) -> bytes:
 
 
 def text_files(spec: Spec, warn: Callable[[str], None]) -> Iterator[Document]:
-  """One document per file. Domain: its folder as the path spells it; without one, its stem."""
+  """One document per file, long files cut into several at line ends.
+
+  Domain: the file's folder as the path spells it; without one, its stem.
+  """
   for name, file in _files(spec):
     data = _read_bytes(spec, file)
     try:
@@ -151,7 +155,19 @@ def text_files(spec: Spec, warn: Callable[[str], None]) -> Iterator[Document]:
         'iconv, or leave it out'
       ) from e
     folder = file.parent.name
-    yield Document(name, data, folder if folder not in ('', '..') else file.stem)
+    domain = folder if folder not in ('', '..') else file.stem
+    for i, part in enumerate(_cut_at_lines(data)):
+      yield Document(f'{name}#{i}' if i else name, part, domain)
+
+
+def _cut_at_lines(data: bytes) -> Iterator[bytes]:
+  """Pieces of at least TEXT_CUT_BYTES (but the last): one book must fill both splits."""
+  begin = 0
+  while begin < len(data):
+    line_end = data.find(b'\n', begin + TEXT_CUT_BYTES)
+    end = len(data) if line_end < 0 else line_end + 1
+    yield data[begin:end]
+    begin = end
 
 
 def jsonl(spec: Spec, warn: Callable[[str], None]) -> Iterator[Document]:

@@ -110,6 +110,16 @@ def test_python_source_missing_root(make_spec, tmp_path):
 # text
 
 
+def test_one_long_text_file_becomes_several_documents(make_spec, tmp_path, monkeypatch):
+  monkeypatch.setattr(sources, 'TEXT_CUT_BYTES', 10)
+  text = 'first line\nsecond\nthird line is long\nend'
+  (tmp_path / 'book.txt').write_text(text)
+  found = list(sources.read(make_spec('text', tmp_path / 'book.txt')))
+  assert b''.join(d.text for d in found).decode() == text
+  assert [d.name.rpartition('book.txt')[2] for d in found] == ['', '#1', '#2']
+  assert found[1].text == b'second\nthird line is long\n'
+
+
 def test_text_files_and_globs(make_spec, tmp_path, monkeypatch):
   write_tree(tmp_path, {'books/a.txt': 'A', 'books/old/b.txt': 'B', 'c.txt': 'é'})
   monkeypatch.chdir(tmp_path)

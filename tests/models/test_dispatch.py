@@ -1,0 +1,193 @@
+"""`dropless` against `dense`, values and all gradients, and what `dropless` may not contain."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from moe_jax.models.dispatch import DISPATCHES, grouped, plan
+
+T, K, E, D, F = 21, 2, 5, 12, 10  # 42 choices: not a multiple of the block of 64
+ARGS = ('x', 'gates', 'gate_up', 'down')
+# Two float32 sums in another order, of at most a few hundred terms of magnitude about 1.
+CLOSE = dict(rtol=1e-4, atol=2e-5)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def tokamax_on_cpu(parsed_flags):
+  """The backend 'tokamax_xla': our tokamax calls with the only implementation a CPU has."""
+  grouped.BACKENDS['tokamax_xla'] = lambda: grouped.tokamax_backend(('xla',), ('xla',))
+  yield
+  del grouped.BACKENDS['tokamax_xla']
+
+
+def operands(t=T, k=K, e=E, dtype=jnp.float32):
+  """x, gates, gate_up, down, and a cotangent of the output."""
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+  gates = jnp.asarray(rng.dirichlet(np.ones(k), size=t), jnp.float32)
+  return draw(t, D), gates, draw(e, D, 2, F) / 2, draw(e, F, D) / 2, draw(t, D)
+
+
+def choose(t=T, k=K, allowed=range(E), seed=0):
+  """[t, k] different experts per token, out of `allowed`."""
+  allowed = np.array(allowed)
+  order = np.argsort(np.random.default_rng(seed).random((t, len(allowed))), axis=-1)
+  return allowed[order[:, :k]].astype(np.int32)
+
+
+def padded(idx, every=3, e=E):
+  """Every third token is not routed."""
+  idx = idx.copy()
+  idx[::every] = e
+  return idx
+
+
+@functools.cache
+def run(name, backend='blocks'):
+  """Jitted (x, gates, gate_up, down, cotangent, idx) -> (out, gradients of the four)."""
+
+  def fn(x, gates, gate_up, down, cotangent, idx):
+    call = lambda *args: DISPATCHES[name](*args[:2], idx, *args[2:], backend)
+    out, vjp = jax.vjp(call, x, gates, gate_up, down)
+    return out, *vjp(cotangent)
+
+  return tiny.jit(fn)
+
+
+def assert_equal_results(got, want, rtol, atol):
+  for name, a, b in zip(('out', *ARGS), got, want):
+    assert a.dtype == b.dtype, name
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    np.testing.assert_allclose(a, b, rtol, atol * np.abs(b).max(), err_msg=name, strict=True)
+
+
+CASES = {
+  'random': choose(),
+  'padded tokens': padded(choose()),
+  'all padded': np.full((T, K), E, np.int32),
+  'first and last expert empty': choose(allowed=(1, 2, 3)),
+  'middle experts empty': choose(allowed=(0, 4)),
+  'last expert empty and padded tokens': padded(choose(allowed=(0, 1, 2, 3))),
+  # K different experts per token: one gets all first choices, another all second ones.
+  'all tokens on the same': np.tile(np.array([3, 1], np.int32), (T, 1)),
+}
+
+
+@pytest.mark.parametrize('backend', ['blocks', 'ragged_dot', 'tokamax_xla'])
+@pytest.mark.parametrize('case', CASES)
+def test_dropless_equals_dense(case, backend):
+  args = (*operands(), jnp.array(CASES[case]))
+  assert_equal_results(run('dropless', backend)(*args), run('dense')(*args), **CLOSE)
+
+
+def test_dense_is_the_formula():
+  x, gates, gate_up, down, cotangent = operands()
+  idx = CASES['padded tokens']
+  got = run('dense')(x, gates, gate_up, down, cotangent, jnp.array(idx))[0]
+  x, gates, gate_up, down = (np.asarray(a, np.float64) for a in (x, gates, gate_up, down))
+  want = np.zeros((T, D))
+  for t in range(T):
+    for gate, expert in zip(gates[t], idx[t]):
+      if expert < E:
+        a, b = x[t] @ gate_up[expert, :, 0], x[t] @ gate_up[expert, :, 1]
+        want[t] += gate * (a / (1 + np.exp(-a)) * b) @ down[expert]
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('t, k, e', [(64, 3, 4), (1, 1, 1)])
+def test_dropless_equals_dense_for_other_shapes(t, k, e):
+  idx = jnp.array(padded(choose(t, k, range(e)), every=7, e=e) if t > 1 else choose(t, k, range(e)))
+  args = (*operands(t, k, e), idx)
+  assert_equal_results(run('dropless')(*args), run('dense')(*args), **CLOSE)
+
+
+def test_all_tokens_on_one_expert_over_several_blocks():
+  args = (*operands(200, 1, 3), jnp.ones((200, 1), jnp.int32))
+  got = run('dropless')(*args)
+  assert_equal_results(got, run('dense')(*args), **CLOSE)
+  for weight in got[3:]:
+    assert not np.asarray(weight)[[0, 2]].any()  # unused experts: exactly 0
+
+
+@pytest.mark.parametrize('backend', ['blocks', 'ragged_dot'])
+def test_bfloat16_is_as_close_as_its_rounding(backend):
+  args = operands(dtype=jnp.bfloat16)
+  idx = jnp.array(CASES['padded tokens'])
+  got = run('dropless', backend)(*args, idx)
+  wide = run('dense')(*(a.astype(jnp.float32) for a in args), idx)
+  dtypes = ('bfloat16', 'bfloat16', 'float32', 'bfloat16', 'bfloat16')
+  for name, dtype, a, b in zip(('out', *ARGS), dtypes, got, wide):
+    assert a.dtype == dtype, name
+    b = np.asarray(b, np.float64)
+    # Some four roundings of 2^-9 in a row (h, activation, output, K-sum), of terms that cancel.
+    np.testing.assert_allclose(
+      np.asarray(a, np.float64), b, 0, 2**-6 * np.abs(b).max(), err_msg=name
+    )
+
+
+@pytest.mark.parametrize('backend', ['blocks', 'ragged_dot'])
+def test_padded_tokens_get_and_give_exactly_nothing(backend):
+  idx = CASES['padded tokens']
+  out, d_x, d_gates, *_ = run('dropless', backend)(*operands(), jnp.array(idx))
+  off = idx[:, 0] == E
+  for a in (out, d_x, d_gates):
+    assert not np.asarray(a)[off].any()
+    assert np.asarray(a)[~off].all()
+
+
+@pytest.mark.parametrize('poisoned', ['activations', 'cotangents'])
+@pytest.mark.parametrize(
+  'name, backend', [('dropless', 'blocks'), ('dropless', 'ragged_dot'), ('dense', 'blocks')]
+)
+def test_nan_in_padded_tokens_stays_there(name, backend, poisoned):
+  x, gates, gate_up, down, cotangent = operands()
+  idx = CASES['padded tokens']
+  off = idx[:, 0] == E
+  clean = run(name, backend)(x, gates, gate_up, down, cotangent, jnp.array(idx))
+  poison = lambda a: a.at[np.nonzero(off)].set(jnp.nan)
+  x, cotangent = (poison(x), cotangent) if poisoned == 'activations' else (x, poison(cotangent))
+  got = run(name, backend)(x, gates, gate_up, down, cotangent, jnp.array(idx))
+  for key, a, b in zip(('out', *ARGS), got, clean):
+    a, b = np.asarray(a), np.asarray(b)
+    if len(a) == T:
+      a, b = a[~off], b[~off]
+    np.testing.assert_array_equal(a, b, err_msg=key)
+
+
+def float_scatters(fn, *args):
+  """Scatters of more than one row of floats; XLA for CPU expands them all, so HLO hides them."""
+  found = []
+  for eqn in tiny.equations(fn.trace(*args).jaxpr.jaxpr):
+    if eqn.primitive.name.startswith('scatter'):
+      operand, indices, _ = (v.aval for v in eqn.invars)
+      many = np.prod(indices.shape[:-1]) > 1
+      if many and jnp.issubdtype(operand.dtype, jnp.floating):
+        found.append(eqn)
+  return found
+
+
+@pytest.mark.parametrize('backend', ['blocks', 'ragged_dot', 'tokamax_xla'])
+def test_dropless_scatters_no_activation(backend):
+  args = (*operands(), jnp.array(CASES['random']))
+  assert not float_scatters(run('dropless', backend), *args)
+  # The detector sees what autodiff would make of a gather.
+  gather = lambda x: x[args[-1].reshape(-1)].sum()
+  assert float_scatters(jax.jit(jax.grad(gather)), args[0])
+
+
+def test_dropless_on_blocks_holds_no_buffer_of_experts_times_rows():
+  t, k, e = 21, 3, 7
+  m, rows = t * k, plan.num_rows(t * k, e, grouped.BLOCK)
+  args = (*operands(t, k, e), jnp.array(choose(t, k, range(e))))
+  text = run('dropless').lower(*args).compile().as_text()
+  shapes = {
+    tuple(int(n) for n in dims.split(',')) for dims in re.findall(r'(?:f32|bf16)\[([\d,]+)\]', text)
+  }
+  assert (e, D, 2 * F) in shapes  # the weights: the pattern does find shapes
+  assert not [s for s in shapes if e in s and {t, m, rows} & set(s)]
+  assert not re.search(r'(?:f32|bf16)\[[\d,]+\]\S* scatter\(', text)

@@ -1,0 +1,211 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import linen as nn
+
+from moe_jax import partitioning, train
+from moe_jax.models import transformer
+
+CFG = tiny.make().model
+L = CFG.max_seq_len
+# The same float32 sums over another set of rows: 1e-5 relative, of logits of magnitude up to 5.
+CLOSE = dict(rtol=1e-4, atol=1e-4)
+
+
+@functools.cache
+def forward(model=CFG):
+  """Jitted (params, tokens, positions, segment_ids) -> logits."""
+  apply = transformer.Transformer(model).apply
+  return tiny.jit(lambda params, *rows: apply({'params': params}, *rows).logits)
+
+
+def inputs(rows):
+  return [jnp.array(rows[key]) for key in ('tokens', 'positions', 'segment_ids')]
+
+
+def gradient_jaxpr(**overrides):
+  cfg = tiny.make(**overrides)
+  params = transformer.abstract_params(cfg.model)
+  batch = {key: jnp.array(value) for key, value in tiny.batch().items()}
+  return jax.make_jaxpr(functools.partial(train.gradients, cfg))(params, batch).jaxpr
+
+
+def test_program_does_not_grow_with_depth():
+  few = len(list(tiny.equations(gradient_jaxpr(model__num_layers=2))))
+  many = len(list(tiny.equations(gradient_jaxpr(model__num_layers=9, model__num_dense_layers=4))))
+  assert few == many
+
+
+@pytest.mark.parametrize('remat', ['moe_core', 'full'])
+def test_remat_changes_no_number(remat):
+  params, batch = tiny.params(CFG), tiny.batch()
+  loss, load, grads = tiny.gradients()(params, batch)
+  loss2, load2, grads2 = tiny.gradients(model__remat=remat)(params, batch)
+  np.testing.assert_array_equal(load, load2)
+  np.testing.assert_allclose(loss, loss2, rtol=1e-6)
+  # Recomputed in other fusions: the last bits of float32 may differ.
+  tiny.assert_trees_close(grads2, grads, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('remat, top_ks', [('none', 1), ('moe_core', 1), ('full', 1)])
+def test_routing_is_never_recomputed(remat, top_ks):
+  """A second top-k over rounded-otherwise scores could send the gradient to other experts."""
+  names = [eqn.primitive.name for eqn in tiny.equations(gradient_jaxpr(model__remat=remat))]
+  assert names.count('top_k') == top_ks
+  assert names.count('sort') == 1
+
+
+def test_remat_full_keeps_less_than_moe_core_than_none():
+  def kept(remat):
+    """Bytes that the forward scans hand to the backward ones."""
+    jaxpr = gradient_jaxpr(model__remat=remat)
+    scans = [eqn for eqn in tiny.equations(jaxpr) if eqn.primitive.name == 'scan']
+    forward = scans[: len(scans) // 2]
+    outs = [v.aval for eqn in forward for v in eqn.outvars[eqn.params['num_carry'] :]]
+    return sum(aval.size * aval.dtype.itemsize for aval in outs)
+
+  assert kept('full') < kept('moe_core') < kept('none')
+
+
+def test_padding_and_other_documents_change_no_logit():
+  rows = tiny.batch(((5, 4, 3), (5, 4, 3), (5, 4, 3), (5, 4, 3)))
+  for key in rows:
+    rows[key][:] = rows[key][:1]
+  rows['tokens'][1, 3] += 1  # in the first document
+  rows['tokens'][2, 6] += 1  # in the second
+  rows['tokens'][3, 13:] = 7  # padding
+  rows['tokens'] %= CFG.vocab_size
+  logits = np.asarray(forward()(tiny.params(CFG), *inputs(rows)))
+  differs = (logits != logits[:1]).any(-1)
+  want = np.zeros((4, L), bool)
+  want[1, 3:5] = True  # from the token on, to the end of its document
+  want[2, 6:9] = True
+  np.testing.assert_array_equal(differs[:, :12], want[:, :12])
+
+
+def test_a_document_packed_with_others_is_read_as_if_alone():
+  rows, alone = tiny.batch(((5, 4, 3),)), tiny.batch(((9,),))
+  params = tiny.params(CFG)
+  alone['tokens'][0, :4] = rows['tokens'][0, 5:9]
+  packed = forward()(params, *inputs(rows))[0, 5:9]
+  np.testing.assert_allclose(packed, forward()(params, *inputs(alone))[0, :4], **CLOSE)
+
+
+def test_dense_model():
+  cfg = tiny.make(model__moe__num_experts=0).model
+  params = tiny.params(cfg)
+  assert 'moe_layers' not in params
+  assert params['dense_layers']['mlp']['down'].shape == (3, 24, 16)
+  out = jax.eval_shape(
+    lambda p: transformer.Transformer(cfg).apply({'params': p}, *inputs(tiny.batch())), params
+  )
+  assert out.stats is None and out.cache is None
+  assert out.logits.shape == (8, L, 32)
+
+
+def test_all_layers_moe_and_stats_per_layer():
+  cfg = tiny.make(model__num_dense_layers=0).model
+  params = transformer.abstract_params(cfg)
+  assert 'dense_layers' not in params
+  out = jax.eval_shape(
+    lambda p: transformer.Transformer(cfg).apply({'params': p}, *inputs(tiny.batch())), params
+  )
+  assert out.stats.load.shape == (3, 8)
+  assert out.stats.load_balance_loss.shape == (3,)
+
+
+@functools.cache
+def cached(model=CFG):
+  apply = transformer.Transformer(model).apply
+  return tiny.jit(lambda params, *args: apply({'params': params}, *args)[::2])
+
+
+def test_decoding_token_by_token_equals_the_full_forward():
+  params = tiny.params(CFG)
+  rows = tiny.batch(((16,), (16,)))
+  rows['tokens'][1] = rows['tokens'][1, ::-1]
+  full = forward()(params, *inputs(rows))
+  cache = transformer.init_cache(CFG, 2, L + 3)  # slots that are never written are never seen
+  one = jnp.ones((2, 1), jnp.int32)
+  for t in range(L):
+    tokens = jnp.array(rows['tokens'][:, t : t + 1])
+    logits, cache = cached()(params, tokens, one * t, one, cache)
+    np.testing.assert_allclose(logits[:, 0], full[:, t], **CLOSE, err_msg=f'position {t}')
+  np.testing.assert_array_equal(cache.segment_ids, [[1] * L + [0] * 3] * 2)
+
+
+def test_prompts_of_different_lengths_padded_on_the_right():
+  params, lengths = tiny.params(CFG), np.array([3, 8, 1])
+  rows = tiny.batch(((16,), (16,), (16,)))
+  full = forward()(params, *inputs(rows))
+  at = np.broadcast_to(np.arange(8), (3, 8))
+  real = at < lengths[:, None]
+  prompt = np.where(real, rows['tokens'][:, :8], 9)  # what the padding holds is of no account
+  cache = transformer.init_cache(CFG, 3, L)
+  logits, cache = cached()(params, prompt, jnp.array(at), jnp.array(real, jnp.int32), cache)
+  np.testing.assert_allclose(
+    np.asarray(logits)[real], np.asarray(full)[:, :8][real], **CLOSE, err_msg='prefill'
+  )
+  one = np.ones((3, 1), np.int32)
+  for t in range(L - 8):
+    index = (lengths + t)[:, None].astype(np.int32)
+    tokens = np.take_along_axis(rows['tokens'], index, axis=1)
+    logits, cache = cached()(params, tokens, index, one, cache)
+    want = np.take_along_axis(np.asarray(full), index[..., None], axis=1)
+    np.testing.assert_allclose(logits, want, **CLOSE, err_msg=f'{t} after the prompt')
+
+
+def test_dtypes_of_parameters():
+  shapes = transformer.abstract_params(tiny.make(model__param_dtype='bfloat16').model)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+    wide = path[-1].key in ('scale', 'router')  # norms and router stay in float32
+    assert leaf.dtype == (jnp.float32 if wide else jnp.bfloat16), jax.tree_util.keystr(path)
+
+
+def test_bfloat16_compute_keeps_router_softmaxes_and_logits_in_float32():
+  cfg = tiny.make(model__dtype='bfloat16').model
+  params = tiny.params(cfg)
+  rows = inputs(tiny.batch())
+  apply = lambda p: transformer.Transformer(cfg).apply({'params': p}, *rows)
+  dots = 0
+  for eqn in tiny.equations(jax.make_jaxpr(apply)(params).jaxpr):
+    avals = [v.aval for v in (*eqn.invars, *eqn.outvars)]
+    if eqn.primitive.name in ('top_k', 'exp', 'rsqrt'):
+      assert avals[0].dtype == jnp.float32, eqn
+    if eqn.primitive.name == 'dot_general':
+      router = avals[1].shape == (cfg.embed_dim, cfg.moe.num_experts)
+      dots += router
+      assert avals[0].dtype == (jnp.float32 if router else jnp.bfloat16), eqn
+  assert dots == 1  # the scan's body, once
+  out = jax.eval_shape(apply, params)
+  assert out.logits.dtype == jnp.float32
+
+
+def test_bfloat16_compute_is_close_to_float32():
+  cfg = tiny.make(model__dtype='bfloat16').model
+  rows = inputs(tiny.batch())
+  real = np.asarray(rows[2]) > 0
+  wide = np.asarray(forward()(tiny.params(CFG), *rows))[real]
+  low = np.asarray(forward(cfg)(tiny.params(cfg), *rows))[real]
+  # 8 bits of mantissa through 3 layers; a few tokens may change an expert, so the median counts.
+  assert np.median(np.abs(wide - low)) < 0.03 * wide.std()
+
+
+def test_every_parameter_names_its_axes():
+  rules = dict(partitioning.LOGICAL_AXIS_RULES)
+  boxed = jax.eval_shape(functools.partial(transformer.init, CFG), jax.random.key(0))
+  boxes = jax.tree_util.tree_leaves_with_path(
+    boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
+  )
+  for path, box in boxes:
+    where = jax.tree_util.keystr(path)
+    assert isinstance(box, nn.LogicallyPartitioned), where
+    assert len(box.names) == box.value.ndim, where
+    assert set(box.names) <= set(rules), where
+    assert ('layers' in box.names) == ('layers' in where.split('.')[0]), where
+  stacked = boxed['moe_layers']['moe']['gate_up']
+  assert stacked.names == ('layers', 'expert', 'embed', 'gate_up', 'expert_mlp')

@@ -1,0 +1,234 @@
+"""A whole run in one process: what it writes, how it resumes, and what it refuses."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from configs import smoke
+from moe_jax import config, errors, evaluate, generate, metrics, partitioning, report, run
+from moe_jax.data import packing
+
+OVERRIDES = {
+  'optim.warmup_steps': 0,
+  'train.num_steps': 12,
+  'train.log_every': 1,
+  'train.eval_every': 5,
+  'checkpoint.save_every': 4,
+  'data.synthetic_documents': 120,
+  'data.heldout_fraction': 0.2,
+}
+
+
+def make_config(cache: pathlib.Path, variant: str = '', **overrides) -> config.Config:
+  page = smoke.get_config(variant)
+  page.update_from_flattened_dict(OVERRIDES | {'data.cache_dir': str(cache)})
+  page.update_from_flattened_dict({k.replace('__', '.'): v for k, v in overrides.items()})
+  return config.from_dict(page.to_dict())
+
+
+@pytest.fixture(scope='module', autouse=True)
+def two_devices():
+  """Enough to see sharding at work; all eight would compile and compute four times as long."""
+  with pytest.MonkeyPatch.context() as patch:
+    make_mesh = partitioning.make_mesh
+    patch.setattr(partitioning, 'make_mesh', lambda cfg: make_mesh(cfg, jax.devices()[:2]))
+    yield
+
+
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory):
+  return tmp_path_factory.mktemp('cache')
+
+
+@pytest.fixture(scope='module')
+def finished(cache, tmp_path_factory):
+  """(workdir, lines said) of a run that went to its end, with the report."""
+  workdir = tmp_path_factory.mktemp('runs') / 'finished'
+  lines = []
+  trained, corpus = run.run_training(make_config(cache), workdir, say=lines.append)
+  report.finish(trained, corpus, workdir, lines.append)
+  return workdir, lines
+
+
+@pytest.fixture
+def workdir(finished, tmp_path):
+  """A copy of the finished run that a test may damage."""
+  return pathlib.Path(shutil.copytree(finished[0], tmp_path / 'run'))
+
+
+def test_a_run_writes_what_it_promises(finished):
+  workdir, lines = finished
+  assert {p.name for p in (workdir / 'checkpoints').iterdir()} == {'8', '12'}  # keep_last = 2
+  for name in ('config.json', 'tokenizer.json', 'evaluation.json', 'plots/loss.png'):
+    assert (workdir / name).stat().st_size > 0
+  assert (workdir / 'plots/expert_load.png').read_bytes().startswith(b'\x89PNG')
+  assert list((workdir / 'tensorboard').iterdir())
+  points = metrics.read_metrics(workdir)
+  assert [p['step'] for p in points] == list(range(1, 13))
+  assert all(set(p) == set(metrics.KEYS) for p in points)
+  assert points[-1]['loss'] < points[0]['loss'] - 0.5  # 5.6 at the start
+  assert sum(line.startswith('step=') and 'max_vio=' in line for line in lines) == 12
+  assert sum('heldout_bits_per_byte=' in line for line in lines) == 2  # steps 5 and 10
+  said = '\n'.join(lines)
+  assert 'gzip -9' in said and 'xz -9' in said and 'max_vio_global=' in said
+  record = json.loads((workdir / 'config.json').read_text())
+  assert record['config']['train']['num_steps'] == 12
+
+
+def test_the_same_command_again_trains_no_step_twice(cache, workdir):
+  before = (workdir / 'metrics.jsonl').read_bytes()
+  lines = []
+  trained, _ = run.run_training(make_config(cache), workdir, say=lines.append)
+  assert lines == ['resuming after step 12 of 12'] and trained.step == 12
+  assert (workdir / 'metrics.jsonl').read_bytes() == before
+
+
+def test_a_changed_config_is_refused_and_allowed_on_request(cache, workdir):
+  changed = make_config(cache, train__num_steps=14)
+  with pytest.raises(errors.InputError, match=r'train\.num_steps: 12 -> 14.*allow_config_change'):
+    run.run_training(changed, workdir)
+  lines = []
+  trained, _ = run.run_training(changed, workdir, allow_config_change=True, say=lines.append)
+  assert trained.step == 14 and 'config changed: train.num_steps: 12 -> 14' in lines
+
+
+def test_a_changed_corpus_is_refused(cache, tmp_path):
+  (tmp_path / 'a.txt').write_text('x = 1\n' * 300000)
+  cfg = make_config(
+    cache, data__source='text', data__path=str(tmp_path / 'a.txt'), train__num_steps=1,
+    model__max_seq_len=64, train__sample_prompt='',
+  )  # fmt: skip
+  run.run_training(cfg, tmp_path / 'run', say=lambda line: None)
+  (tmp_path / 'a.txt').write_text('y = 2\n' * 300000)
+  with pytest.raises(errors.InputError, match='corpus has changed since the checkpoint of step 1'):
+    run.run_training(cfg, tmp_path / 'run')
+
+
+def test_heldout_figures_follow_from_true_counts(finished, cache):
+  loaded = run.load(finished[0])
+  corpus = run.heldout_corpus(loaded, finished[0], warn=pytest.fail)
+  figures = evaluate.evaluate(loaded.cfg, loaded.params, corpus, loaded.mesh)
+  heldout = corpus.heldout
+  targets = heldout.num_tokens - heldout.num_documents  # every token but each document's first
+  bits = figures.loss * targets / math.log(2)
+  assert figures.bits_per_byte == pytest.approx(bits / len(corpus.heldout_bytes()), rel=1e-9)
+  # Sum of loads = tokens x K: each row feeds all of its tokens but the one that it only predicts.
+  length = loaded.cfg.model.max_seq_len
+  rows = packing.Packing(heldout, np.arange(heldout.num_documents), length)
+  fed = sum(int((rows[i]['segment_ids'] > 0).sum()) for i in range(len(rows)))
+  expected = [fed * loaded.cfg.model.moe.num_experts_per_tok] * loaded.cfg.model.num_moe_layers
+  assert figures.load.sum(axis=1).tolist() == expected
+  record = json.loads((finished[0] / 'evaluation.json').read_text())
+  again = {key: record[key] for key in ('step', 'loss', 'bits_per_byte', 'max_vio')}
+  assert again == {k: v for k, v in figures.as_dict(12).items() if k != 'max_vio_per_layer'}
+
+
+def test_evaluation_does_not_depend_on_the_batch_size(finished):
+  loaded = run.load(finished[0])
+  corpus = run.heldout_corpus(loaded, finished[0], warn=pytest.fail)
+  whole = evaluate.evaluate(loaded.cfg, loaded.params, corpus, loaded.mesh)
+  bigger = dataclasses.replace(loaded.cfg.train, batch_size=24)
+  cfg = dataclasses.replace(loaded.cfg, train=bigger)
+  other = evaluate.evaluate(cfg, loaded.params, corpus, loaded.mesh)
+  assert other.loss == pytest.approx(whole.loss, rel=1e-5)  # float32 sums in another order
+  assert abs(other.load - whole.load).sum() <= 4  # a rounded score may move a tie
+
+
+def test_loading_an_older_step(finished):
+  assert run.load(finished[0], step=8).step == 8
+  with pytest.raises(errors.InputError, match=r'9.*8.*12'):
+    run.load(finished[0], step=9)
+
+
+def test_a_damaged_newest_checkpoint_falls_back_and_says_so(cache, workdir, caplog):
+  shutil.rmtree(workdir / 'checkpoints/12/state')
+  assert run.load(workdir).step == 8
+  assert 'step 12' in caplog.text or '12' in caplog.text
+  lines = []
+  trained, _ = run.run_training(make_config(cache), workdir, say=lines.append)
+  assert lines[0] == 'resuming after step 8 of 12' and trained.step == 12
+  losses = [p['loss'] for p in metrics.read_metrics(workdir)]
+  assert len(losses) == 12
+
+
+def test_resuming_repeats_the_losses_bit_by_bit(cache, finished, workdir):
+  shutil.rmtree(workdir / 'checkpoints/12')
+  run.run_training(make_config(cache), workdir, say=lambda line: None)
+  want = [(p['step'], p['loss'], p['grad_norm']) for p in metrics.read_metrics(finished[0])]
+  assert [(p['step'], p['loss'], p['grad_norm']) for p in metrics.read_metrics(workdir)] == want
+
+
+def test_another_tokenizer_is_refused(workdir):
+  text = (workdir / 'tokenizer.json').read_text()
+  (workdir / 'tokenizer.json').write_text(text.replace('"h":', '"h\\u0000":', 1))
+  with pytest.raises(errors.InputError, match='is not the tokenizer'):
+    run.load(workdir)
+  (workdir / 'tokenizer.json').unlink()
+  with pytest.raises(errors.InputError, match=r'tokenizer\.json'):
+    run.load(workdir)
+
+
+def test_a_workdir_without_checkpoints_says_what_to_do(tmp_path):
+  with pytest.raises(errors.InputError, match='holds no checkpoints; train first'):
+    run.load(tmp_path / 'nothing')
+  (tmp_path / 'checkpoints').mkdir()
+  with pytest.raises(errors.InputError, match='holds no finished checkpoint yet'):
+    run.load(tmp_path)
+
+
+def test_sampling_from_a_run_is_reproducible(finished):
+  loaded = run.load(finished[0])
+  draw = lambda seed: report.sample(loaded, 'def ', 16, generate.Sampling(seed=seed))[0]
+  assert draw(0) == draw(0) != draw(1)
+
+
+def test_a_dense_run_has_no_expert_figures(cache, tmp_path):
+  cfg = make_config(cache, 'dense', train__num_steps=2, train__sample_prompt='')
+  lines = []
+  trained, corpus = run.run_training(cfg, tmp_path, say=lines.append)
+  figures = report.finish(trained, corpus, tmp_path, lines.append)
+  assert figures.max_vio is None and figures.max_vio_per_layer == []
+  assert metrics.read_metrics(tmp_path)[-1]['max_vio'] is None
+  assert not (tmp_path / 'plots/expert_load.png').exists()
+
+
+def test_a_batch_ramp_and_micro_batches_run_through(cache, tmp_path):
+  cfg = make_config(
+    cache, train__num_steps=3, train__batch_ramp=((2, 8),), train__batch_size=16,
+    train__micro_batch_size=8,
+  )  # fmt: skip
+  run.run_training(cfg, tmp_path, say=lambda line: None)
+  assert len(metrics.read_metrics(tmp_path)) == 3
+
+
+def test_divergence_is_one_clear_error_and_saves_nothing(cache, tmp_path):
+  cfg = make_config(
+    cache, optim__peak_lr=1e30, optim__clip_norm=0.0, train__num_steps=8,
+    checkpoint__save_every=100,
+  )  # fmt: skip
+  with pytest.raises(errors.InputError, match=r'diverged with config\.optim\.peak_lr=1e\+30'):
+    run.run_training(cfg, tmp_path, say=lambda line: None)
+  assert not [p for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit()]
+
+
+@pytest.mark.parametrize(
+  'overrides, message',
+  [
+    ({'train__batch_size': 7}, "batch_size=7 must be divisible by the 'data' mesh axis"),
+    ({'mesh__data': 3}, r'config\.mesh\.data=3 must equal the number of devices \(2\)'),
+    ({'train__batch_size': 4096}, 'batch_size'),
+    ({'train__sample_prompt': 'x' * 200}, 'together more than model.max_seq_len=128'),
+    ({'model__vocab_size': 100}, 'vocab_size=100'),
+    ({'data__source': 'text', 'data__path': '/nonexistent/*.txt'}, 'nonexistent'),
+  ],
+)
+def test_bad_input_is_refused_before_anything_is_written(cache, tmp_path, overrides, message):
+  with pytest.raises(errors.InputError, match=message):
+    run.run_training(make_config(cache, **overrides), tmp_path / 'run')
+  assert not any((tmp_path / 'run').iterdir())

@@ -1,0 +1,198 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from moe_jax import metrics, optim, partitioning, train
+
+# eps is large so that Adam does not blow the last bit of a tiny gradient up to a whole step.
+STEP = {'train__micro_batch_size': 2, 'optim__eps': 1e-3, 'model__moe__load_balance_loss_weight': 1}
+# The smallest dense model: where the loop matters and the model does not.
+DENSE = {'model__moe__num_experts': 0, 'model__num_layers': 1, 'train__batch_size': 2}
+
+
+def one_device():
+  return partitioning.make_mesh(tiny.make(mesh__data=1).mesh, jax.devices()[:1])
+
+
+def fresh(cfg):
+  params = jax.tree.map(jnp.copy, tiny.params(cfg.model))  # the step donates its state
+  opt_state = optim.optimizer(cfg.optim, cfg.train.num_steps).init(params)
+  return train.TrainState(jnp.int32(0), params, opt_state)
+
+
+@pytest.fixture(scope='module')
+def step():
+  """The compiled train step with accumulation over 4 micro-batches, on one device."""
+  cfg, mesh = tiny.make(**STEP), one_device()
+  options = {'xla_backend_optimization_level': 0}
+  train_step, state = train.make_train_step(cfg, mesh), fresh(cfg)
+  with partitioning.activate(mesh):
+    lowered = train_step.lower(state, tiny.batch())
+  return lowered.compile(compiler_options=options)
+
+
+WEIGHT = {'model__moe__load_balance_loss_weight': 1}
+
+
+@pytest.fixture(scope='module')
+def whole():
+  """(loss, load, gradients) of the whole ragged batch at once."""
+  return tiny.gradients(**WEIGHT)(tiny.params(tiny.make().model), tiny.batch())
+
+
+def test_accumulation_equals_the_whole_batch_with_ragged_rows(whole):
+  accumulate = tiny.gradients(**WEIGHT, train__micro_batch_size=2)
+  loss, load, grads = accumulate(tiny.params(tiny.make().model), tiny.batch())
+  np.testing.assert_array_equal(load, whole[1])
+  # Four float32 sums added instead of one.
+  np.testing.assert_allclose(loss, whole[0], rtol=1e-5)
+  tiny.assert_trees_close(grads, whole[2], rtol=1e-3, atol=1e-5)
+
+
+def test_load_counts_the_real_tokens(whole):
+  real = int((tiny.batch()['segment_ids'] > 0).sum())
+  np.testing.assert_array_equal(whole[1].sum(-1), [real * 2] * 2)  # K = 2, two MoE layers
+
+
+def test_loss_is_the_mean_over_real_targets(whole):
+  rows, model = tiny.batch(), tiny.make().model
+  apply = tiny.jit(lambda p, *a: train.transformer.Transformer(model).apply({'params': p}, *a))
+  out = apply(tiny.params(model), *(rows[k] for k in ('tokens', 'positions', 'segment_ids')))
+  log_p = np.asarray(jax.nn.log_softmax(out.logits))
+  real = rows['targets'] >= 0
+  picked = np.take_along_axis(log_p, np.maximum(rows['targets'], 0)[..., None], -1)[..., 0]
+  np.testing.assert_allclose(whole[0], -picked[real].mean(), rtol=1e-5)
+
+
+def test_one_step_is_the_optimizer_on_the_gradients_of_the_whole_batch(step, whole):
+  cfg = tiny.make(**STEP)
+  before = fresh(cfg)
+  loss, load, grads = whole
+  optimizer = optim.optimizer(cfg.optim, cfg.train.num_steps)
+  updates, _ = jax.jit(optimizer.update)(grads, before.opt_state, before.params)
+  want = optax.apply_updates(before.params, updates)
+  state, got = step(before, tiny.batch())
+  assert state.step == 1
+  tiny.assert_trees_close(state.params, want, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(got.loss, loss, rtol=1e-5)
+  np.testing.assert_array_equal(got.load, load)
+  np.testing.assert_allclose(got.grad_norm, optax.tree.norm(grads), rtol=1e-4)
+  assert got.lr == np.float32(1e-2)
+
+
+def test_a_fixed_batch_is_learnt(step):
+  state, rows = fresh(tiny.make(**STEP)), tiny.batch()
+  losses = []
+  for _ in range(40):
+    state, got = step(state, rows)
+    losses.append(float(got.loss))
+  # ln 32 = 3.5 is knowing nothing; these weights start above it and learn 90 tokens by heart.
+  assert losses[0] > 3.5
+  assert losses[-1] < 1.5
+
+
+def test_balance_loss_weight_and_z_loss_enter_the_loss():
+  rows = tiny.batch(((16,), (7, 3)))
+  cfg = tiny.make(train__z_loss_weight=0.5, model__moe__load_balance_loss_weight=0.25)
+  params = tiny.params(cfg.model)
+  num_targets, num_tokens = tiny.num_targets(rows), 26
+
+  def parts(params):
+    total, (cross_entropy, _) = train.batch_loss(cfg, params, rows, num_targets, num_tokens)
+    model = train.transformer.Transformer(cfg.model)
+    args = (rows[k] for k in ('tokens', 'positions', 'segment_ids'))
+    return total, cross_entropy, model.apply({'params': params}, *args)
+
+  total, cross_entropy, out = tiny.jit(parts)(params)
+  real = rows['targets'] >= 0
+  z = np.square(np.asarray(jax.nn.logsumexp(out.logits, axis=-1)))[real].mean()
+  # Per layer the token-weighted mean over sequences, summed over the layers.
+  balance_loss = np.asarray(out.stats.load_balance_loss).sum() / num_tokens
+  assert 1 < balance_loss / 2 < 4  # about 1 per layer, E / K = 4 at most
+  want = cross_entropy + 0.5 * z + 0.25 * balance_loss
+  np.testing.assert_allclose(total, want, rtol=1e-5)
+
+
+@pytest.fixture(scope='module')
+def dense_run():
+  """(config, mesh, state at seed 0, the reports of three steps)."""
+  cfg, mesh = tiny.make(**DENSE), one_device()
+  state = train.init_state(cfg, mesh)
+  start = jax.tree.map(jnp.copy, state)
+  rows = [tiny.batch(((16,), (9,))), tiny.batch(((5, 5), (16,))), tiny.batch(((1,), (16,)))]
+  timer = metrics.StepTimer(flops_per_token=1.0, peak=1.0)
+  reports = []
+  for report in train.steps(cfg, mesh, state, iter(rows), timer):
+    reports.append((report.step, train.host_metrics(report.metrics)))
+    state = report.state
+  return cfg, mesh, start, state, reports
+
+
+def test_loop_does_one_step_per_batch(dense_run):
+  *_, state, reports = dense_run
+  assert [step for step, _ in reports] == [1, 2, 3]
+  assert int(state.step) == 3
+  for _, values in reports:
+    assert values['max_vio'] is None  # dense
+    assert values['lr'] == pytest.approx(1e-2)
+    assert np.isfinite(values['loss']) and values['grad_norm'] > 0
+
+
+def test_seed_decides_the_start(dense_run):
+  cfg, mesh, start, *_ = dense_run
+  init = lambda seed: train.init_state(tiny.make(**DENSE, train__seed=seed), mesh)
+  jax.tree.map(np.testing.assert_array_equal, init(cfg.train.seed), start)
+  assert not np.array_equal(init(1).params['embedding'], start.params['embedding'])
+
+
+def test_start_has_the_asked_deviation_and_layers_of_their_own(dense_run):
+  cfg, _, start, *_ = dense_run
+  for path, leaf in jax.tree_util.tree_leaves_with_path(start.params):
+    if path[-1].key == 'scale':
+      assert (leaf == 1).all()
+    else:
+      # At least 256 draws each: within 20 %.
+      assert np.std(leaf) == pytest.approx(cfg.model.init_std, rel=0.2), path
+  assert start.step == 0
+
+
+def test_abstract_state_is_the_real_one(dense_run):
+  cfg, mesh, start, *_ = dense_run
+  describe = lambda x: (x.shape, x.dtype, x.sharding)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_equal(describe(a), describe(b)),
+    train.abstract_state(cfg, mesh),
+    start,
+  )
+
+
+def test_state_is_described_under_an_active_mesh_too():
+  cfg, mesh = tiny.make(**DENSE), one_device()
+  with partitioning.activate(mesh):
+    got = train.abstract_state(cfg, mesh)
+  assert got == train.abstract_state(cfg, mesh)
+
+
+def test_stacked_layers_start_different():
+  params = jax.eval_shape(functools.partial(train._init, tiny.make()), jax.random.key(0)).params
+  assert params['moe_layers']['moe']['down'].value.shape[0] == 2
+  cfg = tiny.make(model__moe__num_experts=0, model__num_layers=2).model
+  kernel = jax.tree.leaves(
+    jax.jit(lambda key: train.transformer.init(cfg, key)['dense_layers']['mlp']['down'].value)(
+      jax.random.key(0)
+    )
+  )[0]
+  assert not np.array_equal(kernel[0], kernel[1])
+
+
+def test_host_metrics_average_max_vio_over_layers():
+  load = jnp.array([[7, 3, 1, 5], [4, 4, 4, 4]])
+  values = train.host_metrics(
+    train.StepMetrics(jnp.float32(2), jnp.float32(3), jnp.float32(4), load)
+  )
+  assert values == {'loss': 2, 'lr': 3, 'grad_norm': 4, 'max_vio': (0.75 + 0) / 2}
