@@ -1,6 +1,8 @@
 """Fine-grained DeepSeekMoE in minutes on a laptop's CPU: 1 shared + top-7 of 63 experts.
 
 Run:    python -m experiments.train --config=configs/quickstart.py --workdir=runs/quickstart
+Takes:  @@
+Expect: @@
 """
 
 from configs import base
@@ -29,10 +31,10 @@ def get_config(variant=''):
   config.model.vocab_size = 2048
   config.model.max_seq_len = 256
   config.model.embed_dim = 128
-  config.model.num_layers = 4
+  config.model.num_layers = 3
   config.model.num_dense_layers = 0
   config.model.num_heads = 4
-  config.model.init_std = 0.02
+  config.model.init_std = 0.03
   config.model.attention.num_kv_heads = 4
   config.model.attention.head_dim = 32
   config.model.moe.num_experts = 63
@@ -42,9 +44,9 @@ def get_config(variant=''):
   config.data.heldout_fraction = 0.02
   config.optim.peak_lr = 3e-3
   config.optim.schedule = 'cosine'
-  config.optim.warmup_steps = 30
-  config.train.num_steps = 400
-  config.train.batch_size = 8
+  config.optim.warmup_steps = 60
+  config.train.num_steps = 600
+  config.train.batch_size = 4  # small: at this budget more steps beat larger batches
   config.train.log_every = 10
-  config.checkpoint.save_every = 100
+  config.checkpoint.save_every = 200
   return base.variant(config, variant, VARIANTS)

@@ -44,9 +44,7 @@ class MoEConfig:
   norm_topk_prob: bool  # softmax_topk only: divide the K gates by their sum
   load_balance_loss_weight: float  # alpha_1 of DeepSeekMoE, Eq. 12; summed over the MoE layers
   dispatch: str  # one of DISPATCHES: how tokens reach their experts
-  grouped_matmul: (
-    str  # one of GROUPED_MATMULS: kernel of the dropless dispatch; 'auto' asks the platform
-  )
+  grouped_matmul: str  # one of GROUPED_MATMULS: kernel of dropless; 'auto' asks the platform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +61,7 @@ class ModelConfig:
   norm_eps: float  # RMSNorm epsilon
   init_std: float  # standard deviation of every weight at the start (0.006 in the DeepSeek papers)
   dtype: str  # compute dtype, one of DTYPES; the router, the softmaxes and the losses stay float32
-  param_dtype: str  # dtype in which the optimizer keeps the weights, one of DTYPES
+  param_dtype: str  # dtype of the kept weights, one of DTYPES; norms and router stay float32
   remat: str  # one of REMAT_POLICIES: which activations the backward pass recomputes
   attention: AttentionConfig
   moe: MoEConfig
@@ -91,14 +89,10 @@ class DataConfig:
   """Where text comes from and how it becomes rows of token ids."""
 
   source: str  # one of SOURCES
-  path: (
-    str  # roots, files or globs (comma separated), or a Hugging Face dataset name; '' = the default
-  )
+  path: str  # roots, files or globs (comma separated), or a dataset's name; '' = the default
   text_field: str  # column that holds the text (jsonl, parquet, hf)
   domain_field: str  # column that holds the domain label; '' = the source's own label
-  heldout_fraction: (
-    float  # share of the documents kept for evaluation, chosen by a hash of their name
-  )
+  heldout_fraction: float  # share of documents kept for evaluation, by a hash of their name
   synthetic_documents: int  # number of documents that source='synthetic' makes
   tokenizer: str  # 'bpe' (trained on the training split), 'bytes', or a path to a tokenizer.json
   bos_token: str  # begin-of-document token; must be in a tokenizer.json that is given
@@ -115,14 +109,12 @@ class OptimConfig:
 
   peak_lr: float  # learning rate at the end of the warm-up
   schedule: str  # one of SCHEDULES
-  warmup_steps: int  # linear warm-up from 0
+  warmup_steps: int  # linear warm-up, from peak_lr / warmup_steps in the first step
   final_lr_fraction: float  # cosine and linear: last learning rate as a share of the peak
   multi_step_boundaries: tuple[
     float, ...
   ]  # multi_step: shares of num_steps at which the rate drops
-  multi_step_factor: (
-    float  # multi_step: factor applied at each boundary (0.316 in the DeepSeek papers)
-  )
+  multi_step_factor: float  # factor at each boundary (0.316 in the DeepSeek papers)
   beta1: float
   beta2: float
   eps: float
@@ -136,12 +128,9 @@ class TrainConfig:
 
   num_steps: int
   batch_size: int  # sequences per optimizer step, over all devices and processes
-  batch_ramp: tuple[
-    tuple[int, int], ...
-  ]  # ((first step, batch size), ...) before batch_size; () = none
-  micro_batch_size: (
-    int  # sequences per forward pass; gradients are accumulated; 0 = the whole batch
-  )
+  # Ramp ((until step, batch size), ...): batch_size holds from the last of these steps on.
+  batch_ramp: tuple[tuple[int, int], ...]
+  micro_batch_size: int  # rows per forward pass, gradients add up; 0 = the whole batch
   seed: int  # decides initialisation and data order
   z_loss_weight: float  # weight of the mean squared log-partition of the vocabulary softmax
   log_every: int  # steps between log lines

@@ -33,7 +33,7 @@ class Sampling:
       ('temperature', self.temperature >= 0, 'at least 0 (0 takes the most likely token)'),
       ('top_k', self.top_k >= 0, 'at least 0 (0 keeps all tokens)'),
       ('top_p', 0 < self.top_p <= 1, 'above 0 and at most 1 (1 keeps all tokens)'),
-      ('seed', self.seed >= 0, 'at least 0'),
+      ('seed', 0 <= self.seed < 2**32, 'at least 0 and below 2^32'),
     )
     for name, holds, rule in rules:
       if not holds:
@@ -173,7 +173,7 @@ def generate(
   Raises:
     errors.InputError: a prompt is empty, or does not fit the context.
   """
-  if not all(prompts):
+  if not prompts or not all(prompts):
     raise errors.InputError('--prompt must hold at least one token')
   longest = max(len(p) for p in prompts)
   check_lengths(cfg, longest, max_new_tokens)

@@ -9,18 +9,18 @@ from moe_jax import config
 
 
 def learning_rate(cfg: config.OptimConfig, num_steps: int) -> optax.Schedule:
-  """Linear warm-up from 0 to `peak_lr`, then the schedule over the whole run of `num_steps`.
+  """Linear warm-up from peak / W to `peak_lr` in W steps, then the schedule up to `num_steps`.
 
   multi_step multiplies by `multi_step_factor` at each boundary, a share of the whole run (DeepSeek
   LLM, section 2.3); cosine and linear fall to `final_lr_fraction` of the peak at the last step.
   """
-  decay_steps = max(num_steps - cfg.warmup_steps, 1)
+  decay_steps = max(num_steps - cfg.warmup_steps - 1, 1)  # the last step's rate is the final one
   end = cfg.peak_lr * cfg.final_lr_fraction
   if cfg.schedule == 'multi_step':
-    after = {
-      round(share * num_steps) - cfg.warmup_steps: cfg.multi_step_factor
-      for share in cfg.multi_step_boundaries
-    }
+    after = {}
+    for share in cfg.multi_step_boundaries:
+      step = round(share * num_steps) - cfg.warmup_steps
+      after[step] = after.get(step, 1.0) * cfg.multi_step_factor  # short runs may share a step
     main = optax.piecewise_constant_schedule(cfg.peak_lr, after)
   elif cfg.schedule == 'cosine':
     main = optax.cosine_decay_schedule(cfg.peak_lr, decay_steps, alpha=cfg.final_lr_fraction)

@@ -80,6 +80,12 @@ def shardings(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
   return nn.logical_to_mesh_sharding(specs, mesh, LOGICAL_AXIS_RULES)
 
 
+def unbox(boxed: Any) -> Any:
+  """The tree without its axis names. Unlike `nn.unbox` it also works on shapes under a mesh."""
+  is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
+  return jax.tree.map(lambda x: x.value if is_box(x) else x, boxed, is_leaf=is_box)
+
+
 def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
   """Puts this process's rows of a global batch onto the mesh, split over the data axis."""
   sharding = jax.NamedSharding(mesh, BATCH_SPEC)
@@ -100,13 +106,11 @@ def activate(mesh: jax.sharding.Mesh) -> Iterator[None]:
     yield
 
 
-def over_batch_shards(
-  fn: Callable[..., jax.Array], num_batch_args: int
-) -> Callable[..., jax.Array]:
+def over_batch_shards(fn: Callable[..., Any], num_batch_args: int) -> Callable[..., Any]:
   """Runs `fn` on every device's own rows, under the mesh in force at tracing time.
 
   Sorting tokens by expert and grouped kernels must not be left to the partitioner: it would gather
-  all rows on every device. The first `num_batch_args` arguments and the result are split along
+  all rows on every device. The first `num_batch_args` arguments and the results are split along
   their first dimension; the others are whole on every device, and their gradients are summed over
   devices.
   """
@@ -114,7 +118,7 @@ def over_batch_shards(
   if mesh.empty or mesh.shape['data'] == 1:
     return fn
 
-  def mapped(*args: jax.Array) -> jax.Array:
+  def mapped(*args: jax.Array) -> Any:
     specs = tuple(BATCH_SPEC if i < num_batch_args else jax.P() for i in range(len(args)))
     # check_vma would need every custom VJP below to cast its weights to device-varying by hand.
     return jax.shard_map(fn, in_specs=specs, out_specs=BATCH_SPEC, check_vma=False)(*args)

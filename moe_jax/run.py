@@ -31,6 +31,7 @@ from moe_jax import (
 from moe_jax.data import cache, pipeline
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import tokenizer as tokenizer_lib
+from moe_jax.models.dispatch import grouped
 
 Say = Callable[[str], None]
 
@@ -80,6 +81,7 @@ def run_training(
   first = jax.process_index() == 0
   corpus = corpus_lib.load_corpus(cfg.data, cfg.model.vocab_size, cfg.train.seed, progress=first)
   _check_rows(cfg, corpus)
+  summary = _summary(cfg, corpus, mesh)
   if cfg.train.sample_prompt:
     prompt = corpus.tokenizer.encode(cfg.train.sample_prompt)
     generate.check_lengths(cfg.model, 1 + len(prompt), cfg.train.sample_tokens)
@@ -90,8 +92,8 @@ def run_training(
     if first:
       run_record.write(workdir, cfg, argv=argv, data_fingerprint=corpus.fingerprint)
       corpus.tokenizer.save(workdir / 'tokenizer.json')
-      for line in changes:
-        say(f'config changed: {line}')
+      for line in (summary, *(f'config changed: {change}' for change in changes)):
+        say(line)
     if restored is None:
       state = train.init_state(cfg, mesh)
     else:
@@ -101,6 +103,23 @@ def run_training(
     step = int(state.step)
   run = Run(cfg, mesh, state.params, corpus.tokenizer, step, corpus.fingerprint, stop)
   return run, corpus
+
+
+def _summary(cfg: config.Config, corpus: corpus_lib.Corpus, mesh: jax.sharding.Mesh) -> str:
+  """What is about to run; asks for the expert kernels, so that a missing package shows early."""
+  total, activated = (
+    count(cfg.model).total for count in (flops.count_parameters, flops.count_activated)
+  )
+  experts = ''
+  if cfg.model.is_moe:
+    experts = f'dispatch={cfg.model.moe.dispatch} '
+    if cfg.model.moe.dispatch == 'dropless':
+      experts += f'grouped_matmul={grouped.choose(cfg.model.moe.grouped_matmul).name} '
+  return (
+    f'parameters={total:,} activated={activated:,} train_tokens='
+    f'{sum(split.num_tokens for split in corpus.train):,} {experts}devices={mesh.size} x '
+    f'{jax.devices()[0].device_kind}'
+  )
 
 
 def _check_rows(cfg: config.Config, corpus: corpus_lib.Corpus):

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import linen as nn
 from flax import struct
 
 from moe_jax import balance, config, losses, optim, partitioning
@@ -61,10 +60,10 @@ def _init(cfg: config.Config, rng: Array) -> TrainState:
 
 def abstract_state(cfg: config.Config, mesh: jax.sharding.Mesh) -> TrainState:
   """Shape, dtype and sharding of every leaf; allocates nothing."""
-  boxed = jax.eval_shape(functools.partial(_init, cfg), jax.random.key(0))
+  boxed = jax.eval_shape(lambda: _init(cfg, jax.random.key(0)))
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    nn.unbox(boxed),
+    partitioning.unbox(boxed),
     partitioning.shardings(boxed, mesh),
   )
 
@@ -72,7 +71,7 @@ def abstract_state(cfg: config.Config, mesh: jax.sharding.Mesh) -> TrainState:
 def init_state(cfg: config.Config, mesh: jax.sharding.Mesh) -> TrainState:
   """The state at step 0, made on the mesh from `train.seed`."""
   out = jax.tree.map(lambda x: x.sharding, abstract_state(cfg, mesh))
-  create = jax.jit(lambda rng: nn.unbox(_init(cfg, rng)), out_shardings=out)
+  create = jax.jit(lambda rng: partitioning.unbox(_init(cfg, rng)), out_shardings=out)
   return create(jax.random.key(cfg.train.seed))
 
 
@@ -124,9 +123,12 @@ def gradients(cfg: config.Config, params: Any, batch: Batch) -> tuple[Array, Arr
   split = lambda x: x.reshape(-1, num_micro, x.shape[-1]).swapaxes(0, 1)
   micros = jax.tree.map(split, batch)
   shapes = jax.eval_shape(share, jax.tree.map(lambda x: x[0], micros))
-  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+  # Sums of bfloat16 gradients would lose the small ones: floats add up in float32.
+  wide = lambda dtype: jnp.float32 if jnp.issubdtype(dtype, jnp.floating) else dtype
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, wide(s.dtype)), shapes)
   add = lambda total, micro: (jax.tree.map(jnp.add, total, share(micro)), None)
-  return jax.lax.scan(add, zeros, micros)[0]
+  cross_entropy, load, grads = jax.lax.scan(add, zeros, micros)[0]
+  return cross_entropy, load, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
 
 
 def make_train_step(cfg: config.Config, mesh: jax.sharding.Mesh) -> Any:

@@ -29,6 +29,7 @@ SIZES = {
   'model.moe.num_shared_experts': 1,
   'model.moe.num_experts_per_tok': 2,
   'model.moe.moe_mlp_dim': 8,
+  'model.moe.load_balance_loss_weight': 1.0,  # its gradient is as large as the cross-entropy's
   'optim.peak_lr': 1e-2,
   'optim.schedule': 'constant',
   'optim.warmup_steps': 0,

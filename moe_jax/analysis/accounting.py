@@ -155,13 +155,20 @@ def _counts(descriptions: Sequence[Description]) -> dict[str, _Cells]:
 
 
 def _flops(descriptions: Sequence[Description]) -> dict[str, _Cells]:
-  tera = lambda value: f'{value / 1e12:,.2f} T'
-  giga = lambda value: f'{value / 1e9:,.3f} G'
-  return {
-    'per sequence, paper': ([d.train_flops_per_sequence_paper for d in descriptions], tera),
-    'per sequence, exact': ([d.train_flops_per_sequence for d in descriptions], tera),
-    'per token, exact': ([d.train_flops_per_token for d in descriptions], giga),
+  rows = {
+    'per sequence, paper': [d.train_flops_per_sequence_paper for d in descriptions],
+    'per sequence, exact': [d.train_flops_per_sequence for d in descriptions],
+    'per token, exact': [d.train_flops_per_token for d in descriptions],
   }
+  # One unit per row, so that its figures can be compared at a glance.
+  return {label: (values, _in_unit_of(max(values))) for label, values in rows.items()}
+
+
+def _in_unit_of(largest: float) -> Callable[[float], str]:
+  scale, unit = next(
+    (u for u in ((1e12, 'T'), (1e9, 'G'), (1e6, 'M')) if largest >= u[0]), (1e3, 'K')
+  )
+  return lambda value: f'{value / scale:,.2f} {unit}'
 
 
 def _parameters(descriptions: Sequence[Description]) -> dict[str, _Cells]:

@@ -6,12 +6,12 @@ moves the tokens, `balance` keeps the books.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
-from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax import balance, config, partitioning
 from moe_jax.models import layers
@@ -57,7 +57,7 @@ class MoE(nn.Module):
     cfg = self.cfg
     with jax.named_scope('router'):
       decision = self._route(x, mask)
-    routed = partitioning.over_batch_shards(functools.partial(_routed, cfg), num_batch_args=3)
+    routed = self._per_device(functools.partial(_routed, cfg), num_batch_args=3)
     out = routed(x, decision.gates, decision.expert_idx, *self._expert_kernels(x.shape[-1]))
     if cfg.num_shared_experts:
       with jax.named_scope('shared'):
@@ -75,10 +75,15 @@ class MoE(nn.Module):
     logits = jnp.einsum(
       'BLD,DE->BLE', x.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST
     )
-    decision = ROUTERS[cfg.router](logits, cfg)
-    # Kept by every remat policy: a recomputed top-k could route the backward pass differently.
-    gates, expert_idx, scores = (checkpoint_name(a, 'routing') for a in decision)
-    return routing.without(routing.Routing(gates, expert_idx, scores), mask)
+    # XLA would gather the scores of all devices for the top-k.
+    decision = self._per_device(lambda a: ROUTERS[cfg.router](a, cfg), 1)(logits)
+    return routing.without(decision, mask)
+
+  def _per_device(self, fn: Callable, num_batch_args: int) -> Callable:
+    """Runs `fn` on each device's own rows; not at init, whose single token no mesh can split."""
+    if self.is_initializing():
+      return fn
+    return partitioning.over_batch_shards(fn, num_batch_args)
 
   def _expert_kernels(self, d: int) -> tuple[Array, Array]:
     """gate_up [E, D, 2, F] and down [E, F, D] in the compute dtype."""

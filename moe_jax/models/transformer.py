@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax import config
+from moe_jax import config, partitioning
 from moe_jax.models import attention, layers, moe
 
 Array = jax.Array
@@ -175,4 +175,4 @@ def init(cfg: config.ModelConfig, rng: Array) -> Any:
 
 def abstract_params(cfg: config.ModelConfig) -> Any:
   """Shapes and dtypes of the parameters, as nested dicts of ShapeDtypeStruct; allocates nothing."""
-  return nn.unbox(jax.eval_shape(functools.partial(init, cfg), jax.random.key(0)))
+  return partitioning.unbox(jax.eval_shape(lambda: init(cfg, jax.random.key(0))))

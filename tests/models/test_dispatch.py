@@ -18,7 +18,7 @@ CLOSE = dict(rtol=1e-4, atol=2e-5)
 
 
 @pytest.fixture(scope='module', autouse=True)
-def tokamax_on_cpu(parsed_flags):
+def tokamax_on_cpu():
   """The backend 'tokamax_xla': our tokamax calls with the only implementation a CPU has."""
   grouped.BACKENDS['tokamax_xla'] = lambda: grouped.tokamax_backend(('xla',), ('xla',))
   yield
@@ -99,7 +99,7 @@ def test_dense_is_the_formula():
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('t, k, e', [(64, 3, 4), (1, 1, 1)])
+@pytest.mark.parametrize('t, k, e', [(200, 1, 3), (1, 1, 1)])
 def test_dropless_equals_dense_for_other_shapes(t, k, e):
   idx = jnp.array(padded(choose(t, k, range(e)), every=7, e=e) if t > 1 else choose(t, k, range(e)))
   args = (*operands(t, k, e), idx)

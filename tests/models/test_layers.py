@@ -28,10 +28,11 @@ def test_swiglu_takes_the_gate_first():
 def test_feed_forward_is_the_formula_and_keeps_its_dtypes():
   module = layers.FeedForward(5, 0.5, jnp.float32, jnp.float32)
   x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4)), jnp.float32)
-  boxed = module.init(jax.random.key(0), x)['params']
+  boxed = jax.eval_shape(module.init, jax.random.key(0), x)['params']
   gate_up, down = boxed['gate_up'], boxed['down']
   assert gate_up.names == ('embed', 'gate_up', 'mlp') and down.names == ('mlp', 'embed')
-  gate_up, down = gate_up.value, down.value
+  draw = lambda box: np.random.default_rng(1).normal(size=box.value.shape).astype(np.float32)
+  gate_up, down = draw(gate_up), draw(down)
   gate, up = x @ gate_up[:, 0], x @ gate_up[:, 1]
   want = (gate * jax.nn.sigmoid(gate) * up) @ down
   got = module.apply({'params': {'gate_up': gate_up, 'down': down}}, x)

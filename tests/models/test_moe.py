@@ -52,7 +52,6 @@ def formula(cfg, params):
 @pytest.mark.parametrize(
   'overrides',
   [
-    {},
     {'num_shared_experts': 0, 'num_experts_per_tok': 1, 'dispatch': 'dense'},
     {'num_shared_experts': 2, 'num_experts_per_tok': 3},
   ],

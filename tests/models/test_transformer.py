@@ -27,6 +27,13 @@ def inputs(rows):
   return [jnp.array(rows[key]) for key in ('tokens', 'positions', 'segment_ids')]
 
 
+def logits_of(rows, model=CFG):
+  """Logits of up to 8 rows, always computed as 8: one compilation serves all tests."""
+  count = len(rows['tokens'])
+  padded = {key: np.resize(value, (8, L)) for key, value in rows.items()}
+  return np.asarray(forward(model)(tiny.params(model), *inputs(padded)))[:count]
+
+
 def gradient_jaxpr(**overrides):
   cfg = tiny.make(**overrides)
   params = transformer.abstract_params(cfg.model)
@@ -79,7 +86,7 @@ def test_padding_and_other_documents_change_no_logit():
   rows['tokens'][2, 6] += 1  # in the second
   rows['tokens'][3, 13:] = 7  # padding
   rows['tokens'] %= CFG.vocab_size
-  logits = np.asarray(forward()(tiny.params(CFG), *inputs(rows)))
+  logits = logits_of(rows)
   differs = (logits != logits[:1]).any(-1)
   want = np.zeros((4, L), bool)
   want[1, 3:5] = True  # from the token on, to the end of its document
@@ -89,10 +96,8 @@ def test_padding_and_other_documents_change_no_logit():
 
 def test_a_document_packed_with_others_is_read_as_if_alone():
   rows, alone = tiny.batch(((5, 4, 3),)), tiny.batch(((9,),))
-  params = tiny.params(CFG)
   alone['tokens'][0, :4] = rows['tokens'][0, 5:9]
-  packed = forward()(params, *inputs(rows))[0, 5:9]
-  np.testing.assert_allclose(packed, forward()(params, *inputs(alone))[0, :4], **CLOSE)
+  np.testing.assert_allclose(logits_of(rows)[0, 5:9], logits_of(alone)[0, :4], **CLOSE)
 
 
 def test_dense_model():
@@ -126,36 +131,35 @@ def cached(model=CFG):
 
 def test_decoding_token_by_token_equals_the_full_forward():
   params = tiny.params(CFG)
-  rows = tiny.batch(((16,), (16,)))
-  rows['tokens'][1] = rows['tokens'][1, ::-1]
-  full = forward()(params, *inputs(rows))
-  cache = transformer.init_cache(CFG, 2, L + 3)  # slots that are never written are never seen
-  one = jnp.ones((2, 1), jnp.int32)
+  rows = tiny.batch(((16,), (16,), (16,)))
+  full = logits_of(rows)
+  cache = transformer.init_cache(CFG, 3, L + 3)  # slots that are never written are never seen
+  one = jnp.ones((3, 1), jnp.int32)
   for t in range(L):
     tokens = jnp.array(rows['tokens'][:, t : t + 1])
     logits, cache = cached()(params, tokens, one * t, one, cache)
     np.testing.assert_allclose(logits[:, 0], full[:, t], **CLOSE, err_msg=f'position {t}')
-  np.testing.assert_array_equal(cache.segment_ids, [[1] * L + [0] * 3] * 2)
+  np.testing.assert_array_equal(cache.segment_ids, [[1] * L + [0] * 3] * 3)
 
 
 def test_prompts_of_different_lengths_padded_on_the_right():
   params, lengths = tiny.params(CFG), np.array([3, 8, 1])
   rows = tiny.batch(((16,), (16,), (16,)))
-  full = forward()(params, *inputs(rows))
+  full = logits_of(rows)
   at = np.broadcast_to(np.arange(8), (3, 8))
   real = at < lengths[:, None]
   prompt = np.where(real, rows['tokens'][:, :8], 9)  # what the padding holds is of no account
-  cache = transformer.init_cache(CFG, 3, L)
+  cache = transformer.init_cache(CFG, 3, L + 3)
   logits, cache = cached()(params, prompt, jnp.array(at), jnp.array(real, jnp.int32), cache)
   np.testing.assert_allclose(
-    np.asarray(logits)[real], np.asarray(full)[:, :8][real], **CLOSE, err_msg='prefill'
+    np.asarray(logits)[real], full[:, :8][real], **CLOSE, err_msg='prefill'
   )
   one = np.ones((3, 1), np.int32)
   for t in range(L - 8):
     index = (lengths + t)[:, None].astype(np.int32)
     tokens = np.take_along_axis(rows['tokens'], index, axis=1)
     logits, cache = cached()(params, tokens, index, one, cache)
-    want = np.take_along_axis(np.asarray(full), index[..., None], axis=1)
+    want = np.take_along_axis(full, index[..., None], axis=1)
     np.testing.assert_allclose(logits, want, **CLOSE, err_msg=f'{t} after the prompt')
 
 
@@ -187,10 +191,9 @@ def test_bfloat16_compute_keeps_router_softmaxes_and_logits_in_float32():
 
 def test_bfloat16_compute_is_close_to_float32():
   cfg = tiny.make(model__dtype='bfloat16').model
-  rows = inputs(tiny.batch())
-  real = np.asarray(rows[2]) > 0
-  wide = np.asarray(forward()(tiny.params(CFG), *rows))[real]
-  low = np.asarray(forward(cfg)(tiny.params(cfg), *rows))[real]
+  rows = tiny.batch()
+  real = rows['segment_ids'] > 0
+  wide, low = logits_of(rows)[real], logits_of(rows, model=cfg)[real]
   # 8 bits of mantissa through 3 layers; a few tokens may change an expert, so the median counts.
   assert np.median(np.abs(wide - low)) < 0.03 * wide.std()
 

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from absl import flags
 
 from moe_jax import errors
 
@@ -111,6 +112,10 @@ def tokamax_backend(row_legs: tuple[str, ...], weight_leg: tuple[str, ...]) -> B
     )
   import tokamax
 
+  # tokamax reads absl flags, and parses the command line itself (any program's) if nobody has.
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+
   def gmm(x, w, group_sizes):
     return tokamax.ragged_dot(x, w, group_sizes, implementation=row_legs)
 
@@ -135,7 +140,17 @@ PLATFORM_DEFAULT = {'cpu': 'blocks', 'tpu': 'ragged_dot', 'gpu': 'tokamax'}
 
 @functools.cache
 def choose(name: str) -> Backend:
-  """The backend of that name; 'auto' takes the one for the platform of the default device."""
+  """The backend of that name; 'auto' takes the one for the platform of the default device.
+
+  Raises:
+    errors.InputError: the platform has no default, or the backend's package is not installed.
+  """
   if name == 'auto':
-    name = PLATFORM_DEFAULT[jax.default_backend()]
+    platform = jax.default_backend()
+    if platform not in PLATFORM_DEFAULT:
+      raise errors.InputError(
+        f"config.model.moe.grouped_matmul='auto' knows no kernel for platform {platform!r}; name "
+        f'one of {", ".join(BACKENDS)}'
+      )
+    name = PLATFORM_DEFAULT[platform]
   return BACKENDS[name]()

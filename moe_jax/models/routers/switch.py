@@ -7,11 +7,11 @@ The raw probability keeps a gradient to the router; a renormalised single gate w
 import jax
 
 from moe_jax import config
-from moe_jax.models.routers.routing import Routing
+from moe_jax.models.routers import routing
 
 
-def route(logits: jax.Array, cfg: config.MoEConfig) -> Routing:
+def route(logits: jax.Array, cfg: config.MoEConfig) -> routing.Routing:
   """logits [B, L, E] float32 -> Routing with K = 1 gate."""
   scores = jax.nn.softmax(logits, axis=-1)
-  gates, expert_idx = jax.lax.top_k(scores, cfg.num_experts_per_tok)
-  return Routing(gates, expert_idx, scores)
+  gates, expert_idx = routing.keep_best(scores, cfg.num_experts_per_tok)
+  return routing.Routing(gates, expert_idx, scores)
