@@ -44,9 +44,9 @@ def get_config(variant=''):
   config.data.heldout_fraction = 0.02
   config.optim.peak_lr = 3e-3
   config.optim.schedule = 'cosine'
-  config.optim.warmup_steps = 60
-  config.train.num_steps = 600
+  config.optim.warmup_steps = 50
+  config.train.num_steps = 500
   config.train.batch_size = 4  # small: at this budget more steps beat larger batches
   config.train.log_every = 10
-  config.checkpoint.save_every = 200
+  config.checkpoint.save_every = 100
   return base.variant(config, variant, VARIANTS)

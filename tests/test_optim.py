@@ -52,15 +52,15 @@ def test_multi_step_keeps_all_its_drops_in_a_short_run(num_steps):
 
 
 def test_cosine_by_hand():
-  rate = schedule(schedule='cosine', warmup_steps=20, final_lr_fraction=0.1)
-  # Over the 80 steps after the warm-up: peak * (.1 + .9 (1 + cos(pi t / 80)) / 2)
+  rate = schedule(101, schedule='cosine', warmup_steps=20, final_lr_fraction=0.1)
+  # 80 steps from the peak (step 20) to the last step: peak * (.1 + .9 (1 + cos(pi t / 80)) / 2)
   for step, cosine in ((20, 1), (40, math.cos(math.pi / 4)), (60, 0), (100, -1)):
     assert rate(step) == pytest.approx(2 * (0.1 + 0.9 * (1 + cosine) / 2), **EXACT), step
 
 
 def test_linear_by_hand():
-  rate = schedule(schedule='linear', warmup_steps=20, final_lr_fraction=0.1)
-  # From 2 to .2 over 80 steps: 2 - 1.8 * t / 80
+  rate = schedule(101, schedule='linear', warmup_steps=20, final_lr_fraction=0.1)
+  # 80 steps from 2 (step 20) to .2 (the last step): 2 - 1.8 * t / 80
   for step, value in ((20, 2), (40, 1.55), (60, 1.1), (100, 0.2)):
     assert rate(step) == pytest.approx(value, **EXACT), step
 

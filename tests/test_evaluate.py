@@ -1,0 +1,24 @@
+"""Evaluation over a whole run's held-out text is tested in test_run.py; here the figures alone."""
+
+import numpy as np
+import pytest
+
+from moe_jax import evaluate
+
+
+def test_figures_of_an_evaluation_by_hand():
+  load = np.array([[7, 3, 1, 5], [4, 4, 4, 4]])  # means 4: (7 - 4) / 4 and 0
+  figures = evaluate.Evaluation(loss=2.0, bits_per_byte=1.5, load=load)
+  assert figures.max_vio_per_layer == [0.75, 0.0]
+  assert figures.as_dict(3) == {
+    'step': 3,
+    'loss': 2.0,
+    'bits_per_byte': 1.5,
+    'max_vio': pytest.approx(0.375),
+    'max_vio_per_layer': [0.75, 0.0],
+  }
+
+
+def test_a_dense_model_has_no_balance():
+  figures = evaluate.Evaluation(loss=2.0, bits_per_byte=1.5, load=None)
+  assert figures.max_vio is None and figures.max_vio_per_layer == []
