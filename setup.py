@@ -40,7 +40,13 @@ setuptools.setup(
       'tensorboard>=2.18',
       'tokamax>=0.0.12',
     ],
-    'cuda': ['jax[cuda13]>=0.10', 'tokamax>=0.0.12'],
+    'cuda': [
+      'jax[cuda13]>=0.10',
+      'tokamax>=0.0.12',
+      # tokamax's newer releases leave out their Triton kernels, silently, without these two.
+      "jax-triton; python_version >= '3.12'",
+      "triton; python_version >= '3.12'",
+    ],
     'tpu': ['jax[tpu]>=0.10'],
     'hf': ['datasets>=3.0', 'pyarrow>=17.0'],
     'colab': ['nbclient>=0.10', 'ipykernel>=6.29'],

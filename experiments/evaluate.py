@@ -26,17 +26,10 @@ def main(unused_argv: Sequence[str]):
   loaded = run.load(workdir, flags.FLAGS.step)
   corpus = run.heldout_corpus(loaded, workdir, warn=lambda line: print(line, file=sys.stderr))
   figures = evaluate.evaluate(loaded.cfg, loaded.params, corpus, loaded.mesh, progress=True)
-  record = figures.as_dict(loaded.step)
   if flags.FLAGS.json:
-    print(json.dumps(record))
-    return
-  print(
-    f'step={loaded.step} loss={figures.loss:.4f} bits_per_byte={figures.bits_per_byte:.4f} '
-    f'bytes={corpus.heldout.num_bytes:,}'
-  )
-  if figures.max_vio is not None:
-    layers = ' '.join(f'{value:.2f}' for value in figures.max_vio_per_layer)
-    print(f'max_vio_global={figures.max_vio:.2f} per MoE layer: {layers}')
+    print(json.dumps(figures.as_dict(loaded.step)))
+  else:
+    print(f'step={loaded.step} {figures} bytes={corpus.heldout.num_bytes:,}')
 
 
 if __name__ == '__main__':

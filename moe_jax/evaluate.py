@@ -39,6 +39,13 @@ class Evaluation:
     """Mean of `max_vio_per_layer`; None for a dense model."""
     return None if self.load is None else float(np.mean(self.max_vio_per_layer))
 
+  def __str__(self) -> str:
+    text = f'bits_per_byte={self.bits_per_byte:.3f} loss={self.loss:.4f}'
+    if self.load is None:
+      return text
+    layers = ' '.join(f'{value:.2f}' for value in self.max_vio_per_layer)
+    return f'{text} max_vio_global={self.max_vio:.2f} (per MoE layer: {layers})'
+
   def as_dict(self, step: int) -> dict[str, Any]:
     """The stable keys of `evaluate --json`."""
     return {

@@ -132,18 +132,30 @@ def _generate(
   return jax.lax.while_loop(unfinished, decode, (0, token, out.cache, done, written))[-1]
 
 
-def check_lengths(cfg: config.ModelConfig, longest_prompt: int, max_new_tokens: int):
+def check_lengths(
+  cfg: config.ModelConfig,
+  longest_prompt: int,
+  max_new_tokens: int,
+  names: tuple[str, str] = ('--prompt', '--max_new_tokens'),
+):
   """Refuses prompts that do not fit the context together with what is asked for.
+
+  Args:
+    cfg: the model.
+    longest_prompt: tokens, begin-of-document token included.
+    max_new_tokens: tokens asked for.
+    names: what the user calls the two.
 
   Raises:
     errors.InputError: names the lengths and the way out.
   """
+  prompt_name, limit_name = names
   if max_new_tokens < 1:
-    raise errors.InputError(f'--max_new_tokens={max_new_tokens} must be at least 1')
+    raise errors.InputError(f'{limit_name}={max_new_tokens} must be at least 1')
   room = cfg.max_seq_len - max_new_tokens
   if longest_prompt > room:
     raise errors.InputError(
-      f'--prompt has {longest_prompt} tokens and --max_new_tokens={max_new_tokens}, together more '
+      f'{prompt_name} has {longest_prompt} tokens and {limit_name}={max_new_tokens}, together more '
       f'than model.max_seq_len={cfg.max_seq_len}; shorten the prompt to {max(room, 0)} tokens or '
       'ask for fewer new ones'
     )

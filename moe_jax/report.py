@@ -55,14 +55,9 @@ def finish(
   record = {**figures.as_dict(run.step), 'compressors_bits_per_byte': baselines}
   files.write_text(workdir / 'evaluation.json', json.dumps(record, indent=2) + '\n')
   written = draw(run.cfg, workdir, run.step, figures)
-  against = ', '.join(f'{name} {value:.3f}' for name, value in baselines.items())
-  say(
-    f'held-out: bits_per_byte={figures.bits_per_byte:.3f} loss={figures.loss:.4f} '
-    f'(same {corpus.heldout.num_bytes:,} bytes: {against})'
-  )
-  if figures.max_vio is not None:
-    layers = ' '.join(f'{value:.2f}' for value in figures.max_vio_per_layer)
-    say(f'held-out: max_vio_global={figures.max_vio:.2f} (per MoE layer: {layers})')
+  others = ', '.join(f'{name} {value:.3f}' for name, value in baselines.items())
+  say(f'held-out: {figures}')
+  say(f'held-out: bits per byte of the same {corpus.heldout.num_bytes:,} bytes: {others}')
   train = run.cfg.train
   if train.sample_prompt and train.sample_tokens:
     sampling = generate.Sampling(temperature=0.8, top_p=0.95, seed=train.seed)

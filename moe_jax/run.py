@@ -82,9 +82,10 @@ def run_training(
   corpus = corpus_lib.load_corpus(cfg.data, cfg.model.vocab_size, cfg.train.seed, progress=first)
   _check_rows(cfg, corpus)
   summary = _summary(cfg, corpus, mesh)
-  if cfg.train.sample_prompt:
+  if cfg.train.sample_prompt and cfg.train.sample_tokens:
     prompt = corpus.tokenizer.encode(cfg.train.sample_prompt)
-    generate.check_lengths(cfg.model, 1 + len(prompt), cfg.train.sample_tokens)
+    names = ('config.train.sample_prompt', 'config.train.sample_tokens')
+    generate.check_lengths(cfg.model, 1 + len(prompt), cfg.train.sample_tokens, names)
   with checkpoint.Checkpointer(workdir / 'checkpoints', cfg.checkpoint) as checkpointer:
     restored = checkpointer.restore(train.abstract_state(cfg, mesh))
     if restored is not None:
