@@ -1,8 +1,8 @@
 """Does the machinery run? A byte-level MoE on made-up text; learns nothing worth keeping.
 
 Run:    python -m experiments.train --config=configs/smoke.py --workdir=runs/smoke
-Takes:  about 15 seconds on 2 CPU cores, compilation included.
-Expect: a loss near 1.3 nats per byte after 100 steps (ln 256 = 5.5 at the start).
+Takes:  25 s on 2 CPU cores, 11 s once compiled programs are cached.
+Expect: a loss near 1.0 nats per byte at step 100 (5.6 at the start), 1.19 bits per byte held out.
 """
 
 from configs import base

@@ -47,6 +47,9 @@ def run(main: Callable[[Sequence[str]], object], define_flags: Callable[[], obje
   except errors.InputError as error:
     print('error:', ' '.join(str(error).split()), file=sys.stderr)
     sys.exit(2)
+  except KeyboardInterrupt:
+    print('interrupted', file=sys.stderr)
+    sys.exit(130)
   except BrokenPipeError:
     # The reader (head, less) has seen enough; without this, closing stdout would fail once more.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

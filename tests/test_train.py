@@ -1,4 +1,5 @@
 import functools
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -195,3 +196,14 @@ def test_host_metrics_average_max_vio_over_layers():
     train.StepMetrics(jnp.float32(2), jnp.float32(3), jnp.float32(4), load)
   )
   assert values == {'loss': 2, 'lr': 3, 'grad_norm': 4, 'max_vio': (0.75 + 0) / 2}
+
+
+def test_the_first_signal_is_noted_and_the_second_ends_the_program():
+  before = signal.getsignal(signal.SIGTERM)
+  with train.StopSignal() as stop:
+    assert stop.name == ''
+    signal.raise_signal(signal.SIGTERM)
+    assert stop.name == 'SIGTERM'
+    with pytest.raises(KeyboardInterrupt):
+      signal.raise_signal(signal.SIGINT)
+  assert signal.getsignal(signal.SIGTERM) == before
