@@ -19,6 +19,7 @@ setuptools.setup(
   packages=setuptools.find_packages(include=['moe_jax*', 'configs*', 'experiments*']),
   install_requires=[
     'absl-py>=2.1',
+    'etils[epath]>=1.9',
     'flax>=0.12',
     'grain>=0.2.12',
     'jax>=0.10',

@@ -25,6 +25,10 @@ MISSING_CONFIG = (
 )
 
 
+# What a slip in a page raises: ConfigDict answers a mistyped value with TypeError, for example.
+_PAGE_MISTAKES = (ValueError, TypeError, AttributeError, KeyError, NameError, ImportError)
+
+
 def run(main: Callable[[Sequence[str]], object], define_flags: Callable[[], object] | None = None):
   """Parses the flags, runs `main(argv)` and exits.
 
@@ -67,14 +71,14 @@ def workdir_flag(help_string: str) -> flags.FlagHolder:
   return flags.DEFINE_string('workdir', None, help_string)
 
 
-def required(name: str) -> str:
+def required(name: str, *, may_be_empty: bool = False) -> str:
   """The value of a string flag that has no default.
 
   Raises:
     errors.InputError: it was not given.
   """
   value = flags.FLAGS[name].value
-  if not value:
+  if value is None or not (value or may_be_empty):
     raise errors.InputError(f'--{name} is missing: {flags.FLAGS[name].help}')
   return value
 
@@ -112,7 +116,7 @@ def _get_config(spec: str) -> ml_collections.ConfigDict:
     raise errors.InputError(f'--config={spec}: {path} {problem}') from None
   try:
     return get_config(*arguments)
-  except ValueError as error:  # how pages refuse a variant
+  except _PAGE_MISTAKES as error:  # ValueError is how pages refuse a variant
     raise errors.InputError(f'--config={spec}: {error}') from error
 
 
@@ -128,6 +132,8 @@ def _import_file(path: str):
     spec.loader.exec_module(module)
   except SyntaxError as error:
     raise errors.InputError(f'--config={path}: line {error.lineno}: {error.msg}') from error
+  except _PAGE_MISTAKES as error:
+    raise errors.InputError(f'--config={path}: {error}') from error
   return module
 
 

@@ -29,7 +29,7 @@ def define_flags():
 def main(unused_argv: Sequence[str]):
   """Prints the prompt and its continuation."""
   values = flags.FLAGS
-  workdir, prompt = cli.required('workdir'), cli.required('prompt')
+  workdir, prompt = cli.required('workdir'), cli.required('prompt', may_be_empty=True)
   sampling = generate.Sampling(values.temperature, values.top_k, values.top_p, values.seed)
   loaded = run.load(workdir, values.step)
   completion, result = report.sample(loaded, prompt, values.max_new_tokens, sampling)

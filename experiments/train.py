@@ -5,6 +5,7 @@ python -m experiments.train --config=configs/quickstart.py --workdir=runs/quicks
 """
 
 import pathlib
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -38,7 +39,7 @@ def main(unused_argv: Sequence[str]):
   if not trained.interrupted_by:
     report.finish(trained, corpus, workdir, _say)
     return
-  again = ' '.join(['python -m experiments.train', *sys.argv[1:]])
+  again = 'python -m experiments.train ' + shlex.join(sys.argv[1:])
   _say(
     f'stopped by {trained.interrupted_by} after step {trained.step}, which is saved; '
     f'resume with: {again}'

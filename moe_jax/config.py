@@ -275,8 +275,8 @@ def validate(config: Config):
   """
   validate_model(config.model)
   _validate_data(config.data)
-  _validate_optim(config.optim, config.train)
   _validate_train(config.train)
+  _validate_optim(config.optim, config.train)
   _at_least(config.checkpoint, 'checkpoint', 1, 'save_every', 'keep_last')
   _at_least(config.checkpoint, 'checkpoint', 0, 'keep_every')
   _at_least(config.paper, 'paper', 0, 'mlp_dim', 'moe_mlp_dim')
@@ -439,6 +439,10 @@ def _validate_train(train: TrainConfig):
   _at_least(train, 'train', 1, 'num_steps', 'batch_size', 'log_every')
   _at_least(
     train, 'train', 0, 'micro_batch_size', 'seed', 'z_loss_weight', 'eval_every', 'sample_tokens'
+  )
+  _require(
+    train.seed < 2**32,
+    f'config.train.seed={train.seed} must be below 2^32; choose a smaller number',
   )
   steps = [step for step, _ in train.batch_ramp]
   _require(

@@ -17,7 +17,7 @@ import tqdm
 
 from moe_jax import balance, config, losses, partitioning
 from moe_jax.data import corpus as corpus_lib
-from moe_jax.data import pipeline
+from moe_jax.data import packing, pipeline
 from moe_jax.models import transformer
 
 
@@ -78,18 +78,20 @@ def evaluate(
   """Runs the model over the held-out split, in order.
 
   Args:
-    cfg: the run; batches have `train.micro_batch_size` (or `batch_size`) rows.
+    cfg: the run; batches have `train.micro_batch_size` (or `batch_size`) rows, and as many more as
+      it takes to fill all devices.
     params: weights on the mesh.
     corpus: whose `heldout` split is read.
     mesh: devices that share each batch.
     progress: show a bar.
   """
-  batch_size = cfg.train.micro_batch_size or cfg.train.batch_size
-  batches = list(pipeline.heldout_batches(corpus, cfg.model.max_seq_len, batch_size))
+  length, ways = cfg.model.max_seq_len, mesh.shape['data']
+  batch_size = -(-(cfg.train.micro_batch_size or cfg.train.batch_size) // ways) * ways
+  batches = pipeline.heldout_batches(corpus, length, batch_size)
+  total = -(-packing.num_rows(corpus.heldout, length) // batch_size)
   nats, targets, load = 0.0, 0, None
-  for batch in tqdm.tqdm(
-    batches, desc='held-out', unit='batch', disable=None if progress else True, leave=False
-  ):
+  bar = functools.partial(tqdm.tqdm, desc='held-out', unit='batch', leave=False)
+  for batch in bar(batches, total=total, disable=None if progress else True):
     del batch['domain_ids']
     with partitioning.activate(mesh):
       batch_nats, batch_targets, batch_load = jax.device_get(

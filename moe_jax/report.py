@@ -5,7 +5,7 @@ import json
 import lzma
 import pathlib
 
-from moe_jax import config, evaluate, files, generate, metrics, plots
+from moe_jax import config, errors, evaluate, files, generate, metrics, plots
 from moe_jax import run as run_lib
 from moe_jax.data import corpus as corpus_lib
 
@@ -25,6 +25,10 @@ def sample(run: run_lib.Run, prompt: str, max_new_tokens: int, sampling: generat
   Returns:
     (completion text, `generate.Generation`).
   """
+  try:
+    prompt.encode()
+  except UnicodeEncodeError as e:
+    raise errors.InputError(f'--prompt={prompt!r} must be UTF-8 text; correct its bytes') from e
   ids = [run.tokenizer.bos_id, *run.tokenizer.encode(prompt)]
   result = generate.generate(
     run.cfg.model, run.params, [ids], max_new_tokens, run.tokenizer.eos_id, sampling, timed=True

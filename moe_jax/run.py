@@ -6,6 +6,7 @@ tensorboard/, checkpoints/<step>/, plots/, evaluation.json.
 
 import dataclasses
 import hashlib
+import json
 import math
 import os
 import pathlib
@@ -20,6 +21,7 @@ from moe_jax import (
   config,
   errors,
   evaluate,
+  files,
   flops,
   generate,
   metrics,
@@ -31,7 +33,7 @@ from moe_jax import (
 from moe_jax.data import cache, pipeline
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import tokenizer as tokenizer_lib
-from moe_jax.models.dispatch import grouped
+from moe_jax.models.dispatch import grouped, plan
 
 Say = Callable[[str], None]
 
@@ -78,6 +80,7 @@ def run_training(
   changes = run_record.check_workdir(workdir, cfg, allow_config_change)
   mesh = partitioning.make_mesh(cfg.mesh)
   partitioning.check_batch(cfg.train, mesh)
+  _check_plan(cfg, mesh)
   first = jax.process_index() == 0
   corpus = corpus_lib.load_corpus(cfg.data, cfg.model.vocab_size, cfg.train.seed, progress=first)
   _check_rows(cfg, corpus)
@@ -86,10 +89,14 @@ def run_training(
     prompt = corpus.tokenizer.encode(cfg.train.sample_prompt)
     names = ('config.train.sample_prompt', 'config.train.sample_tokens')
     generate.check_lengths(cfg.model, 1 + len(prompt), cfg.train.sample_tokens, names)
-  with checkpoint.Checkpointer(workdir / 'checkpoints', cfg.checkpoint) as checkpointer:
+  with (
+    files.lock(workdir, first),
+    checkpoint.Checkpointer(workdir / 'checkpoints', cfg.checkpoint) as checkpointer,
+    train.StopSignal() as stop,
+  ):
     restored = checkpointer.restore(train.abstract_state(cfg, mesh))
     if restored is not None:
-      _check_corpus_unchanged(restored.meta, corpus, allow_config_change)
+      _check_continues(cfg, restored.meta, corpus, allow_config_change)
     if first:
       run_record.write(workdir, cfg, argv=argv, data_fingerprint=corpus.fingerprint)
       corpus.tokenizer.save(workdir / 'tokenizer.json')
@@ -100,9 +107,10 @@ def run_training(
     else:
       state = restored.state
       say(f'resuming after step {restored.step} of {cfg.train.num_steps}')
-    state, stop = _fit(cfg, workdir, corpus, mesh, state, checkpointer, say)
+    state = _fit(cfg, workdir, corpus, mesh, state, checkpointer, stop, say)
     step = int(state.step)
-  run = Run(cfg, mesh, state.params, corpus.tokenizer, step, corpus.fingerprint, stop)
+    stopped_by = stop.name if step < cfg.train.num_steps else ''
+  run = Run(cfg, mesh, state.params, corpus.tokenizer, step, corpus.fingerprint, stopped_by)
   return run, corpus
 
 
@@ -133,12 +141,49 @@ def _check_rows(cfg: config.Config, corpus: corpus_lib.Corpus):
   )
 
 
-def _check_corpus_unchanged(meta: Mapping[str, Any], corpus: corpus_lib.Corpus, allow: bool):
-  if meta['data_fingerprint'] != corpus.fingerprint and not allow:
+def _check_plan(cfg: config.Config, mesh: jax.sharding.Mesh):
+  """Refuses a forward pass whose choices per device overflow the sort key of the dropless plan."""
+  model, data_ways = cfg.model, mesh.shape['data']
+  if not model.is_moe or model.moe.dispatch != 'dropless':
+    return
+  largest_batch = max([cfg.train.batch_size, *(size for _, size in cfg.train.batch_ramp)])
+  rows = cfg.train.micro_batch_size or largest_batch
+  per_row = model.max_seq_len * model.moe.num_experts_per_tok
+  legal = rows
+  while legal > data_ways and not plan.fits(legal // data_ways * per_row, model.moe.num_experts):
+    legal -= data_ways
+  if legal < rows:
+    raise errors.InputError(
+      f'config.train.micro_batch_size={cfg.train.micro_batch_size} (0 = the whole batch) puts '
+      f'{rows // data_ways} rows on a device, more tokens than the int32 sort key of '
+      f'{model.moe.num_experts} experts can number; choose a divisor of the batch size of at most '
+      f'{legal}'
+    )
+
+
+def _check_continues(
+  cfg: config.Config, meta: Mapping[str, Any], corpus: corpus_lib.Corpus, allow: bool
+):
+  """Refuses to continue on other token ids and, unless allowed, under other settings."""
+  if meta['tokenizer'] != _digest(corpus.tokenizer):
+    raise errors.InputError(
+      f'config.data.tokenizer: the checkpoint of step {meta["step"]} was trained with another '
+      'tokenizer, so its vocabulary would not match; keep the old one with '
+      '--config.data.tokenizer=WORKDIR/tokenizer.json, or use another --workdir'
+    )
+  if allow:
+    return
+  if meta['data_fingerprint'] != corpus.fingerprint:
     raise errors.InputError(
       f'config.data.path: the corpus has changed since the checkpoint of step {meta["step"]} (was '
       f'{meta["data_fingerprint"]}, is {corpus.fingerprint}), so the run would not continue on the '
       'same data; restore the text, use another --workdir, or pass --allow_config_change'
+    )
+  changes = config.diff(meta['config'], json.loads(json.dumps(config.to_dict(cfg))))
+  if changes:
+    raise errors.InputError(
+      f'the checkpoint of step {meta["step"]} was trained with another config: '
+      f'{"; ".join(changes)}; undo the change, use another --workdir, or pass --allow_config_change'
     )
 
 
@@ -161,9 +206,10 @@ def _fit(
   mesh: jax.sharding.Mesh,
   state: train.TrainState,
   checkpointer: checkpoint.Checkpointer,
+  stop: train.StopSignal,
   say: Say,
-) -> tuple[train.TrainState, str]:
-  """The loop with its periodic actions; returns the last state and the signal that stopped it."""
+) -> train.TrainState:
+  """The loop with its periodic actions; returns the last state, which is saved."""
   start, total = int(state.step), cfg.train.num_steps
   meta = _meta(cfg, corpus)
   first = jax.process_index() == 0
@@ -183,7 +229,7 @@ def _fit(
   )
   writer = metrics.MetricWriter(workdir, resume_step=start, enabled=first)
   bar = tqdm.tqdm(total=total, initial=start, unit='step', disable=None if first else True)
-  with train.StopSignal() as stop, bar:
+  with bar:
     for report in train.steps(cfg, mesh, state, batches, timer):
       step, state = report.step, report.state
       bar.update()
@@ -206,7 +252,7 @@ def _fit(
   writer.close()
   batches.close()
   checkpointer.wait()
-  return state, stop.name if int(state.step) < total else ''
+  return state
 
 
 def _evaluate_midway(
@@ -255,8 +301,15 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Run:
         'config.checkpoint.save_every, or for the end of the run'
       )
     cfg = config.from_dict(meta['config'])
+    # Whatever it was trained on, it is used on the devices that are here.
+    cfg = dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, data=-1))
     mesh = partitioning.make_mesh(cfg.mesh)
     restored = checkpointer.restore(train.abstract_state(cfg, mesh), step)
+  if not (workdir / 'tokenizer.json').is_file():
+    raise errors.InputError(
+      f'--workdir={workdir} has lost its tokenizer.json, without which its checkpoints mean '
+      'nothing; put the file back'
+    )
   data = cfg.data
   tokenizer = tokenizer_lib.load(workdir / 'tokenizer.json', data.bos_token, data.eos_token)
   tokenizer_lib.check_vocab_size(tokenizer, cfg.model.vocab_size)

@@ -143,3 +143,19 @@ def test_bad_pages(tmp_path, name, text, message):
   (tmp_path / name.partition(':')[0]).write_text(text)
   with pytest.raises(errors.InputError, match=message):
     cli.load_page(f'{tmp_path}/{name}')
+
+
+@pytest.mark.parametrize(
+  'text, message',
+  [
+    ("  config.model.num_layers = '3'", 'num_layers'),
+    ('  config.model.num_layer = 3', 'num_layer'),
+    ('  import nosuchmodule', 'nosuchmodule'),
+  ],
+)
+def test_slips_in_a_page_are_one_line(tmp_path, text, message):
+  page = tmp_path / 'page.py'
+  head = 'from configs import base\n\ndef get_config():\n  config = base.get_config().lock()\n'
+  page.write_text(f'{head}{text}\n  return config\n')
+  with pytest.raises(errors.InputError, match=message):
+    cli.load_page(str(page))

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from moe_jax import config, errors, evaluate, generate, metrics, partitioning, report, run
+from moe_jax import config, errors, evaluate, files, generate, metrics, partitioning, report, run
 from moe_jax.data import packing
 
+MAKE_MESH = partitioning.make_mesh
 OVERRIDES = {
   'optim.warmup_steps': 0,
   'train.num_steps': 12,
@@ -36,8 +37,7 @@ def make_config(cache: pathlib.Path, variant: str = '', **overrides) -> config.C
 def two_devices():
   """Enough to see sharding at work; all eight would compile and compute four times as long."""
   with pytest.MonkeyPatch.context() as patch:
-    make_mesh = partitioning.make_mesh
-    patch.setattr(partitioning, 'make_mesh', lambda cfg: make_mesh(cfg, jax.devices()[:2]))
+    patch.setattr(partitioning, 'make_mesh', lambda cfg: MAKE_MESH(cfg, jax.devices()[:2]))
     yield
 
 
@@ -171,8 +171,40 @@ def test_another_tokenizer_is_refused(workdir):
   with pytest.raises(errors.InputError, match='is not the tokenizer'):
     run.load(workdir)
   (workdir / 'tokenizer.json').unlink()
-  with pytest.raises(errors.InputError, match=r'tokenizer\.json'):
+  with pytest.raises(errors.InputError, match=r'has lost its tokenizer\.json'):
     run.load(workdir)
+
+
+def test_a_lost_record_does_not_hide_a_changed_config(cache, workdir):
+  (workdir / 'config.json').unlink()
+  with pytest.raises(errors.InputError, match=r'another config: optim\.peak_lr: 0\.01 -> 0\.5'):
+    run.run_training(make_config(cache, optim__peak_lr=0.5), workdir)
+
+
+def test_a_checkpoint_never_continues_under_another_tokenizer(cache, workdir):
+  before = (workdir / 'tokenizer.json').read_bytes()
+  other = make_config(cache, data__tokenizer='bpe', train__num_steps=14)
+  with pytest.raises(errors.InputError, match='trained with another tokenizer.*tokenizer.json'):
+    run.run_training(other, workdir, allow_config_change=True)
+  assert (workdir / 'tokenizer.json').read_bytes() == before
+
+
+def test_a_second_writer_is_refused(cache, workdir):
+  with (
+    files.lock(workdir),
+    pytest.raises(errors.InputError, match='is being written by another process'),
+  ):
+    run.run_training(make_config(cache), workdir)
+
+
+def test_a_run_can_be_used_on_any_number_of_devices(finished, cache, tmp_path):
+  cfg = make_config(cache, mesh__data=2, train__num_steps=1)
+  run.run_training(cfg, tmp_path, say=lambda line: None)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(partitioning, 'make_mesh', lambda mesh: MAKE_MESH(mesh, jax.devices()[:3]))
+    loaded = run.load(tmp_path)
+    corpus = run.heldout_corpus(loaded, tmp_path, warn=pytest.fail)
+    assert evaluate.evaluate(loaded.cfg, loaded.params, corpus, loaded.mesh).loss > 0
 
 
 def test_a_workdir_without_checkpoints_says_what_to_do(tmp_path):
@@ -222,11 +254,16 @@ def test_divergence_is_one_clear_error_and_saves_nothing(cache, tmp_path):
   'overrides, message',
   [
     ({'train__batch_size': 7}, "batch_size=7 must be divisible by the 'data' mesh axis"),
+    ({'train__seed': 2**32}, r'train\.seed=4294967296 must be below 2\^32'),
     ({'mesh__data': 3}, r'config\.mesh\.data=3 must equal the number of devices \(2\)'),
     ({'train__batch_size': 4096}, 'batch_size'),
     ({'train__sample_prompt': 'x' * 200}, 'together more than model.max_seq_len=128'),
     ({'model__vocab_size': 100}, 'vocab_size=100'),
     ({'data__source': 'text', 'data__path': '/nonexistent/*.txt'}, 'nonexistent'),
+    (
+      {'model__moe__num_experts': 10**6, 'train__batch_size': 2048},
+      r'micro_batch_size=0 .* int32 sort key of 1000000 experts .* at most \d+',
+    ),
   ],
 )
 def test_bad_input_is_refused_before_anything_is_written(cache, tmp_path, overrides, message):

@@ -44,10 +44,3 @@ def assemble(tokenizer: tokenizer_lib.Tokenizer, parts: Sequence[list[int]]) -> 
   prefix, suffix, middle = parts
   begin, hole, end = tokenizer.fim_ids
   return [tokenizer.bos_id, begin, *prefix, hole, *suffix, end, *middle, tokenizer.eos_id]
-
-
-def transform(
-  text: str, tokenizer: tokenizer_lib.Tokenizer, rng: np.random.Generator, fim_rate: float
-) -> list[int]:
-  """One document's ids, BOS to EOS, rearranged with probability `fim_rate`."""
-  return assemble(tokenizer, tokenizer.encode_batch(split(text, rng, fim_rate)))

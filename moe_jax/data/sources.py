@@ -103,6 +103,9 @@ def python_source(spec: Spec, warn: Callable[[str], None]) -> Iterator[Document]
   and counted in a warning.
   """
   skipped: list[str] = []
+  seen: set[pathlib.Path] = (
+    set()
+  )  # roots may overlap: a file under two names could be in both splits
   for pattern in _comma_separated(spec.path) or [sysconfig.get_path('stdlib')]:
     root = pathlib.Path(pattern).expanduser()
     if not root.is_dir():
@@ -111,6 +114,10 @@ def python_source(spec: Spec, warn: Callable[[str], None]) -> Iterator[Document]
         'empty for the standard library'
       )
     for name in _python_files(root, skipped):
+      resolved = (root / name).resolve()
+      if resolved in seen:
+        continue
+      seen.add(resolved)
       try:
         text = _decode_python((root / name).read_bytes())
       except (OSError, SyntaxError, UnicodeError, LookupError):
@@ -309,7 +316,11 @@ def _files(spec: Spec) -> list[tuple[str, pathlib.Path]]:
         f'{spec.where} must name files or globs, and {pattern!r} {what}; name files, or a glob '
         f'such as {str(path / "*" if path.is_dir() else path.parent / "*")!r}'
       )
-  return [(name, path) for path, name in found.items()]
+  # One file under two spellings is one file, or it could be in both splits.
+  distinct: dict[pathlib.Path, tuple[str, pathlib.Path]] = {}
+  for path, name in found.items():
+    distinct.setdefault(path.resolve(), (name, path))
+  return list(distinct.values())
 
 
 def _before_magic(parts: tuple[str, ...]) -> list[str]:

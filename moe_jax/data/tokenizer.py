@@ -7,6 +7,7 @@ as ordinary characters.
 """
 
 import pathlib
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 import tokenizers
@@ -129,7 +130,7 @@ def train_bpe(
     vocab_size=vocab_size,
     special_tokens=specials,
     initial_alphabet=alphabet,
-    show_progress=progress,
+    show_progress=progress and sys.stderr.isatty(),  # its bar would leave blank lines in a log
   )
   inner.train_from_iterator(texts, trainer)
   return Tokenizer(inner, bos_token, eos_token)

@@ -10,15 +10,20 @@ TOKENIZER = tokenizer_lib.byte_tokenizer('<s>', '</s>')
 TEXT = 'def f(é):\n  return 𝄞\n'
 
 
+def transform(text, tokenizer, rng, fim_rate):
+  """One document's ids, as the corpus makes them."""
+  return fim.assemble(tokenizer, tokenizer.encode_batch(fim.split(text, rng, fim_rate)))
+
+
 def test_rate_zero_is_plain_text():
-  ids = fim.transform(TEXT, TOKENIZER, np.random.default_rng(0), 0.0)
+  ids = transform(TEXT, TOKENIZER, np.random.default_rng(0), 0.0)
   assert ids == [TOKENIZER.bos_id, *TOKENIZER.encode(TEXT), TOKENIZER.eos_id]
 
 
 def test_prefix_suffix_middle_hold_the_whole_text():
   begin, hole, end = TOKENIZER.fim_ids
   for seed in range(50):
-    ids = fim.transform(TEXT, TOKENIZER, np.random.default_rng(seed), 1.0)
+    ids = transform(TEXT, TOKENIZER, np.random.default_rng(seed), 1.0)
     assert ids[:2] == [TOKENIZER.bos_id, begin] and ids[-1] == TOKENIZER.eos_id
     h, e = ids.index(hole), ids.index(end)
     prefix, suffix, middle = ids[2:h], ids[h + 1 : e], ids[e + 1 : -1]
@@ -31,9 +36,7 @@ def test_parts_are_tokenised_apart():
   tokenizer = tokenizer_lib.train_bpe(['aaaa'] * 9, 300, '<s>', '</s>')
   whole = tokenizer.encode('aaaa')
   assert len(whole) == 1
-  lengths = {
-    len(fim.transform('aaaa', tokenizer, np.random.default_rng(s), 1.0)) for s in range(20)
-  }
+  lengths = {len(transform('aaaa', tokenizer, np.random.default_rng(s), 1.0)) for s in range(20)}
   assert max(lengths) > len(whole) + 5
 
 

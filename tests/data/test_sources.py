@@ -110,6 +110,15 @@ def test_python_source_missing_root(make_spec, tmp_path):
 # text
 
 
+def test_overlapping_roots_and_spellings_name_a_file_once(make_spec, tmp_path):
+  (tmp_path / 'sub').mkdir()
+  (tmp_path / 'sub' / 'm.py').write_text('x = 1')
+  spec = make_spec('python_source', f'{tmp_path},{tmp_path}/sub')
+  assert [d.name for d in sources.read(spec)] == ['sub/m.py']
+  spec = make_spec('text', f'{tmp_path}/sub/*.py,{tmp_path}/sub/../sub/m.py')
+  assert len(list(sources.read(spec))) == 1
+
+
 def test_one_long_text_file_becomes_several_documents(make_spec, tmp_path, monkeypatch):
   monkeypatch.setattr(sources, 'TEXT_CUT_BYTES', 10)
   text = 'first line\nsecond\nthird line is long\nend'
