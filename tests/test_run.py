@@ -269,4 +269,5 @@ def test_divergence_is_one_clear_error_and_saves_nothing(cache, tmp_path):
 def test_bad_input_is_refused_before_anything_is_written(cache, tmp_path, overrides, message):
   with pytest.raises(errors.InputError, match=message):
     run.run_training(make_config(cache, **overrides), tmp_path / 'run')
-  assert not any((tmp_path / 'run').iterdir())
+  written = tmp_path / 'run'
+  assert not written.exists() or not any(written.iterdir())
