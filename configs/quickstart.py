@@ -41,12 +41,10 @@ def get_config(variant=''):
   config.model.moe.num_shared_experts = 1
   config.model.moe.num_experts_per_tok = 7
   config.model.moe.moe_mlp_dim = WIDTH // 4
-  config.data.heldout_fraction = 0.02
   config.optim.peak_lr = 3e-3
   config.optim.schedule = 'cosine'
   config.optim.warmup_steps = 50
   config.train.num_steps = 500
   config.train.batch_size = 4  # small: at this budget more steps beat larger batches
-  config.train.log_every = 10
   config.checkpoint.save_every = 100
   return base.variant(config, variant, VARIANTS)

@@ -83,6 +83,10 @@ class Checkpointer:
     """Steps on disk or being written, oldest first; whether they are whole is not checked."""
     return sorted(self._manager.all_steps())
 
+  def is_due(self, step: int) -> bool:
+    """Whether `step` is one at which the schedule saves."""
+    return self._cfg is not None and step % self._cfg.save_every == 0
+
   def save(self, step: int, state: Any, meta: Mapping[str, Any], *, force: bool = False) -> bool:
     """Starts writing `state` and `meta` as one step and returns once the state may be donated.
 
@@ -102,7 +106,7 @@ class Checkpointer:
     if not self._may_save and self.steps():
       raise ValueError(f'{self._directory} holds checkpoints: call restore before the first save.')
     self._may_save = True
-    if (not force and step % self._cfg.save_every) or step in self.steps():
+    if not (force or self.is_due(step)) or step in self.steps():
       return False
     record = _record(step, state, meta)
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(record))

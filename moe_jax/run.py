@@ -244,7 +244,7 @@ def _fit(
       with timer.paused():
         if cfg.train.eval_every and step % cfg.train.eval_every == 0 and step < total:
           _evaluate_midway(cfg, step, state.params, corpus, mesh, writer, say)
-        if last or step % cfg.checkpoint.save_every == 0:
+        if last or checkpointer.is_due(step):
           _check_finite(cfg, step, report.metrics)
           checkpointer.save(step, state, meta, force=last)
       if stopping:
