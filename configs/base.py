@@ -1,14 +1,32 @@
 """The only home of default values. A page starts from `get_config()` and changes a few of them.
 
-`moe_jax/config.py` says what each field means. `variant` helps pages that take an argument after a
-colon.
+`moe_jax/config.py` says what each field means. Below it, what several pages share: functions that
+change a page and return it, the sizes `tiny` and `small`, and `variant` for pages that take an
+argument after a colon.
 """
 
+import math
 from collections.abc import Callable, Mapping
 
 import ml_collections
 
 Page = ml_collections.ConfigDict
+Variant = Callable[[Page], object]  # changes a page
+Variants = dict[str, Variant]
+
+# The tokens over which each balance loss averages in the paper it comes from.
+LOSS_SCOPES = {
+  'expert_level': 'sequence',
+  'device_level': 'sequence',
+  'communication': 'sequence',
+  'switch': 'micro_batch',
+  'gshard': 'micro_batch',
+  'squared_deviation': 'micro_batch',
+  'normalized_expert_level': 'sequence',
+  'mutual_information': 'micro_batch',
+  'router_z': 'micro_batch',
+  'attention_mutual_information': 'micro_batch',
+}
 
 
 def get_config() -> Page:
@@ -28,22 +46,15 @@ def get_config() -> Page:
   c.model.dtype = 'float32'
   c.model.param_dtype = 'float32'
   c.model.remat = 'none'
+  c.model.scan_layers = True
 
   c.model.attention = ml_collections.ConfigDict()
   c.model.attention.num_kv_heads = 4
   c.model.attention.head_dim = 64
   c.model.attention.rope_theta = 10_000.0
+  c.model.attention.num_experts = 0
 
-  c.model.moe = ml_collections.ConfigDict()
-  c.model.moe.num_experts = 63
-  c.model.moe.num_shared_experts = 1
-  c.model.moe.num_experts_per_tok = 7
-  c.model.moe.moe_mlp_dim = 176  # a quarter of mlp_dim: m = 4
-  c.model.moe.router = 'softmax_topk'
-  c.model.moe.norm_topk_prob = False
-  c.model.moe.load_balance_loss_weight = 0.01
-  c.model.moe.dispatch = 'dropless'
-  c.model.moe.grouped_matmul = 'auto'
+  c.model.moe = _moe()
 
   c.data = ml_collections.ConfigDict()
   c.data.source = 'python_source'
@@ -82,6 +93,7 @@ def get_config() -> Page:
   c.train.z_loss_weight = 0.0
   c.train.log_every = 10
   c.train.eval_every = 0
+  c.train.routing_every = 100
   c.train.sample_prompt = 'def main('
   c.train.sample_tokens = 64
 
@@ -99,16 +111,204 @@ def get_config() -> Page:
   return c
 
 
-def make_dense(config: Page, mlp_dim: int) -> Page:
-  """Turns `config` into a model without experts whose FFNs all have width `mlp_dim`."""
+def _moe() -> Page:
+  """The section `model.moe`."""
+  moe = ml_collections.ConfigDict()
+  moe.num_experts = 63
+  moe.num_shared_experts = 1
+  moe.num_experts_per_tok = 7
+  moe.moe_mlp_dim = 176  # a quarter of mlp_dim: m = 4
+  moe.router = 'topk'
+  moe.score_func = 'softmax'
+  moe.norm_topk_prob = False
+  moe.routed_scaling_factor = 1.0
+  moe.num_expert_groups = 1
+  moe.num_limited_groups = 1
+  moe.group_score = 'max'
+  moe.num_virtual_devices = 1
+  moe.dispatch = 'dropless'
+  moe.grouped_matmul = 'auto'
+
+  options = moe.options = ml_collections.ConfigDict()
+  options.input_jitter = 0.0
+  options.logit_norm_scale = 0.0
+  options.random_second_expert = False
+  options.hash_table = 'random'
+  options.chunk_tokens = 0
+  options.shuffle_chunks = False
+  options.skew = 0.0
+  options.inference = 'all'
+  options.inference_threshold = 0.48  # DS-MoE 3B
+  options.replay_path = ''
+  options.replay_rows = 0
+
+  moe.expert_bias = ml_collections.ConfigDict()
+  moe.expert_bias.update_rule = 'none'
+  moe.expert_bias.form = 'additive'
+  moe.expert_bias.update_rate = 1e-3
+  moe.expert_bias.update_until = 1.0
+
+  moe.balance = ml_collections.ConfigDict()
+  for name, scope in LOSS_SCOPES.items():
+    moe.balance[name] = ml_collections.ConfigDict({'weight': 0.0, 'scope': scope})
+  moe.balance.expert_level.weight = 0.01
+  moe.balance.adaptive = ml_collections.ConfigDict()
+  moe.balance.adaptive.loss = ''
+  moe.balance.adaptive.slope = 0.2
+  moe.balance.adaptive.max_coefficient = 0.01
+  moe.balance.adaptive.decay = 0.99
+  moe.balance.adaptive.capacity_factor = 1.0
+
+  moe.capacity = ml_collections.ConfigDict()
+  moe.capacity.policy = 'none'
+  moe.capacity.factor = 1.25
+  moe.capacity.group_rows = 1
+  moe.capacity.exempt_fraction = 0.0
+  moe.capacity.at_eval = False
+  return moe
+
+
+def make_dense(config: Page, width: float) -> Page:
+  """Turns `config` into a model without experts whose FFNs all have this width."""
   config.model.moe.num_experts = 0
   config.model.moe.num_shared_experts = 0
   config.model.num_dense_layers = 0
-  config.model.mlp_dim = mlp_dim
+  config.paper.moe_mlp_dim = 0.0
+  return dense_ffn(config, width)
+
+
+def dense_ffn(config: Page, width: float) -> Page:
+  """Sets the FFN width of the dense layers; a fractional one is kept for the paper's FLOPs."""
+  config.model.mlp_dim, config.paper.mlp_dim = round(width), _unaligned(width)
   return config
 
 
-def variant(config: Page, name: str, variants: Mapping[str, Callable[[Page], object]]) -> Page:
+def experts(config: Page, shared: int, routed: int, per_tok: int, width: float) -> Page:
+  """`shared` + `per_tok` of `routed` experts, all of this width, as in `dense_ffn`."""
+  moe = config.model.moe
+  moe.num_shared_experts, moe.num_experts, moe.num_experts_per_tok = shared, routed, per_tok
+  moe.moe_mlp_dim, config.paper.moe_mlp_dim = round(width), _unaligned(width)
+  return config
+
+
+def _unaligned(width: float) -> float:
+  """What `config.paper` holds: the width, or 0 if the model has it exactly."""
+  return 0.0 if math.isclose(width, round(width)) else width
+
+
+def minimise(config: Page, **weights: float) -> Page:
+  """Gives these balance losses these weights, and all others 0: they are only reported."""
+  for name in LOSS_SCOPES:
+    config.model.moe.balance[name].weight = 0.0
+  for name, weight in weights.items():
+    config.model.moe.balance[name].weight = weight
+  return config
+
+
+def ladder(ffn: float) -> Variants:
+  """DeepSeekMoE's ladder (arXiv 2401.06066, Figures 3 and 6, Tables 1-2) for any size of model.
+
+  The page itself is its top, 1 shared + 7 of 63 experts of width `ffn` / 4.
+
+  Args:
+    ffn: width of the conventional FFN that is made sparse and then refined.
+
+  Returns:
+    The variants of a page. Without a printed drop or capacity, none of them drops a token.
+  """
+
+  def refined(shared: int, routed: int, per_tok: int, size: float) -> Variant:
+    return lambda config: experts(config, shared, routed, per_tok, size * ffn)
+
+  def gshard(scale: float) -> Variant:
+    return lambda config: _gshard(config, scale * ffn)
+
+  def dense(scale: int) -> Variant:
+    return lambda config: make_dense(config, scale * ffn)
+
+  return {
+    'gshard': gshard(1.0),
+    'gshard_x1.2': gshard(1.2),
+    'gshard_x1.5': gshard(1.5),
+    'hash': lambda config: _hash(config, ffn),
+    'switch': refined(0, 16, 1, 1.0),
+    'dense': dense(1),
+    'dense_x4': dense(4),
+    'dense_x16': dense(16),
+    '1_15': refined(1, 15, 1, 1.0),
+    '1_31': refined(1, 31, 3, 0.5),
+    'shared_2': refined(2, 62, 6, 0.25),
+    'shared_4': refined(4, 60, 4, 0.25),
+    'half': refined(1, 63, 3, 0.25),
+  }
+
+
+def _gshard(config: Page, width: float):
+  experts(config, shared=0, routed=16, per_tok=2, width=width)
+  config.model.moe.norm_topk_prob = True
+
+
+def _hash(config: Page, width: float):
+  experts(config, shared=0, routed=16, per_tok=1, width=width)
+  config.model.moe.router = 'hash'
+  minimise(config)
+
+
+TINY_FFN = 128  # 2 D; a quarter is 32
+SMALL_FFN = 1024  # 8/3 D as in the paper, here without a remainder; a quarter is 256
+
+
+def tiny(config: Page) -> Page:
+  """DeepSeekMoE for 2 CPU cores: 1.35M parameters, 0.3M tokens. All values are ours."""
+  config.model.vocab_size = 1024
+  config.model.max_seq_len = 128
+  config.model.embed_dim = 64
+  config.model.mlp_dim = TINY_FFN
+  config.model.num_layers = 3
+  config.model.num_dense_layers = 0
+  config.model.num_heads = 4
+  config.model.init_std = 0.05
+  config.model.attention.num_kv_heads = 2  # a mixture of attention heads then fits in: 2 x 2
+  config.model.attention.head_dim = 16
+  config.model.moe.num_virtual_devices = 8
+  experts(config, shared=1, routed=63, per_tok=7, width=TINY_FFN / 4)
+  config.optim.peak_lr = 6e-3  # better than 3e-3 and, for fine-grained experts, 1e-2
+  config.optim.schedule = 'cosine'
+  config.optim.warmup_steps = 20
+  config.train.num_steps = 300
+  config.train.batch_size = 8
+  config.train.log_every = 20
+  config.train.routing_every = 50
+  config.checkpoint.save_every = 300
+  return config
+
+
+def small(config: Page) -> Page:
+  """DeepSeekMoE for one GPU: 162M parameters, 131M tokens. All values are ours."""
+  config.model.vocab_size = 8192
+  config.model.max_seq_len = 1024
+  config.model.embed_dim = 384
+  config.model.mlp_dim = SMALL_FFN
+  config.model.num_layers = 8
+  config.model.num_dense_layers = 0
+  config.model.num_heads = 6
+  config.model.init_std = 0.02
+  config.model.dtype = 'bfloat16'
+  config.model.attention.num_kv_heads = 6
+  config.model.attention.head_dim = 64
+  config.model.moe.num_virtual_devices = 8
+  experts(config, shared=1, routed=63, per_tok=7, width=SMALL_FFN / 4)
+  config.optim.peak_lr = 1e-3
+  config.optim.schedule = 'multi_step'
+  config.optim.warmup_steps = 200
+  config.train.num_steps = 4000
+  config.train.batch_size = 32  # 32K tokens
+  config.train.eval_every = 1000
+  config.checkpoint.save_every = 1000
+  return config
+
+
+def variant(config: Page, name: str, variants: Mapping[str, Variant]) -> Page:
   """Applies the variant named after the colon of `--config=page.py:name` ('' = the page itself)."""
   if name:
     if name not in variants:

@@ -14,8 +14,9 @@ Expect: the Pile loss below (the paper's; not yet reproduced here).
   dense_67b     DeepSeek LLM 67B (arXiv 2401.02954)  67.4B / 67.4B       2057.5T        1.905
 
 The paper's corpus is not public, and the default source only proves that the page runs: point
-config.data at a real one. The paper's device-level balance loss (alpha_2 = 0.05 over 4 devices) is
-not part of this page yet; half and gshard_137b take the same alpha_1.
+config.data at a real one. The balance losses are the paper's, alpha_1 = 0.003 and, over the 4
+devices of a layer's experts, alpha_2 = 0.05. Not stated, chosen here: alpha_1 of half and both of
+gshard_137b, GShard's two gates are divided by their sum, and no model drops a token.
 
 The width of the first, dense layer is not stated; the printed figures pin it down:
 * (none): 22,727..23,058 give 585.6T, 144.6B and 22.2B with experts of 1408 = 8/3 D / 8 up to a
@@ -53,7 +54,8 @@ def get_config(variant: str = '') -> base.Page:
   config.model.moe.num_shared_experts = 4
   config.model.moe.num_experts_per_tok = 12
   config.model.moe.moe_mlp_dim = 1408
-  config.model.moe.load_balance_loss_weight = 0.003
+  config.model.moe.num_virtual_devices = 4  # the experts of a layer lie on 4 devices
+  base.minimise(config, expert_level=0.003, device_level=0.05)
 
   config.optim.peak_lr = 3.0e-4
   config.optim.schedule = 'constant'
@@ -73,15 +75,12 @@ def _half(config: base.Page):
 
 def _gshard_137b(config: base.Page):
   config.model.mlp_dim = 19_200
-  config.model.moe.router = 'gshard_top2'
-  config.model.moe.num_experts = 16
-  config.model.moe.num_shared_experts = 0
-  config.model.moe.num_experts_per_tok = 2
-  config.model.moe.moe_mlp_dim = 10_944
+  base.experts(config, shared=0, routed=16, per_tok=2, width=10_944)
+  config.model.moe.norm_topk_prob = True
 
 
 def _dense_67b(config: base.Page):
-  base.make_dense(config, mlp_dim=22_016)
+  base.make_dense(config, 22_016)
   config.paper.mlp_dim = 8 / 3 * 8192
   config.model.embed_dim = 8192
   config.model.num_layers = 95

@@ -46,7 +46,7 @@ def get_config(variant: str = '') -> base.Page:
   config.model.moe.num_shared_experts = 2
   config.model.moe.num_experts_per_tok = 6
   config.model.moe.moe_mlp_dim = 1408
-  config.model.moe.load_balance_loss_weight = 0.001
+  config.model.moe.balance.expert_level.weight = 0.001
   config.paper.mlp_dim = 2 * 8 / 3 * 2048
   config.paper.moe_mlp_dim = 8 / 3 * 2048 / 4
 
@@ -61,8 +61,8 @@ def get_config(variant: str = '') -> base.Page:
 
 
 def _dense_7b(config: base.Page):
-  base.make_dense(config, mlp_dim=11_008)
-  config.paper.mlp_dim, config.paper.moe_mlp_dim = 8 / 3 * 4096, 0.0
+  base.make_dense(config, 11_008)
+  config.paper.mlp_dim = 8 / 3 * 4096
   config.model.embed_dim = 4096
   config.model.num_layers = 30
   config.model.num_heads = 32

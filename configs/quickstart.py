@@ -12,11 +12,8 @@ WIDTH = 256  # FFN width of the conventional MoE that is being refined; 4 expert
 
 def _gshard(config):
   """Conventional MoE of equal parameters and FLOPs: top-2 of 16 experts, four times as wide."""
-  config.model.moe.num_experts = 16
-  config.model.moe.num_shared_experts = 0
-  config.model.moe.num_experts_per_tok = 2
-  config.model.moe.moe_mlp_dim = WIDTH
-  config.model.moe.router = 'gshard_top2'
+  base.experts(config, shared=0, routed=16, per_tok=2, width=WIDTH)
+  config.model.moe.norm_topk_prob = True
 
 
 VARIANTS = {
@@ -37,10 +34,7 @@ def get_config(variant=''):
   config.model.init_std = 0.03
   config.model.attention.num_kv_heads = 4
   config.model.attention.head_dim = 32
-  config.model.moe.num_experts = 63
-  config.model.moe.num_shared_experts = 1
-  config.model.moe.num_experts_per_tok = 7
-  config.model.moe.moe_mlp_dim = WIDTH // 4
+  base.experts(config, shared=1, routed=63, per_tok=7, width=WIDTH / 4)
   config.optim.peak_lr = 3e-3
   config.optim.schedule = 'cosine'
   config.optim.warmup_steps = 50

@@ -100,10 +100,15 @@ def load_page(spec: str) -> config.Config:
   Raises:
     errors.InputError: there is no such page or variant, or a value in it breaks a rule.
   """
-  return resolve(_get_config(spec))
+  return resolve(page_values(spec))
 
 
-def _get_config(spec: str) -> ml_collections.ConfigDict:
+def page_values(spec: str) -> ml_collections.ConfigDict:
+  """The values of a config page, `path.py` or `path.py:variant`, before they are checked.
+
+  Raises:
+    errors.InputError: there is no such page or variant.
+  """
   path, _, variant = spec.partition(':')
   get_config = getattr(_import_file(path), 'get_config', None)
   if get_config is None:
@@ -159,7 +164,7 @@ def _check_config_arguments(argv: Sequence[str]):
     if arguments:
       raise errors.InputError(MISSING_CONFIG)
     return
-  values = _get_config(spec).to_dict()
+  values = page_values(spec).to_dict()
   for key in arguments:
     _check_key(values, key)
 

@@ -29,6 +29,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from moe_jax import bits as bits_lib
 from moe_jax import config, errors
 
 
@@ -320,14 +321,8 @@ def _checksum(x: jax.Array) -> jax.Array:
     iota = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
     position += iota * jnp.uint32(stride % 2**32)
     stride *= bits.shape[axis]
-  return jnp.sum(_mix(bits ^ _mix(position + jnp.uint32(0x9E3779B9))), dtype=jnp.uint32)
-
-
-def _mix(x: jax.Array) -> jax.Array:
-  """MurmurHash3's 32-bit finaliser: one-to-one, every output bit hangs on every input bit."""
-  x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-  x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-  return x ^ (x >> 16)
+  mixed = bits_lib.mix(bits ^ bits_lib.mix(position + jnp.uint32(0x9E3779B9)))
+  return jnp.sum(mixed, dtype=jnp.uint32)
 
 
 def _record(step: int, state: Any, meta: Mapping[str, Any]) -> dict[str, Any]:

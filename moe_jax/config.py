@@ -12,11 +12,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from moe_jax import errors
+from moe_jax import config_moe, errors
 
-ROUTERS = ('softmax_topk', 'gshard_top2', 'switch_top1')
-DISPATCHES = ('dense', 'dropless')
-GROUPED_MATMULS = ('auto', 'blocks', 'ragged_dot', 'tokamax')
 REMAT_POLICIES = ('none', 'moe_core', 'full')
 DTYPES = ('float32', 'bfloat16')
 SCHEDULES = ('multi_step', 'cosine', 'constant', 'linear')
@@ -30,21 +27,9 @@ class AttentionConfig:
   num_kv_heads: int  # key-value heads; = model.num_heads is MHA, 1 is MQA, anything between is GQA
   head_dim: int  # size of one head, H; must be even for the rotation
   rope_theta: float  # base of the rotary frequencies, theta^(-2i/H)
-
-
-@dataclasses.dataclass(frozen=True)
-class MoEConfig:
-  """DeepSeekMoE feed-forward layer: shared experts plus routed fine-grained experts."""
-
-  num_experts: int  # routed experts per layer, E; 0 turns every layer into a dense one
-  num_shared_experts: int  # experts that see every token, fused into one FFN
-  num_experts_per_tok: int  # K, routed experts that each token visits
-  moe_mlp_dim: int  # width F of one expert, shared or routed
-  router: str  # one of ROUTERS
-  norm_topk_prob: bool  # softmax_topk only: divide the K gates by their sum
-  load_balance_loss_weight: float  # alpha_1 of DeepSeekMoE, Eq. 12; summed over the MoE layers
-  dispatch: str  # one of DISPATCHES: how tokens reach their experts
-  grouped_matmul: str  # one of GROUPED_MATMULS: kernel of dropless; 'auto' asks the platform
+  num_experts: (
+    int  # mixture of attention heads (DS-MoE): experts that share out the heads; 0 = none
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +48,9 @@ class ModelConfig:
   dtype: str  # compute dtype, one of DTYPES; the router, the softmaxes and the losses stay float32
   param_dtype: str  # dtype of the kept weights, one of DTYPES; norms and router stay float32
   remat: str  # one of REMAT_POLICIES: which activations the backward pass recomputes
+  scan_layers: bool  # layers of one kind are a loop; False unrolls it: slower to compile
   attention: AttentionConfig
-  moe: MoEConfig
+  moe: config_moe.MoEConfig
 
   @property
   def is_moe(self) -> bool:
@@ -135,6 +121,7 @@ class TrainConfig:
   z_loss_weight: float  # weight of the mean squared log-partition of the vocabulary softmax
   log_every: int  # steps between log lines
   eval_every: int  # steps between held-out evaluations; 0 = only at the end
+  routing_every: int  # steps between files of routing figures; 0 = only at the end
   sample_prompt: str  # prompt continued at the end of the run; '' = none
   sample_tokens: int  # length of that continuation
 
@@ -249,24 +236,6 @@ def _coerce(kind: Any, value: Any, name: str) -> Any:
   )
 
 
-def _require(condition: bool, message: str):
-  if not condition:
-    raise errors.InputError(message)
-
-
-def _choice(name: str, value: str, known: tuple[str, ...]):
-  _require(
-    value in known,
-    f'config.{name}={value!r} must be one of {", ".join(known)}{errors.did_you_mean(value, known)}',
-  )
-
-
-def _at_least(section: Any, prefix: str, minimum: float, *names: str):
-  for name in names:
-    value = getattr(section, name)
-    _require(value >= minimum, f'config.{prefix}.{name}={value!r} must be at least {minimum}')
-
-
 def validate(config: Config):
   """Checks every rule that needs no data and no devices.
 
@@ -277,10 +246,10 @@ def validate(config: Config):
   _validate_data(config.data)
   _validate_train(config.train)
   _validate_optim(config.optim, config.train)
-  _at_least(config.checkpoint, 'checkpoint', 1, 'save_every', 'keep_last')
-  _at_least(config.checkpoint, 'checkpoint', 0, 'keep_every')
-  _at_least(config.paper, 'paper', 0, 'mlp_dim', 'moe_mlp_dim')
-  _require(
+  errors.at_least(config.checkpoint, 'checkpoint', 1, 'save_every', 'keep_last')
+  errors.at_least(config.checkpoint, 'checkpoint', 0, 'keep_every')
+  errors.at_least(config.paper, 'paper', 0, 'mlp_dim', 'moe_mlp_dim')
+  errors.require(
     config.mesh.data == -1 or config.mesh.data >= 1,
     f'config.mesh.data={config.mesh.data} must be a number of devices, or -1 for all that are left',
   )
@@ -288,7 +257,7 @@ def validate(config: Config):
 
 def validate_model(model: ModelConfig):
   """The rules between the sizes of a model; see `validate`."""
-  _at_least(
+  errors.at_least(
     model,
     'model',
     1,
@@ -299,114 +268,98 @@ def validate_model(model: ModelConfig):
     'num_layers',
     'num_heads',
   )
-  _at_least(model, 'model', 0, 'num_dense_layers', 'norm_eps', 'init_std')
-  _choice('model.dtype', model.dtype, DTYPES)
-  _choice('model.param_dtype', model.param_dtype, DTYPES)
-  _choice('model.remat', model.remat, REMAT_POLICIES)
+  errors.at_least(model, 'model', 0, 'num_dense_layers', 'norm_eps', 'init_std')
+  errors.choice('model.dtype', model.dtype, DTYPES)
+  errors.choice('model.param_dtype', model.param_dtype, DTYPES)
+  errors.choice('model.remat', model.remat, REMAT_POLICIES)
   attention = model.attention
-  _at_least(attention, 'model.attention', 1, 'num_kv_heads', 'head_dim')
-  _require(
+  errors.at_least(attention, 'model.attention', 1, 'num_kv_heads', 'head_dim')
+  errors.require(
     attention.rope_theta > 0,
     f'config.model.attention.rope_theta={attention.rope_theta} must be positive',
   )
-  _require(
+  errors.require(
     model.num_heads % attention.num_kv_heads == 0,
     f'config.model.attention.num_kv_heads={attention.num_kv_heads} must divide '
     f'model.num_heads={model.num_heads}; '
     f'choose a divisor of {model.num_heads}',
   )
-  _require(
+  errors.require(
     attention.head_dim % 2 == 0,
     f'config.model.attention.head_dim={attention.head_dim} must be even: RoPE rotates pairs; '
     f'choose {attention.head_dim + 1}',
   )
+  errors.require(
+    not attention.num_experts
+    or (
+      attention.num_kv_heads * attention.num_experts == model.num_heads
+      and not model.num_dense_layers
+      and model.is_moe
+    ),
+    f'config.model.attention.num_experts={attention.num_experts} gives each expert one query head '
+    f'per key-value head, in MoE layers only: num_kv_heads={attention.num_kv_heads} times it must '
+    f'be num_heads={model.num_heads}, and num_dense_layers={model.num_dense_layers} must be 0; or '
+    'set it to 0',
+  )
   if model.is_moe:
-    _validate_moe(model)
+    config_moe.validate(model.moe)
+    errors.require(
+      model.num_dense_layers < model.num_layers,
+      f'config.model.num_dense_layers={model.num_dense_layers} leaves no MoE layer among '
+      f'num_layers={model.num_layers}; lower it, or set model.moe.num_experts=0 for a dense model',
+    )
   else:
-    _require(
+    errors.require(
       model.moe.num_experts == 0,
       f'config.model.moe.num_experts={model.moe.num_experts} must be 0 (no MoE layers) or positive',
     )
 
 
-def _validate_moe(model: ModelConfig):
-  moe = model.moe
-  _at_least(moe, 'model.moe', 1, 'num_experts_per_tok', 'moe_mlp_dim')
-  _at_least(moe, 'model.moe', 0, 'num_shared_experts', 'load_balance_loss_weight')
-  _choice('model.moe.router', moe.router, ROUTERS)
-  _choice('model.moe.dispatch', moe.dispatch, DISPATCHES)
-  _choice('model.moe.grouped_matmul', moe.grouped_matmul, GROUPED_MATMULS)
-  k, e = moe.num_experts_per_tok, moe.num_experts
-  _require(
-    k <= e,
-    f'config.model.moe.num_experts_per_tok={k} must not exceed model.moe.num_experts={e}; '
-    f'choose at most {e}, or more experts',
-  )
-  fixed_k = {'gshard_top2': 2, 'switch_top1': 1}.get(moe.router, k)
-  _require(
-    k == fixed_k,
-    f'config.model.moe.num_experts_per_tok={k} must be {fixed_k} with '
-    f'model.moe.router={moe.router!r}; '
-    f"set it to {fixed_k}, or use router='softmax_topk'",
-  )
-  _require(
-    not moe.norm_topk_prob or moe.router == 'softmax_topk',
-    f'config.model.moe.norm_topk_prob=True applies to router softmax_topk only, not '
-    f'{moe.router!r}, whose '
-    'normalisation is fixed; set it to False',
-  )
-  _require(
-    model.num_dense_layers < model.num_layers,
-    f'config.model.num_dense_layers={model.num_dense_layers} leaves no MoE layer among '
-    f'num_layers={model.num_layers}; lower it, or set model.moe.num_experts=0 for a dense model',
-  )
-
-
 def _validate_data(data: DataConfig):
-  _choice('data.source', data.source, SOURCES)
+  errors.choice('data.source', data.source, SOURCES)
   for name in ('heldout_fraction', 'fim_rate'):
     value = getattr(data, name)
-    _require(0 <= value <= 1, f'config.data.{name}={value} must lie between 0 and 1')
-  _require(
+    errors.require(0 <= value <= 1, f'config.data.{name}={value} must lie between 0 and 1')
+  errors.require(
     0 < data.heldout_fraction < 1,
     f'config.data.heldout_fraction={data.heldout_fraction} must lie strictly between 0 and 1: both '
     f'splits need text',
   )
-  _at_least(data, 'data', 1, 'prefetch', 'synthetic_documents')
+  errors.at_least(data, 'data', 1, 'prefetch', 'synthetic_documents')
   needs_path = ('text', 'jsonl', 'parquet', 'hf')
   if data.source == 'mixture':
-    _require(
+    errors.require(
       bool(data.mixture),
       "config.data.mixture={} must name at least one component when data.source='mixture'",
     )
     for label, part in data.mixture.items():
-      _choice(
+      errors.choice(
         f'data.mixture.{label}.source', part.source, tuple(s for s in SOURCES if s != 'mixture')
       )
-      _require(
+      errors.require(
         part.weight > 0,
         f'config.data.mixture.{label}.weight={part.weight} must be positive; or drop the component',
       )
-      _require(
+      errors.require(
         bool(part.path) or part.source not in needs_path,
         f"config.data.mixture.{label}.path='' must name a file, glob or dataset for source "
         f'{part.source!r}',
       )
   else:
-    _require(
+    errors.require(
       not data.mixture,
       f'config.data.mixture is set but data.source={data.source!r} would ignore it; '
       "set data.source='mixture' or empty it",
     )
-    _require(
+    errors.require(
       bool(data.path) or data.source not in needs_path,
       f"config.data.path='' must name a file, glob or dataset for data.source={data.source!r}",
     )
 
 
 def _validate_optim(optim: OptimConfig, train: TrainConfig):
-  _choice('optim.schedule', optim.schedule, SCHEDULES)
-  _at_least(
+  errors.choice('optim.schedule', optim.schedule, SCHEDULES)
+  errors.at_least(
     optim,
     'optim',
     0,
@@ -417,17 +370,17 @@ def _validate_optim(optim: OptimConfig, train: TrainConfig):
     'beta1',
     'beta2',
   )
-  _require(optim.peak_lr > 0, f'config.optim.peak_lr={optim.peak_lr} must be positive')
-  _require(optim.eps > 0, f'config.optim.eps={optim.eps} must be positive')
+  errors.require(optim.peak_lr > 0, f'config.optim.peak_lr={optim.peak_lr} must be positive')
+  errors.require(optim.eps > 0, f'config.optim.eps={optim.eps} must be positive')
   for name in ('beta1', 'beta2'):
     value = getattr(optim, name)
-    _require(value < 1, f'config.optim.{name}={value} must lie in [0, 1)')
+    errors.require(value < 1, f'config.optim.{name}={value} must lie in [0, 1)')
   bounds = optim.multi_step_boundaries
-  _require(
+  errors.require(
     list(bounds) == sorted(bounds) and all(0 < b < 1 for b in bounds),
     f'config.optim.multi_step_boundaries={bounds} must be rising shares of the run between 0 and 1',
   )
-  _require(
+  errors.require(
     optim.warmup_steps < max(train.num_steps, 1),
     f'config.optim.warmup_steps={optim.warmup_steps} must be smaller than '
     f'train.num_steps={train.num_steps}; '
@@ -436,26 +389,34 @@ def _validate_optim(optim: OptimConfig, train: TrainConfig):
 
 
 def _validate_train(train: TrainConfig):
-  _at_least(train, 'train', 1, 'num_steps', 'batch_size', 'log_every')
-  _at_least(
-    train, 'train', 0, 'micro_batch_size', 'seed', 'z_loss_weight', 'eval_every', 'sample_tokens'
+  errors.at_least(train, 'train', 1, 'num_steps', 'batch_size', 'log_every')
+  errors.at_least(
+    train,
+    'train',
+    0,
+    'micro_batch_size',
+    'seed',
+    'z_loss_weight',
+    'eval_every',
+    'routing_every',
+    'sample_tokens',
   )
-  _require(
+  errors.require(
     train.seed < 2**32,
     f'config.train.seed={train.seed} must be below 2^32; choose a smaller number',
   )
   steps = [step for step, _ in train.batch_ramp]
-  _require(
+  errors.require(
     steps == sorted(set(steps)) and all(step > 0 for step in steps),
     f'config.train.batch_ramp={train.batch_ramp} must be (until step, batch size) pairs whose '
     'steps are positive and rise',
   )
   sizes = {size for _, size in train.batch_ramp} | {train.batch_size}
   for size in sizes:
-    _require(
+    errors.require(
       size >= 1, f'config.train.batch_ramp={train.batch_ramp} must hold positive batch sizes'
     )
-    _require(
+    errors.require(
       not train.micro_batch_size or size % train.micro_batch_size == 0,
       f'config.train.micro_batch_size={train.micro_batch_size} must divide every batch size, also '
       f'{size}; '

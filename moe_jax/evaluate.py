@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import tqdm
 
-from moe_jax import balance, config, losses, partitioning
+from moe_jax import balance, config, losses, partitioning, router_metrics, similarity
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import packing, pipeline
 from moe_jax.models import transformer
@@ -27,21 +27,26 @@ class Evaluation:
 
   loss: float  # mean cross-entropy per target, nats
   bits_per_byte: float
-  load: np.ndarray | None  # [num_moe_layers, E] int64, tokens per expert; None for a dense model
+  routing: dict[str, np.ndarray] | None  # see `router_metrics`; None for a dense model
+
+  @property
+  def load(self) -> np.ndarray | None:
+    """[num_moe_layers, E] int64, tokens per expert; None for a dense model."""
+    return None if self.routing is None else self.routing['load']
 
   @property
   def max_vio_per_layer(self) -> list[float]:
     """MaxVio_global of each MoE layer (arXiv 2408.15664): loads counted over the whole split."""
-    return [] if self.load is None else [float(v) for v in balance.max_vio(self.load)]
+    return [] if self.routing is None else [float(v) for v in self.routing['max_vio']]
 
   @property
   def max_vio(self) -> float | None:
     """Mean of `max_vio_per_layer`; None for a dense model."""
-    return None if self.load is None else float(np.mean(self.max_vio_per_layer))
+    return None if self.routing is None else float(np.mean(self.max_vio_per_layer))
 
   def __str__(self) -> str:
     text = f'bits_per_byte={self.bits_per_byte:.3f} loss={self.loss:.4f}'
-    if self.load is None:
+    if self.routing is None:
       return text
     layers = ' '.join(f'{value:.2f}' for value in self.max_vio_per_layer)
     return f'{text} max_vio_global={self.max_vio:.2f} (per MoE layer: {layers})'
@@ -54,22 +59,22 @@ class Evaluation:
       'bits_per_byte': self.bits_per_byte,
       'max_vio': self.max_vio,
       'max_vio_per_layer': self.max_vio_per_layer,
+      'routing': None if self.routing is None else router_metrics.summary(self.routing),
     }
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _sums(cfg: config.ModelConfig, params: Any, batch: dict[str, jax.Array]):
+def _sums(cfg: config.ModelConfig, variables: Any, batch: dict[str, jax.Array]):
   out = transformer.Transformer(cfg).apply(
-    {'params': params}, batch['tokens'], batch['positions'], batch['segment_ids']
+    variables, batch['tokens'], batch['positions'], batch['segment_ids']
   )
   cross_entropy, _ = losses.next_token(out.logits, batch['targets'])
-  load = None if out.stats is None else out.stats.load
-  return cross_entropy, (batch['targets'] >= 0).sum(), load
+  return cross_entropy, (batch['targets'] >= 0).sum(), out.stats
 
 
 def evaluate(
   cfg: config.Config,
-  params: Any,
+  variables: Any,
   corpus: corpus_lib.Corpus,
   mesh: jax.sharding.Mesh,
   *,
@@ -80,7 +85,7 @@ def evaluate(
   Args:
     cfg: the run; batches have `train.micro_batch_size` (or `batch_size`) rows, and as many more as
       it takes to fill all devices.
-    params: weights on the mesh.
+    variables: params and router_state, on the mesh.
     corpus: whose `heldout` split is read.
     mesh: devices that share each batch.
     progress: show a bar.
@@ -89,20 +94,42 @@ def evaluate(
   batch_size = -(-(cfg.train.micro_batch_size or cfg.train.batch_size) // ways) * ways
   batches = pipeline.heldout_batches(corpus, length, batch_size)
   total = -(-packing.num_rows(corpus.heldout, length) // batch_size)
-  nats, targets, load = 0.0, 0, None
+  sums = None
   bar = functools.partial(tqdm.tqdm, desc='held-out', unit='batch', leave=False)
   for batch in bar(batches, total=total, disable=None if progress else True):
     del batch['domain_ids']
     with partitioning.activate(mesh):
-      batch_nats, batch_targets, batch_load = jax.device_get(
-        _sums(cfg.model, params, partitioning.put_global_batch(batch, mesh))
+      found = jax.device_get(
+        _sums(cfg.model, variables, partitioning.put_global_batch(batch, mesh))
       )
-    nats += float(batch_nats)
-    targets += int(batch_targets)
-    if batch_load is not None:
-      load = batch_load.astype(np.int64) + (0 if load is None else load)
+    # 64 bits: a split may hold more tokens than an int32 counts, or a float32 tells apart.
+    found = jax.tree.map(lambda a: a.astype(np.int64 if a.dtype == np.int32 else np.float64), found)
+    sums = found if sums is None else jax.tree.map(np.add, sums, found)
+  nats, targets, stats = sums
   return Evaluation(
-    loss=nats / targets,
-    bits_per_byte=nats / math.log(2) / corpus.heldout.num_bytes,
-    load=load,
+    loss=float(nats / targets),
+    bits_per_byte=float(nats / math.log(2) / corpus.heldout.num_bytes),
+    routing=None if stats is None else routing_figures(cfg.model, variables, stats),
+  )
+
+
+@jax.jit
+def _similarity(experts: Any) -> jax.Array:
+  return similarity.expert_similarity(experts['gate_up'], experts['down'])
+
+
+def routing_figures(
+  model: config.ModelConfig, variables: Any, stats: balance.RouterStats
+) -> dict[str, np.ndarray]:
+  """The arrays of `router_metrics` for the sums `stats` over a batch or a whole evaluation."""
+  experts = {k: variables['params']['moe_layers']['moe'][k] for k in ('gate_up', 'down')}
+  state = variables['router_state'].get('moe_layers', {}).get('moe', {})
+  stats, alike, bias = jax.device_get((stats, _similarity(experts), state.get('expert_bias')))
+  return router_metrics.figures(
+    model.moe,
+    stats,
+    embed_dim=model.embed_dim,
+    bytes_per_number=np.dtype(jax.numpy.dtype(model.dtype)).itemsize,
+    expert_bias=bias,
+    similarity=alike,
   )

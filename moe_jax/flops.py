@@ -3,12 +3,15 @@
 Two countings of training FLOPs (forward and backward, backward = 2 x forward):
 
 * exact: what the mathematics of the model needs. A matrix of W weights costs 6 W per token; the
-router
-  and the output head count, the embedding look-up does not; query i attends to i + 1 keys; grouped
-  key-value projections have their real size. Recomputation (remat) and the wasted work of a masked
-  dispatch are no part of it, so that MFU compares runs by the model they train.
+  routers and the output head count, the embedding look-up does not; query i attends to i + 1 keys;
+  grouped key-value projections have their real size. Recomputation (remat), the wasted work of a
+  masked dispatch and the work that dropped tokens save are no part of it, so that MFU compares runs
+  by the model they train.
 * paper: the convention behind the tables of DeepSeekMoE (arXiv 2401.06066), which full attention,
   "as if MHA" projections and unaligned FFN widths reproduce to the printed digits.
+
+A token's experts are those of training: K of them, on average with router 'expert_choice', and all
+with 'ds_moe', which is dense in training and sparse outside of it.
 
 Letters: V vocab, D embed, N query heads, H head dim, F FFN width, E experts, K experts per token, L
 tokens.
@@ -16,7 +19,7 @@ tokens.
 
 import dataclasses
 
-from moe_jax import config
+from moe_jax import config, config_moe
 
 # Forward 2 (a multiplication and an addition per weight), backward twice that.
 TRAIN_FLOPS_PER_WEIGHT = 6
@@ -32,7 +35,7 @@ class ParameterCount:
   dense_ffn: int  # FFNs of the dense layers
   shared_experts: int
   routed_experts: int
-  router: int  # one row of D per routed expert
+  router: int  # one row of D per routed expert, and per expert of a mixture of attention heads
   head: int  # [D, V], untied
 
   @property
@@ -46,12 +49,17 @@ def count_parameters(model: config.ModelConfig) -> ParameterCount:
 
 
 def count_activated(model: config.ModelConfig) -> ParameterCount:
-  """The parameters that one token meets: all but the routed experts that it does not visit.
+  """The parameters that one token meets in training: all but the experts that it does not visit.
 
-  Both vocabulary matrices, the norms and the router count, as in the "activated params" of
+  Both vocabulary matrices, the norms and the routers count, as in the "activated params" of
   DeepSeekMoE's tables (2.8B of the 16B model).
   """
-  return _count(model, model.moe.num_experts_per_tok)
+  return _count(model, active_experts(model.moe))
+
+
+def active_experts(moe: config_moe.MoEConfig) -> int:
+  """Routed experts that a token visits in training."""
+  return moe.num_experts if moe.router == 'ds_moe' else moe.num_experts_per_tok
 
 
 def _count(model: config.ModelConfig, experts: int) -> ParameterCount:
@@ -65,7 +73,7 @@ def _count(model: config.ModelConfig, experts: int) -> ParameterCount:
     dense_ffn=(model.num_layers - num_moe) * _swiglu(d, model.mlp_dim),
     shared_experts=num_moe * moe.num_shared_experts * expert,
     routed_experts=num_moe * experts * expert,
-    router=num_moe * d * moe.num_experts,
+    router=_routers(model),
     head=d * model.vocab_size,
   )
 
@@ -73,6 +81,13 @@ def _count(model: config.ModelConfig, experts: int) -> ParameterCount:
 def _swiglu(embed_dim: int, width: float) -> float:
   """Weights of a SwiGLU FFN: gate and up [D, 2, F], down [F, D]. Integer for an integer width."""
   return 3 * embed_dim * width
+
+
+def _routers(model: config.ModelConfig) -> int:
+  """Weights that make logits: none for the experts of a hash table, which reads token ids."""
+  of_experts = 0 if model.moe.router == 'hash' else model.moe.num_experts
+  of_heads = model.num_layers * model.attention.num_experts
+  return model.embed_dim * (model.num_moe_layers * of_experts + of_heads)
 
 
 def _attention(model: config.ModelConfig) -> int:
@@ -112,11 +127,11 @@ def train_flops_per_sequence_paper(model: config.ModelConfig, paper: config.Pape
   d, length, moe = model.embed_dim, model.max_seq_len, model.moe
   dense = _swiglu(d, paper.mlp_dim or model.mlp_dim)
   expert = _swiglu(d, paper.moe_mlp_dim or moe.moe_mlp_dim)
-  active_experts = moe.num_shared_experts + moe.num_experts_per_tok
+  active = moe.num_shared_experts + active_experts(moe)
   weights = (
     model.num_layers * 4 * d**2
     + (model.num_layers - model.num_moe_layers) * dense
-    + model.num_moe_layers * active_experts * expert
+    + model.num_moe_layers * active * expert
     + d * model.vocab_size
   )
   attention = 12 * model.num_layers * d * length

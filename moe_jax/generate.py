@@ -77,7 +77,7 @@ def _draw(logits: Array, sampling: Sampling, rng: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnames=('cfg', 'sampling', 'eos_id', 'max_new_tokens'))
 def _generate(
-  params: Any,
+  variables: Any,
   prompt: Array,
   length: Array,
   limit: Array,
@@ -91,7 +91,7 @@ def _generate(
   """Writes up to `limit` new ids per row.
 
   Args:
-    params: weights.
+    variables: params and router_state.
     prompt: [B, P] int32, padded on the right.
     length: [B] int32, real tokens per prompt.
     limit: [] int32, at most max_new_tokens.
@@ -105,7 +105,7 @@ def _generate(
     [B, max_new_tokens] int32, -1 from the end token on.
   """
   batch_size, prompt_len = prompt.shape
-  apply = functools.partial(transformer.Transformer(cfg).apply, {'params': params})
+  apply = functools.partial(transformer.Transformer(cfg).apply, variables)
   slots = -(-(prompt_len + max_new_tokens) // LENGTH_BUCKET) * LENGTH_BUCKET
   cache = transformer.init_cache(cfg, batch_size, slots)
   rng = jax.random.key(seed)
@@ -161,9 +161,23 @@ def check_lengths(
     )
 
 
+def check_router(cfg: config.ModelConfig):
+  """Refuses models that cannot write one token after the other.
+
+  Raises:
+    errors.InputError: the router chooses tokens for experts, which needs the later tokens too.
+  """
+  if cfg.is_moe and cfg.moe.router == 'expert_choice':
+    raise errors.InputError(
+      "config.model.moe.router='expert_choice' has no causal decoding: an expert's choice among a "
+      "chunk's tokens needs the later ones; set config.train.sample_prompt='' and do without "
+      'generate'
+    )
+
+
 def generate(
   cfg: config.ModelConfig,
-  params: Any,
+  variables: Any,
   prompts: Sequence[Sequence[int]],
   max_new_tokens: int,
   eos_id: int,
@@ -175,7 +189,7 @@ def generate(
 
   Args:
     cfg: the model.
-    params: its weights.
+    variables: its params and router_state.
     prompts: token ids, begin-of-document token included; lengths may differ.
     max_new_tokens: limit per prompt.
     eos_id: id that ends a continuation.
@@ -183,18 +197,19 @@ def generate(
     timed: compile before the clock starts (at the price of one more prefill).
 
   Raises:
-    errors.InputError: a prompt is empty, or does not fit the context.
+    errors.InputError: a prompt is empty, or does not fit the context; or see `check_router`.
   """
   if not prompts or not all(prompts):
     raise errors.InputError('--prompt must hold at least one token')
   longest = max(len(p) for p in prompts)
+  check_router(cfg)
   check_lengths(cfg, longest, max_new_tokens)
   padded = np.zeros((len(prompts), -(-longest // LENGTH_BUCKET) * LENGTH_BUCKET), np.int32)
   for row, prompt in zip(padded, prompts):
     row[: len(prompt)] = prompt
   fn = functools.partial(
     _generate,
-    params,
+    variables,
     padded,
     np.array([len(p) for p in prompts], np.int32),
     seed=np.uint32(sampling.seed),

@@ -30,6 +30,8 @@ KEYS = (
   'tokens_per_second',
   'mfu',
   'max_vio',
+  'drop_rate',
+  'aux_loss',
   'data_wait_share',
 )
 _Path = str | os.PathLike[str]
@@ -116,6 +118,7 @@ def format_line(metrics: Mapping[str, float | None]) -> str:
     'tokens_per_second': ('tokens/s', '{:.0f}'),
     'mfu': ('mfu', '{:.1%}'),
     'max_vio': ('max_vio', '{:.2f}'),
+    'drop_rate': ('dropped', '{:.1%}'),
     'data_wait_share': ('data_wait', '{:.1%}'),
   }
   return ' '.join(

@@ -5,7 +5,16 @@ import json
 import lzma
 import pathlib
 
-from moe_jax import config, errors, evaluate, files, generate, metrics, plots
+from moe_jax import (
+  config,
+  errors,
+  evaluate,
+  files,
+  generate,
+  metrics,
+  plots,
+  router_metrics,
+)
 from moe_jax import run as run_lib
 from moe_jax.data import corpus as corpus_lib
 
@@ -31,7 +40,7 @@ def sample(run: run_lib.Run, prompt: str, max_new_tokens: int, sampling: generat
     raise errors.InputError(f'--prompt={prompt!r} must be UTF-8 text; correct its bytes') from e
   ids = [run.tokenizer.bos_id, *run.tokenizer.encode(prompt)]
   result = generate.generate(
-    run.cfg.model, run.params, [ids], max_new_tokens, run.tokenizer.eos_id, sampling, timed=True
+    run.cfg.model, run.variables, [ids], max_new_tokens, run.tokenizer.eos_id, sampling, timed=True
   )
   return run.tokenizer.decode(result.tokens[0]), result
 
@@ -39,14 +48,23 @@ def sample(run: run_lib.Run, prompt: str, max_new_tokens: int, sampling: generat
 def draw(
   cfg: config.Config, workdir: pathlib.Path, step: int, figures: evaluate.Evaluation
 ) -> list[pathlib.Path]:
-  """Draws `plots/loss.png` and, for an MoE model, `plots/expert_load.png`; returns their paths."""
+  """Draws `plots/loss.png` and, for an MoE model, its routing; returns the paths."""
   written = [workdir / 'plots' / 'loss.png']
   points = metrics.read_metrics(workdir)
   plots.loss_curve(points, written[0], f'{workdir.name}: training loss', [(step, figures.loss)])
-  if figures.load is not None:
-    written.append(workdir / 'plots' / 'expert_load.png')
-    title = f'{workdir.name}: expert load on held-out text, step {step}'
-    plots.expert_load(figures.load, written[1], title, first_layer=cfg.model.num_dense_layers)
+  if figures.routing is None:
+    return written
+  written.append(workdir / 'plots' / 'expert_load.png')
+  title = f'{workdir.name}: expert load on held-out text, step {step}'
+  first = cfg.model.num_dense_layers
+  plots.expert_load(figures.load, written[1], title, first_layer=first)
+  written.append(workdir / 'plots' / 'routing.png')
+  history = router_metrics.read_history(workdir / 'routing')
+  plots.routing_overview(history, written[2], f'{workdir.name}: routing', first_layer=first)
+  if cfg.model.moe.num_virtual_devices > 1:
+    written.append(workdir / 'plots' / 'tokens_sent.png')
+    title = f'{workdir.name}: tokens sent between virtual devices, held-out text'
+    plots.tokens_sent(figures.routing['tokens_sent'].sum(axis=0), written[3], title)
   return written
 
 
@@ -54,10 +72,12 @@ def finish(
   run: run_lib.Run, corpus: corpus_lib.Corpus, workdir: pathlib.Path, say: run_lib.Say
 ) -> evaluate.Evaluation:
   """Evaluates a finished run, samples from it, draws, and says all of it."""
-  figures = evaluate.evaluate(run.cfg, run.params, corpus, run.mesh, progress=True)
+  figures = evaluate.evaluate(run.cfg, run.variables, corpus, run.mesh, progress=True)
   baselines = compressed_bits_per_byte(corpus.heldout_bytes())
   record = {**figures.as_dict(run.step), 'compressors_bits_per_byte': baselines}
   files.write_text(workdir / 'evaluation.json', json.dumps(record, indent=2) + '\n')
+  if figures.routing is not None:
+    router_metrics.write(workdir / 'routing' / 'heldout.npz', figures.routing)
   written = draw(run.cfg, workdir, run.step, figures)
   others = ', '.join(f'{name} {value:.3f}' for name, value in baselines.items())
   say(f'held-out: {figures}')
@@ -68,5 +88,6 @@ def finish(
     completion, result = sample(run, train.sample_prompt, train.sample_tokens, sampling)
     say(f'sample ({result.tokens_per_second:.0f} tokens/s):\n{train.sample_prompt}{completion}')
   names = ['config.json', 'metrics.jsonl', 'tensorboard', 'checkpoints', 'evaluation.json']
+  names += ['routing'] if figures.routing is not None else []
   say('wrote: ' + ' '.join(str(path) for path in [*(workdir / n for n in names), *written]))
   return figures

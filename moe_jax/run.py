@@ -1,7 +1,7 @@
 """One run and its directory: train from a config, or load what was trained.
 
 Layout of a workdir: config.json (resolved config, versions, commit), tokenizer.json, metrics.jsonl,
-tensorboard/, checkpoints/<step>/, plots/, evaluation.json.
+tensorboard/, routing/<step>.npz, checkpoints/<step>/, plots/, evaluation.json.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import tqdm
 
 from moe_jax import (
@@ -27,6 +28,7 @@ from moe_jax import (
   metrics,
   optim,
   partitioning,
+  router_metrics,
   run_record,
   train,
 )
@@ -34,6 +36,7 @@ from moe_jax.data import cache, pipeline
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.models.dispatch import grouped, plan
+from moe_jax.models.routers import tables
 
 Say = Callable[[str], None]
 
@@ -44,7 +47,7 @@ class Run:
 
   cfg: config.Config
   mesh: jax.sharding.Mesh
-  params: Any
+  variables: Any  # params and router_state
   tokenizer: tokenizer_lib.Tokenizer
   step: int  # optimizer steps done
   data_fingerprint: str  # of the corpus it was trained on
@@ -78,17 +81,9 @@ def run_training(
   """
   workdir = pathlib.Path(workdir)
   changes = run_record.check_workdir(workdir, cfg, allow_config_change)
-  mesh = partitioning.make_mesh(cfg.mesh)
-  partitioning.check_batch(cfg.train, mesh)
-  _check_plan(cfg, mesh)
+  mesh, corpus = prepare(cfg)
   first = jax.process_index() == 0
-  corpus = corpus_lib.load_corpus(cfg.data, cfg.model.vocab_size, cfg.train.seed, progress=first)
-  _check_rows(cfg, corpus)
   summary = _summary(cfg, corpus, mesh)
-  if cfg.train.sample_prompt and cfg.train.sample_tokens:
-    prompt = corpus.tokenizer.encode(cfg.train.sample_prompt)
-    names = ('config.train.sample_prompt', 'config.train.sample_tokens')
-    generate.check_lengths(cfg.model, 1 + len(prompt), cfg.train.sample_tokens, names)
   with (
     files.lock(workdir, first),
     checkpoint.Checkpointer(workdir / 'checkpoints', cfg.checkpoint) as checkpointer,
@@ -103,15 +98,35 @@ def run_training(
       for line in (summary, *(f'config changed: {change}' for change in changes)):
         say(line)
     if restored is None:
-      state = train.init_state(cfg, mesh)
+      state = with_tables(cfg, train.init_state(cfg, mesh), corpus)
     else:
       state = restored.state
       say(f'resuming after step {restored.step} of {cfg.train.num_steps}')
     state = _fit(cfg, workdir, corpus, mesh, state, checkpointer, stop, say)
     step = int(state.step)
     stopped_by = stop.name if step < cfg.train.num_steps else ''
-  run = Run(cfg, mesh, state.params, corpus.tokenizer, step, corpus.fingerprint, stopped_by)
+  run = Run(cfg, mesh, state.variables, corpus.tokenizer, step, corpus.fingerprint, stopped_by)
   return run, corpus
+
+
+def prepare(cfg: config.Config) -> tuple[jax.sharding.Mesh, corpus_lib.Corpus]:
+  """The devices and the text of a run, checked against its config.
+
+  Raises:
+    errors.InputError: see the message.
+  """
+  mesh = partitioning.make_mesh(cfg.mesh)
+  partitioning.check_batch(cfg.train, mesh)
+  _check_plan(cfg, mesh)
+  first = jax.process_index() == 0
+  corpus = corpus_lib.load_corpus(cfg.data, cfg.model.vocab_size, cfg.train.seed, progress=first)
+  _check_rows(cfg, corpus)
+  if cfg.train.sample_prompt and cfg.train.sample_tokens:
+    prompt = corpus.tokenizer.encode(cfg.train.sample_prompt)
+    names = ('config.train.sample_prompt', 'config.train.sample_tokens')
+    generate.check_router(cfg.model)
+    generate.check_lengths(cfg.model, 1 + len(prompt), cfg.train.sample_tokens, names)
+  return mesh, corpus
 
 
 def _summary(cfg: config.Config, corpus: corpus_lib.Corpus, mesh: jax.sharding.Mesh) -> str:
@@ -165,7 +180,7 @@ def _check_continues(
   cfg: config.Config, meta: Mapping[str, Any], corpus: corpus_lib.Corpus, allow: bool
 ):
   """Refuses to continue on other token ids and, unless allowed, under other settings."""
-  if meta['tokenizer'] != _digest(corpus.tokenizer):
+  if meta['tokenizer'] != digest(corpus.tokenizer):
     raise errors.InputError(
       f'config.data.tokenizer: the checkpoint of step {meta["step"]} was trained with another '
       'tokenizer, so its vocabulary would not match; keep the old one with '
@@ -187,15 +202,17 @@ def _check_continues(
     )
 
 
-def _meta(cfg: config.Config, corpus: corpus_lib.Corpus) -> dict[str, Any]:
+def meta(cfg: config.Config, corpus: corpus_lib.Corpus) -> dict[str, Any]:
+  """What is saved with every checkpoint of a run."""
   return {
     'config': config.to_dict(cfg),
     'data_fingerprint': corpus.fingerprint,
-    'tokenizer': _digest(corpus.tokenizer),
+    'tokenizer': digest(corpus.tokenizer),
   }
 
 
-def _digest(tokenizer: tokenizer_lib.Tokenizer) -> str:
+def digest(tokenizer: tokenizer_lib.Tokenizer) -> str:
+  """What tells one tokenizer from another in `meta`."""
   return hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
 
 
@@ -211,7 +228,6 @@ def _fit(
 ) -> train.TrainState:
   """The loop with its periodic actions; returns the last state, which is saved."""
   start, total = int(state.step), cfg.train.num_steps
-  meta = _meta(cfg, corpus)
   first = jax.process_index() == 0
   flops_per_token = flops.train_flops_per_token(cfg.model)
   peak = metrics.matmul_peak(cfg.model.dtype, cache.root(cfg.data.cache_dir))
@@ -228,6 +244,7 @@ def _fit(
     prefetch=cfg.data.prefetch,
   )
   writer = metrics.MetricWriter(workdir, resume_step=start, enabled=first)
+  _drop_routing_after(workdir, start)
   bar = tqdm.tqdm(total=total, initial=start, unit='step', disable=None if first else True)
   with bar:
     for report in train.steps(cfg, mesh, state, batches, timer):
@@ -242,11 +259,14 @@ def _fit(
         bar.set_postfix(loss=f'{line["loss"]:.3f}', refresh=False)
         _check_finite(cfg, step, report.metrics)
       with timer.paused():
+        every = cfg.train.routing_every
+        if cfg.model.is_moe and first and (step == total or every and step % every == 0):
+          _write_routing(cfg, workdir, report)
         if cfg.train.eval_every and step % cfg.train.eval_every == 0 and step < total:
-          _evaluate_midway(cfg, step, state.params, corpus, mesh, writer, say)
+          _evaluate_midway(cfg, step, state.variables, corpus, mesh, writer, say)
         if last or checkpointer.is_due(step):
           _check_finite(cfg, step, report.metrics)
-          checkpointer.save(step, state, meta, force=last)
+          checkpointer.save(step, state, meta(cfg, corpus), force=last)
       if stopping:
         break
   writer.close()
@@ -255,16 +275,57 @@ def _fit(
   return state
 
 
+def _drop_routing_after(workdir: pathlib.Path, step: int):
+  """Removes routing figures of steps that will come again."""
+  for path in (workdir / 'routing').glob('*.npz'):
+    if path.stem.isdigit() and int(path.stem) > step:
+      path.unlink()
+
+
+def _write_routing(cfg: config.Config, workdir: pathlib.Path, report: train.StepReport):
+  figures = evaluate.routing_figures(cfg.model, report.state.variables, report.metrics.stats)
+  router_metrics.write(workdir / 'routing' / f'{report.step}.npz', figures)
+
+
+def with_tables(
+  cfg: config.Config, state: train.TrainState, corpus: corpus_lib.Corpus
+) -> train.TrainState:
+  """Puts what a router reads from outside into a fresh state: token counts, a recording.
+
+  Raises:
+    errors.InputError: the recording does not fit the model.
+  """
+  found = dict(train.moe_state(state.router_state))
+  moe = cfg.model.moe
+  if not cfg.model.is_moe:
+    return state
+  if moe.router == 'hash' and moe.options.hash_table == 'balanced':
+    counts = sum(
+      np.bincount(split.tokens, minlength=cfg.model.vocab_size) for split in corpus.train
+    )
+    rngs = [np.random.default_rng((cfg.train.seed, i)) for i in range(len(found['table']))]
+    found['table'] = np.stack(
+      [tables.balanced_table(counts, moe.num_experts, moe.num_experts_per_tok, rng) for rng in rngs]
+    )
+  elif moe.router == 'replay':
+    found['assignments'] = tables.load_assignments(moe, found['assignments'].shape)
+  else:
+    return state
+  old = train.moe_state(state.router_state)
+  placed = {k: jax.device_put(v, old[k].sharding) for k, v in found.items()}
+  return state.replace(router_state={'moe_layers': {'moe': placed}})
+
+
 def _evaluate_midway(
   cfg: config.Config,
   step: int,
-  params: Any,
+  variables: Any,
   corpus: corpus_lib.Corpus,
   mesh: jax.sharding.Mesh,
   writer: metrics.MetricWriter,
   say: Say,
 ):
-  figures = evaluate.evaluate(cfg, params, corpus, mesh)
+  figures = evaluate.evaluate(cfg, variables, corpus, mesh)
   scalars = {'heldout_loss': figures.loss, 'heldout_bits_per_byte': figures.bits_per_byte}
   writer.write_scalars(step, scalars)
   say(f'step={step} ' + ' '.join(f'{k}={v:.4f}' for k, v in scalars.items()))
@@ -281,11 +342,11 @@ def _check_finite(cfg: config.Config, step: int, step_metrics: train.StepMetrics
     )
 
 
-def load(workdir: str | os.PathLike[str], step: int | None = None) -> Run:
-  """Loads a checkpoint of a workdir: the newest whole one, or that of `step`.
+def read_meta(workdir: str | os.PathLike[str], step: int | None = None) -> dict[str, Any]:
+  """The `meta` of the newest checkpoint, or of that of `step`; restores no arrays.
 
   Raises:
-    errors.InputError: there is none, it is damaged, or the tokenizer is not the one trained with.
+    errors.InputError: there is none, or it is damaged.
   """
   workdir = pathlib.Path(workdir)
   if not (workdir / 'checkpoints').is_dir():
@@ -293,17 +354,37 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Run:
       f'--workdir={workdir} holds no checkpoints; train first: python -m experiments.train '
       f'--config=configs/quickstart.py --workdir={workdir}'
     )
-  with checkpoint.Checkpointer(workdir / 'checkpoints', None, read_only=True) as checkpointer:
-    meta = checkpointer.read_meta(step)
-    if meta is None:
-      raise errors.InputError(
-        f'--workdir={workdir} holds no finished checkpoint yet; wait for step '
-        'config.checkpoint.save_every, or for the end of the run'
-      )
-    cfg = config.from_dict(meta['config'])
-    # Whatever it was trained on, it is used on the devices that are here.
-    cfg = dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, data=-1))
-    mesh = partitioning.make_mesh(cfg.mesh)
+  with _reader(workdir) as checkpointer:
+    found = checkpointer.read_meta(step)
+  if found is None:
+    raise errors.InputError(
+      f'--workdir={workdir} holds no finished checkpoint yet; wait for step '
+      'config.checkpoint.save_every, or for the end of the run'
+    )
+  return found
+
+
+def read_config(workdir: str | os.PathLike[str], step: int | None = None) -> config.Config:
+  """The config of a checkpoint, see `read_meta`."""
+  return config.from_dict(read_meta(workdir, step)['config'])
+
+
+def _reader(workdir: pathlib.Path) -> checkpoint.Checkpointer:
+  return checkpoint.Checkpointer(workdir / 'checkpoints', None, read_only=True)
+
+
+def load(workdir: str | os.PathLike[str], step: int | None = None) -> Run:
+  """Loads a checkpoint of a workdir: the newest whole one, or that of `step`.
+
+  Raises:
+    errors.InputError: there is none, it is damaged, or the tokenizer is not the one trained with.
+  """
+  workdir = pathlib.Path(workdir)
+  cfg = read_config(workdir, step)
+  # Whatever it was trained on, it is used on the devices that are here.
+  cfg = dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, data=-1))
+  mesh = partitioning.make_mesh(cfg.mesh)
+  with _reader(workdir) as checkpointer:
     restored = checkpointer.restore(train.abstract_state(cfg, mesh), step)
   if not (workdir / 'tokenizer.json').is_file():
     raise errors.InputError(
@@ -313,13 +394,18 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Run:
   data = cfg.data
   tokenizer = tokenizer_lib.load(workdir / 'tokenizer.json', data.bos_token, data.eos_token)
   tokenizer_lib.check_vocab_size(tokenizer, cfg.model.vocab_size)
-  if _digest(tokenizer) != restored.meta['tokenizer']:
+  if digest(tokenizer) != restored.meta['tokenizer']:
     raise errors.InputError(
       f'{workdir / "tokenizer.json"} is not the tokenizer that the checkpoint of step '
       f'{restored.step} was trained with; put the original file back'
     )
   return Run(
-    cfg, mesh, restored.state.params, tokenizer, restored.step, restored.meta['data_fingerprint']
+    cfg,
+    mesh,
+    restored.state.variables,
+    tokenizer,
+    restored.step,
+    restored.meta['data_fingerprint'],
   )
 
 

@@ -9,7 +9,7 @@ The loop resumes by these rules:
 import collections
 import functools
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,9 +18,10 @@ import numpy as np
 import optax
 from flax import struct
 
-from moe_jax import balance, config, losses, optim, partitioning
+from moe_jax import balance, bits, config, config_moe, losses, optim, partitioning
 from moe_jax import metrics as metrics_lib
 from moe_jax.models import transformer
+from moe_jax.models.routers import state as router_state_lib
 
 Array = jax.Array
 Batch = dict[str, Array]
@@ -37,8 +38,15 @@ class TrainState:
   """Everything that a step changes."""
 
   step: Array  # [] int32, optimizer steps done
+  seed: Array  # [] uint32, fixed; with the step it decides the random choices of routing
   params: Any  # nested dict of weights
+  router_state: Any  # nested dict of what routing remembers; the optimizer never sees it
   opt_state: Any
+
+  @property
+  def variables(self) -> dict[str, Any]:
+    """What the model is applied with."""
+    return {'params': self.params, 'router_state': self.router_state}
 
 
 @struct.dataclass
@@ -46,16 +54,27 @@ class StepMetrics:
   """What one step reports; left on the device until somebody logs it."""
 
   loss: Array  # [] float32, mean cross-entropy per real target, nats
+  aux_loss: Array  # [] float32, weighted sum of the balance losses
   lr: Array  # [] float32
   grad_norm: Array  # [] float32, before clipping
-  load: Array | None  # [num_moe_layers, E] int32, tokens per expert over the global batch
+  stats: balance.RouterStats | None  # of the global batch, leaves [num_moe_layers, ...]
+
+
+class Loss(NamedTuple):
+  """Shares of a (micro-)batch; they add up to the values of the whole batch."""
+
+  cross_entropy: Array  # [] float32
+  aux: Array  # [] float32, weighted sum of the balance losses
+  stats: balance.RouterStats | None
 
 
 def _init(cfg: config.Config, rng: Array) -> TrainState:
   """A fresh state whose leaves are boxed with logical axis names."""
-  params = transformer.init(cfg.model, rng)
-  opt_state = optim.optimizer(cfg.optim, cfg.train.num_steps).init(params)
-  return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+  variables = transformer.init(cfg.model, rng)
+  opt_state = optim.optimizer(cfg.optim, cfg.train.num_steps).init(variables['params'])
+  # Not the number train.seed itself: a constant in the step's program would compile per seed.
+  seed = jax.random.bits(rng, (), jnp.uint32)
+  return TrainState(jnp.zeros((), jnp.int32), seed, opt_state=opt_state, **variables)
 
 
 def abstract_state(cfg: config.Config, mesh: jax.sharding.Mesh) -> TrainState:
@@ -75,60 +94,147 @@ def init_state(cfg: config.Config, mesh: jax.sharding.Mesh) -> TrainState:
   return create(jax.random.key(cfg.train.seed))
 
 
+def moe_state(router_state: Any) -> dict[str, Array]:
+  """The routers' variables, leaves [num_moe_layers, ...]; empty without any."""
+  return router_state.get('moe_layers', {}).get('moe', {})
+
+
+class Totals(NamedTuple):
+  """Denominators of the whole batch."""
+
+  targets: Array  # [] int32, real targets, of the cross-entropy
+  tokens: Array  # [] int32, real tokens, of the balance losses
+
+
 def batch_loss(
-  cfg: config.Config, params: Any, batch: Batch, num_targets: Array, num_tokens: Array
-) -> tuple[Array, tuple[Array, Array | None]]:
+  cfg: config.Config,
+  params: Any,
+  router_state: Any,
+  batch: Batch,
+  seed: Array,
+  totals: Totals,
+  slopes: Mapping[str, Any] | None = None,
+) -> tuple[Array, Loss]:
   """This (micro-)batch's share of the loss of the whole batch.
 
   Args:
     cfg: the run.
     params: weights.
-    batch: tokens, targets, positions, segment_ids, each [B, L] int32.
-    num_targets: [] real targets of the whole batch; the cross-entropy's denominator.
-    num_tokens: [] real tokens of the whole batch; the balance loss's denominator.
+    router_state: what routing remembers.
+    batch: tokens, targets, positions, segment_ids, each [B, L] int32, and row [B] int32, the rows'
+      numbers in the whole batch.
+    seed: [] uint32, decides the random choices of routing in this step.
+    totals: of the whole batch.
+    slopes: `balance.global_slopes` of the whole batch, when this is only a part of it.
 
   Returns:
-    (the loss that is minimised, (its cross-entropy part, load [layers, E])); shares of
-    micro-batches add up to the values of the whole batch.
+    (the loss that is minimised, its parts).
   """
-  out = transformer.Transformer(cfg.model).apply(
-    {'params': params}, batch['tokens'], batch['positions'], batch['segment_ids']
+  out = transformer.Transformer(cfg.model, train=True).apply(
+    {'params': params, 'router_state': router_state},
+    batch['tokens'],
+    batch['positions'],
+    batch['segment_ids'],
+    row=batch['row'],
+    seed=seed,
+    slopes=slopes,
   )
   with jax.named_scope('head_loss'):
     cross_entropy, z = losses.next_token(out.logits, batch['targets'])
-  cross_entropy /= num_targets
-  total = cross_entropy + cfg.train.z_loss_weight * z / num_targets
+  cross_entropy /= totals.targets
+  total = cross_entropy + cfg.train.z_loss_weight * z / totals.targets
   if out.stats is None:
-    return total, (cross_entropy, None)
-  balance_loss = out.stats.load_balance_loss.sum() / num_tokens
-  total += cfg.model.moe.load_balance_loss_weight * balance_loss
-  return total, (cross_entropy, out.stats.load)
+    return total, Loss(cross_entropy, jnp.float32(0), None)
+  aux = aux_loss(cfg.model.moe, moe_state(router_state), out.stats) / totals.tokens
+  return total + aux, Loss(cross_entropy, aux, out.stats)
 
 
-def gradients(cfg: config.Config, params: Any, batch: Batch) -> tuple[Array, Array | None, Any]:
-  """(cross-entropy, load, gradients) of a global batch, accumulated over micro-batches if asked."""
-  num_targets = jnp.maximum((batch['targets'] >= 0).sum(), 1)
-  num_tokens = jnp.maximum((batch['segment_ids'] > 0).sum(), 1)
-  grad_fn = jax.value_and_grad(functools.partial(batch_loss, cfg), has_aux=True)
+def aux_loss(
+  moe: config_moe.MoEConfig, state: Mapping[str, Array], stats: balance.RouterStats
+) -> Array:
+  """Weighted sum over losses and layers of the balance losses, times the number of tokens."""
+  total = jnp.float32(0)
+  for name, values in stats.losses.items():
+    weight = moe.loss(name).weight
+    if name == moe.balance.adaptive.loss:
+      weight = state['loss_coefficient']
+    elif not weight:
+      continue
+    total += (weight * values).sum()
+  return total
 
-  def share(micro: Batch):
-    (_, (cross_entropy, load)), grads = grad_fn(params, micro, num_targets, num_tokens)
-    return cross_entropy, load, grads
 
-  batch_size = batch['tokens'].shape[0]
-  num_micro = batch_size // (cfg.train.micro_batch_size or batch_size)
-  if num_micro == 1:
-    return share(batch)
-  # Micro-batch i takes rows i, i + n, i + 2n ...: every device keeps its own rows.
-  split = lambda x: x.reshape(-1, num_micro, x.shape[-1]).swapaxes(0, 1)
-  micros = jax.tree.map(split, batch)
+def _split(batch: Batch, num_micro: int) -> Batch:
+  """[B, ...] -> [num_micro, B / num_micro, ...].
+
+  Micro-batch i takes rows i, i + n, i + 2n ...: every device keeps its own rows.
+  """
+  return jax.tree.map(lambda x: x.reshape(-1, num_micro, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def _accumulate(share: Callable[[Batch], Any], micros: Batch) -> Any:
+  """The sum of share(micro) over the micro-batches; floats add up in float32.
+
+  Sums of bfloat16 gradients would lose the small ones.
+  """
   shapes = jax.eval_shape(share, jax.tree.map(lambda x: x[0], micros))
-  # Sums of bfloat16 gradients would lose the small ones: floats add up in float32.
   wide = lambda dtype: jnp.float32 if jnp.issubdtype(dtype, jnp.floating) else dtype
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, wide(s.dtype)), shapes)
   add = lambda total, micro: (jax.tree.map(jnp.add, total, share(micro)), None)
-  cross_entropy, load, grads = jax.lax.scan(add, zeros, micros)[0]
-  return cross_entropy, load, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+  return jax.lax.scan(add, zeros, micros)[0]
+
+
+def gradients(
+  cfg: config.Config, params: Any, router_state: Any, batch: Batch, seed: Array
+) -> tuple[Loss, Any]:
+  """(loss, gradients) of a global batch, accumulated over micro-batches if asked.
+
+  A balance loss over the whole batch is no sum over its parts. With accumulation a first, forward
+  pass then counts, and the second adds up the exact gradient from it (`balance.global_slopes`).
+  """
+  batch = {**batch, 'row': jnp.arange(len(batch['tokens']), dtype=jnp.int32)}
+  totals = Totals(
+    jnp.maximum((batch['targets'] >= 0).sum(), 1), jnp.maximum((batch['segment_ids'] > 0).sum(), 1)
+  )
+  loss_fn = functools.partial(batch_loss, cfg)
+
+  def share(micro: Batch, slopes: Any = None) -> tuple[Loss, Any]:
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    (_, loss), grads = grad_fn(params, router_state, micro, seed, totals, slopes)
+    return loss, grads
+
+  num_micro = len(batch['tokens']) // (cfg.train.micro_batch_size or len(batch['tokens']))
+  if num_micro == 1:
+    return share(batch)
+  micros, slopes = _split(batch, num_micro), None
+  if _counts_first(cfg.model):
+    count = lambda micro: loss_fn(params, router_state, micro, seed, totals)[1].stats
+    slopes = balance.global_slopes(cfg.model.moe, _accumulate(count, micros))
+  loss, grads = _accumulate(functools.partial(share, slopes=slopes), micros)
+  if slopes:
+    stats = balance.refreshed(cfg.model.moe, loss.stats)
+    aux = aux_loss(cfg.model.moe, moe_state(router_state), stats) / totals.tokens
+    loss = loss._replace(stats=stats, aux=aux)
+  return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+
+
+def _counts_first(model: config.ModelConfig) -> bool:
+  """Whether a loss that is minimised averages over the whole batch."""
+  minimised = lambda name: model.moe.loss(name).weight or name == model.moe.balance.adaptive.loss
+  return model.is_moe and any(
+    model.moe.loss(name).scope == 'global_batch' and minimised(name) for name in config_moe.LOSSES
+  )
+
+
+def next_router_state(
+  cfg: config.Config, router_state: Any, stats: balance.RouterStats | None, step: Array
+) -> Any:
+  """What routing remembers after a step whose number was `step` and whose figures were `stats`."""
+  state = moe_state(router_state)
+  if not state or stats is None:
+    return router_state
+  share = step / cfg.train.num_steps
+  return {'moe_layers': {'moe': router_state_lib.update(cfg.model.moe, state, stats, share)}}
 
 
 def make_train_step(cfg: config.Config, mesh: jax.sharding.Mesh) -> Any:
@@ -140,12 +246,17 @@ def make_train_step(cfg: config.Config, mesh: jax.sharding.Mesh) -> Any:
   optimizer = optim.optimizer(cfg.optim, cfg.train.num_steps)
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-    loss, load, grads = gradients(cfg, state.params, batch)
+    seed = bits.combine(state.seed, state.step)
+    loss, grads = gradients(cfg, state.params, state.router_state, batch, seed)
     with jax.named_scope('optimizer'):
       updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
       params = optax.apply_updates(state.params, updates)
-    metrics = StepMetrics(loss, schedule(state.step), optax.tree.norm(grads), load)
-    return TrainState(state.step + 1, params, opt_state), metrics
+    with jax.named_scope('router_state'):
+      router_state = next_router_state(cfg, state.router_state, loss.stats, state.step)
+    norm = optax.tree.norm(grads)
+    metrics = StepMetrics(loss.cross_entropy, loss.aux, schedule(state.step), norm, loss.stats)
+    state = TrainState(state.step + 1, state.seed, params, router_state, opt_state)
+    return state, metrics
 
   out = jax.tree.map(lambda x: x.sharding, abstract_state(cfg, mesh))
   replicated = jax.NamedSharding(mesh, jax.P())
@@ -220,14 +331,23 @@ def steps(
 
 
 def host_metrics(metrics: StepMetrics) -> dict[str, float | None]:
-  """Waits for a step and returns its scalars: loss, lr, grad_norm, max_vio (None if dense)."""
-  values = jax.device_get(metrics)
-  max_vio = None
-  if values.load is not None:
-    max_vio = float(balance.max_vio(np.asarray(values.load, np.float64)).mean())
+  """Waits for a step and returns its scalars; those of routing are None for a dense model.
+
+  Keys: loss, lr, grad_norm, aux_loss, max_vio and drop_rate, the last two means over the layers.
+  """
+  stats = None if metrics.stats is None else (metrics.stats.sums.load, metrics.stats.dropped)
+  scalars = (metrics.loss, metrics.lr, metrics.grad_norm, metrics.aux_loss)
+  (loss, lr, grad_norm, aux), stats = jax.device_get((scalars, stats))
+  max_vio = drop_rate = None
+  if stats is not None:
+    load, dropped = (np.asarray(a, np.float64) for a in stats)
+    max_vio = float(balance.max_vio(load).mean())
+    drop_rate = float((dropped.sum(-1) / np.maximum(load.sum(-1), 1)).mean())
   return {
-    'loss': float(values.loss),
-    'lr': float(values.lr),
-    'grad_norm': float(values.grad_norm),
+    'loss': float(loss),
+    'lr': float(lr),
+    'grad_norm': float(grad_norm),
+    'aux_loss': None if stats is None else float(aux),
     'max_vio': max_vio,
+    'drop_rate': drop_rate,
   }

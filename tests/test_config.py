@@ -5,7 +5,8 @@ import pytest
 import tiny
 
 from configs import base
-from moe_jax import config, errors
+from moe_jax import balance, config, config_moe, errors
+from moe_jax.models import dispatch, routers
 
 
 def test_round_trip():
@@ -128,13 +129,19 @@ AT_LEAST_1 = [
   *(f'model.{n}' for n in ('vocab_size', 'max_seq_len', 'embed_dim', 'mlp_dim', 'num_layers')),
   *('model.num_heads', 'model.attention.num_kv_heads', 'model.attention.head_dim'),
   *('model.moe.num_experts_per_tok', 'model.moe.moe_mlp_dim'),
+  *('model.moe.num_expert_groups', 'model.moe.num_virtual_devices'),
   *('data.prefetch', 'data.synthetic_documents'),
   *('train.num_steps', 'train.batch_size', 'train.log_every'),
   *('checkpoint.save_every', 'checkpoint.keep_last'),
 ]
 AT_LEAST_0 = [
   *('model.num_dense_layers', 'model.norm_eps', 'model.init_std'),
-  *('model.moe.num_shared_experts', 'model.moe.load_balance_loss_weight'),
+  *('model.moe.num_shared_experts', 'model.moe.num_limited_groups'),
+  *(f'model.moe.options.{n}' for n in ('logit_norm_scale', 'chunk_tokens', 'replay_rows')),
+  *('model.moe.options.inference_threshold', 'model.moe.expert_bias.update_rate'),
+  *(f'model.moe.balance.{name}.weight' for name in config_moe.LOSSES),
+  *(f'model.moe.balance.adaptive.{n}' for n in ('slope', 'max_coefficient', 'capacity_factor')),
+  *('model.moe.capacity.group_rows', 'train.routing_every'),
   *(f'optim.{n}' for n in ('warmup_steps', 'final_lr_fraction', 'weight_decay', 'clip_norm')),
   *('optim.beta1', 'optim.beta2'),
   *('train.micro_batch_size', 'train.seed', 'train.z_loss_weight', 'train.eval_every'),
@@ -146,11 +153,10 @@ AT_LEAST_0 = [
   'minimum, path', [(1, p) for p in AT_LEAST_1] + [(0, p) for p in AT_LEAST_0]
 )
 def test_minima(minimum, path):
-  value = minimum - 1
-  if path.endswith(('_std', '_eps', '_fraction', '_decay', '_norm', 'beta1', 'beta2', '_weight')):
-    value = -0.5
-  if path.startswith('paper'):
-    value = -0.5
+  now = tiny.values()
+  for key in path.split('.'):
+    now = now[key]
+  value = -0.5 if isinstance(now, float) else minimum - 1
   with pytest.raises(errors.InputError) as error:
     config.from_dict(change(path, value))
   assert f'config.{path}={value}' in str(error.value)
@@ -161,7 +167,12 @@ def test_minima(minimum, path):
   'path',
   [
     *('model.dtype', 'model.param_dtype', 'model.remat', 'model.moe.router', 'model.moe.dispatch'),
-    *('model.moe.grouped_matmul', 'data.source', 'optim.schedule'),
+    *('model.moe.grouped_matmul', 'model.moe.score_func', 'model.moe.group_score'),
+    *('model.moe.options.hash_table', 'model.moe.options.inference'),
+    *('model.moe.expert_bias.update_rule', 'model.moe.expert_bias.form'),
+    *(f'model.moe.balance.{name}.scope' for name in config_moe.LOSSES),
+    *('model.moe.balance.adaptive.loss', 'model.moe.capacity.policy'),
+    *('data.source', 'optim.schedule'),
   ],
 )
 def test_choices_list_what_there_is(path):
@@ -173,6 +184,19 @@ def test_choices_list_what_there_is(path):
 def test_a_mistyped_choice_names_the_nearest():
   with pytest.raises(errors.InputError, match="did you mean 'cosine'"):
     config.from_dict(change('optim.schedule', 'cosin'))
+
+
+def test_choices_are_the_entries_of_their_registries():
+  assert set(config_moe.ROUTERS) == set(routers.ROUTERS)
+  assert set(config_moe.DISPATCHES) == set(dispatch.DISPATCHES)
+  assert set(config_moe.LOSSES) == {*balance.LOSSES, 'attention_mutual_information'}
+  # The adaptive coefficient replaces the weight of any loss of the experts' routers.
+  for name in ('', *balance.LOSSES):
+    assert (
+      tiny.make(model__moe__balance__adaptive__loss=name).model.moe.balance.adaptive.loss == name
+    )
+  with pytest.raises(errors.InputError, match="adaptive.loss='attention_mutual_information'"):
+    tiny.make(model__moe__balance__adaptive__loss='attention_mutual_information')
 
 
 MIXTURE = {'data__source': 'mixture'}
@@ -193,18 +217,6 @@ MIXTURE = {'data__source': 'mixture'}
     (
       {'model__moe__num_experts_per_tok': 9},
       ('num_experts_per_tok=9', 'must not exceed', 'num_experts=8', 'choose at most 8'),
-    ),
-    (
-      {'model__moe__router': 'gshard_top2', 'model__moe__num_experts_per_tok': 3},
-      ('num_experts_per_tok=3 must be 2', "router='gshard_top2'", 'set it to 2', 'softmax_topk'),
-    ),
-    (
-      {'model__moe__router': 'switch_top1'},
-      ('num_experts_per_tok=2 must be 1', "router='switch_top1'", 'set it to 1', 'softmax_topk'),
-    ),
-    (
-      {'model__moe__router': 'gshard_top2', 'model__moe__norm_topk_prob': True},
-      ('norm_topk_prob=True', 'gshard_top2', 'set it to False'),
     ),
     (
       {'model__num_dense_layers': 3},
@@ -265,6 +277,11 @@ MIXTURE = {'data__source': 'mixture'}
   ],
 )
 def test_rules(overrides, parts):
+  assert_refused(overrides, parts)
+
+
+def assert_refused(overrides, parts):
+  """`overrides` are refused in one message that holds all of `parts`."""
   values = tiny.values()
   for path, value in overrides.items():
     *sections, key = path.split('__')
@@ -277,6 +294,172 @@ def test_rules(overrides, parts):
   for words in parts:
     assert words in str(error.value)
   assert str(error.value).startswith('config.')
+
+
+# The tiny model has E = 8 experts and K = 2 of them per token.
+@pytest.mark.parametrize(
+  'overrides, parts',
+  [
+    (
+      {'num_virtual_devices': 5},  # blocks of 2: the fifth would be empty
+      ('num_virtual_devices=5', 'without an expert', 'blocks of 2', 'choose a divisor of 8'),
+    ),
+    (
+      {'num_expert_groups': 9, 'num_limited_groups': 9},
+      ('num_expert_groups=9', 'without an expert', 'blocks of 1', 'choose a divisor of 8'),
+    ),
+    (
+      {'num_expert_groups': 4, 'num_limited_groups': 5},
+      ('num_limited_groups=5', 'between 1 and', 'num_expert_groups=4'),
+    ),
+    (
+      {'num_expert_groups': 4, 'num_limited_groups': 0},
+      ('num_limited_groups=0', 'between 1 and', 'num_expert_groups=4'),
+    ),
+    (
+      {'num_expert_groups': 4, 'num_limited_groups': 1, 'num_experts_per_tok': 3},
+      ('num_limited_groups=1', 'as few as 2 experts', 'num_experts_per_tok=3', 'more groups'),
+    ),
+    (  # blocks of 3, 3 and 2: one group may hold only 2
+      {'num_expert_groups': 3, 'num_limited_groups': 1, 'num_experts_per_tok': 3},
+      ('num_limited_groups=1', 'as few as 2 experts', 'num_experts_per_tok=3'),
+    ),
+    (
+      {'num_expert_groups': 4, 'num_limited_groups': 2, 'router': 'hash'},
+      ('num_expert_groups=4', 'router topk only', "'hash'", 'set it to 1'),
+    ),
+    ({'routed_scaling_factor': 0.0}, ('routed_scaling_factor=0.0', 'positive', '1.0')),
+    ({'options.input_jitter': 1.0}, ('options.input_jitter=1.0', '[0, 1)', '0 switches it off')),
+    ({'options.input_jitter': -0.1}, ('options.input_jitter=-0.1', '[0, 1)')),
+    ({'options.skew': 1.1}, ('options.skew=1.1', 'between 0 and 1')),
+    ({'options.skew': -0.1}, ('options.skew=-0.1', 'between 0 and 1')),
+    (
+      {'options.random_second_expert': True, 'num_experts_per_tok': 3},
+      ('random_second_expert=True', 'two experts', 'num_experts_per_tok=3', 'False, or K to 2'),
+    ),
+    (
+      {'options.random_second_expert': True, 'router': 'ds_moe', 'dispatch': 'dense'},
+      ('random_second_expert=True', "'ds_moe'", 'one for every expert', 'set it to False'),
+    ),
+    (
+      {'options.random_second_expert': True, 'router': 'expert_choice'},
+      ('random_second_expert=True', "'expert_choice'", 'set it to False'),
+    ),
+    (
+      {'router': 'replay', 'options.replay_rows': 4},
+      ("replay_path=''", 'replay_rows=4', 'experiments.routing --save'),
+    ),
+    (
+      {'router': 'replay', 'options.replay_path': 'a.npz'},
+      ("replay_path='a.npz'", 'replay_rows=0', 'experiments.routing --save'),
+    ),
+    (
+      {'router': 'skewed', 'num_experts_per_tok': 8},
+      ('num_experts_per_tok=8', 'below', 'num_experts=8', "'skewed'", 'choose fewer'),
+    ),
+    (
+      {'router': 'hash', 'norm_topk_prob': True},
+      ('norm_topk_prob=True', 'no effect', "'hash'", 'set it to False'),
+    ),
+    ({'expert_bias.update_until': 1.5}, ('update_until=1.5', 'share of the run', '0 and 1')),
+    ({'expert_bias.update_until': -0.1}, ('update_until=-0.1', 'share of the run', '0 and 1')),
+    (
+      {'expert_bias.update_rule': 'sign', 'router': 'balanced'},
+      ("update_rule='sign'", 'router topk only', "'balanced'", "set it to 'none'"),
+    ),
+    ({'balance.adaptive.decay': 1.0}, ('balance.adaptive.decay=1.0', '[0, 1)')),
+    ({'balance.adaptive.decay': -0.1}, ('balance.adaptive.decay=-0.1', '[0, 1)')),
+    ({'capacity.factor': 0.0}, ('capacity.factor=0.0', 'positive', '1.0 is average')),
+    ({'capacity.exempt_fraction': 1.5}, ('exempt_fraction=1.5', 'between 0 and 1')),
+    (
+      {'dispatch': 'capacity'},
+      ("dispatch='capacity'", "capacity.policy='none'", 'position, score', "'dropless'"),
+    ),
+    (
+      {'dispatch': 'capacity', 'capacity.policy': 'device'},
+      ("dispatch='capacity'", "capacity.policy='device'", "'dropless'"),
+    ),
+    (
+      {
+        'dispatch': 'capacity',
+        'capacity.policy': 'score',
+        'capacity.exempt_fraction': 0.1,
+      },
+      ('exempt_fraction=0.1', 'exceed the buffers', 'set it to 0', "'dropless'"),
+    ),
+    (
+      {'router': 'expert_choice', 'capacity.policy': 'score'},
+      ("capacity.policy='score'", "'expert_choice'", 'fills every expert', "'none'"),
+    ),
+    (
+      {'router': 'ds_moe', 'capacity.policy': 'score'},
+      ("capacity.policy='score'", "'ds_moe'", 'every expert', "'none'"),
+    ),
+  ],
+)
+def test_rules_of_routing(overrides, parts):
+  overrides = {f'model__moe__{key.replace(".", "__")}': v for key, v in overrides.items()}
+  assert_refused(overrides, ('config.model.moe.', *parts))
+
+
+@pytest.mark.parametrize(
+  'overrides',
+  [
+    {'num_expert_groups': 3, 'num_limited_groups': 2},  # blocks of 3, 3, 2
+    {'num_virtual_devices': 3},
+    {'options__random_second_expert': True},
+    {'router': 'expert_choice', 'dispatch': 'capacity'},
+    {'router': 'ds_moe', 'dispatch': 'dropless'},
+    {'router': 'skewed', 'num_experts_per_tok': 7, 'options__skew': 1.0},
+    {'capacity__policy': 'device', 'capacity__exempt_fraction': 1.0},
+    {'capacity__policy': 'position', 'dispatch': 'capacity'},
+    {'options__logit_norm_scale': 1.0, 'options__input_jitter': 0.99},
+  ],
+)
+def test_what_the_rules_of_routing_leave(overrides):
+  tiny.make(**{f'model__moe__{key}': value for key, value in overrides.items()})
+
+
+@pytest.mark.parametrize(
+  'overrides',
+  [
+    {'num_kv_heads': 1, 'num_experts': 1},  # 1 x 1 of 2 heads
+    {'num_kv_heads': 2, 'num_experts': 2},
+    {'num_experts': 2, 'num_dense_layers': 1},
+    {'num_experts': 2, 'moe': 0},
+  ],
+)
+def test_rules_of_the_mixture_of_attention_heads(overrides):
+  paths = {'num_dense_layers': 'model__num_dense_layers', 'moe': 'model__moe__num_experts'}
+  good = {'model__num_dense_layers': 0, 'model__attention__num_experts': 2}
+  tiny.make(**good)
+  bad = {paths.get(key, f'model__attention__{key}'): v for key, v in overrides.items()}
+  experts, kv = overrides['num_experts'], overrides.get('num_kv_heads', 1)
+  parts = (f'model.attention.num_experts={experts}', f'num_kv_heads={kv}', 'num_heads=2')
+  assert_refused(good | bad, (*parts, 'num_dense_layers=', 'or set it to 0'))
+
+
+def test_settings_without_what_is_off():
+  flat = lambda **overrides: config_moe.effective_settings(
+    tiny.make(**{f'model__moe__{key}': v for key, v in overrides.items()}).model.moe
+  )
+  plain = flat()
+  assert plain['router'] == 'topk' and plain['balance.expert_level.weight'] == 1.0
+  assert not [key for key in plain if key.startswith(('expert_bias', 'capacity', 'balance.switch'))]
+  assert 'group_score' not in plain and 'balance.adaptive.slope' not in plain
+  assert 'options.input_jitter' not in plain
+  full = flat(
+    expert_bias__update_rule='sign',
+    capacity__policy='score',
+    balance__switch__weight=0.5,
+    balance__adaptive__loss='gshard',
+    num_expert_groups=4,
+    num_limited_groups=2,
+    options__input_jitter=0.1,
+  )
+  assert full['expert_bias.update_rate'] == 1e-3 and full['capacity.factor'] == 1.25
+  assert full['balance.switch.scope'] == 'micro_batch' and full['balance.adaptive.slope'] == 0.2
+  assert full['group_score'] == 'max' and full['options.input_jitter'] == 0.1
 
 
 def test_diff_lists_leaves_that_differ():

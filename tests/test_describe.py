@@ -50,6 +50,11 @@ def test_json_of_several_configs():
   assert [d['config'] for d in described] == specs
   assert described[0]['total_params'] == 144_625_356_800
   assert described[1]['train_flops_per_sequence_paper'] == pytest.approx(374.6e12, rel=1e-4)
+  assert described[2]['balance_losses']['expert_level'] == {
+    'weight': 0.01,
+    'scope': 'sequence',
+    'value_at_balance': 1.0,
+  }
 
 
 def test_text_for_people():
@@ -57,6 +62,15 @@ def test_text_for_people():
   assert result.returncode == 0, result.stderr
   assert result.stdout.startswith('A  configs/deepseekmoe_2b.py:switch\n')
   assert '1,967,415,040' in result.stdout
+  assert 'MATCHED' not in result.stdout
+
+
+def test_comparison_for_people():
+  specs = ['configs/deepseekmoe_2b.py:switch', 'configs/deepseekmoe_2b.py:gshard']
+  result = describe(*(f'--config={spec}' for spec in specs))
+  assert result.returncode == 0, result.stderr
+  matched = result.stdout.split('\nMATCHED with A\n')[1]
+  assert matched.startswith('B  total parameters            equal\n')
 
 
 @pytest.mark.parametrize(
@@ -98,7 +112,7 @@ def test_overrides_reach_the_config():
   [
     ('optimm.peak_lr', "config.optimm is not a known key; did you mean 'optim'"),
     ('optim.peak_lr.x', 'config.optim.peak_lr is a single value, it has no key'),
-    ('train.nothing_like_it', r'config.train.nothing_like_it is not a known key$'),
+    ('train.xxxxxxxx', r'config.train.xxxxxxxx is not a known key$'),
   ],
 )
 def test_unknown_keys_name_the_nearest_known_one(key, message):

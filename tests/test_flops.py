@@ -46,6 +46,44 @@ def test_activated_leaves_out_only_the_experts_not_visited():
   assert activated == dataclasses.replace(total, routed_experts=2 * 3 * 24)
 
 
+def test_hash_layers_have_no_router():
+  total = flops.count_parameters(tiny().model)
+  hashed = flops.count_parameters(tiny(router='hash').model)
+  assert hashed == dataclasses.replace(total, router=0)
+
+
+def test_a_mixture_of_attention_heads_has_a_router_per_layer():
+  c = base.get_config()
+  c.model.update(vocab_size=11, embed_dim=4, num_layers=3, num_dense_layers=0, num_heads=6)
+  c.model.attention.update(num_kv_heads=2, head_dim=6, num_experts=3)
+  c.model.moe.update(num_experts=7, num_experts_per_tok=3, moe_mlp_dim=2)
+  model = config.from_dict(c.to_dict()).model
+  assert flops.count_parameters(model).router == 3 * 4 * (7 + 3)
+  assert flops.count_activated(model).router == 3 * 4 * (7 + 3)
+  c.model.moe.router = 'hash'
+  assert flops.count_parameters(config.from_dict(c.to_dict()).model).router == 3 * 4 * 3
+
+
+def test_ds_moe_trains_all_experts():
+  sparse, dense = tiny(), tiny(router='ds_moe')
+  assert flops.count_activated(dense.model) == flops.count_parameters(dense.model)
+  # 7 - 3 more experts of 24 weights in 2 layers, 6 FLOPs each.
+  more = 2 * 4 * 24 * 6
+  found = [flops.train_flops_per_token(c.model) for c in (sparse, dense)]
+  assert found[1] - found[0] == more
+  paper = [flops.train_flops_per_sequence_paper(c.model, c.paper) for c in (sparse, dense)]
+  assert paper[1] - paper[0] == 3 * more
+  # K is for inference only.
+  other = tiny(router='ds_moe', num_experts_per_tok=2)
+  assert flops.count_activated(other.model) == flops.count_activated(dense.model)
+
+
+def test_experts_that_choose_are_visited_k_times_on_average():
+  assert flops.count_activated(tiny(router='expert_choice').model) == flops.count_activated(
+    tiny().model
+  )
+
+
 def test_exact_flops_by_hand():
   model = tiny().model
   weights = 432 + 60 + 96 + 2 * 3 * 24 + 56 + 44

@@ -38,7 +38,9 @@ def greedy(prompt, steps=NEW):
 
 
 def run(prompts, **sampling):
-  return generate.generate(CFG, tiny.params(CFG), prompts, NEW, EOS, generate.Sampling(**sampling))
+  return generate.generate(
+    CFG, {'params': tiny.params(CFG)}, prompts, NEW, EOS, generate.Sampling(**sampling)
+  )
 
 
 @pytest.fixture(scope='module')

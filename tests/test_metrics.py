@@ -18,6 +18,8 @@ def line(step: int, **changes):
     'tokens_per_second': 5123.4,
     'mfu': 0.312,
     'max_vio': 0.53,
+    'drop_rate': 0.125,
+    'aux_loss': 0.01,
     'data_wait_share': 0.001,
   }
   return {**values, **changes}
@@ -33,7 +35,7 @@ def write(workdir, steps, resume_step=0):
 def test_lines_have_exactly_the_promised_keys_and_all_digits(tmp_path):
   write(tmp_path, [1, 2])
   lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
-  keys = 'step loss lr grad_norm tokens_per_second mfu max_vio data_wait_share'
+  keys = 'step loss lr grad_norm tokens_per_second mfu max_vio drop_rate aux_loss data_wait_share'
   assert [list(json.loads(text)) for text in lines] == [keys.split()] * 2
   assert np.float32(json.loads(lines[1])['loss']) == np.float32(10 / 3)
   assert metrics.read_metrics(tmp_path) == [line(1), line(2)]
@@ -115,7 +117,7 @@ def test_tensorboard_opens_the_events_without_duplicates(tmp_path):
 def test_format_line():
   expected = (
     'step=120 loss=3.4567 lr=1.0e-03 grad_norm=0.53 tokens/s=5123 mfu=31.2% max_vio=0.53 '
-    'data_wait=0.1%'
+    'dropped=12.5% data_wait=0.1%'
   )
   assert metrics.format_line(line(120, loss=3.45671)) == expected
   dense = metrics.format_line(line(120, loss=math.nan, max_vio=None))

@@ -11,7 +11,20 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from moe_jax import config, errors, evaluate, files, generate, metrics, partitioning, report, run
+from moe_jax import (
+  config,
+  errors,
+  evaluate,
+  files,
+  generate,
+  metrics,
+  partitioning,
+  report,
+  router_metrics,
+  run,
+  train,
+)
+from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import packing
 
 MAKE_MESH = partitioning.make_mesh
@@ -20,6 +33,8 @@ OVERRIDES = {
   'train.num_steps': 12,
   'train.log_every': 1,
   'train.eval_every': 5,
+  'train.routing_every': 4,
+  'model.moe.expert_bias.update_rule': 'sign',
   'checkpoint.save_every': 4,
   'data.synthetic_documents': 120,
   'data.heldout_fraction': 0.2,
@@ -82,6 +97,62 @@ def test_a_run_writes_what_it_promises(finished):
   assert record['config']['train']['num_steps'] == 12
 
 
+def test_routing_figures_of_the_run_are_kept_as_arrays(finished):
+  workdir, _ = finished
+  history = router_metrics.read_history(workdir / 'routing')
+  assert [step for step, _ in history] == [4, 8, 12]
+  loaded = run.load(workdir)
+  moe = loaded.cfg.model.moe
+  bias = np.asarray(train.moe_state(loaded.variables['router_state'])['expert_bias'])
+  for step, figures in history:
+    assert set(router_metrics.KEYS) <= set(figures)
+    load, tokens = figures['load'], figures['num_tokens']
+    np.testing.assert_array_equal(load.sum(1), tokens * moe.num_experts_per_tok)
+    # At most one step of u per optimizer step; the loads of random text are never quite equal.
+    assert (0 < figures['bias_norm']).all()
+    assert (figures['bias_norm'] <= step * 1e-3 * math.sqrt(moe.num_experts) * 1.001).all()
+  np.testing.assert_allclose(history[-1][1]['bias_norm'], np.linalg.norm(bias, axis=-1), rtol=1e-5)
+  heldout = router_metrics.read(workdir / 'routing' / 'heldout.npz')
+  record = json.loads((workdir / 'evaluation.json').read_text())
+  assert record['max_vio_per_layer'] == heldout['max_vio'].tolist()
+  for name in ('routing.png', 'expert_load.png'):
+    assert (workdir / 'plots' / name).read_bytes().startswith(b'\x89PNG')
+
+
+def test_routing_figures_of_redone_steps_are_written_anew(cache, workdir):
+  shutil.rmtree(workdir / 'checkpoints/12')
+  kept = (workdir / 'routing/8.npz').read_bytes()
+  before = router_metrics.read(workdir / 'routing/12.npz')
+  (workdir / 'routing/12.npz').write_bytes(b'of a run that was lost')
+  (workdir / 'routing/16.npz').write_bytes(b'of a run that was lost')
+  run.run_training(make_config(cache), workdir, say=lambda line: None)
+  assert (workdir / 'routing/8.npz').read_bytes() == kept
+  after = router_metrics.read(workdir / 'routing/12.npz')
+  assert not (workdir / 'routing/16.npz').exists()
+  for key in before:
+    np.testing.assert_array_equal(before[key], after[key], err_msg=key)
+
+
+def test_balanced_hash_tables_follow_the_training_text(cache):
+  cfg = make_config(
+    cache,
+    model__moe__router='hash',
+    model__moe__options__hash_table='balanced',
+    model__moe__expert_bias__update_rule='none',
+  )
+  corpus = corpus_lib.load_corpus(cfg.data, cfg.model.vocab_size, cfg.train.seed)
+  mesh = partitioning.make_mesh(cfg.mesh)
+  start = train.init_state(cfg, mesh)
+  state = run.with_tables(cfg, start, corpus)
+  tables = np.asarray(train.moe_state(state.router_state)['table'])
+  ids = np.asarray(corpus.train[0].tokens)
+  for table in tables:
+    load = np.bincount(table[ids].ravel(), minlength=cfg.model.moe.num_experts)
+    assert load.max() < 1.05 * load.mean()  # a random table: 1.5 and more on bytes
+  assert (tables[0] != tables[1]).any()
+  jax.tree.map(np.testing.assert_array_equal, state.params, start.params)
+
+
 def test_the_same_command_again_trains_no_step_twice(cache, workdir):
   before = (workdir / 'metrics.jsonl').read_bytes()
   lines = []
@@ -114,7 +185,7 @@ def test_a_changed_corpus_is_refused(cache, tmp_path):
 def test_heldout_figures_follow_from_true_counts(finished, cache):
   loaded = run.load(finished[0])
   corpus = run.heldout_corpus(loaded, finished[0], warn=pytest.fail)
-  figures = evaluate.evaluate(loaded.cfg, loaded.params, corpus, loaded.mesh)
+  figures = evaluate.evaluate(loaded.cfg, loaded.variables, corpus, loaded.mesh)
   heldout = corpus.heldout
   targets = heldout.num_tokens - heldout.num_documents  # every token but each document's first
   bits = figures.loss * targets / math.log(2)
@@ -126,17 +197,18 @@ def test_heldout_figures_follow_from_true_counts(finished, cache):
   expected = [fed * loaded.cfg.model.moe.num_experts_per_tok] * loaded.cfg.model.num_moe_layers
   assert figures.load.sum(axis=1).tolist() == expected
   record = json.loads((finished[0] / 'evaluation.json').read_text())
-  again = {key: record[key] for key in ('step', 'loss', 'bits_per_byte', 'max_vio')}
-  assert again == {k: v for k, v in figures.as_dict(12).items() if k != 'max_vio_per_layer'}
+  assert {k: v for k, v in record.items() if k != 'compressors_bits_per_byte'} == json.loads(
+    json.dumps(figures.as_dict(12))
+  )
 
 
 def test_evaluation_does_not_depend_on_the_batch_size(finished):
   loaded = run.load(finished[0])
   corpus = run.heldout_corpus(loaded, finished[0], warn=pytest.fail)
-  whole = evaluate.evaluate(loaded.cfg, loaded.params, corpus, loaded.mesh)
+  whole = evaluate.evaluate(loaded.cfg, loaded.variables, corpus, loaded.mesh)
   bigger = dataclasses.replace(loaded.cfg.train, batch_size=24)
   cfg = dataclasses.replace(loaded.cfg, train=bigger)
-  other = evaluate.evaluate(cfg, loaded.params, corpus, loaded.mesh)
+  other = evaluate.evaluate(cfg, loaded.variables, corpus, loaded.mesh)
   assert other.loss == pytest.approx(whole.loss, rel=1e-5)  # float32 sums in another order
   assert abs(other.load - whole.load).sum() <= 4  # a rounded score may move a tie
 
@@ -204,7 +276,7 @@ def test_a_run_can_be_used_on_any_number_of_devices(finished, cache, tmp_path):
     patch.setattr(partitioning, 'make_mesh', lambda mesh: MAKE_MESH(mesh, jax.devices()[:3]))
     loaded = run.load(tmp_path)
     corpus = run.heldout_corpus(loaded, tmp_path, warn=pytest.fail)
-    assert evaluate.evaluate(loaded.cfg, loaded.params, corpus, loaded.mesh).loss > 0
+    assert evaluate.evaluate(loaded.cfg, loaded.variables, corpus, loaded.mesh).loss > 0
 
 
 def test_a_workdir_without_checkpoints_says_what_to_do(tmp_path):

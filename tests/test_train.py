@@ -1,5 +1,6 @@
 import functools
 import signal
+import types
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ def one_device():
 def fresh(cfg):
   params = jax.tree.map(jnp.copy, tiny.params(cfg.model))  # the step donates its state
   opt_state = optim.optimizer(cfg.optim, cfg.train.num_steps).init(params)
-  return train.TrainState(jnp.int32(0), params, opt_state)
+  return train.TrainState(jnp.int32(0), jnp.uint32(0), params, {}, opt_state)
 
 
 @pytest.fixture(scope='module')
@@ -39,13 +40,15 @@ def step():
 
 @pytest.fixture(scope='module')
 def whole():
-  """(loss, load, gradients) of the whole ragged batch at once."""
+  """(loss, gradients) of the whole ragged batch at once."""
   return tiny.gradients()(tiny.params(tiny.make().model), tiny.batch())
 
 
 def test_load_counts_the_real_tokens(whole):
   real = int((tiny.batch()['segment_ids'] > 0).sum())
-  np.testing.assert_array_equal(whole[1].sum(-1), [real * 2] * 2)  # K = 2, two MoE layers
+  np.testing.assert_array_equal(
+    whole[0].stats.sums.load.sum(-1), [real * 2] * 2
+  )  # K = 2, two MoE layers
 
 
 @pytest.fixture(scope='module')
@@ -56,13 +59,13 @@ def first(step):
 
 def test_accumulation_equals_the_whole_batch_with_ragged_rows(first, whole):
   state, got = first
-  np.testing.assert_array_equal(got.load, whole[1])
+  np.testing.assert_array_equal(got.stats.sums.load, whole[0].stats.sums.load)
   # Four float32 sums added instead of one.
-  np.testing.assert_allclose(got.loss, whole[0], rtol=1e-5)
+  np.testing.assert_allclose(got.loss, whole[0].cross_entropy, rtol=1e-5)
   # Adam's first moment after one step is (1 - beta1) times the gradient, nothing being clipped.
   mu = optax.tree.get(state.opt_state, 'mu')
   grads = jax.tree.map(lambda m: m / np.float32(1 - 0.9), mu)
-  tiny.assert_trees_close(grads, whole[2], rtol=1e-3, atol=1e-5)
+  tiny.assert_trees_close(grads, whole[1], rtol=1e-3, atol=1e-5)
 
 
 def test_one_step_is_the_optimizer_on_the_gradients_of_the_whole_batch(first, whole):
@@ -75,7 +78,7 @@ def test_one_step_is_the_optimizer_on_the_gradients_of_the_whole_batch(first, wh
     updates, _ = optimizer.update(grads, state.opt_state, state.params)
     return optax.apply_updates(state.params, updates), optax.tree.norm(grads)
 
-  want, norm = update(whole[2], before)
+  want, norm = update(whole[1], before)
   tiny.assert_trees_close(state.params, want, rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(got.grad_norm, norm, rtol=1e-4)
   assert state.step == 1
@@ -95,15 +98,17 @@ def test_a_fixed_batch_is_learnt(step):
 
 def test_loss_is_cross_entropy_per_real_target_plus_weighted_z_and_balance_losses():
   rows = tiny.batch(((16,), (7, 3)))
-  cfg = tiny.make(train__z_loss_weight=0.5, model__moe__load_balance_loss_weight=0.25)
+  cfg = tiny.make(train__z_loss_weight=0.5, model__moe__balance__expert_level__weight=0.25)
   params = tiny.params(cfg.model)
   num_targets, num_tokens = tiny.num_targets(rows), 26
 
   def parts(params):
-    total, (cross_entropy, _) = train.batch_loss(cfg, params, rows, num_targets, num_tokens)
+    batch = rows | {'row': jnp.arange(2)}
+    totals = train.Totals(num_targets, num_tokens)
+    total, loss = train.batch_loss(cfg, params, {}, batch, jnp.uint32(0), totals)
     model = train.transformer.Transformer(cfg.model)
     args = (rows[k] for k in ('tokens', 'positions', 'segment_ids'))
-    return total, cross_entropy, model.apply({'params': params}, *args)
+    return total, loss.cross_entropy, model.apply({'params': params}, *args)
 
   total, cross_entropy, out = tiny.jit(parts)(params)
   real = rows['targets'] >= 0
@@ -112,7 +117,7 @@ def test_loss_is_cross_entropy_per_real_target_plus_weighted_z_and_balance_losse
   np.testing.assert_allclose(cross_entropy, -picked[real].mean(), rtol=1e-5)
   z = np.square(np.asarray(jax.nn.logsumexp(out.logits, axis=-1)))[real].mean()
   # Per layer the token-weighted mean over sequences, summed over the layers.
-  balance_loss = np.asarray(out.stats.load_balance_loss).sum() / num_tokens
+  balance_loss = np.asarray(out.stats.losses['expert_level']).sum() / num_tokens
   assert 1 < balance_loss / 2 < 4  # about 1 per layer, E / K = 4 at most
   want = cross_entropy + 0.5 * z + 0.25 * balance_loss
   np.testing.assert_allclose(total, want, rtol=1e-5)
@@ -183,19 +188,32 @@ def test_stacked_layers_start_different():
   assert params['moe_layers']['moe']['down'].value.shape[0] == 2
   cfg = tiny.make(model__moe__num_experts=0, model__num_layers=2).model
   kernel = jax.tree.leaves(
-    jax.jit(lambda key: train.transformer.init(cfg, key)['dense_layers']['mlp']['down'].value)(
-      jax.random.key(0)
-    )
+    jax.jit(
+      lambda key: train.transformer.init(cfg, key)['params']['dense_layers']['mlp']['down'].value
+    )(jax.random.key(0))
   )[0]
   assert not np.array_equal(kernel[0], kernel[1])
 
 
-def test_host_metrics_average_max_vio_over_layers():
+def test_host_metrics_average_over_layers():
   load = jnp.array([[7, 3, 1, 5], [4, 4, 4, 4]])
+  sums = types.SimpleNamespace(load=load)
+  dropped = jnp.array([[4, 0, 0, 0], [0, 0, 0, 0]])
+  stats = types.SimpleNamespace(sums=sums, dropped=dropped)
   values = train.host_metrics(
-    train.StepMetrics(jnp.float32(2), jnp.float32(3), jnp.float32(4), load)
+    train.StepMetrics(
+      loss=jnp.float32(2), aux_loss=jnp.float32(5), lr=jnp.float32(3), grad_norm=4.0, stats=stats
+    )
   )
-  assert values == {'loss': 2, 'lr': 3, 'grad_norm': 4, 'max_vio': (0.75 + 0) / 2}
+  # 16 assignments per layer, 4 of them dropped in the first.
+  assert values == {
+    'loss': 2,
+    'lr': 3,
+    'grad_norm': 4,
+    'aux_loss': 5,
+    'max_vio': (0.75 + 0) / 2,
+    'drop_rate': (0.25 + 0) / 2,
+  }
 
 
 def test_the_first_signal_is_noted_and_the_second_ends_the_program():

@@ -29,7 +29,7 @@ SIZES = {
   'model.moe.num_shared_experts': 1,
   'model.moe.num_experts_per_tok': 2,
   'model.moe.moe_mlp_dim': 8,
-  'model.moe.load_balance_loss_weight': 1.0,  # its gradient is as large as the cross-entropy's
+  'model.moe.balance.expert_level.weight': 1.0,  # its gradient is as large as the cross-entropy's
   'optim.peak_lr': 1e-2,
   'optim.schedule': 'constant',
   'optim.warmup_steps': 0,
@@ -95,9 +95,29 @@ def num_targets(rows: dict[str, np.ndarray]) -> int:
 
 
 @functools.cache
+def router_state(model: config.ModelConfig, seed: int = 0):
+  """A router state far from its start: biases that change selections, tables that are random."""
+  rng = np.random.default_rng(seed)
+  shapes = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0))['router_state'])
+
+  def draw(path, leaf):
+    if path[-1].key == 'expert_bias':
+      return jnp.asarray(rng.normal(size=leaf.shape) * 0.2 + 1.0, leaf.dtype)
+    if leaf.dtype == jnp.int32:  # K different experts
+      *lead, k = leaf.shape
+      order = np.argsort(rng.random((*lead, model.moe.num_experts)), axis=-1)
+      return jnp.asarray(order[..., :k], jnp.int32)
+    return jnp.full(leaf.shape, 0.01, leaf.dtype)
+
+  return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@functools.cache
 def gradients(**overrides):
-  """`train.gradients` of the tiny config with these overrides, compiled once."""
-  return jit(functools.partial(train.gradients, make(**overrides)))
+  """(params, batch, router_state={}) -> `train.gradients` of the tiny config, compiled once."""
+  cfg = make(**overrides)
+  fn = jit(functools.partial(train.gradients, cfg))
+  return lambda params, rows, state=None: fn(params, state or {}, rows, jnp.uint32(0))
 
 
 def equations(jaxpr):

@@ -10,20 +10,44 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from moe_jax import balance, config_moe, flops
 from moe_jax import config as config_lib
-from moe_jax import flops
+from moe_jax.analysis import matched, virtual_devices
 from moe_jax.models import transformer
 
 NOTES = (
   'total         every parameter: both vocabulary matrices, norms and routers included.',
-  'activated     the total without the routed experts that a token does not visit.',
+  'activated     the total without the routed experts that a token does not visit in training:',
+  '              with router ds_moe it visits all, with expert_choice K on average.',
   'paper         training FLOPs of one sequence as DeepSeekMoE counts them: full attention, 4 D^2',
   '              attention weights, no router, FFN widths of config.paper where they are not 0.',
   'exact         the same for the model as it is: causal attention, real key-value heads, router.',
   '              Both count forward and backward (3 x forward), the output head, no recomputation.',
-  'kv cache      numbers, not bytes, that decoding keeps for each token of context.',
+  'kv cache      what decoding keeps for each token of context; bytes in model.dtype.',
 )
+MOE_NOTES = (
+  'all-to-all    bytes in model.dtype that a token sends to experts on other devices and gets',
+  '              back, all MoE layers, forward pass; exact expectation for random routing',
+  '              without drops; experts in contiguous blocks, one copy of a token per device.',
+  'balance loss  weight x value is minimised, summed over the MoE layers; expert_level counts as',
+  "              DeepSeek does (f_i = E / (K T) x load_i). The same in others' words, for equal",
+  '              gradients over the same tokens when the layers are alike:',
+  '              Megatron-LM    moe_aux_loss_coeff = weight (E / (K T^2), summed over layers too).',
+  '              transformers   router_aux_loss_coef = weight x MoE layers / K (f_i not divided by',
+  '                             K, tokens of all layers in one pool: K at balance, once).',
+  '              GShard         weight of gshard = weight of switch x E^2.',
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class BalanceLoss:
+  """One balance loss of a config."""
+
+  weight: float  # 0 = only reported
+  scope: str
+  value_at_balance: float  # before the weight, per layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +75,11 @@ class Description:
   train_flops_per_sequence: int
   train_flops_per_token: int
   kv_cache_elements_per_token: int
+  kv_cache_bytes_per_token: int  # in the compute dtype
+  num_virtual_devices: int  # 1 for a dense model
+  all_to_all_bytes_per_token: float  # expected, forward pass, all MoE layers
+  balance_losses: Mapping[str, BalanceLoss]  # empty for a dense model
+  transformers_coefficient: float | None  # see that function; None for a dense model
 
   def to_json(self) -> dict[str, Any]:
     """The stable keys of `describe --json`."""
@@ -62,13 +91,18 @@ class Description:
       'train_flops_per_sequence': self.train_flops_per_sequence,
       'train_flops_per_token': self.train_flops_per_token,
       'kv_cache_elements_per_token': self.kv_cache_elements_per_token,
+      'kv_cache_bytes_per_token': self.kv_cache_bytes_per_token,
+      'num_virtual_devices': self.num_virtual_devices,
+      'all_to_all_bytes_per_token': self.all_to_all_bytes_per_token,
+      'balance_losses': {k: dataclasses.asdict(v) for k, v in self.balance_losses.items()},
       'parameters_by_module': {module.path: module.count for module in self.modules},
     }
 
 
 def describe(config: config_lib.Config, name: str) -> Description:
   """Counts everything about `config`; `name` is what the reader knows it by."""
-  model = config.model
+  model, itemsize = config.model, jnp.dtype(config.model.dtype).itemsize
+  kv_cache = flops.kv_cache_elements_per_token(model)
   return Description(
     config=name,
     settings=_model_settings(config),
@@ -78,20 +112,51 @@ def describe(config: config_lib.Config, name: str) -> Description:
     train_flops_per_sequence_paper=flops.train_flops_per_sequence_paper(model, config.paper),
     train_flops_per_sequence=flops.train_flops_per_sequence(model),
     train_flops_per_token=flops.train_flops_per_token(model),
-    kv_cache_elements_per_token=flops.kv_cache_elements_per_token(model),
+    kv_cache_elements_per_token=kv_cache,
+    kv_cache_bytes_per_token=kv_cache * itemsize,
+    num_virtual_devices=model.moe.num_virtual_devices if model.is_moe else 1,
+    all_to_all_bytes_per_token=_all_to_all_bytes(model, itemsize),
+    balance_losses=_balance_losses(model),
+    transformers_coefficient=transformers_coefficient(model) if model.is_moe else None,
   )
+
+
+def _all_to_all_bytes(model: config_lib.ModelConfig, itemsize: int) -> float:
+  """Of all layers; 0 for a dense model, which sends nothing."""
+  if not model.is_moe:
+    return 0.0
+  per_layer = virtual_devices.expected_bytes_per_token(model.moe, model.embed_dim, itemsize)
+  return model.num_moe_layers * per_layer
+
+
+def _balance_losses(model: config_lib.ModelConfig) -> dict[str, BalanceLoss]:
+  if not model.is_moe:
+    return {}
+  values = {name: balance.value_at_balance(name, model.moe) for name in balance.LOSSES}
+  if model.attention.num_experts:
+    # Every token certain of its attention expert, and all of these as popular.
+    values['attention_mutual_information'] = -math.log(model.attention.num_experts)
+  losses = {name: model.moe.loss(name) for name in values}
+  return {k: BalanceLoss(losses[k].weight, losses[k].scope, value) for k, value in values.items()}
+
+
+def transformers_coefficient(model: config_lib.ModelConfig) -> float:
+  """The `router_aux_loss_coef` of transformers that pulls as hard as the expert-level loss here.
+
+  Its loss is K at balance, not 1, and is taken once over the pooled tokens of all layers, where
+  ours is summed over them.
+  """
+  moe = model.moe
+  return moe.loss('expert_level').weight * model.num_moe_layers / moe.num_experts_per_tok
 
 
 def _model_settings(config: config_lib.Config) -> dict[str, Any]:
   """The values of `model` by dotted key, and the widths of `paper` that replace the model's own."""
   model = config.model
-  settings = _flatten(dataclasses.asdict(model))
-  if not model.is_moe:
-    settings = {
-      key: value
-      for key, value in settings.items()
-      if not key.startswith('moe.') or key == 'moe.num_experts'
-    }
+  values = dataclasses.asdict(model)
+  del values['moe']
+  moe = config_moe.effective_settings(model.moe) if model.is_moe else {'num_experts': 0}
+  settings = _flatten(values) | {f'moe.{key}': value for key, value in moe.items()}
   if model.num_layers == model.num_moe_layers:
     del settings['mlp_dim']
   paper = _flatten(dataclasses.asdict(config.paper), 'paper.')
@@ -122,12 +187,30 @@ def table(descriptions: Sequence[Description]) -> str:
   for title, values in (
     ('SETTINGS', _settings(descriptions)),
     ('COUNTS', _counts(descriptions)),
+    ('PER TOKEN', _per_token(descriptions)),
     ('TRAINING FLOPS', _flops(descriptions)),
+    ('BALANCE LOSSES, weight x value at perfect balance', _losses(descriptions)),
     ('PARAMETERS BY MODULE', _parameters(descriptions)),
   ):
-    rows += [[], [title], *(_row(label, *cells) for label, cells in values.items())]
+    if values:
+      rows += [[], [title], *(_row(label, *cells) for label, cells in values.items())]
   header = [f'{label}  {d.config}' for label, d in zip(labels, descriptions)]
-  return '\n'.join([*header, '', *_align(rows), '', *NOTES])
+  text = [*header, '', *_align(rows), '']
+  if len(descriptions) > 1:
+    text += ['MATCHED with A', *matched.lines(labels, [_costs(d) for d in descriptions]), '']
+  notes = NOTES + MOE_NOTES if any(d.balance_losses for d in descriptions) else NOTES
+  return '\n'.join([*text, *notes])
+
+
+def _costs(d: Description) -> dict[str, float]:
+  """What a fair comparison holds equal."""
+  return {
+    'total parameters': d.parameters.total,
+    'activated parameters': d.activated.total,
+    'training FLOPs per token': d.train_flops_per_token,
+    'all-to-all bytes per token': d.all_to_all_bytes_per_token,
+    'kv cache bytes per token': d.kv_cache_bytes_per_token,
+  }
 
 
 # A row's values, one per config and None where a config has none, and how to print one of them.
@@ -150,8 +233,20 @@ def _counts(descriptions: Sequence[Description]) -> dict[str, _Cells]:
     rows[label] = [getattr(d.parameters, field.name) for d in descriptions]
     if field.name == 'routed_experts':
       rows[label + ', activated'] = [d.activated.routed_experts for d in descriptions]
-  rows['kv cache numbers per token'] = [d.kv_cache_elements_per_token for d in descriptions]
   return {label: (values, '{:,}'.format) for label, values in rows.items()}
+
+
+def _per_token(descriptions: Sequence[Description]) -> dict[str, _Cells]:
+  devices = [str(d.num_virtual_devices) for d in descriptions]
+  on = devices[0] if len(set(devices)) == 1 else ' / '.join(devices)
+  rows = {
+    'kv cache numbers per token': [d.kv_cache_elements_per_token for d in descriptions],
+    'kv cache bytes per token': [d.kv_cache_bytes_per_token for d in descriptions],
+    f'all-to-all bytes per token, {on} virtual device(s)': [
+      d.all_to_all_bytes_per_token for d in descriptions
+    ],
+  }
+  return {label: (values, '{:,.0f}'.format) for label, values in rows.items()}
 
 
 def _flops(descriptions: Sequence[Description]) -> dict[str, _Cells]:
@@ -162,6 +257,18 @@ def _flops(descriptions: Sequence[Description]) -> dict[str, _Cells]:
   }
   # One unit per row, so that its figures can be compared at a glance.
   return {label: (values, _in_unit_of(max(values))) for label, values in rows.items()}
+
+
+def _losses(descriptions: Sequence[Description]) -> dict[str, _Cells]:
+  """A row per loss that any of the models has; empty if all are dense."""
+  cell = lambda pair: f'{pair[0]:g} x {pair[1]:.5g}'
+  names = dict.fromkeys(name for d in descriptions for name in d.balance_losses)
+  pair = lambda loss: loss and (loss.weight, loss.value_at_balance)
+  rows = {name: ([pair(d.balance_losses.get(name)) for d in descriptions], cell) for name in names}
+  if names:
+    coefficients = [d.transformers_coefficient for d in descriptions]
+    rows['expert_level as router_aux_loss_coef'] = coefficients, '{:.6g}'.format
+  return rows
 
 
 def _in_unit_of(largest: float) -> Callable[[float], str]:
@@ -193,8 +300,7 @@ def _against(first: Any, value: Any) -> str:
   numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (first, value))
   if not numbers or not first or not value:
     return 'differs'
-  percent = 100 * (value / first - 1)
-  return f'{percent:+,.1f} %' if abs(percent) >= 0.1 else f'{percent:+.1g} %'
+  return matched.percent(first, value)
 
 
 def _interleave(cells: list[str], marks: list[str]) -> list[str]:

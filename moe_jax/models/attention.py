@@ -1,5 +1,9 @@
 """Causal self-attention over packed documents: MHA, GQA and MQA by the number of key-value heads.
 
+With `num_experts` the query heads are a mixture of attention heads (DS-MoE, arXiv 2404.05567): the
+i-th query head of every key-value head and its output projection make expert i, all experts share
+the keys and values, and a router of its own weighs what each of them adds.
+
 A query sees the keys of its own document (segment) at or before its own position. Segment 0 is
 padding: its outputs are never used and its keys are never seen by a real token.
 """
@@ -11,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax import config
+from moe_jax import balance, config
 from moe_jax.models import layers, rope
 
 Array = jax.Array
@@ -73,10 +77,23 @@ class Attention(nn.Module):
   init_std: float
   dtype: jnp.dtype
   param_dtype: jnp.dtype
+  threshold: float = 0.0  # mixture of heads: experts with num_experts * score below it are left out
 
   @nn.compact
-  def __call__(self, x: Array, ctx: Context, cache: KVCache | None) -> tuple[Array, KVCache | None]:
-    """[B, L, D] -> ([B, L, D], the cache with this call's keys and values written into it)."""
+  def __call__(
+    self, x: Array, ctx: Context, cache: KVCache | None
+  ) -> tuple[Array, KVCache | None, balance.MixtureSums | None]:
+    """Applies the layer.
+
+    Args:
+      x: [B, L, D].
+      ctx: what attention needs to know of the batch.
+      cache: keys and values of earlier calls, or None.
+
+    Returns:
+      ([B, L, D], the cache with this call's keys and values written into it, sums of the mixture
+      of attention heads per sequence or None without one).
+    """
     cfg, d = self.cfg, x.shape[-1]
     q = self._project('q', x, self.num_heads, 'heads')
     k = self._project('k', x, cfg.num_kv_heads, 'kv_heads')
@@ -94,7 +111,31 @@ class Attention(nn.Module):
     out = checkpoint_name(attend(q, k, v, visible(ctx)), 'attn_out')
     o_init = layers.init_weight(self.init_std, 'heads', 'head_dim', 'embed')
     o = self.param('o', o_init, (self.num_heads, cfg.head_dim, d), self.param_dtype)
-    return jnp.einsum('BLNH,NHD->BLD', out, o.astype(self.dtype)), cache
+    sums = None
+    if cfg.num_experts:
+      gates, sums = self._gates(x, ctx.segment_ids > 0)
+      # Head j * num_experts + i is the i-th of key-value head j.
+      grouped = out.reshape(*out.shape[:2], -1, cfg.num_experts, cfg.head_dim)
+      out = (grouped * gates[:, :, None, :, None].astype(out.dtype)).reshape(out.shape)
+    return jnp.einsum('BLNH,NHD->BLD', out, o.astype(self.dtype)), cache, sums
+
+  def _gates(self, x: Array, mask: Array) -> tuple[Array, balance.MixtureSums]:
+    """Weights of the attention experts [B, L, num_experts] float32, and their sums per sequence."""
+    count = self.cfg.num_experts
+    init = layers.init_weight(self.init_std, 'embed', 'expert')
+    kernel = self.param('router', init, (x.shape[-1], count), jnp.float32)
+    prob = jax.nn.softmax(
+      jnp.matmul(x.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST)
+    )
+    active = (count * prob > self.threshold) & mask[..., None]
+    real = jnp.where(mask[..., None], prob, 0.0)
+    sums = balance.MixtureSums(
+      num_tokens=mask.sum(axis=1, dtype=jnp.int32),
+      prob=real.sum(axis=1),
+      entropy=balance.entropy(real).sum(axis=1),
+      active=active.sum(axis=(1, 2), dtype=jnp.int32),
+    )
+    return jnp.where(active, prob, 0.0), sums
 
   def _project(self, name: str, x: Array, heads: int, axis: str) -> Array:
     init = layers.init_weight(self.init_std, 'embed', axis, 'head_dim')

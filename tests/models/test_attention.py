@@ -65,7 +65,7 @@ def test_scores_and_softmax_are_in_float32():
   assert ':f32[' in exp
 
 
-CFG = config.AttentionConfig(num_kv_heads=N // G, head_dim=H, rope_theta=100.0)
+CFG = config.AttentionConfig(num_kv_heads=N // G, head_dim=H, rope_theta=100.0, num_experts=0)
 X = jnp.asarray(np.random.default_rng(3).normal(size=(B, L, D)), jnp.float32)
 
 
@@ -76,22 +76,39 @@ def make_params(kv_heads):
   return {'q': draw(D, N, H), 'o': draw(N, H, D), 'k': draw(*kv), 'v': draw(*kv)}
 
 
-@functools.partial(tiny.jit, static_argnames='num_kv_heads')
-def apply(params, x, ctx, num_kv_heads=N // G):
-  cfg = config.AttentionConfig(num_kv_heads, H, 100.0)
-  module = attention.Attention(cfg, N, 0.02, jnp.float32, jnp.float32)
-  return module.apply({'params': params}, x, ctx, None)[0]
+def module_of(num_experts, num_kv_heads=N // G, threshold=0.0):
+  cfg = config.AttentionConfig(num_kv_heads, H, CFG.rope_theta, num_experts)
+  return attention.Attention(cfg, N, 0.02, jnp.float32, jnp.float32, threshold)
+
+
+@functools.partial(tiny.jit, static_argnames=('num_kv_heads', 'num_experts', 'threshold'))
+def run(params, x, ctx, num_experts=0, **sizes):
+  """(output, sums of the mixture)."""
+  module = module_of(num_experts, **sizes)
+  out, cache, sums = module.apply({'params': params}, x, ctx, None)
+  assert cache is None
+  return out, sums
+
+
+def apply(params, x, ctx, **sizes):
+  return run(params, x, ctx, **sizes)[0]
+
+
+def heads_of(params, ctx):
+  """What each head adds before its output projection: [B, L, N, H] in numpy."""
+  project = lambda name: jnp.einsum('bld,dnh->blnh', X, params[name])
+  angle = rope.angles(ctx.positions, H, CFG.rope_theta)
+  q, k = rope.rotate(project('q'), angle), rope.rotate(project('k'), angle)
+  return loop(q, k, project('v'), np.asarray(ctx.segment_ids))
 
 
 def test_module_is_projections_rotation_attention_projection(ctx):
   params = make_params(N // G)
-  project = lambda name: jnp.einsum('bld,dnh->blnh', X, params[name])
-  angle = rope.angles(ctx.positions, H, CFG.rope_theta)
-  q, k = rope.rotate(project('q'), angle), rope.rotate(project('k'), angle)
-  out = loop(q, k, project('v'), np.asarray(ctx.segment_ids))
-  want = np.einsum('blnh,nhd->bld', out, params['o'])
+  want = np.einsum('blnh,nhd->bld', heads_of(params, ctx), params['o'])
   real = np.asarray(ctx.segment_ids) > 0
-  np.testing.assert_allclose(np.asarray(apply(params, X, ctx))[real], want[real], 1e-4, 1e-4)
+  out, sums = run(params, X, ctx)
+  np.testing.assert_allclose(np.asarray(out)[real], want[real], 1e-4, 1e-4)
+  assert sums is None  # no mixture
 
 
 def test_gqa_equals_mha_with_repeated_key_value_heads(ctx):
@@ -130,3 +147,82 @@ def test_a_document_does_not_depend_on_its_place_in_the_row(ctx):
   positions, ones = jnp.arange(9)[None], jnp.ones((1, 9), jnp.int32)
   alone = attention.Context(positions, ones, positions, ones, None)
   np.testing.assert_allclose(packed[:, 7:], apply(params, X[:1, 7:], alone), **CLOSE)
+
+
+# Mixture of attention heads: G experts of N / G heads each, since heads j G + i make expert i.
+
+
+def mixture_params(seed=5):
+  router = np.random.default_rng(seed).normal(size=(D, G)) / 2
+  return make_params(N // G) | {'router': jnp.asarray(router, jnp.float32)}
+
+
+def gates_of(params):
+  logits = np.asarray(X, np.float64) @ np.asarray(params['router'], np.float64)
+  gates = np.exp(logits - logits.max(-1, keepdims=True))
+  return gates / gates.sum(-1, keepdims=True)
+
+
+def mixture_formula(params, ctx, gates):
+  """sum_i gate_i sum_j head_ij: expert i owns the i-th head of every key-value head j."""
+  heads, o = heads_of(params, ctx), np.asarray(params['o'], np.float64)
+  out = np.zeros((B, L, D))
+  for i in range(G):
+    for j in range(N // G):
+      out += gates[..., i, None] * (heads[:, :, j * G + i] @ o[j * G + i])
+  return out
+
+
+@pytest.mark.parametrize('threshold', [0.0, 0.8])
+def test_mixture_is_its_formula_and_a_threshold_prunes(ctx, threshold):
+  params, real = mixture_params(), np.asarray(ctx.segment_ids) > 0
+  gates = gates_of(params)
+  active = G * gates > threshold  # with 0 all of them
+  want = mixture_formula(params, ctx, np.where(active, gates, 0))
+  out, sums = run(params, X, ctx, num_experts=G, threshold=threshold)
+  np.testing.assert_allclose(np.asarray(out)[real], want[real], 1e-4, 1e-4)
+  np.testing.assert_array_equal(sums.active, (active & real[..., None]).sum((1, 2)))
+  pruned = G * real.sum() - int(sums.active.sum())
+  assert (pruned == 0) == (threshold == 0) and pruned < real.sum()
+
+
+def test_sums_of_the_mixture_count_real_tokens_and_forget_the_threshold(ctx):
+  params, real = mixture_params(), np.asarray(ctx.segment_ids) > 0
+  gates = np.where(real[..., None], gates_of(params), 0)
+  for threshold in (0.0, 0.8):
+    _, sums = run(params, X, ctx, num_experts=G, threshold=threshold)
+    np.testing.assert_array_equal(sums.num_tokens, real.sum(1))
+    np.testing.assert_allclose(sums.prob, gates.sum(1), rtol=1e-5)
+    entropy = -(gates * np.log(np.where(gates > 0, gates, 1))).sum((1, 2))
+    np.testing.assert_allclose(sums.entropy, entropy, rtol=1e-5)
+
+
+def test_an_undecided_mixture_is_plain_attention_over_the_number_of_experts(ctx):
+  params = mixture_params() | {'router': jnp.zeros((D, G))}
+  got = apply(params, X, ctx, num_experts=G)
+  plain = {name: value for name, value in params.items() if name != 'router'}
+  real = ctx.segment_ids > 0
+  np.testing.assert_allclose(got[real], (apply(plain, X, ctx) / G)[real], **CLOSE)
+
+
+def test_a_decided_mixture_is_one_expert_and_a_high_threshold_nothing(ctx):
+  """Gates 1 and 0: only every second head is left; gates 1/2 are below a threshold of 1.5 / 2."""
+  params = mixture_params()
+  sure = jnp.zeros((D, G)).at[0].set(jnp.array([0.0, 200.0]))
+  x = X.at[..., 0].set(1.0)  # logits (0, 200)
+  got = apply(params | {'router': sure}, x, ctx, num_experts=G)
+  only = params['o'].at[::G].set(0)
+  plain = {name: params[name] for name in 'qkv'} | {'o': only}
+  real = ctx.segment_ids > 0
+  np.testing.assert_allclose(got[real], apply(plain, x, ctx)[real], **CLOSE)
+  undecided = params | {'router': jnp.zeros((D, G))}
+  out, sums = run(undecided, X, ctx, num_experts=G, threshold=1.5)
+  assert not np.asarray(out).any() and not np.asarray(sums.active).any()
+
+
+def test_gradient_reaches_the_mixture_s_router(ctx):
+  grad_of = tiny.jit(
+    jax.grad(lambda p: (module_of(G).apply({'params': p}, X, ctx, None)[0] ** 2).sum())
+  )
+  for path, leaf in jax.tree_util.tree_leaves_with_path(grad_of(mixture_params())):
+    assert np.abs(leaf).max() > 1e-3, path

@@ -1,4 +1,4 @@
-"""`dropless` against `dense`, values and all gradients, and what `dropless` may not contain."""
+"""All dispatches against `dense`, values and all gradients, and what they may not contain."""
 
 import functools
 import re
@@ -13,6 +13,7 @@ from moe_jax.models.dispatch import DISPATCHES, grouped, plan
 
 T, K, E, D, F = 21, 2, 5, 12, 10  # 42 choices: not a multiple of the block of 64
 ARGS = ('x', 'gates', 'gate_up', 'down')
+KERNELS = (('dropless', 'blocks'), ('dropless', 'ragged_dot'), ('capacity', ''))
 # Two float32 sums in another order, of at most a few hundred terms of magnitude about 1.
 CLOSE = dict(rtol=1e-4, atol=2e-5)
 
@@ -40,19 +41,30 @@ def choose(t=T, k=K, allowed=range(E), seed=0):
   return allowed[order[:, :k]].astype(np.int32)
 
 
+def choose_few():
+  """[T, E]: as from router expert_choice, E columns of which most are unused, some in between."""
+  idx = choose(k=E)
+  idx[np.random.default_rng(1).random(idx.shape) < 0.7] = E
+  return idx
+
+
 def padded(idx, every=3, e=E):
-  """Every third token is not routed."""
+  """Every third token is not routed, nor the last, whose row a clipped index would reach."""
   idx = idx.copy()
-  idx[::every] = e
+  idx[::every] = idx[-1] = e
   return idx
 
 
 @functools.cache
-def run(name, backend='blocks'):
-  """Jitted (x, gates, gate_up, down, cotangent, idx) -> (out, gradients of the four)."""
+def run(name, backend='blocks', slots=None):
+  """Jitted (x, gates, gate_up, down, cotangent, idx) -> (out, gradients of the four).
+
+  `slots` is the size of the buffers, by default all tokens: an expert is chosen once by a token.
+  """
 
   def fn(x, gates, gate_up, down, cotangent, idx):
-    call = lambda *args: DISPATCHES[name](*args[:2], idx, *args[2:], backend)
+    c = len(x) if slots is None else slots
+    call = lambda *args: DISPATCHES[name](*args[:2], idx, *args[2:], backend, c)
     out, vjp = jax.vjp(call, x, gates, gate_up, down)
     return out, *vjp(cotangent)
 
@@ -78,11 +90,40 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize('backend', ['blocks', 'ragged_dot', 'tokamax_xla'])
+@pytest.mark.parametrize('name, backend', [*KERNELS, ('dropless', 'tokamax_xla')])
 @pytest.mark.parametrize('case', CASES)
-def test_dropless_equals_dense(case, backend):
+def test_every_dispatch_equals_dense(case, name, backend):
   args = (*operands(), jnp.array(CASES[case]))
-  assert_equal_results(run('dropless', backend)(*args), run('dense')(*args), **CLOSE)
+  assert_equal_results(run(name, backend)(*args), run('dense')(*args), **CLOSE)
+
+
+@pytest.mark.parametrize('name', ['dropless', 'capacity'])
+def test_every_dispatch_equals_dense_for_mostly_unused_columns(name):
+  idx = choose_few()
+  args = (*operands(k=E), jnp.array(idx))
+  got = run(name)(*args)
+  assert_equal_results(got, run('dense')(*args), **CLOSE)
+  d_gates = np.asarray(got[2])
+  assert not d_gates[idx == E].any()
+  assert d_gates[idx < E].all()
+
+
+def test_capacity_needs_no_more_slots_than_the_fullest_expert_has_tokens():
+  idx = choose_few()
+  slots = int(np.bincount(idx.ravel(), minlength=E)[:E].max())
+  assert slots < T
+  args = (*operands(k=E), jnp.array(idx))
+  got = run('capacity', slots=slots)(*args)
+  assert_equal_results(got, run('dense')(*args), **CLOSE)
+
+
+def test_capacity_fills_its_slots_in_token_order():
+  # Two slots: of the tokens 0, 1, 2, ... that chose expert 3 first and 1 second, 0 and 1 fit.
+  args = operands()
+  idx = CASES['all tokens on the same']
+  fitting = np.where(np.arange(T)[:, None] < 2, idx, E)
+  got = run('capacity', slots=2)(*args, jnp.array(idx))
+  assert_equal_results(got, run('dense')(*args, jnp.array(fitting)), **CLOSE)
 
 
 def test_dense_is_the_formula():
@@ -114,26 +155,26 @@ def test_all_tokens_on_one_expert_over_several_blocks():
     assert not np.asarray(weight)[[0, 2]].any()  # unused experts: exactly 0
 
 
-@pytest.mark.parametrize('backend', ['blocks', 'ragged_dot'])
-def test_bfloat16_is_as_close_as_its_rounding(backend):
+@pytest.mark.parametrize('name, backend', KERNELS)
+def test_bfloat16_is_as_close_as_its_rounding(name, backend):
   args = operands(dtype=jnp.bfloat16)
   idx = jnp.array(CASES['padded tokens'])
-  got = run('dropless', backend)(*args, idx)
+  got = run(name, backend)(*args, idx)
   wide = run('dense')(*(a.astype(jnp.float32) for a in args), idx)
   dtypes = ('bfloat16', 'bfloat16', 'float32', 'bfloat16', 'bfloat16')
-  for name, dtype, a, b in zip(('out', *ARGS), dtypes, got, wide):
-    assert a.dtype == dtype, name
+  for key, dtype, a, b in zip(('out', *ARGS), dtypes, got, wide):
+    assert a.dtype == dtype, key
     b = np.asarray(b, np.float64)
     # Some four roundings of 2^-9 in a row (h, activation, output, K-sum), of terms that cancel.
     np.testing.assert_allclose(
-      np.asarray(a, np.float64), b, 0, 2**-6 * np.abs(b).max(), err_msg=name
+      np.asarray(a, np.float64), b, 0, 2**-6 * np.abs(b).max(), err_msg=key
     )
 
 
-@pytest.mark.parametrize('backend', ['blocks', 'ragged_dot'])
-def test_padded_tokens_get_and_give_exactly_nothing(backend):
+@pytest.mark.parametrize('name, backend', KERNELS)
+def test_padded_tokens_get_and_give_exactly_nothing(name, backend):
   idx = CASES['padded tokens']
-  out, d_x, d_gates, *_ = run('dropless', backend)(*operands(), jnp.array(idx))
+  out, d_x, d_gates, *_ = run(name, backend)(*operands(), jnp.array(idx))
   off = idx[:, 0] == E
   for a in (out, d_x, d_gates):
     assert not np.asarray(a)[off].any()
@@ -141,9 +182,7 @@ def test_padded_tokens_get_and_give_exactly_nothing(backend):
 
 
 @pytest.mark.parametrize('poisoned', ['activations', 'cotangents'])
-@pytest.mark.parametrize(
-  'name, backend', [('dropless', 'blocks'), ('dropless', 'ragged_dot'), ('dense', 'blocks')]
-)
+@pytest.mark.parametrize('name, backend', [*KERNELS, ('dense', 'blocks')])
 def test_nan_in_padded_tokens_stays_there(name, backend, poisoned):
   x, gates, gate_up, down, cotangent = operands()
   idx = CASES['padded tokens']
@@ -191,3 +230,18 @@ def test_dropless_on_blocks_holds_no_buffer_of_experts_times_rows():
   assert (e, D, 2 * F) in shapes  # the weights: the pattern does find shapes
   assert not [s for s in shapes if e in s and {t, m, rows} & set(s)]
   assert not re.search(r'(?:f32|bf16)\[[\d,]+\]\S* scatter\(', text)
+
+
+def test_capacity_holds_no_row_per_token_and_column():
+  """Its cost is that of the slots: nothing of [T, K, anything] or [T * K, anything], K = E."""
+  t, slots = 21, 6
+  args = (*operands(t, E), jnp.array(choose_few()))
+  traced = run('capacity', slots=slots).trace(*args)
+  shapes = {
+    v.aval.shape
+    for eqn in tiny.equations(traced.jaxpr.jaxpr)
+    for v in eqn.outvars
+    if jnp.issubdtype(v.aval.dtype, jnp.floating)
+  }
+  assert (E, slots, D) in shapes and (E, slots, 2, F) in shapes
+  assert not [s for s in shapes if (len(s) > 2 and t in s) or (len(s) > 1 and t * E in s)]

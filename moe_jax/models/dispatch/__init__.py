@@ -1,16 +1,18 @@
 """How tokens reach their experts and come back: one function each, entered in `DISPATCHES`.
 
 All of them compute the same thing, the gated sum of each token's experts; they differ in what they
-move and multiply for it.
+move and multiply for it. The last argument, `slots`, bounds the tokens of one expert; only
+`capacity` makes use of it.
 """
 
 from collections.abc import Callable
 
 import jax
 
-from moe_jax.models.dispatch import dense, dropless
+from moe_jax.models.dispatch import capacity, dense, dropless
 
 DISPATCHES: dict[str, Callable[..., jax.Array]] = {
   'dense': dense.dispatch,
   'dropless': dropless.dispatch,
+  'capacity': capacity.dispatch,
 }

@@ -12,18 +12,26 @@ Array = jax.Array
 
 
 def dispatch(
-  x: Array, gates: Array, expert_idx: Array, gate_up: Array, down: Array, backend: str
+  x: Array,
+  gates: Array,
+  expert_idx: Array,
+  gate_up: Array,
+  down: Array,
+  backend: str,
+  slots: int,
 ) -> Array:
   """Sum over each token's K experts of gate * expert(x); arguments as in `dropless.dispatch`.
 
-  `backend` names a grouped product, of which this reference has none.
+  `backend` names a grouped product, `slots` the size of a buffer; this reference has neither.
   """
-  del backend
+  del backend, slots
   # Where, not times 0: what a token that is not routed holds must reach nobody, a NaN included.
   routed = (expert_idx < gate_up.shape[0]).any(axis=-1, keepdims=True)
   x = jnp.where(routed, x, 0)
-  chosen = jax.nn.one_hot(expert_idx, gate_up.shape[0], dtype=jnp.float32)  # all 0 for index E
-  gate_matrix = jnp.einsum('TK,TKE->TE', gates, chosen).astype(x.dtype)
+  # A scatter, not a one-hot product: K may be as large as E.
+  token = jnp.arange(len(x))[:, None]
+  gate_matrix = jnp.zeros((len(x), len(gate_up)), jnp.float32)
+  gate_matrix = gate_matrix.at[token, expert_idx].add(gates, mode='drop').astype(x.dtype)
   activation = layers.swiglu(jnp.einsum('TD,EDGF->TEGF', x, gate_up))
   out = jnp.einsum('TE,TEF,EFD->TD', gate_matrix, activation, down)
   return jnp.where(routed, out, 0)

@@ -22,7 +22,13 @@ Array = jax.Array
 
 
 def dispatch(
-  x: Array, gates: Array, expert_idx: Array, gate_up: Array, down: Array, backend: str
+  x: Array,
+  gates: Array,
+  expert_idx: Array,
+  gate_up: Array,
+  down: Array,
+  backend: str,
+  slots: int,
 ) -> Array:
   """Sum over each token's K experts of gate * expert(x).
 
@@ -33,10 +39,12 @@ def dispatch(
     gate_up: [E, D, 2, F].
     down: [E, F, D].
     backend: key of `grouped.BACKENDS`, or 'auto'.
+    slots: size of an expert's buffer; unused, groups are as large as they turn out.
 
   Returns:
     [T, D] in the dtype of x.
   """
+  del slots
   num_experts, d = gate_up.shape[:2]
   with jax.named_scope('plan'):
     plan = plan_lib.make_plan(expert_idx, num_experts, grouped.choose(backend).align)

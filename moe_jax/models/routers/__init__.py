@@ -1,19 +1,13 @@
-"""Who goes where: a router is one pure function in one file, entered in `ROUTERS` by name.
+"""Who goes where: a router is one function in one file, named in `config_moe.ROUTERS`.
 
-It maps float32 logits [B, L, E] and the layer's `MoEConfig` to a `Routing`. It never sees other
-tokens' gates, the dispatch, or the loss: those are separate rooms.
+How to add one: `moe_jax/models/README.md`.
 """
 
-from collections.abc import Callable
+import importlib
 
-import jax
+from moe_jax import config_moe
+from moe_jax.models.routers import routing
 
-from moe_jax import config
-from moe_jax.models.routers import gshard, softmax_topk, switch
-from moe_jax.models.routers.routing import Routing
-
-ROUTERS: dict[str, Callable[[jax.Array, config.MoEConfig], Routing]] = {
-  'softmax_topk': softmax_topk.route,
-  'gshard_top2': gshard.route,
-  'switch_top1': switch.route,
+ROUTERS: dict[str, routing.Router] = {
+  name: importlib.import_module(f'{__name__}.{name}').ROUTER for name in config_moe.ROUTERS
 }

@@ -1,17 +1,26 @@
-"""GShard's top-2 gate: g1 / (g1 + g2) and g2 / (g1 + g2) (arXiv 2006.16668, Algorithm 1).
-
-Every token reaches both of its experts: capacity and random dispatch of the second one are not
-applied, as in DeepSeekMoE's baselines, which drop no token (arXiv 2401.06066).
-"""
+"""GShard's random dispatch of the second expert (arXiv 2006.16668, section 2.2, Algorithm 1)."""
 
 import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax import config
+from moe_jax import bits, config_moe
 from moe_jax.models.routers import routing
 
+Array = jax.Array
 
-def route(logits: jax.Array, cfg: config.MoEConfig) -> routing.Routing:
-  """logits [B, L, E] float32 -> Routing with K = 2 gates that sum to 1."""
-  scores = jax.nn.softmax(logits, axis=-1)
-  gates, expert_idx = routing.keep_best(scores, cfg.num_experts_per_tok)
-  return routing.Routing(gates / gates.sum(axis=-1, keepdims=True), expert_idx, scores)
+
+def keeps_second(
+  cfg: config_moe.MoEConfig, decision: routing.Routing, tokens: routing.Tokens, layer: Array
+) -> Array:
+  """Which choices are dispatched: [B, L, 2] bool, the second with probability min(1, 2 g2).
+
+  g2 is the gate before `routed_scaling_factor`, which weighs outputs and is no probability. The
+  paper draws after counting the token against the expert's capacity; here, as in the field's
+  implementations, a token that is not sent takes no room. Every remat policy saves the result: a
+  gate recomputed under different rounding could send a gradient to an expert that never ran.
+  """
+  noise = bits.uniform(routing.token_noise(tokens, layer, salt=2))
+  gate = jax.lax.stop_gradient(decision.gates[..., 1]) / cfg.routed_scaling_factor
+  second = 2 * gate > noise
+  return checkpoint_name(jnp.stack([jnp.ones_like(second), second], axis=-1), 'routing')

@@ -1,19 +1,47 @@
-"""What every router returns."""
+"""What every router sees and returns, and the steps that routers share.
 
-from typing import NamedTuple
+A router is one function `route(inputs, cfg, train) -> Routing`. It is handed the scores of all
+experts and, apart from them, the selection scores (scores moved by the expert bias, groups out of
+reach at -inf): the first decide how much an expert counts, the second who is chosen.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from moe_jax import bits, config_moe
+
 Array = jax.Array
+
+
+class Tokens(NamedTuple):
+  """The batch as routing sees it; the same for every layer."""
+
+  ids: Array  # [B, L] int32, token ids
+  mask: Array  # [B, L] bool, False = padding
+  row: Array  # [B] int32, number of the row in the whole batch of the optimizer step
+  seed: Array  # [] uint32, changes with the step; what decides all random choices
+
+
+class Inputs(NamedTuple):
+  """What a router decides by."""
+
+  scores: Array | None  # [B, L, E] float32; None for a router without logits
+  selection: Array | None  # [B, L, E] float32, scores plus bias, -inf where out of reach
+  tokens: Tokens
+  layer: Array  # [] int32, number of the layer in the model
+  state: Mapping[str, Array]  # the layer's variables of collection `router_state`
 
 
 class Routing(NamedTuple):
   """The decision of a router for every token of a batch.
 
-  `expert_idx` of a token that must not be routed (padding) is E, one past the last expert: every
-  dispatch leaves it out and no load counts it.
+  `expert_idx` of a token that must not be routed (padding), and of a choice that is not used, is E,
+  one past the last expert: every dispatch leaves it out and no load counts it. The first entry is
+  the best choice.
   """
 
   gates: Array  # [B, L, K] float32, weight of each chosen expert's output
@@ -21,15 +49,46 @@ class Routing(NamedTuple):
   scores: Array  # [B, L, E] float32, affinities that the balance losses average
 
 
-def keep_best(scores: Array, k: int) -> tuple[Array, Array]:
-  """The K best experts of every token: scores [B, L, E] -> (their scores, their ids), [B, L, K].
+class Sizes(NamedTuple):
+  """What the shapes of a router's state may depend on besides `MoEConfig`."""
+
+  vocab_size: int
+  max_seq_len: int
+
+
+class Router(NamedTuple):
+  """An entry of the registry.
+
+  `route` runs on each device's own rows unless `across_rows`, and then on the whole batch.
+  """
+
+  route: Callable[[Inputs, config_moe.MoEConfig, bool], Routing]
+  has_logits: bool = True  # False: no router weights at all
+  across_rows: bool = False
+  init_state: Callable[[config_moe.MoEConfig, Sizes, Array], dict[str, Any]] | None = None
+
+
+def keep_best(scores: Array, k: int) -> Array:
+  """The ids of the K best experts of every token: scores [B, L, E] -> [B, L, K] int32.
 
   The ids are saved by every remat policy (name 'routing') and decide the gather of both passes: a
   top-k recomputed under different rounding could send gradients to experts that never ran.
   """
   _, expert_idx = jax.lax.top_k(jax.lax.stop_gradient(scores), k)
-  expert_idx = checkpoint_name(expert_idx, 'routing')
-  return jnp.take_along_axis(scores, expert_idx, axis=-1), expert_idx
+  return checkpoint_name(expert_idx, 'routing')
+
+
+def gates_of(scores: Array, expert_idx: Array, cfg: config_moe.MoEConfig) -> Array:
+  """Gates [B, L, K] of the chosen experts: their own scores, normalised and scaled if asked.
+
+  A choice E (not used) has gate 0. The bias has no part in it.
+  """
+  used = expert_idx < scores.shape[-1]
+  index = jnp.minimum(expert_idx, scores.shape[-1] - 1)
+  gates = jnp.where(used, jnp.take_along_axis(scores, index, axis=-1), 0.0)
+  if cfg.norm_topk_prob:
+    gates /= jnp.maximum(gates.sum(axis=-1, keepdims=True), 1e-20)
+  return gates * cfg.routed_scaling_factor
 
 
 def without(routing: Routing, mask: Array) -> Routing:
@@ -41,3 +100,21 @@ def without(routing: Routing, mask: Array) -> Routing:
     jnp.where(keep, routing.expert_idx, num_experts),
     jnp.where(keep, routing.scores, 0.0),
   )
+
+
+def without_choices(routing: Routing, keep: Array) -> Routing:
+  """Takes single choices, keep [B, L, K] False, out of the routing; the scores stay."""
+  num_experts = routing.scores.shape[-1]
+  return routing._replace(
+    gates=jnp.where(keep, routing.gates, 0.0),
+    expert_idx=jnp.where(keep, routing.expert_idx, num_experts),
+  )
+
+
+def token_noise(tokens: Tokens, layer: Array, salt: int) -> Array:
+  """[B, L] uint32, one random number per (seed, layer, row, place in the row, salt).
+
+  A pure function of these: micro-batches, devices, remat and scans see the same numbers.
+  """
+  place = jnp.arange(tokens.ids.shape[1])
+  return bits.combine(tokens.seed, layer, salt, tokens.row[:, None], place)

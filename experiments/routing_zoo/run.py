@@ -1,0 +1,112 @@
+"""Trains every router of `configs/routing.py` alike, times them, and writes the table.
+
+python -m experiments.routing_zoo.run --workdir=runs/zoo [--jobs=2] [--seeds=0,1,2] [--names=...]
+  [--steps=N] [--out=experiments/routing_zoo]
+
+Three parts: train and evaluate each (router, seed), which skips what is done, so that a killed
+command goes on; time the training steps of all routers in turns, so that a busy moment of the
+machine hits them all; write results.json, the table in README.md and the figure into --out.
+"""
+
+import json
+import pathlib
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import jax
+import tqdm
+from absl import flags
+
+from configs import routing as page
+from experiments import cli
+from experiments.routing_zoo import speed, table
+from moe_jax import config, errors, evaluate, files, metrics, run
+
+TAIL = 0.2  # share of the run, at its end, over which the training drop rate is averaged
+
+
+def define_flags():
+  """Defines the command's flags."""
+  cli.workdir_flag('directory that holds a workdir per router and seed')
+  flags.DEFINE_list('names', list(page.SUMMARY), 'variants of configs/routing.py')
+  flags.DEFINE_list('seeds', ['0', '1', '2'], 'values of train.seed')
+  flags.DEFINE_integer('steps', 0, 'training steps; 0 = as the page says')
+  flags.DEFINE_integer('jobs', 1, 'processes that train at the same time')
+  flags.DEFINE_integer('shard', -1, 'internal: only every jobs-th run, from this one on')
+  flags.DEFINE_string('out', 'experiments/routing_zoo', 'directory of README.md and results')
+
+
+def main(argv: Sequence[str]):
+  """Trains, times, writes."""
+  workdir, values = pathlib.Path(cli.required('workdir')), flags.FLAGS
+  configs = {(name, seed): _config(name, seed) for seed in _seeds() for name in values.names}
+  pending = [key for key in configs if not _result_path(workdir, *key).exists()]
+  if values.shard >= 0:
+    for name, seed in pending[values.shard :: values.jobs]:
+      _train(configs[name, seed], _result_path(workdir, name, seed))
+    return
+  if values.jobs > 1 and pending:
+    _in_parallel(argv)
+  else:
+    for name, seed in tqdm.tqdm(pending, desc='runs', unit='run'):
+      _train(configs[name, seed], _result_path(workdir, name, seed))
+  results = {
+    f'{name}/{seed}': json.loads(_result_path(workdir, name, seed).read_text())
+    for name, seed in configs
+  }
+  rates = speed.tokens_per_second({name: configs[name, _seeds()[0]] for name in values.names})
+  written = table.write(pathlib.Path(values.out), page.SUMMARY, configs, results, rates)
+  print('wrote: ' + ' '.join(str(path) for path in written))
+
+
+def _seeds() -> list[int]:
+  try:
+    return [int(seed) for seed in flags.FLAGS.seeds]
+  except ValueError as error:
+    raise errors.InputError(
+      f'--seeds={",".join(flags.FLAGS.seeds)} must be whole numbers, as in --seeds=0,1,2'
+    ) from error
+
+
+def _config(name: str, seed: int) -> config.Config:
+  values = cli.page_values(f'configs/routing.py:{name}')
+  values.train.seed = seed
+  values.train.num_steps = flags.FLAGS.steps or values.train.num_steps
+  return cli.resolve(values)
+
+
+def _result_path(workdir: pathlib.Path, name: str, seed: int) -> pathlib.Path:
+  return workdir / name / str(seed) / 'result.json'
+
+
+def _in_parallel(argv: Sequence[str]):
+  """Starts the shards and waits for them.
+
+  Raises:
+    errors.InputError: one of them failed; it has said why.
+  """
+  command = [sys.executable, '-m', 'experiments.routing_zoo.run', *sys.argv[1:]]
+  del argv
+  shards = [subprocess.Popen([*command, f'--shard={i}']) for i in range(flags.FLAGS.jobs)]
+  if any([shard.wait() for shard in shards]):
+    raise errors.InputError('a shard failed, see above; the same command again goes on from there')
+
+
+def _train(cfg: config.Config, path: pathlib.Path):
+  """Trains and evaluates one run and writes its figures to `path`."""
+  trained, corpus = run.run_training(cfg, path.parent, argv=sys.argv, say=lambda line: None)
+  if trained.interrupted_by:
+    raise KeyboardInterrupt
+  figures = evaluate.evaluate(cfg, trained.variables, corpus, trained.mesh)
+  lines = metrics.read_metrics(path.parent)
+  tail = [m['drop_rate'] for m in lines if m['step'] > (1 - TAIL) * cfg.train.num_steps]
+  drop_rate = None if figures.routing is None else sum(tail) / len(tail)
+  result = {**figures.as_dict(trained.step), 'train_drop_rate': drop_rate}
+  files.write_text(path, json.dumps(result, indent=2) + '\n')
+  print(f'{path.parent}: {figures}', flush=True)
+  jax.clear_caches()  # dozens of compiled models would fill the memory
+
+
+if __name__ == '__main__':
+  cli.run(main, define_flags)

@@ -1,0 +1,35 @@
+"""Whether configs that are compared cost the same, and by how much they do not."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+
+def percent(first: float, value: float) -> str:
+  """How much more than `first` (not 0) `value` is; small differences never read as none."""
+  found = 100 * (value / first - 1)
+  return f'{found:+,.1f} %' if abs(found) >= 0.1 else f'{found:+.1g} %'
+
+
+def difference(first: float, value: float) -> str:
+  """'equal', or the difference from `first`, absolute and in percent."""
+  # Counts are equal to the last digit; of expectations, rounding may change the last ones.
+  counts = isinstance(first, int) and isinstance(value, int)
+  if first == value or not counts and math.isclose(first, value, rel_tol=1e-12):
+    return 'equal'
+  absolute = f'{value - first:+,.1f}'.removesuffix('.0')
+  return f'{absolute} ({percent(first, value)})' if first else f'{absolute} (from 0)'
+
+
+def lines(labels: Sequence[str], columns: Sequence[Mapping[str, float]]) -> list[str]:
+  """One line per config after the first and quantity.
+
+  Args:
+    labels: short names of the configs.
+    columns: {quantity: value} per config, all with the keys of the first.
+  """
+  width = max(map(len, columns[0]))
+  return [
+    f'{label}  {name.ljust(width)}  {difference(first, column[name])}'
+    for label, column in zip(labels[1:], columns[1:])
+    for name, first in columns[0].items()
+  ]

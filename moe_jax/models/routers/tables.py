@@ -1,0 +1,68 @@
+"""Tables that a run puts into the routers' state before its first step: numpy, on the host."""
+
+import pathlib
+import zipfile
+
+import numpy as np
+
+from moe_jax import config_moe, errors
+
+
+def balanced_table(
+  counts: np.ndarray, num_experts: int, experts_per_tok: int, rng: np.random.Generator
+) -> np.ndarray:
+  """Token ids to experts such that experts see equally many tokens (Hash Layer, section 3.1).
+
+  Greedy: the most frequent id first, each to the K experts with the fewest tokens so far; `rng`
+  orders the ids and experts that are equal, so that layers differ.
+
+  Args:
+    counts: [V] occurrences of each id in the training text.
+    num_experts: E.
+    experts_per_tok: K.
+    rng: source of the layer's order.
+
+  Returns:
+    [V, K] int32.
+  """
+  load = np.zeros(num_experts)
+  table = np.zeros((len(counts), experts_per_tok), np.int32)
+  for token in np.lexsort((rng.random(len(counts)), -counts)):
+    order = np.lexsort((rng.random(num_experts), load))[:experts_per_tok]
+    table[token] = order
+    # An id that never occurs still weighs a little: unseen ids must not pile up on one expert.
+    load[order] += counts[token] + 1e-3
+  return table
+
+
+def load_assignments(cfg: config_moe.MoEConfig, shape: tuple[int, ...]) -> np.ndarray:
+  """The recorded assignments of `options.replay_path`, [layers, rows, L, K] int32.
+
+  Raises:
+    errors.InputError: the file is missing, unreadable, of another shape, or names no such expert.
+  """
+  path = pathlib.Path(cfg.options.replay_path)
+  name = f'config.model.moe.options.replay_path={str(path)!r}'
+  try:
+    with np.load(path) as file:
+      found = file['expert_idx']
+  # TypeError: a bare array (.npy); the others: an empty, a cut off or a damaged file.
+  except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as e:
+    raise errors.InputError(
+      f'{name} must be an .npz file with an array expert_idx, as experiments.routing --save writes '
+      f'it: {e}'
+    ) from e
+  if found.shape != shape:
+    raise errors.InputError(
+      f'{name} holds assignments of shape {list(found.shape)}, but this model needs [layers, rows, '
+      f'L, K] = {list(shape)}; record them with a model of these sizes, or set replay_rows'
+    )
+  ordered = np.sort(found, axis=-1)
+  twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] < cfg.num_experts)
+  integers = np.issubdtype(found.dtype, np.integer)
+  if not integers or found.min() < 0 or found.max() > cfg.num_experts or twice.any():
+    raise errors.InputError(
+      f'{name} must give every token different experts between 0 and {cfg.num_experts - 1}, or '
+      f'{cfg.num_experts} for none; record it again with experiments.routing --save'
+    )
+  return found.astype(np.int32)
