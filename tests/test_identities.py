@@ -49,7 +49,7 @@ CASES = {
     'num_experts_per_tok': 1,
     'options__input_jitter': 0.1,
     'capacity__policy': 'position',
-    'capacity__factor': 1.0,
+    'capacity__factor': 0.5,
     'capacity__group_rows': 0,
     'dispatch': 'capacity',
   },
@@ -62,7 +62,7 @@ CASES = {
   'device': {
     'num_virtual_devices': 4,
     'capacity__policy': 'device',
-    'capacity__factor': 0.8,
+    'capacity__factor': 0.5,
     'capacity__group_rows': 0,
     'capacity__exempt_fraction': 0.3,
     'dispatch': 'dense',
@@ -241,23 +241,23 @@ def test_8_devices_equal_1(case):
 
 
 def decisions(case, kind):
-  """How many sorts, top-ks and random bits a layer's forward and backward pass compute."""
+  """How many sorts, top-ks and draws against a gate a layer computes, forward and backward."""
   module, variables = module_of(case, kind=kind), variables_of(case)
 
-  def loss(params):
-    out, stats = module.apply(variables | {'params': params}, X, TOKENS, jnp.int32(0), {})
+  def loss(params, x):
+    out, stats = module.apply(variables | {'params': params}, x, TOKENS, jnp.int32(0), {})
     return out.sum() + sum(stats.losses.values())
 
-  jaxpr = jax.make_jaxpr(jax.grad(loss))(variables['params']).jaxpr
+  jaxpr = jax.make_jaxpr(jax.grad(loss))(variables['params'], X).jaxpr
   names = [eqn.primitive.name for eqn in tiny.equations(jaxpr)]
-  # Jitter is a factor of the backward pass too: its bits are made again, and are the same.
-  bits_drawn = names.count('xor') if not module.cfg.options.input_jitter else 0
-  return names.count('sort'), names.count('top_k'), bits_drawn
+  # Random bits may be drawn again, they are the same; but not to be compared with a gate again.
+  compared = module.cfg.options.random_second_expert
+  return names.count('sort'), names.count('top_k'), names.count('xor') if compared else 0
 
 
 @pytest.mark.parametrize('case', CASES)
 def test_no_decision_is_made_twice_under_remat(case):
-  """A second one, over scores rounded otherwise, could send gradients where nothing was computed."""
+  """A second one, over scores rounded otherwise, could send gradients to experts that never ran."""
   names = transformer.SAVED_NAMES['full']
   policy = jax.checkpoint_policies.save_only_these_names(*names)
   want = decisions(case, moe.MoE)
@@ -292,7 +292,8 @@ def test_experts_have_no_names(case):
   want, got = run(case), run(case, variables=permuted(variables_of(case)))
   np.testing.assert_array_equal(got.stats.sums.load, want.stats.sums.load[PERMUTATION])
   np.testing.assert_array_equal(got.stats.dropped, want.stats.dropped[PERMUTATION])
-  assert (np.diff(want.stats.sums.load) != 0).any() or 'ds_moe' in case or 'choice' in case
+  even = case in ('ds_moe', 'expert_choice', 'shuffled')
+  assert (np.ptp(want.stats.sums.load) == 0) == even
   # Sums over experts in another order.
   np.testing.assert_allclose(got.out[MASK], want.out[MASK], rtol=1e-4, atol=1e-5)
   for name, value in want.stats.losses.items():
@@ -386,14 +387,15 @@ def test_evaluation_drops_if_asked():
 # Gradients.
 
 
-def grads(case, x, tokens, loss, **overrides):
+def grads(case, x, tokens, losses, **overrides):
+  """(gradients of each of `losses` (Result -> [n]), leaves [n, ...]; expert_idx)."""
   module, variables = module_of(case, **overrides), variables_of(case, **overrides)
 
-  def fn(params):
+  def fn(params, x, tokens):
     got = _apply(module, variables | {'params': params}, x, tokens, jnp.int32(0))
-    return loss(got), got.expert_idx
+    return losses(got), got.expert_idx
 
-  grad, idx = tiny.jit(jax.grad(fn, has_aux=True))(variables['params'])
+  grad, idx = tiny.jit(jax.jacrev(fn, has_aux=True))(variables['params'], x, tokens)
   return jax.tree.map(np.asarray, grad), np.asarray(idx)
 
 
@@ -416,19 +418,22 @@ def test_gradients_reach_the_router_and_the_chosen_experts_and_nothing_else(case
 
 
 def test_dropped_assignments_pass_no_gradient_and_balance_losses_reach_only_the_router():
-  """Capacity ceil(.05 * 16 / 8) = 1 per expert and row: one token each is computed."""
-  tight = dict(num_experts_per_tok=1, capacity__policy='position', capacity__factor=0.05)
-  first = X * (np.arange(L) < 1)[:, None] + X[:, :1] * (np.arange(L) >= 1)[:, None]
-  both = lambda got: (got.out**2).sum() * 0 + sum(got.stats.losses.values())
-  grad, _ = grads('topk', first, FULL, both, **tight)
-  assert not any(np.abs(grad[name]).any() for name in ('gate_up', 'down'))
-  assert np.abs(grad['router']).max() > 1e-3
-  assert not any(np.abs(leaf).any() for leaf in jax.tree.leaves(grad['shared']))
-  # Sixteen equal tokens, of which the first is kept: the experts' gradient is that of one token.
-  grad, _ = grads('topk', first, FULL, lambda got: got.out[:, 0].sum(), **tight)
-  whole, _ = grads('topk', first, FULL, lambda got: got.out.sum(), **tight)
-  np.testing.assert_allclose(whole['down'], grad['down'], rtol=1e-5, atol=1e-6)
-  np.testing.assert_allclose(whole['shared']['down'], 16 * grad['shared']['down'], rtol=1e-4)
+  """Sixteen equal tokens per row, of which the first is kept: capacity ceil(.05 * 16 / 8) = 1."""
+  x = np.tile(X[:, :1], (1, L, 1))
+  losses = lambda got: jnp.stack(
+    [got.out.sum(), got.out[:, 0].sum(), sum(got.stats.losses.values())]
+  )
+  tight = dict(capacity__policy='position', capacity__factor=0.05, dispatch='dense')
+  grad, _ = grads('topk', x, FULL, losses, num_experts_per_tok=1, **tight)
+  for name in ('gate_up', 'down', 'router'):
+    whole, first, _ = grad[name]
+    assert np.abs(whole).max() > 1e-3
+    np.testing.assert_allclose(whole, first, rtol=1e-4, atol=1e-5, err_msg=name)
+  whole, first, _ = grad['shared']['down']  # which sees all of them
+  np.testing.assert_allclose(whole, 16 * first, rtol=1e-4, atol=1e-5)
+  by_losses = jax.tree.map(lambda leaf: leaf[2], grad)
+  assert np.abs(by_losses.pop('router')).max() > 1e-3
+  assert not any(leaf.any() for leaf in jax.tree.leaves(by_losses))
 
 
 # Perfect balance, and dense equivalents.
@@ -446,7 +451,8 @@ def test_a_balanced_router_with_uniform_scores_has_the_declared_losses(score_fun
     want = balance.value_at_balance(name, cfg)
     if name == 'mutual_information':
       want = 0.0  # uniform scores balance too, but nobody is certain
-    np.testing.assert_allclose(value / (B * L), want, rtol=1e-5, atol=1e-6, err_msg=name)
+    # float32 sums of 128 tokens: 1e-5 of the entropies, ln 8 = 2, that cancel.
+    np.testing.assert_allclose(value / (B * L), want, rtol=1e-5, atol=3e-5, err_msg=name)
 
 
 DENSE = dict(num_shared_experts=0, routed_scaling_factor=float(E))

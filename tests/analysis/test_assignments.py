@@ -26,8 +26,9 @@ from moe_jax.data import pipeline
 MAKE_MESH = partitioning.make_mesh
 SIZES = {
   'model.max_seq_len': 32,
-  'model.num_layers': 3,
-  'model.num_dense_layers': 1,
+  'model.num_layers': 2,
+  'model.num_dense_layers': 0,
+  'model.moe.dispatch': 'dense',
   'model.moe.num_experts': 8,
   'model.moe.num_experts_per_tok': 3,
   'data.synthetic_documents': 60,
@@ -76,7 +77,9 @@ def recording(fresh):
   return assignments.collect(*fresh, num_batches=2)
 
 
-def first_batch(fresh) -> dict[str, np.ndarray]:
+@pytest.fixture(scope='module')
+def first_batch(fresh):
+  """(the first training batch, logits and choices of the model for it as a whole)."""
   loaded, corpus = fresh
   batches = pipeline.TrainBatches(
     corpus,
@@ -85,25 +88,24 @@ def first_batch(fresh) -> dict[str, np.ndarray]:
     batch_size_at=functools.partial(optim.batch_size_at, loaded.cfg.train),
     num_steps=1,
   )
-  return batches[0]
+  batch = batches[0]
+  inputs = {k: batch[k] for k in ('tokens', 'positions', 'segment_ids')} | {'row': np.arange(8)}
+  apply = jax.jit(assignments.apply, static_argnums=0)
+  return batch, *apply(loaded.cfg.model, loaded.variables, inputs)
 
 
-def test_a_recording_has_the_rows_of_the_training_batches(fresh, recording):
+def test_a_recording_has_the_rows_of_the_training_batches(first_batch, recording):
   assert recording.expert_idx.shape == (2, 16, 32, 3)
   assert recording.expert_idx.dtype == np.int32 and recording.mask.shape == (16, 32)
   assert recording.row.tolist() == [*range(8), *range(8)]
   assert recording.batch.tolist() == [0] * 8 + [1] * 8
-  batch = first_batch(fresh)
+  batch, _, want = first_batch
   np.testing.assert_array_equal(recording.mask[:8], batch['segment_ids'] > 0)
-  # Row for row what the model says of the batch as a whole.
-  loaded, _ = fresh
-  inputs = {k: batch[k] for k in ('tokens', 'positions', 'segment_ids')} | {'row': np.arange(8)}
-  _, want = jax.jit(assignments.apply, static_argnums=0)(loaded.cfg.model, loaded.variables, inputs)
   np.testing.assert_array_equal(recording.expert_idx[:, :8], want)
   assert len(np.unique(recording.expert_idx[:, 0], axis=1)) > 1
 
 
-def test_a_recording_can_be_trained_on(fresh, recording, cache, tmp_path):
+def test_a_recording_can_be_trained_on(fresh, first_batch, recording, cache, tmp_path):
   loaded, _ = fresh
   path = tmp_path / 'made' / 'assignments.npz'
   assignments.save(path, recording)
@@ -114,11 +116,7 @@ def test_a_recording_can_be_trained_on(fresh, recording, cache, tmp_path):
   found = router_metrics.read(tmp_path / 'run/routing/1.npz')
   want = [np.bincount(layer[:8].ravel(), minlength=9)[:8] for layer in recording.expert_idx]
   np.testing.assert_array_equal(found['load'], want)
-  batch = first_batch(fresh)
-  inputs = {k: batch[k] for k in ('tokens', 'positions', 'segment_ids')} | {'row': np.arange(8)}
-  logits, _ = jax.jit(assignments.apply, static_argnums=0)(
-    loaded.cfg.model, loaded.variables, inputs
-  )
+  batch, logits, _ = first_batch
   loss = losses.next_token(logits, batch['targets'])[0] / (batch['targets'] >= 0).sum()
   (point,) = metrics.read_metrics(tmp_path / 'run')
   assert point['loss'] == pytest.approx(float(loss), rel=1e-5)

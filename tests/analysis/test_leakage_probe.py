@@ -23,9 +23,9 @@ EXPERT_CHOICE = {'model.moe.router': 'expert_choice', 'model.moe.dispatch': 'den
 
 
 @pytest.fixture(scope='module', autouse=True)
-def two_devices():
+def cheap():
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(partitioning, 'make_mesh', lambda cfg: MAKE_MESH(cfg, jax.devices()[:2]))
+    patch.setattr(partitioning, 'make_mesh', lambda cfg: MAKE_MESH(cfg, jax.devices()[:1]))
     jax.config.update('jax_disable_most_optimizations', True)
     yield
     jax.config.update('jax_disable_most_optimizations', False)
@@ -47,9 +47,9 @@ def fresh(cache, **overrides):
   return run.Run(cfg, mesh, variables, corpus.tokenizer, 0, corpus.fingerprint), corpus
 
 
-@pytest.mark.parametrize('dispatch', ['dense', 'dropless'])
-def test_topk_is_causal(cache, dispatch):
-  loaded, corpus = fresh(cache, **{'model.moe.dispatch': dispatch})
+def test_topk_is_causal(cache):
+  loaded, corpus = fresh(cache)
+  assert loaded.cfg.model.moe.dispatch == 'dropless'  # the second halves move the rows of the first
   found = leakage_probe.probe(loaded, corpus)
   rows = packing.num_rows(corpus.heldout, 32) - 1  # the last one is not whole
   assert rows > 32 and rows % 32  # several batches, the last of which is filled up
