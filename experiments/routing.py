@@ -80,7 +80,11 @@ def main(unused_argv: Sequence[str]):
     print(assignments.table(figures, model.num_dense_layers))
   if values.save:
     overrides = ' '.join(f'--config.{key}={value}' for key, value in record['replay'].items())
-    print(f'\nwrote {values.save}; row r of a training batch replays its row r with: {overrides}')
+    print(
+      f'\nwrote {values.save}; row r of every training batch replays its row r with: {overrides}'
+    )
+    if values.batches > 1:
+      print('(rows past the batch size are never read; --batches=1 leaves them out)')
 
 
 if __name__ == '__main__':

@@ -246,6 +246,7 @@ def validate(config: Config):
   _validate_data(config.data)
   _validate_train(config.train)
   _validate_optim(config.optim, config.train)
+  _validate_groups(config)
   errors.at_least(config.checkpoint, 'checkpoint', 1, 'save_every', 'keep_last')
   errors.at_least(config.checkpoint, 'checkpoint', 0, 'keep_every')
   errors.at_least(config.paper, 'paper', 0, 'mlp_dim', 'moe_mlp_dim')
@@ -253,6 +254,27 @@ def validate(config: Config):
     config.mesh.data == -1 or config.mesh.data >= 1,
     f'config.mesh.data={config.mesh.data} must be a number of devices, or -1 for all that are left',
   )
+
+
+def _validate_groups(config: Config):
+  """Groups of rows and chunks of tokens that compete must divide every forward pass."""
+  moe, train, length = config.model.moe, config.train, config.model.max_seq_len
+  if not config.model.is_moe:
+    return
+  for batch_size in {train.batch_size, *(size for _, size in train.batch_ramp)}:
+    rows = train.micro_batch_size or batch_size
+    group = moe.capacity.group_rows or rows
+    errors.require(
+      moe.capacity.policy == 'none' or rows % group == 0,
+      f'config.model.moe.capacity.group_rows={group} must divide the rows of a forward pass, '
+      f'{rows}; choose a divisor of {rows}, or 0 for all of them',
+    )
+    chunk = moe.options.chunk_tokens or length
+    errors.require(
+      moe.router != 'expert_choice' or rows * length % chunk == 0,
+      f'config.model.moe.options.chunk_tokens={chunk} must divide the tokens of a forward pass, '
+      f'{rows} rows x {length}; choose a divisor, or 0 for one row',
+    )
 
 
 def validate_model(model: ModelConfig):

@@ -192,13 +192,17 @@ def device_figures(
 
 def table(figures: Mapping[str, np.ndarray], first_layer: int) -> str:
   """A line per layer, numbered from `first_layer`, and one of means over layers."""
-  lines = [['layer', *(key.replace('_', ' ') for key in figures)]]
+  lines = [['layer', *map(_label, figures)]]
   for layer in range(len(figures['straggler_factor'])):
     cells = (_cell(key, value[layer]) for key, value in figures.items())
     lines.append([str(first_layer + layer), *cells])
   lines.append(['mean', *(_cell(key, value.mean()) for key, value in figures.items())])
   widths = [max(map(len, column)) for column in zip(*lines)]
   return '\n'.join('  '.join(c.rjust(w) for c, w in zip(line, widths)) for line in lines)
+
+
+def _label(key: str) -> str:
+  return key.replace('over_', '> ').replace('all_to_all_', '').replace('_', ' ')
 
 
 def _cell(key: str, value: float) -> str:

@@ -101,9 +101,7 @@ def exempt_rows(cfg: config_moe.MoEConfig, tokens: routing.Tokens) -> Array:
   return noise < cfg.capacity.exempt_fraction
 
 
-def keep(
-  cfg: config_moe.MoEConfig, decision: routing.Routing, tokens: routing.Tokens, layer: Array
-) -> Array:
+def keep(cfg: config_moe.MoEConfig, decision: routing.Routing, tokens: routing.Tokens) -> Array:
   """Which choices survive the capacity.
 
   Exempt rows come first: what they use is gone for the others of their group, and what exceeds it
@@ -112,8 +110,7 @@ def keep(
   Args:
     cfg: with a capacity policy other than 'none'.
     decision: choices [B, L, K] and scores [B, L, E]; a choice E neither competes nor is kept.
-    tokens: the batch; decides which rows are exempt.
-    layer: [] int32; unused, a row is exempt in all layers or in none.
+    tokens: the batch; decides which rows are exempt, in all layers or in none.
 
   Returns:
     [B, L, K] bool.
@@ -121,7 +118,6 @@ def keep(
   Raises:
     errors.InputError: the rows of the forward pass cannot be cut into groups.
   """
-  del layer
   shape = decision.expert_idx.shape
   rows = _rows_per_group(cfg, shape[0])
   decision = jax.lax.stop_gradient(decision)

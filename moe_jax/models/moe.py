@@ -143,7 +143,7 @@ class MoE(nn.Module):
       if not self.train:  # exempt rows are a rule of training
         room = dataclasses.replace(cfg.capacity, exempt_fraction=0.0)
         cfg = dataclasses.replace(cfg, capacity=room)
-      decision = routing.without_choices(decision, capacity.keep(cfg, decision, tokens, layer))
+      decision = routing.without_choices(decision, capacity.keep(cfg, decision, tokens))
     return decision
 
   def _experts(

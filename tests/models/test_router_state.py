@@ -57,7 +57,7 @@ def test_a_step_of_the_paper():
 
 def test_layers_move_by_themselves_and_a_balanced_one_stays():
   # Layer 1 is balanced; in layer 2 experts 2 and 3 have the mean load: sign(0) = 0.
-  got = bias_after(SIGN, [[7, 3, 1, 5], [4, 4, 4, 4], [5, 3, 4, 4]], start=0.5)
+  got = bias_after(SIGN, [[7, 3, 1, 5], [4, 4, 4, 4], [9, 7, 8, 8]], start=0.5)
   want = np.float32(0.5) + U * np.array([[-1, 1, 1, -1], [0, 0, 0, 0], [-1, 1, 0, 0]], np.float32)
   np.testing.assert_array_equal(got, want)
 

@@ -39,22 +39,17 @@ def dispatch(
     choice = checkpoint_name(_table(expert_idx, len(gate_up), slots), 'plan')
   token = choice // k  # T where the slot is empty: gathers read zeros there, the sum drops it
   # Through float32, so that the gradients of a token's K copies are added in float32.
-  rows = _take(x.astype(jnp.float32), token).astype(x.dtype)
+  rows = plan_lib.take(x.astype(jnp.float32), token).astype(x.dtype)
   with jax.named_scope('w13'):
     h = checkpoint_name(jnp.einsum('ECD,EDGF->ECGF', rows, gate_up), 'moe_h')
   with jax.named_scope('swiglu'):
-    gate = _take(gates.reshape(-1), choice)[..., None]
+    gate = plan_lib.take(gates.reshape(-1), choice)[..., None]
     a = (layers.swiglu(h.astype(jnp.float32)) * gate).astype(x.dtype)
   with jax.named_scope('w2'):
     y = jnp.einsum('ECF,EFD->ECD', a, down)
   with jax.named_scope('combine'):
     out = jnp.zeros((num_tokens, d), jnp.float32).at[token].add(y.astype(jnp.float32), mode='drop')
   return out.astype(x.dtype)
-
-
-def _take(a: Array, index: Array) -> Array:
-  """Rows of a; zeros where the index is out of bounds."""
-  return a.at[index].get(mode='fill', fill_value=0)
 
 
 def _table(expert_idx: Array, num_experts: int, slots: int) -> Array:

@@ -52,11 +52,6 @@ def dispatch(
   return _experts(backend, x, gates, gate_up.reshape(num_experts, d, -1), down, plan)
 
 
-def _take(a: Array, index: Array) -> Array:
-  """Rows of a; zeros where the index is out of bounds."""
-  return a.at[index].get(mode='fill', fill_value=0)
-
-
 def _token(plan: plan_lib.Plan) -> Array:
   """[R]: the token that a row works for, T (out of bounds) on padding rows."""
   return plan.row_choice // plan.choice_row.shape[1]
@@ -64,11 +59,11 @@ def _token(plan: plan_lib.Plan) -> Array:
 
 def _sum_choices(rows: Array, plan: plan_lib.Plan) -> Array:
   """[R, D] -> [T, D]: gathers each token's K rows and adds them in float32."""
-  return _take(rows, plan.choice_row).sum(axis=1, dtype=jnp.float32).astype(rows.dtype)
+  return plan_lib.take(rows, plan.choice_row).sum(axis=1, dtype=jnp.float32).astype(rows.dtype)
 
 
 def _row_gates(gates: Array, plan: plan_lib.Plan) -> Array:
-  return _take(gates.reshape(-1), plan.row_choice)[:, None]
+  return plan_lib.take(gates.reshape(-1), plan.row_choice)[:, None]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -81,7 +76,7 @@ def _experts(
 def _forward(backend, x, gates, w13, w2, plan):
   kernel = grouped.choose(backend)
   with jax.named_scope('w13'):
-    h = checkpoint_name(kernel.gmm(_take(x, _token(plan)), w13, plan.group_sizes), 'moe_h')
+    h = checkpoint_name(kernel.gmm(plan_lib.take(x, _token(plan)), w13, plan.group_sizes), 'moe_h')
   with jax.named_scope('swiglu'):
     pair = h.reshape(len(h), 2, -1).astype(jnp.float32)
     a = (layers.swiglu(pair) * _row_gates(gates, plan)).astype(x.dtype)
@@ -95,20 +90,20 @@ def _forward(backend, x, gates, w13, w2, plan):
 def _backward(backend, residuals, d_out):
   x, gates, w13, w2, plan, h = residuals
   kernel, sizes = grouped.choose(backend), plan.group_sizes
-  d_rows = _take(d_out, _token(plan))
+  d_rows = plan_lib.take(d_out, _token(plan))
   with jax.named_scope('w2'):
     d_act = kernel.gmm_t(d_rows, w2, sizes).astype(jnp.float32)  # cotangent of gate * activation
   with jax.named_scope('swiglu'):
     pair = h.reshape(len(h), 2, -1).astype(jnp.float32)
     act, swiglu_vjp = jax.vjp(layers.swiglu, pair)
     gate = _row_gates(gates, plan)
-    d_gates = _take((d_act * act).sum(axis=-1), plan.choice_row)
+    d_gates = plan_lib.take((d_act * act).sum(axis=-1), plan.choice_row)
     (d_pair,) = swiglu_vjp(d_act * gate)
     d_h = d_pair.reshape(h.shape).astype(h.dtype)
   with jax.named_scope('w2'):
     d_w2 = kernel.tgmm((act * gate).astype(x.dtype), d_rows, sizes)
   with jax.named_scope('w13'):
-    d_w13 = kernel.tgmm(_take(x, _token(plan)), d_h, sizes)
+    d_w13 = kernel.tgmm(plan_lib.take(x, _token(plan)), d_h, sizes)
     d_x = _sum_choices(kernel.gmm_t(d_h, w13, sizes), plan)
   no_gradient = jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), plan)
   return d_x, d_gates, d_w13, d_w2, no_gradient

@@ -28,6 +28,11 @@ class Plan(NamedTuple):
   group_sizes: Array  # [E] int32, rows of each expert, padding included
 
 
+def take(a: Array, index: Array) -> Array:
+  """Rows of a; zeros where the index is out of bounds."""
+  return a.at[index].get(mode='fill', fill_value=0)
+
+
 def num_rows(num_choices: int, num_experts: int, align: int) -> int:
   """R: the rows that any assignment of M choices to E experts fits into at this alignment."""
   most = num_choices + min(num_experts, num_choices) * (align - 1)
