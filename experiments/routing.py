@@ -59,13 +59,15 @@ def main(unused_argv: Sequence[str]):
     devices = _numbers('devices', int, 1)
   for number in devices:
     assignments.check_devices(model.moe, number)
+  path = pathlib.Path(values.save) if values.save else None
+  if path:
+    assignments.check_writable(path)
   loaded = run.load(workdir, values.step)
   corpus = run.heldout_corpus(loaded, workdir, warn=lambda line: print(line, file=sys.stderr))
   recording = assignments.collect(loaded, corpus, values.batches)
   found = {d: assignments.device_figures(recording, model, d, limits, factors) for d in devices}
   record = {'step': loaded.step, 'batches': values.batches, 'tokens': int(recording.mask.sum())}
-  if values.save:
-    path = pathlib.Path(values.save)
+  if path:
     assignments.save(path, recording)
     record['replay'] = assignments.replay_overrides(model, path, recording)
   if values.json:
@@ -78,11 +80,9 @@ def main(unused_argv: Sequence[str]):
   for number, figures in found.items():
     print(f'\n{number} virtual devices')
     print(assignments.table(figures, model.num_dense_layers))
-  if values.save:
+  if path:
     overrides = ' '.join(f'--config.{key}={value}' for key, value in record['replay'].items())
-    print(
-      f'\nwrote {values.save}; row r of every training batch replays its row r with: {overrides}'
-    )
+    print(f'\nwrote {path}; row r of every training batch replays its row r with: {overrides}')
     if values.batches > 1:
       print('(rows past the batch size are never read; --batches=1 leaves them out)')
 

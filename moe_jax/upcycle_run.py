@@ -151,7 +151,11 @@ def _difference(
   corpus: corpus_lib.Corpus,
   state: train.TrainState,
 ) -> Difference:
-  """Compares the two models on the first micro-batch of the run, outside of training."""
+  """Compares the two models on the first rows of the run's text, outside of training.
+
+  In float32, with every expert on every token, so that no kernel has a say; hence on as few rows as
+  the devices and the routing allow.
+  """
   batches = pipeline.TrainBatches(
     corpus,
     seed=cfg.train.seed,
@@ -159,15 +163,23 @@ def _difference(
     batch_size_at=lambda step: optim.batch_size_at(cfg.train, step),
     num_steps=1,
   )
-  rows = cfg.train.micro_batch_size or optim.batch_size_at(cfg.train, 0)
-  batch = {key: batches[0][key][:rows] for key in train.BATCH_KEYS}
-  exact = lambda model: dataclasses.replace(model, dtype='float32')
+  rows = _fewest_rows(cfg.model, mesh.shape['data'])
+  batch = {key: value[:rows] for key, value in batches[0].items() if key in train.BATCH_KEYS}
+  moe = dataclasses.replace(cfg.model.moe, dispatch='dense')
+  model = dataclasses.replace(cfg.model, dtype='float32', moe=moe)
+  dense_model = dataclasses.replace(dense.cfg.model, dtype='float32')
   with partitioning.activate(mesh), jax.default_matmul_precision('highest'):
     put = partitioning.put_global_batch(batch, mesh)
-    found = _compare(
-      exact(dense.cfg.model), exact(cfg.model), dense.variables, state.variables, put
-    )
+    found = _compare(dense_model, model, dense.variables, state.variables, put)
   return Difference(*(float(x) for x in found))
+
+
+def _fewest_rows(model: config.ModelConfig, ways: int) -> int:
+  """The least number of rows that fills all devices and every group of tokens that compete."""
+  moe = model.moe
+  chunk = moe.options.chunk_tokens or model.max_seq_len
+  group = moe.capacity.group_rows if moe.capacity.at_eval else 0
+  return math.lcm(ways, chunk // math.gcd(chunk, model.max_seq_len), group or 1)
 
 
 def _summary(

@@ -132,6 +132,15 @@ def test_loss_of_four_tokens_with_sigmoid_scores_and_an_uneven_last_device_by_ha
   np.testing.assert_allclose(losses_of(case_b(), CFG_B)[name], [BY_HAND_B[name]], **EXACT)
 
 
+def test_communication_counts_on_the_device_limit():
+  # Case A with K = 3 experts per token: M = min(K, D) = 2 as before, and not 3; with one of two
+  # groups per token M = 1, which doubles f'' = D / (M T) sent.
+  value = lambda cfg: float(losses_of(case_a(), cfg)['communication'][0])
+  assert value(make(4, 3, 2)) == pytest.approx(BY_HAND_A['communication'], rel=1e-6)
+  limited = make(num_expert_groups=2, num_limited_groups=1)
+  assert value(limited) == pytest.approx(2 * BY_HAND_A['communication'], rel=1e-6)
+
+
 def test_mutual_information_of_four_tokens_by_hand():
   prob = np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0.5, 0.5, 0, 0], [0.25] * 4], np.float32)
   sums = sums_of(np.zeros((1, 4, 1), np.int32), prob[None], None, np.ones((1, 4), bool), 2)

@@ -35,7 +35,7 @@ def workdir(tmp_path_factory):
     'model.moe.dispatch': 'dense',
     'model.moe.num_shared_experts': 0,
     'optim.warmup_steps': 0,
-    'train.num_steps': 40,
+    'train.num_steps': 25,
     'train.sample_prompt': '',
   }
   page.update_from_flattened_dict(values)
@@ -54,7 +54,7 @@ def test_fewer_active_experts_cost_loss(workdir, capsys):
   assert first['loss'] > plain['loss'] + 1e-3
   in_process.run(evaluate, here, fewer)
   out = capsys.readouterr().out
-  assert out.startswith('step=40 model.moe.num_experts_per_tok=1 bits_per_byte=')
+  assert out.startswith('step=25 model.moe.num_experts_per_tok=1 bits_per_byte=')
 
 
 def test_capacity_can_be_enforced_at_evaluation(workdir, capsys):
@@ -91,7 +91,7 @@ def test_bad_input_shows_before_anything_is_loaded(
 def test_routing_reports_and_records(workdir, capsys, tmp_path):
   flags = [f'--workdir={workdir}', '--batches=2', '--devices=2,8', '--limit=1,2']
   found = in_process.run_json(capsys, routing_command, *flags)
-  assert found['step'] == 40 and found['tokens'] == 2 * 8 * 64
+  assert found['step'] == 25 and found['tokens'] == 2 * 8 * 64
   assert list(found['devices']) == ['2', '8']
   eight = found['devices']['8']
   assert eight['devices_per_token'] == [3.0] and eight['over_2'] == [1.0]  # K = 3 experts

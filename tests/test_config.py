@@ -392,6 +392,14 @@ def assert_refused(overrides, parts):
       ("capacity.policy='score'", "'expert_choice'", 'fills every expert', "'none'"),
     ),
     (
+      {'capacity.policy': 'score', 'capacity.group_rows': 3},
+      ('capacity.group_rows=3', 'must divide the rows', '8', 'a divisor of 8, or 0 for all'),
+    ),
+    (
+      {'router': 'expert_choice', 'options.chunk_tokens': 3},
+      ('options.chunk_tokens=3', 'must divide', '8 rows x 16', 'choose a divisor, or 0'),
+    ),
+    (
       {'router': 'ds_moe', 'capacity.policy': 'score'},
       ("capacity.policy='score'", "'ds_moe'", 'every expert', "'none'"),
     ),
@@ -437,6 +445,21 @@ def test_rules_of_the_mixture_of_attention_heads(overrides):
   experts, kv = overrides['num_experts'], overrides.get('num_kv_heads', 1)
   parts = (f'model.attention.num_experts={experts}', f'num_kv_heads={kv}', 'num_heads=2')
   assert_refused(good | bad, (*parts, 'num_dense_layers=', 'or set it to 0'))
+
+
+def test_groups_and_chunks_fit_every_forward_pass():
+  """Micro-batches and the batches of a ramp; where nothing competes any number will do."""
+  groups = {'model__moe__capacity__policy': 'score', 'model__moe__capacity__group_rows': 4}
+  tiny.make(**groups)
+  parts = ('capacity.group_rows=4', 'rows of a forward pass, 2')
+  assert_refused(groups | {'train__micro_batch_size': 2}, parts)
+  parts = ('capacity.group_rows=4', 'rows of a forward pass, 6')
+  assert_refused(groups | {'train__batch_ramp': ((3, 6),)}, parts)
+  chunks = {'model__moe__router': 'expert_choice', 'model__moe__options__chunk_tokens': 64}
+  tiny.make(**chunks)
+  parts = ('options.chunk_tokens=64', '2 rows x 16')
+  assert_refused(chunks | {'train__micro_batch_size': 2}, parts)
+  tiny.make(model__moe__capacity__group_rows=3, model__moe__options__chunk_tokens=3)
 
 
 def test_settings_without_what_is_off():

@@ -9,6 +9,7 @@ Axis letters: B rows of a batch, L length, K choices per token, E experts, D vir
 import dataclasses
 import functools
 import pathlib
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -211,18 +212,26 @@ def _cell(key: str, value: float) -> str:
   return f'{value:,.0f}' if key == 'all_to_all_bytes_per_token' else f'{value:.2f}'
 
 
-def save(path: pathlib.Path, recording: Recording):
-  """Writes the .npz file that router 'replay' reads; makes its directory.
+def check_writable(path: pathlib.Path):
+  """Makes the directory of a file that `save` will write.
 
   Raises:
-    errors.InputError: it cannot be written.
+    errors.InputError: the file cannot be written there.
   """
   try:
-    router_metrics.write(path, {'expert_idx': recording.expert_idx})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+      pass
   except OSError as e:
     raise errors.InputError(
       f'--save={path} cannot be written: {e.strerror or e}; choose another file'
     ) from e
+  errors.require(not path.is_dir(), f'--save={path} is a directory; choose a file')
+
+
+def save(path: pathlib.Path, recording: Recording):
+  """Writes the .npz file that router 'replay' reads."""
+  router_metrics.write(path, {'expert_idx': recording.expert_idx})
 
 
 def replay_overrides(

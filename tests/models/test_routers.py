@@ -288,8 +288,9 @@ def test_chunks_compete_by_themselves():
 
 
 def test_chunks_that_do_not_fit_are_refused_by_name():
-  with pytest.raises(errors.InputError, match=r'options\.chunk_tokens=3 must divide .* 2 rows x 4'):
-    taken(ec(chunk_tokens=3), np.full((2, 4), 0.5))
+  # 16 divides the 8 rows x 16 of the config's batch, but not what an evaluation may hand in.
+  with pytest.raises(errors.InputError, match=r'chunk_tokens=16 must divide .* 2 rows x 4; choose'):
+    taken(ec(chunk_tokens=16), np.full((2, 4), 0.5))
 
 
 def test_shuffled_chunks_are_dealt_by_the_noise():
