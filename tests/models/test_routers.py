@@ -366,11 +366,11 @@ def test_topk_rule_breaks_ties_like_topk():
 
 
 def test_balanced_deals_in_turn():
-  # Two rows of 3 tokens, E = 4, K = 2; row 1 starts where row 0 ended: token number 3.
-  got = route(make(router='balanced'), np.zeros((2, 3, 4)))
-  want = [[[0, 1], [2, 3], [0, 1]], [[2, 3], [0, 1], [2, 3]]]
+  # Two rows of 3 tokens, E = 5, K = 2; row 1 starts where row 0 ended.
+  got = route(make(5, router='balanced'), np.zeros((2, 3, 5)))
+  want = [[[0, 1], [2, 3], [4, 0]], [[1, 2], [3, 4], [0, 1]]]
   np.testing.assert_array_equal(got.expert_idx, want)
-  np.testing.assert_allclose(got.gates, np.full((2, 3, 2), 0.25), **EXACT)  # their own scores
+  np.testing.assert_allclose(got.gates, np.full((2, 3, 2), 0.2), **EXACT)  # their own scores
 
 
 @pytest.mark.parametrize('e, k', [(8, 2), (5, 3), (7, 7)])

@@ -60,12 +60,11 @@ def test_bias_selects_and_never_weighs():
 
 
 def test_multiplicative_bias():
-  # Token 0: .4 .3 .2 .1 times (.25, 1, 1, 4) = .1 .3 .2 .4. Token 1: .025 .2 .25 1.8.
-  # Token 2: .03 .5 .125 1.
-  bias = np.float32([0.25, 1, 1, 4])
+  # Times (1, 1, 3, .6). Token 0: .4 .3 .6 .06; 1: .1 .2 .75 .27; 2: .125 .5 .375 .15.
+  bias = np.float32([1, 1, 3, 0.6])
   got = choose(make(**MULTIPLICATIVE), LOGITS, bias)
-  np.testing.assert_array_equal(got.expert_idx, [[[3, 1], [3, 2], [3, 1]]])
-  np.testing.assert_allclose(got.gates, [[[0.1, 0.3], [0.45, 0.25], [0.25, 0.5]]], **EXACT)
+  np.testing.assert_array_equal(got.expert_idx, [[[2, 0], [2, 3], [1, 2]]])
+  np.testing.assert_allclose(got.gates, [[[0.2, 0.4], [0.25, 0.45], [0.5, 0.125]]], **EXACT)
 
 
 def test_a_common_bias_changes_nothing():
