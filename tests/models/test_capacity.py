@@ -328,9 +328,7 @@ def test_sharding_the_batch_changes_nothing(policy, group_rows):
   tokens = jax.device_put(tokens_of(8, 12), routing.Tokens(split, split, split, whole))
   compiled = keeper(cfg).lower(decision, tokens).compile()
   rows = np.asarray(exempter(cfg)(tokens_of(8, 12)))
-  np.testing.assert_array_equal(
-    compiled(decision, tokens), reference(cfg, idx, scores, rows)
-  )
+  np.testing.assert_array_equal(compiled(decision, tokens), reference(cfg, idx, scores, rows))
   # With groups of one row every device decides on its own rows.
   gathers = 'all-gather' in compiled.as_text() or 'all-to-all' in compiled.as_text()
   assert gathers == (group_rows != 1)
