@@ -18,6 +18,7 @@ Expect: the losses, loads and drops of experiments/routing_zoo/README.md.
   hash_balanced             hash, ids dealt so that experts see equally many            2106.04426
   expert_choice             every expert takes its best tokens of a row; not causal     2202.09368
   expert_choice_shuffled    expert_choice, rows replaced by random tokens of the batch  2408.15664
+  sinkhorn                  S-BASE: balanced choices in training, plain top-K outside     2202.01169
   device_limited_v2         V2: 3 of 8 devices; expert, device, communication losses    2405.04434
   v2_dropping               device_limited_v2, drops above a device's mean in training  2405.04434
   group_limited_v3          V3's gates and 4 of 8 groups, balanced by a loss of 0.01    2412.19437
@@ -126,6 +127,11 @@ def _expert_choice(config: base.Page, shuffle: bool):
   config.train.sample_prompt = ''
 
 
+def _sinkhorn(config: base.Page):
+  config.model.moe.router = 'sinkhorn'
+  base.minimise(config)
+
+
 def _device_limited_v2(config: base.Page):
   _groups(config, num_limited=3, score='max')
   base.minimise(config, expert_level=0.003, device_level=0.05, communication=0.02)
@@ -216,6 +222,7 @@ VARIANTS: base.Variants = {
   'hash_balanced': lambda config: _hash(config, 'balanced'),
   'expert_choice': lambda config: _expert_choice(config, shuffle=False),
   'expert_choice_shuffled': lambda config: _expert_choice(config, shuffle=True),
+  'sinkhorn': _sinkhorn,
   'device_limited_v2': _device_limited_v2,
   'v2_dropping': _v2_dropping,
   'group_limited_v3': _group_limited_v3,
@@ -250,6 +257,7 @@ SUMMARY = {
     'expert_choice, rows replaced by random tokens of the batch',
     '2408.15664',
   ),
+  'sinkhorn': ('S-BASE: balanced choices in training, plain top-K outside', '2202.01169'),
   'device_limited_v2': ('V2: 3 of 8 devices; expert, device, communication losses', '2405.04434'),
   'v2_dropping': ("device_limited_v2, drops above a device's mean in training", '2405.04434'),
   'group_limited_v3': ("V3's gates and 4 of 8 groups, balanced by a loss of 0.01", '2412.19437'),

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from moe_jax import errors
 
-ROUTERS = ('topk', 'hash', 'expert_choice', 'ds_moe', 'balanced', 'skewed', 'replay')
+ROUTERS = ('topk', 'hash', 'expert_choice', 'ds_moe', 'sinkhorn', 'balanced', 'skewed', 'replay')
 SCORE_FUNCS = ('softmax', 'sigmoid')
 GROUP_SCORES = ('max', 'top2_sum')
 HASH_TABLES = ('random', 'balanced')

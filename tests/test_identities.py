@@ -80,6 +80,7 @@ CASES = {
     'dispatch': 'capacity',
   },
   'ds_moe': {'router': 'ds_moe', 'dispatch': 'dense'},
+  'sinkhorn': {'router': 'sinkhorn', 'dispatch': 'dense'},
   'balanced': {'router': 'balanced', 'dispatch': 'dense'},
   'skewed': {'router': 'skewed', 'options__skew': 0.5, 'dispatch': 'dense'},
   'replay': {
@@ -92,7 +93,7 @@ CASES = {
 # Tokens of different rows compete: what a row gets depends on the rows it is computed with.
 ACROSS_ROWS = ('switch', 'score', 'device', 'shuffled')
 # A token's choice, or whether it is kept, depends on other tokens.
-COMPETING = (*ACROSS_ROWS, 'skywork', 'gshard', 'expert_choice')
+COMPETING = (*ACROSS_ROWS, 'skywork', 'gshard', 'expert_choice', 'sinkhorn')
 
 BATCH = tiny.batch()
 MASK = BATCH['segment_ids'] > 0
