@@ -27,8 +27,9 @@ from moe_jax import config, errors, evaluate, files, metrics, run
 # Without the ablations of gshard and the forced routers; --names takes any variant of the page.
 NAMES = (
   *('deepseekmoe', 'deepseekmoe_norm', 'sigmoid', 'gshard', 'gshard_dropless', 'switch', 'hash'),
-  *('hash_balanced', 'expert_choice', 'device_limited_v2', 'group_limited_v3', 'loss_free'),
-  *('loss_free_softmax', 'loss_free_multiplicative', 'v3', 'skywork', 'ds_moe', 'dense'),
+  *('hash_balanced', 'expert_choice', 'sinkhorn', 'device_limited_v2', 'group_limited_v3'),
+  *('v3', 'loss_free', 'loss_free_softmax', 'loss_free_multiplicative', 'skywork', 'ds_moe'),
+  'dense',
 )
 TAIL = 0.2  # share of the run, at its end, over which the training drop rate is averaged
 
