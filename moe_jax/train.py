@@ -211,7 +211,7 @@ def gradients(
     count = lambda micro: loss_fn(params, router_state, micro, seed, totals)[1].stats
     slopes = balance.global_slopes(cfg.model.moe, _accumulate(count, micros))
   loss, grads = _accumulate(functools.partial(share, slopes=slopes), micros)
-  if slopes:
+  if loss.stats is not None:
     stats = balance.refreshed(cfg.model.moe, loss.stats)
     aux = aux_loss(cfg.model.moe, moe_state(router_state), stats) / totals.tokens
     loss = loss._replace(stats=stats, aux=aux)

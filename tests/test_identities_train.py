@@ -46,6 +46,12 @@ RICH = SMALL | {'model__attention__num_experts': 2}
 RICH |= {f'model__moe__{key}': value for key, value in _RICH.items()}
 
 SEED = np.asarray(bits.combine(0, 0))  # of step 0 of a run with seed 0
+COEFFICIENTS = np.float32([0.01, 0.03])  # of the two layers
+
+
+def router_state(cfg):
+  state = dict(tiny.router_state(cfg.model)['moe_layers']['moe'])
+  return {'moe_layers': {'moe': state | {'loss_coefficient': jnp.asarray(COEFFICIENTS)}}}
 
 
 @functools.cache
@@ -53,7 +59,7 @@ def gradients(**overrides):
   """`train.gradients` of the rich config and its state, on one device: (loss, gradients)."""
   cfg = tiny.make(**(RICH | overrides))
   fn = tiny.jit(functools.partial(train.gradients, cfg))
-  return fn(tiny.params(cfg.model), tiny.router_state(cfg.model), tiny.batch(), SEED)
+  return fn(tiny.params(cfg.model), router_state(cfg), tiny.batch(), SEED)
 
 
 def assert_same_loss(got: train.Loss, want: train.Loss):
@@ -81,6 +87,18 @@ def test_the_rich_config_does_all_of_it():
     assert np.abs(leaf).max() > 1e-5, path
 
 
+def test_balance_loss_is_the_weighted_sum_over_losses_and_layers_per_token():
+  """The adaptive loss has a coefficient per layer, the others one weight for all."""
+  loss, _ = gradients()
+  moe, want = tiny.make(**RICH).model.moe, 0.0
+  for name, values in loss.stats.losses.items():
+    assert values.shape == (2,)
+    weight = COEFFICIENTS if name == 'squared_deviation' else moe.loss(name).weight
+    want += (weight * values).sum() / 86
+  np.testing.assert_allclose(loss.aux, want, rtol=1e-5)
+  assert abs(float(loss.aux)) > 0.1
+
+
 def test_remat_and_unrolled_layers_change_no_number():
   want, want_grads = gradients()
   got, grads = gradients(model__remat='moe_core', model__scan_layers=False)
@@ -96,7 +114,7 @@ def test_8_devices_change_no_number():
   batch = partitioning.put_batch(tiny.batch(), mesh)
   with partitioning.activate(mesh):
     fn = tiny.jit(functools.partial(train.gradients, cfg))
-    got, grads = fn(put(tiny.params(cfg.model)), put(tiny.router_state(cfg.model)), batch, SEED)
+    got, grads = fn(put(tiny.params(cfg.model)), put(router_state(cfg)), batch, SEED)
   want, want_grads = gradients()
   assert_same_loss(jax.device_get(got), want)
   tiny.assert_trees_close(grads, want_grads, rtol=1e-3, atol=1e-5)
@@ -116,8 +134,8 @@ def fresh(cfg, step=0, seed=0):
   copy = lambda tree: jax.tree.map(jnp.copy, tree)  # a step donates its state
   params = copy(tiny.params(cfg.model))
   opt_state = optim.optimizer(cfg.optim, cfg.train.num_steps).init(params)
-  router_state = copy(tiny.router_state(cfg.model))
-  return train.TrainState(jnp.int32(step), jnp.uint32(seed), params, router_state, opt_state)
+  state = copy(router_state(cfg))
+  return train.TrainState(jnp.int32(step), jnp.uint32(seed), params, state, opt_state)
 
 
 @pytest.fixture(scope='module')
@@ -150,7 +168,7 @@ def test_bias_moves_once_per_step_by_the_load_of_the_whole_batch(first):
   """Once, though there are four micro-batches and a second forward pass; no decay, no momentum."""
   state, got = first
   cfg = tiny.make(**STEP)
-  before = train.moe_state(tiny.router_state(cfg.model))['expert_bias']
+  before = train.moe_state(router_state(cfg))['expert_bias']
   load = np.asarray(got.stats.sums.load, np.float32)
   assert load.shape == (2, E) and (load.sum(-1) == 86 * 2).all()
   want = before + np.float32(1e-3) * np.sign(load.mean(-1, keepdims=True) - load)
@@ -161,11 +179,11 @@ def test_bias_moves_once_per_step_by_the_load_of_the_whole_batch(first):
 def test_coefficient_follows_the_drop_rate_of_each_layer(first):
   state, got = first
   load, dropped = (np.asarray(a).sum(-1) for a in (got.stats.sums.load, got.stats.dropped))
-  # beta .5 from .01 on; the target is min(.2 d, .5).
-  want = 0.5 * 0.01 + 0.5 * np.minimum(0.2 * dropped / load, 0.5)
+  # beta .5; the target is min(.2 d, .5).
+  want = 0.5 * COEFFICIENTS + 0.5 * np.minimum(0.2 * dropped / load, 0.5)
   coefficient = train.moe_state(state.router_state)['loss_coefficient']
   np.testing.assert_allclose(coefficient, want, rtol=1e-6)
-  assert 0.01 < want.min()
+  assert (want != COEFFICIENTS).all()
 
 
 def test_optimizer_knows_nothing_of_the_router_state(first):
@@ -297,6 +315,15 @@ def test_logits_depend_on_earlier_tokens_of_the_row_only():
   want = np.zeros((B, L), bool)
   want[3, 9:] = True
   np.testing.assert_array_equal(got, want)
+
+
+def test_layers_draw_their_own_noise():
+  """Half of the tokens start at expert 0, others in each layer: the layers know their numbers."""
+  skewed = {'model__moe__router': 'skewed', 'model__moe__options__skew': 0.5}
+  _, _, idx = forward(**skewed)(variables_of(**skewed), tiny.batch(((L,),) * B))
+  first, second = np.asarray(idx)[..., 0] == 0
+  # Two draws of 128 differ in half of the places: 64 +- 4 * sqrt(128 / 4) = 23.
+  assert abs((first != second).sum() - 64) <= 23
 
 
 def test_logits_of_expert_choice_depend_on_the_future():

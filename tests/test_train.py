@@ -225,3 +225,15 @@ def test_the_first_signal_is_noted_and_the_second_ends_the_program():
     with pytest.raises(KeyboardInterrupt):
       signal.raise_signal(signal.SIGINT)
   assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_accumulation_reports_losses_of_the_whole_batch_also_those_without_weight():
+  scope = {'model__moe__balance__squared_deviation__scope': 'global_batch'}
+  params = tiny.params(tiny.make().model)
+  whole, _ = tiny.gradients(**scope)(params, tiny.batch())
+  parts, _ = tiny.gradients(**scope, train__micro_batch_size=2)(params, tiny.batch())
+  for name in ('squared_deviation', 'expert_level'):
+    np.testing.assert_allclose(
+      parts.stats.losses[name], whole.stats.losses[name], rtol=1e-4, err_msg=name
+    )
+  np.testing.assert_allclose(parts.aux, whole.aux, rtol=1e-5)

@@ -129,7 +129,7 @@ def _draw(rows: Sequence[Mapping[str, Any]], path: pathlib.Path):
     left.set_yticks(range(len(rows)), [row['name'] for row in rows])
     left.set_xlabel('held-out bits per byte')
     right.set_xlabel('MaxVio_global (0 = balanced)')
-    right.set_xscale('symlog', linthresh=0.1)
+    right.set_xlim(left=-0.1)
     for axes in (left, right):
       axes.grid(True, axis='both')
     plots.save(fig, path)
