@@ -44,7 +44,8 @@ def test_evaluate_prints_one_json_object(workdir, env):
   done = command('evaluate', f'--workdir={workdir}', '--json', env=env)
   assert done.returncode == 0, done.stderr
   record = json.loads(done.stdout)
-  assert list(record) == ['step', 'loss', 'bits_per_byte', 'max_vio', 'max_vio_per_layer', 'routing']
+  keys = ['step', 'loss', 'bits_per_byte', 'max_vio', 'max_vio_per_layer', 'routing']
+  assert list(record) == keys
   final = json.loads((workdir / 'evaluation.json').read_text())
   assert record == {key: final[key] for key in record}
 

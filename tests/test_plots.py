@@ -90,7 +90,7 @@ def test_routing_pictures_without_any_figure(tmp_path):
 def drawn(monkeypatch):
   """Keeps the figures instead of drawing them: a list, filled by every call of `plots`."""
   figures = []
-  monkeypatch.setattr(plots, '_save', lambda fig, path: figures.append(fig))
+  monkeypatch.setattr(plots, 'save', lambda fig, path: figures.append(fig))
   return figures
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from absl import flags
 
-from moe_jax import config, errors
+from moe_jax import config_moe, errors
 from moe_jax.models.dispatch import grouped
 
 A, B = 6, 5
@@ -119,7 +119,7 @@ def test_blocks_with_nothing_routed(legs):
 
 
 def test_backends_are_those_of_the_config():
-  assert {'auto', *grouped.BACKENDS} == set(config.GROUPED_MATMULS)
+  assert {'auto', *grouped.BACKENDS} == set(config_moe.GROUPED_MATMULS)
   assert set(grouped.PLATFORM_DEFAULT.values()) <= set(grouped.BACKENDS)
 
 
