@@ -61,10 +61,13 @@ def draw(
   written.append(workdir / 'plots' / 'routing.png')
   history = router_metrics.read_history(workdir / 'routing')
   plots.routing_overview(history, written[2], f'{workdir.name}: routing', first_layer=first)
+  written.append(workdir / 'plots' / 'expert_similarity.png')
+  title = f'{workdir.name}: how alike the experts are'
+  plots.routing_heatmap(history, 'expert_similarity', written[3], title, first_layer=first)
   if cfg.model.moe.num_virtual_devices > 1:
     written.append(workdir / 'plots' / 'tokens_sent.png')
     title = f'{workdir.name}: tokens sent between virtual devices, held-out text'
-    plots.tokens_sent(figures.routing['tokens_sent'].sum(axis=0), written[3], title)
+    plots.tokens_sent(figures.routing['tokens_sent'].sum(axis=0), written[4], title)
   return written
 
 

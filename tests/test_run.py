@@ -34,6 +34,7 @@ OVERRIDES = {
   'train.log_every': 1,
   'train.eval_every': 5,
   'train.routing_every': 4,
+  'model.moe.num_virtual_devices': 4,
   'model.moe.expert_bias.update_rule': 'sign',
   'checkpoint.save_every': 4,
   'data.synthetic_documents': 120,
@@ -115,7 +116,7 @@ def test_routing_figures_of_the_run_are_kept_as_arrays(finished):
   heldout = router_metrics.read(workdir / 'routing' / 'heldout.npz')
   record = json.loads((workdir / 'evaluation.json').read_text())
   assert record['max_vio_per_layer'] == heldout['max_vio'].tolist()
-  for name in ('routing.png', 'expert_load.png'):
+  for name in ('routing.png', 'expert_load.png', 'expert_similarity.png', 'tokens_sent.png'):
     assert (workdir / 'plots' / name).read_bytes().startswith(b'\x89PNG')
 
 
