@@ -123,7 +123,7 @@ def routing_figures(
 ) -> dict[str, np.ndarray]:
   """The arrays of `router_metrics` for the sums `stats` over a batch or a whole evaluation."""
   experts = {k: variables['params']['moe_layers']['moe'][k] for k in ('gate_up', 'down')}
-  state = variables['router_state'].get('moe_layers', {}).get('moe', {})
+  state = transformer.moe_state(variables['router_state'])
   stats, alike, bias = jax.device_get((stats, _similarity(experts), state.get('expert_bias')))
   return router_metrics.figures(
     model.moe,

@@ -35,6 +35,7 @@ from moe_jax import (
 from moe_jax.data import cache, pipeline
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import tokenizer as tokenizer_lib
+from moe_jax.models import transformer
 from moe_jax.models.dispatch import grouped, plan
 from moe_jax.models.routers import tables
 
@@ -295,7 +296,7 @@ def with_tables(
   Raises:
     errors.InputError: the recording does not fit the model.
   """
-  found = dict(train.moe_state(state.router_state))
+  found = dict(transformer.moe_state(state.router_state))
   moe = cfg.model.moe
   if not cfg.model.is_moe:
     return state
@@ -311,7 +312,7 @@ def with_tables(
     found['assignments'] = tables.load_assignments(moe, found['assignments'].shape)
   else:
     return state
-  old = train.moe_state(state.router_state)
+  old = transformer.moe_state(state.router_state)
   placed = {k: jax.device_put(v, old[k].sharding) for k, v in found.items()}
   return state.replace(router_state={'moe_layers': {'moe': placed}})
 

@@ -94,11 +94,6 @@ def init_state(cfg: config.Config, mesh: jax.sharding.Mesh) -> TrainState:
   return create(jax.random.key(cfg.train.seed))
 
 
-def moe_state(router_state: Any) -> dict[str, Array]:
-  """The routers' variables, leaves [num_moe_layers, ...]; empty without any."""
-  return router_state.get('moe_layers', {}).get('moe', {})
-
-
 class Totals(NamedTuple):
   """Denominators of the whole batch."""
 
@@ -145,7 +140,7 @@ def batch_loss(
   total = cross_entropy + cfg.train.z_loss_weight * z / totals.targets
   if out.stats is None:
     return total, Loss(cross_entropy, jnp.float32(0), None)
-  aux = aux_loss(cfg.model.moe, moe_state(router_state), out.stats) / totals.tokens
+  aux = aux_loss(cfg.model.moe, transformer.moe_state(router_state), out.stats) / totals.tokens
   return total + aux, Loss(cross_entropy, aux, out.stats)
 
 
@@ -213,7 +208,7 @@ def gradients(
   loss, grads = _accumulate(functools.partial(share, slopes=slopes), micros)
   if loss.stats is not None:
     stats = balance.refreshed(cfg.model.moe, loss.stats)
-    aux = aux_loss(cfg.model.moe, moe_state(router_state), stats) / totals.tokens
+    aux = aux_loss(cfg.model.moe, transformer.moe_state(router_state), stats) / totals.tokens
     loss = loss._replace(stats=stats, aux=aux)
   return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
 
@@ -230,7 +225,7 @@ def next_router_state(
   cfg: config.Config, router_state: Any, stats: balance.RouterStats | None, step: Array
 ) -> Any:
   """What routing remembers after a step whose number was `step` and whose figures were `stats`."""
-  state = moe_state(router_state)
+  state = transformer.moe_state(router_state)
   if not state or stats is None:
     return router_state
   share = step / cfg.train.num_steps

@@ -168,11 +168,11 @@ def test_bias_moves_once_per_step_by_the_load_of_the_whole_batch(first):
   """Once, though there are four micro-batches and a second forward pass; no decay, no momentum."""
   state, got = first
   cfg = tiny.make(**STEP)
-  before = train.moe_state(router_state(cfg))['expert_bias']
+  before = transformer.moe_state(router_state(cfg))['expert_bias']
   load = np.asarray(got.stats.sums.load, np.float32)
   assert load.shape == (2, E) and (load.sum(-1) == 86 * 2).all()
   want = before + np.float32(1e-3) * np.sign(load.mean(-1, keepdims=True) - load)
-  np.testing.assert_array_equal(train.moe_state(state.router_state)['expert_bias'], want)
+  np.testing.assert_array_equal(transformer.moe_state(state.router_state)['expert_bias'], want)
   assert (np.sign(load.mean(-1, keepdims=True) - load) != 0).any(-1).all()
 
 
@@ -181,7 +181,7 @@ def test_coefficient_follows_the_drop_rate_of_each_layer(first):
   load, dropped = (np.asarray(a).sum(-1) for a in (got.stats.sums.load, got.stats.dropped))
   # beta .5; the target is min(.2 d, .5).
   want = 0.5 * COEFFICIENTS + 0.5 * np.minimum(0.2 * dropped / load, 0.5)
-  coefficient = train.moe_state(state.router_state)['loss_coefficient']
+  coefficient = transformer.moe_state(state.router_state)['loss_coefficient']
   np.testing.assert_allclose(coefficient, want, rtol=1e-6)
   assert (want != COEFFICIENTS).all()
 
@@ -214,7 +214,7 @@ def test_a_balanced_layer_stays_and_the_others_move():
   state = {'moe_layers': {'moe': {'expert_bias': jnp.full((2, 4), 0.5)}}}
   move = lambda step: train.next_router_state(cfg, state, stats, np.int32(step))
   u = np.float32(1e-3)
-  got = train.moe_state(move(19))['expert_bias']  # the last of 20 steps
+  got = transformer.moe_state(move(19))['expert_bias']  # the last of 20 steps
   np.testing.assert_array_equal(got, np.float32(0.5) + np.float32([[-u, u, u, -u], [0, 0, 0, 0]]))
   jax.tree.map(np.testing.assert_array_equal, move(20), state)  # past update_until = 1
   assert train.next_router_state(cfg, state, None, 0) is state  # a dense model has no loads
@@ -232,14 +232,14 @@ def test_checkpoints_keep_the_router_state(tmp_path):
     assert ckpt.save(5, state, {}, force=True)
   with checkpoint.Checkpointer(tmp_path, None, read_only=True) as ckpt:
     restored = ckpt.restore(abstract).state
-  assert set(train.moe_state(restored.router_state)) == {'expert_bias', 'loss_coefficient'}
+  assert set(transformer.moe_state(restored.router_state)) == {'expert_bias', 'loss_coefficient'}
   jax.tree.map(np.testing.assert_array_equal, restored, state)
 
 
 def test_a_fresh_state_has_one_state_per_moe_layer():
   cfg = tiny.make(model__moe__router='hash', model__moe__balance__adaptive__loss='switch')
   shapes = jax.eval_shape(lambda: transformer.init(cfg.model, jax.random.key(0))['router_state'])
-  state = train.moe_state(shapes)
+  state = transformer.moe_state(shapes)
   assert {name: leaf.shape for name, leaf in state.items()} == {
     'table': (2, 32, 2),
     'loss_coefficient': (2,),

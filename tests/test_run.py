@@ -26,6 +26,7 @@ from moe_jax import (
 )
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import packing
+from moe_jax.models import transformer
 
 MAKE_MESH = partitioning.make_mesh
 OVERRIDES = {
@@ -104,7 +105,7 @@ def test_routing_figures_of_the_run_are_kept_as_arrays(finished):
   assert [step for step, _ in history] == [4, 8, 12]
   loaded = run.load(workdir)
   moe = loaded.cfg.model.moe
-  bias = np.asarray(train.moe_state(loaded.variables['router_state'])['expert_bias'])
+  bias = np.asarray(transformer.moe_state(loaded.variables['router_state'])['expert_bias'])
   for step, figures in history:
     assert set(router_metrics.KEYS) <= set(figures)
     load, tokens = figures['load'], figures['num_tokens']
@@ -145,7 +146,7 @@ def test_balanced_hash_tables_follow_the_training_text(cache):
   mesh = partitioning.make_mesh(cfg.mesh)
   start = train.init_state(cfg, mesh)
   state = run.with_tables(cfg, start, corpus)
-  tables = np.asarray(train.moe_state(state.router_state)['table'])
+  tables = np.asarray(transformer.moe_state(state.router_state)['table'])
   ids = np.asarray(corpus.train[0].tokens)
   for table in tables:
     load = np.bincount(table[ids].ravel(), minlength=cfg.model.moe.num_experts)

@@ -279,6 +279,11 @@ def _init_stack(cfg: config.ModelConfig, kind: Stack, rng: Array) -> dict[str, A
   return {k: meta.add_axis(v, 0, axis) for k, v in stacked.items()}
 
 
+def moe_state(router_state: Any) -> dict[str, Array]:
+  """The routers' variables, leaves [num_moe_layers, ...]; empty without any."""
+  return router_state.get('moe_layers', {}).get('moe', {})
+
+
 def abstract_params(cfg: config.ModelConfig) -> Any:
   """Shapes and dtypes of the parameters, as nested dicts of ShapeDtypeStruct; allocates nothing."""
   return partitioning.unbox(jax.eval_shape(lambda: init(cfg, jax.random.key(0))['params']))
