@@ -24,6 +24,7 @@ setuptools.setup(
     'grain>=0.2.12',
     'jax>=0.10',
     'matplotlib>=3.9',
+    'ml-dtypes>=0.5',
     'ml-collections>=1.0',
     'numpy>=2.0',
     'optax>=0.2.6',
@@ -38,6 +39,7 @@ setuptools.setup(
       'pytest-xdist>=3.6',
       'ruff>=0.15',
       'pyarrow>=17.0',
+      'safetensors>=0.5',
       'tensorboard>=2.18',
       'tokamax>=0.0.12',
     ],
@@ -49,7 +51,13 @@ setuptools.setup(
       "triton; python_version >= '3.12'",
     ],
     'tpu': ['jax[tpu]>=0.10'],
-    'hf': ['datasets>=3.0', 'pyarrow>=17.0'],
+    'hf': [
+      'datasets>=3.0',
+      'lm-eval>=0.4.9',
+      'pyarrow>=17.0',
+      'torch>=2.6',
+      'transformers>=5.23',  # before, DeepSeek-V2 under YaRN lacked a factor of its logits
+    ],
     'colab': ['nbclient>=0.10', 'ipykernel>=6.29'],
   },
 )

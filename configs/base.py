@@ -32,6 +32,7 @@ LOSS_SCOPES = {
 def get_config() -> Page:
   """A small dense-first DeepSeekMoE on the Python standard library; all keys are present."""
   c = ml_collections.ConfigDict()
+  c.init_from = ''
 
   c.model = ml_collections.ConfigDict()
   c.model.vocab_size = 8192
@@ -48,12 +49,8 @@ def get_config() -> Page:
   c.model.remat = 'none'
   c.model.scan_layers = True
 
-  c.model.attention = ml_collections.ConfigDict()
-  c.model.attention.num_kv_heads = 4
-  c.model.attention.head_dim = 64
-  c.model.attention.rope_theta = 10_000.0
-  c.model.attention.num_experts = 0
-
+  c.model.num_mtp_layers = 0
+  c.model.attention = _attention()
   c.model.moe = _moe()
 
   c.data = ml_collections.ConfigDict()
@@ -78,6 +75,7 @@ def get_config() -> Page:
   c.optim.final_lr_fraction = 0.1
   c.optim.multi_step_boundaries = (0.8, 0.9)
   c.optim.multi_step_factor = 0.316
+  c.optim.stages = ()
   c.optim.beta1 = 0.9
   c.optim.beta2 = 0.95
   c.optim.eps = 1e-8
@@ -91,6 +89,8 @@ def get_config() -> Page:
   c.train.micro_batch_size = 0
   c.train.seed = 0
   c.train.z_loss_weight = 0.0
+  c.train.mtp_loss_weight = 0.3
+  c.train.mtp_loss_ramp = ()
   c.train.log_every = 10
   c.train.eval_every = 0
   c.train.routing_every = 100
@@ -109,6 +109,35 @@ def get_config() -> Page:
   c.paper.mlp_dim = 0.0
   c.paper.moe_mlp_dim = 0.0
   return c
+
+
+def _attention() -> Page:
+  """The section `model.attention`: MHA; the sizes of MLA are for four heads of 64."""
+  attention = ml_collections.ConfigDict()
+  attention.kind = 'gqa'
+  attention.impl = 'auto'
+  attention.num_kv_heads = 4
+  attention.head_dim = 64
+  attention.num_experts = 0
+
+  attention.rope = ml_collections.ConfigDict()
+  attention.rope.theta = 10_000.0
+  attention.rope.layout = 'half'
+  yarn = attention.rope.yarn = ml_collections.ConfigDict()
+  yarn.factor = 1.0
+  yarn.original_max_seq_len = 4096
+  yarn.beta_fast = 32.0
+  yarn.beta_slow = 1.0
+  yarn.mscale = 1.0
+  yarn.mscale_all_dim = 1.0
+
+  mla = attention.mla = ml_collections.ConfigDict()
+  mla.q_lora_rank = 0
+  mla.kv_lora_rank = 128
+  mla.qk_nope_head_dim = 64
+  mla.qk_rope_head_dim = 32
+  mla.v_head_dim = 64
+  return attention
 
 
 def _moe() -> Page:
@@ -252,6 +281,80 @@ def _hash(config: Page, width: float):
   experts(config, shared=0, routed=16, per_tok=1, width=width)
   config.model.moe.router = 'hash'
   minimise(config)
+
+
+def deepseek(config: Page) -> Page:
+  """What DeepSeek LLM, V2 and V3 have in common; sizes are left to the page."""
+  config.model.vocab_size = 102_400  # 100,000 and some special tokens, padded
+  config.model.max_seq_len = 4096
+  config.model.init_std = 0.006
+  config.model.dtype = 'bfloat16'
+  config.model.remat = 'moe_core'
+  config.model.attention.head_dim = 128
+  config.optim.schedule = 'multi_step'
+  config.optim.warmup_steps = 2000
+  config.train.eval_every = 1000
+  return config
+
+
+def latent_attention(config: Page, q_lora_rank: int) -> Page:
+  """MLA as V2 and V3 have it; with kind 'gqa' the page is the MHA that V2 compares it with."""
+  attention = config.model.attention
+  attention.kind = 'mla'
+  attention.num_kv_heads = config.model.num_heads
+  attention.rope.layout = 'interleaved'
+  attention.mla.q_lora_rank = q_lora_rank
+  attention.mla.kv_lora_rank = 512
+  attention.mla.qk_nope_head_dim = 128
+  attention.mla.qk_rope_head_dim = 64
+  attention.mla.v_head_dim = 128
+  return config
+
+
+def long_context(
+  config: Page, length: int, batch_size: int, learning_rate: float, mscale: float
+) -> Page:
+  """1000 further steps on longer rows: YaRN by 40, from 4K to up to 160K, at a constant rate."""
+  config.model.max_seq_len = length
+  yarn = config.model.attention.rope.yarn
+  yarn.factor = 40.0
+  yarn.original_max_seq_len = 4096
+  yarn.mscale = yarn.mscale_all_dim = mscale
+  config.optim.schedule = 'constant'
+  config.optim.stages = ()
+  config.optim.peak_lr = learning_rate
+  config.optim.warmup_steps = 0
+  config.train.batch_size, config.train.batch_ramp = batch_size, ()
+  config.train.num_steps = 1000
+  config.train.eval_every = 250
+  return config
+
+
+def ramp_batch(config: Page, first: int, tokens: float) -> Page:
+  """From `first` rows to `train.batch_size` in four equal rises, each after a quarter of `tokens`.
+
+  The papers give the two sizes and the tokens; the steps between are ours.
+  """
+  sizes = [first + i * (config.train.batch_size - first) // 4 for i in range(4)]
+  steps = [round(tokens / 4 / size / config.model.max_seq_len) for size in sizes]
+  config.train.batch_ramp = tuple((sum(steps[: i + 1]), size) for i, size in enumerate(sizes))
+  return config
+
+
+def steps_of(config: Page, tokens: float) -> int:
+  """Steps in which the page, whose batch may grow, sees this many tokens."""
+  length, start = config.model.max_seq_len, 0
+  for until, size in config.train.batch_ramp:
+    seen = (until - start) * size * length
+    if tokens < seen:
+      return start + round(tokens / size / length)
+    tokens, start = tokens - seen, until
+  return start + round(tokens / config.train.batch_size / length)
+
+
+def step_share(config: Page, tokens: float) -> float:
+  """The share of `train.num_steps` after which the page has seen this many tokens."""
+  return steps_of(config, tokens) / config.train.num_steps
 
 
 TINY_FFN = 128  # 2 D; a quarter is 32

@@ -8,17 +8,19 @@ the oldest until one is whole. It never starts from zero while there are steps o
 damaged step is moved aside, never deleted.
 
 Layout: `<directory>/<step>/{state,meta}`. Moved aside, where orbax does not look:
-`<directory>/<step>.damaged-<k>`.
+`<directory>/<step>.damaged-<k>`. `checkpoint_stream` writes and reads the same layout slice by
+slice, for weights that do not fit into memory.
 """
 
 import dataclasses
 import itertools
 import json
 import logging as std_logging
+import math
 import os
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +33,10 @@ from jax.experimental import multihost_utils
 
 from moe_jax import bits as bits_lib
 from moe_jax import config, errors
+
+# Nothing less than a chunk can be read, so arrays above MAX_CHUNK_BYTES are cut up on disk; along
+# the axes of a stack of layers and experts as long as the chunks stay above MIN_CHUNK_BYTES.
+MAX_CHUNK_BYTES, MIN_CHUNK_BYTES = 32 * 2**20, 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,12 +115,15 @@ class Checkpointer:
     self._may_save = True
     if not (force or self.is_due(step)) or step in self.steps():
       return False
-    record = _record(step, state, meta)
-    items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(record))
+    json_item = record(step, _leaf_records(state), meta)
+    arrays = ocp.args.StandardSave(state, save_args=jax.tree.map(_save_args, state))
+    items = ocp.args.Composite(state=arrays, meta=ocp.args.JsonSave(json_item))
     # Orbax's own rules for when to save are switched off: the schedule is decided above.
     return self._manager.save(step, args=items, force=True)
 
-  def restore(self, abstract_state: Any, step: int | None = None) -> Restored | None:
+  def restore(
+    self, abstract_state: Any, step: int | None = None, *, partial: bool = False
+  ) -> Restored | None:
     """Restores the newest whole step, or exactly `step`.
 
     A writer then moves every newer step aside: new steps follow the restored one, can take their
@@ -123,13 +132,15 @@ class Checkpointer:
     Args:
       abstract_state: pytree of `jax.ShapeDtypeStruct` with the shardings to restore to.
       step: the step wanted; None for the newest whole one.
+      partial: read only the arrays of `abstract_state`, say the dict of `params` and
+        `router_state`, whatever else the checkpoint holds. A step is whole if these are.
 
     Returns:
       None when there are no steps at all.
 
     Raises:
       errors.InputError: `step` is missing or damaged, every step is damaged, or the checkpoint
-        holds other arrays than `abstract_state`.
+        lacks arrays of `abstract_state`, has others of that name or, unless `partial`, has more.
     """
     self._reload()
     steps = self.steps()
@@ -140,7 +151,7 @@ class Checkpointer:
     damaged = {}
     for candidate in [step] if step is not None else reversed(steps):
       try:
-        restored = self._restore_whole(candidate, target)
+        restored = self._restore_whole(candidate, target, partial)
       except _DamagedError as e:
         damaged[candidate] = str(e)
         continue
@@ -165,13 +176,18 @@ class Checkpointer:
     Raises:
       errors.InputError: `step` is missing or damaged, or no step has a readable meta.
     """
+    found = self.read_record(step)
+    return None if found is None else found['meta']
+
+  def read_record(self, step: int | None = None) -> dict[str, Any] | None:
+    """What `record` made of `step`, or of the newest step where it is readable; see `read_meta`."""
     self._reload()
     if step is not None:
       self._require_step(step)
     damaged = {}
     for candidate in [step] if step is not None else reversed(self.steps()):
       try:
-        return self._read_record(candidate)['meta']
+        return self._read_record(candidate)
       except _DamagedError as e:
         damaged[candidate] = str(e)
     if damaged:
@@ -202,25 +218,31 @@ class Checkpointer:
     try:
       found = self._reader.metadata(self._directory / str(step))
       item = ocp.args.Composite(meta=ocp.args.JsonRestore())
-      record = self._reader.restore(self._directory / str(step), args=item).meta
+      json_item = self._reader.restore(self._directory / str(step), args=item).meta
     except Exception as e:
       raise _DamagedError(f'its meta cannot be read: {_first_line(e)}') from e
-    if not isinstance(record, dict) or record.pop('crc32', None) != _crc(record):
+    if not isinstance(json_item, dict) or json_item.pop('crc32', None) != _crc(json_item):
       raise _DamagedError('its meta does not match its own checksum')
-    if record['step'] != step:
-      raise _DamagedError(f'it holds step {record["step"]}')
+    if json_item['step'] != step:
+      raise _DamagedError(f'it holds step {json_item["step"]}')
     if found.commit_timestamp_nsecs is None:
       raise _DamagedError('its _CHECKPOINT_METADATA is missing or unreadable')
     if found.item_metadata.get('state') is None:
       raise _DamagedError('its state/_METADATA or what it points to is missing')
-    return record
+    return json_item
 
-  def _restore_whole(self, step: int, target: Any) -> Restored:
+  def _restore_whole(self, step: int, target: Any, partial: bool) -> Restored:
     state, reason = None, 'another process could not read it'
-    items = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
+    arrays = ocp.args.PyTreeRestore(
+      target,
+      restore_args=ocp.checkpoint_utils.construct_restore_args(target, shardings),
+      partial_restore=partial,
+    )
+    items = ocp.args.Composite(state=arrays)
     try:
-      record = self._read_record(step)
-      _check_leaves(record['leaves'], target, self._directory / str(step))
+      saved = self._read_record(step)
+      _check_leaves(saved['leaves'], target, self._directory / str(step), partial)
       state = self._reader.restore(self._directory / str(step), args=items).state
     except errors.InputError:
       raise
@@ -231,12 +253,12 @@ class Checkpointer:
     if not _on_all_processes(state is not None):
       raise _DamagedError(reason)
     found = checksums(state)
-    wrong = [path for path, leaf in record['leaves'].items() if leaf['checksum'] != found[path]]
+    wrong = [name for name in found if saved['leaves'][name]['checksum'] != found[name]]
     if wrong:
       raise _DamagedError(
         f'{len(wrong)} of {len(found)} arrays differ from their checksums, first {wrong[0]}'
       )
-    return Restored(state, record['meta'], step)
+    return Restored(state, saved['meta'], step)
 
   def _settle(self, step: int, damaged: Mapping[int, str]):
     """Says which steps are damaged; a writer moves everything newer than `step` aside."""
@@ -288,7 +310,7 @@ def _reader() -> ocp.Checkpointer:
     primary_host=index, active_processes={index}, barrier_sync_key_prefix=f'reader{index}'
   )
   handler = ocp.CompositeCheckpointHandler(
-    state=ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+    state=ocp.PyTreeCheckpointHandler(multiprocessing_options=alone),
     meta=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
     composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
   )
@@ -300,7 +322,7 @@ def checksums(tree: Any) -> dict[str, int]:
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   # One small program per distinct array type: parameters and both moments share theirs.
   sums = jax.device_get([_checksum(leaf) for _, leaf in leaves])
-  return {_name(path): int(value) for (path, _), value in zip(leaves, sums)}
+  return {leaf_name(path): int(value) for (path, _), value in zip(leaves, sums)}
 
 
 @jax.jit
@@ -325,33 +347,67 @@ def _checksum(x: jax.Array) -> jax.Array:
   return jnp.sum(mixed, dtype=jnp.uint32)
 
 
-def _record(step: int, state: Any, meta: Mapping[str, Any]) -> dict[str, Any]:
+def _leaf_records(state: Any) -> dict[str, dict[str, Any]]:
   sums = checksums(state)
-  leaves = {
-    _name(path): {
-      'shape': list(leaf.shape),
-      'dtype': str(leaf.dtype),
-      'checksum': sums[_name(path)],
-    }
+  return {
+    leaf_name(path): leaf_record(leaf.shape, leaf.dtype, sums[leaf_name(path)])
     for path, leaf in jax.tree_util.tree_leaves_with_path(state)
   }
-  record = {'step': step, 'meta': {**meta, 'step': step}, 'leaves': leaves}
-  record = json.loads(json.dumps(record))  # tuples become lists now, as they will on disk
-  return {**record, 'crc32': _crc(record)}
 
 
-def _crc(record: Mapping[str, Any]) -> int:
-  return zlib.crc32(json.dumps(record, sort_keys=True).encode())
+def leaf_record(shape: Sequence[int], dtype: Any, checksum: int) -> dict[str, Any]:
+  """What is recorded of one array."""
+  return {'shape': list(shape), 'dtype': str(dtype), 'checksum': checksum}
 
 
-def _check_leaves(saved: Mapping[str, Any], target: Any, where: epath.Path):
+def record(
+  step: int, leaves: Mapping[str, Mapping[str, Any]], meta: Mapping[str, Any]
+) -> dict[str, Any]:
+  """The JSON item of a step: what the caller wants to know of it, and what proves it whole.
+
+  Args:
+    step: optimizer steps done.
+    leaves: `leaf_record` of every array by its path, as in 'params/embed/embedding'.
+    meta: what JSON can hold.
+  """
+  item = {'step': step, 'meta': {**meta, 'step': step}, 'leaves': leaves}
+  item = json.loads(json.dumps(item))  # tuples become lists now, as they will on disk
+  return {**item, 'crc32': _crc(item)}
+
+
+def _save_args(leaf: jax.Array) -> ocp.SaveArgs:
+  """Cuts a large array into its layers and experts, then into blocks; orbax would write it whole.
+
+  Orbax cuts the longest axis into divisors of its length. One with few of them (a vocabulary of
+  50257 is prime) would end in single rows, so it is left whole.
+  """
+  if leaf.nbytes <= MAX_CHUNK_BYTES:
+    return ocp.SaveArgs()
+  below = [math.prod(leaf.shape[axis + 1 :]) * leaf.dtype.itemsize for axis in range(leaf.ndim - 2)]
+  stacked = tuple(axis for axis, num_bytes in enumerate(below) if num_bytes >= MIN_CHUNK_BYTES)
+  divides = max(leaf.shape[len(stacked) :]) % 64 == 0
+  return ocp.SaveArgs(chunk_byte_size=MAX_CHUNK_BYTES if divides else None, shard_axes=stacked)
+
+
+def _crc(item: Mapping[str, Any]) -> int:
+  return zlib.crc32(json.dumps(item, sort_keys=True).encode())
+
+
+def _check_leaves(saved: Mapping[str, Any], target: Any, where: epath.Path, partial: bool):
   """Compares names, shapes and types of the checkpoint's arrays with those of the model at hand."""
   wanted = {
-    _name(path): (tuple(leaf.shape), str(leaf.dtype))
+    leaf_name(path): (tuple(leaf.shape), str(leaf.dtype))
     for path, leaf in jax.tree_util.tree_leaves_with_path(target)
   }
   has = {name: (tuple(leaf['shape']), leaf['dtype']) for name, leaf in saved.items()}
-  for name in [*wanted, *(name for name in has if name not in wanted)]:
+  if _has_optimizer(wanted) and not _has_optimizer(has):
+    raise errors.InputError(
+      f'checkpoint {where} holds weights only, without the state of an optimizer, so no run can be '
+      f'resumed from it; start one from its weights with --config.init_from={where.parent.parent} '
+      'and another --workdir'
+    )
+  extra = [] if partial else [name for name in has if name not in wanted]
+  for name in [*wanted, *extra]:
     if has.get(name) != wanted.get(name):
       raise errors.InputError(
         f'{name} is {_describe(has.get(name))} in checkpoint {where} but '
@@ -360,11 +416,16 @@ def _check_leaves(saved: Mapping[str, Any], target: Any, where: epath.Path):
       )
 
 
+def _has_optimizer(names: Iterable[str]) -> bool:
+  return any(name.startswith('opt_state/') for name in names)
+
+
 def _describe(leaf: tuple[tuple[int, ...], str] | None) -> str:
   return 'absent' if leaf is None else f'{leaf[1]}{list(leaf[0])}'
 
 
-def _name(path: tuple[Any, ...]) -> str:
+def leaf_name(path: tuple[Any, ...]) -> str:
+  """Name of an array in the record: the same in a dict as in the state of a training run."""
   return jax.tree_util.keystr(path, simple=True, separator='/')
 
 

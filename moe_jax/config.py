@@ -12,24 +12,13 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from moe_jax import config_moe, errors
+from moe_jax import config_attention, config_moe, errors
 
 REMAT_POLICIES = ('none', 'moe_core', 'full')
 DTYPES = ('float32', 'bfloat16')
-SCHEDULES = ('multi_step', 'cosine', 'constant', 'linear')
+SCHEDULES = ('multi_step', 'cosine', 'constant', 'linear', 'stages')
+STAGE_SHAPES = ('constant', 'linear', 'cosine')
 SOURCES = ('python_source', 'text', 'jsonl', 'parquet', 'hf', 'synthetic', 'mixture')
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionConfig:
-  """Multi-head attention with grouped key-value heads and rotary positions."""
-
-  num_kv_heads: int  # key-value heads; = model.num_heads is MHA, 1 is MQA, anything between is GQA
-  head_dim: int  # size of one head, H; must be even for the rotation
-  rope_theta: float  # base of the rotary frequencies, theta^(-2i/H)
-  num_experts: (
-    int  # mixture of attention heads (DS-MoE): experts that share out the heads; 0 = none
-  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +38,10 @@ class ModelConfig:
   param_dtype: str  # dtype of the kept weights, one of DTYPES; norms and router stay float32
   remat: str  # one of REMAT_POLICIES: which activations the backward pass recomputes
   scan_layers: bool  # layers of one kind are a loop; False unrolls it: slower to compile
-  attention: AttentionConfig
+  # Depth D of multi-token prediction (DeepSeek-V3, section 2.2): modules that predict one token
+  # further each, trained with train.mtp_loss_weight; they can draft when text is generated.
+  num_mtp_layers: int
+  attention: config_attention.AttentionConfig
   moe: config_moe.MoEConfig
 
   @property
@@ -101,6 +93,8 @@ class OptimConfig:
     float, ...
   ]  # multi_step: shares of num_steps at which the rate drops
   multi_step_factor: float  # factor at each boundary (0.316 in the DeepSeek papers)
+  # stages: ((until share of num_steps, share of peak_lr at its end, one of STAGE_SHAPES), ...)
+  stages: tuple[tuple[float, float, str], ...]
   beta1: float
   beta2: float
   eps: float
@@ -119,6 +113,9 @@ class TrainConfig:
   micro_batch_size: int  # rows per forward pass, gradients add up; 0 = the whole batch
   seed: int  # decides initialisation and data order
   z_loss_weight: float  # weight of the mean squared log-partition of the vocabulary softmax
+  mtp_loss_weight: float  # lambda of multi-token prediction (V3: 0.1), over the mean of its depths
+  # Ramp ((until share of the run, lambda), ...): mtp_loss_weight holds from the last share on.
+  mtp_loss_ramp: tuple[tuple[float, float], ...]
   log_every: int  # steps between log lines
   eval_every: int  # steps between held-out evaluations; 0 = only at the end
   routing_every: int  # steps between files of routing figures; 0 = only at the end
@@ -156,6 +153,7 @@ class PaperConfig:
 class Config:
   """One run, whole."""
 
+  init_from: str  # workdir whose newest weights a fresh run starts from; '' = random weights
   model: ModelConfig
   data: DataConfig
   optim: OptimConfig
@@ -290,27 +288,12 @@ def validate_model(model: ModelConfig):
     'num_layers',
     'num_heads',
   )
-  errors.at_least(model, 'model', 0, 'num_dense_layers', 'norm_eps', 'init_std')
+  errors.at_least(model, 'model', 0, 'num_dense_layers', 'norm_eps', 'init_std', 'num_mtp_layers')
   errors.choice('model.dtype', model.dtype, DTYPES)
   errors.choice('model.param_dtype', model.param_dtype, DTYPES)
   errors.choice('model.remat', model.remat, REMAT_POLICIES)
   attention = model.attention
-  errors.at_least(attention, 'model.attention', 1, 'num_kv_heads', 'head_dim')
-  errors.require(
-    attention.rope_theta > 0,
-    f'config.model.attention.rope_theta={attention.rope_theta} must be positive',
-  )
-  errors.require(
-    model.num_heads % attention.num_kv_heads == 0,
-    f'config.model.attention.num_kv_heads={attention.num_kv_heads} must divide '
-    f'model.num_heads={model.num_heads}; '
-    f'choose a divisor of {model.num_heads}',
-  )
-  errors.require(
-    attention.head_dim % 2 == 0,
-    f'config.model.attention.head_dim={attention.head_dim} must be even: RoPE rotates pairs; '
-    f'choose {attention.head_dim + 1}',
-  )
+  config_attention.validate(attention, model.num_heads)
   errors.require(
     not attention.num_experts
     or (
@@ -402,11 +385,34 @@ def _validate_optim(optim: OptimConfig, train: TrainConfig):
     list(bounds) == sorted(bounds) and all(0 < b < 1 for b in bounds),
     f'config.optim.multi_step_boundaries={bounds} must be rising shares of the run between 0 and 1',
   )
+  _validate_stages(optim, train)
   errors.require(
     optim.warmup_steps < max(train.num_steps, 1),
     f'config.optim.warmup_steps={optim.warmup_steps} must be smaller than '
     f'train.num_steps={train.num_steps}; '
     'lower it, or train longer',
+  )
+
+
+def _validate_stages(optim: OptimConfig, train: TrainConfig):
+  name, shares = f'config.optim.stages={optim.stages}', [share for share, *_ in optim.stages]
+  errors.require(
+    bool(shares) == (optim.schedule == 'stages'),
+    f"{name} is read by config.optim.schedule='stages', which needs it, and by no other; set both "
+    'or neither',
+  )
+  for _, _, shape in optim.stages:
+    errors.choice('optim.stages', shape, STAGE_SHAPES)
+  errors.require(
+    not shares
+    or (
+      shares == sorted(set(shares))
+      and shares[-1] == 1
+      and all(fraction > 0 for _, fraction, _ in optim.stages)
+      and optim.warmup_steps < round(shares[0] * train.num_steps)
+    ),
+    f'{name} must be (until share, share of peak_lr, shape) with shares that rise to 1.0, positive '
+    f'rates, and a first stage that outlasts optim.warmup_steps={optim.warmup_steps}',
   )
 
 
@@ -419,6 +425,7 @@ def _validate_train(train: TrainConfig):
     'micro_batch_size',
     'seed',
     'z_loss_weight',
+    'mtp_loss_weight',
     'eval_every',
     'routing_every',
     'sample_tokens',
@@ -426,6 +433,13 @@ def _validate_train(train: TrainConfig):
   errors.require(
     train.seed < 2**32,
     f'config.train.seed={train.seed} must be below 2^32; choose a smaller number',
+  )
+  shares = [share for share, _ in train.mtp_loss_ramp]
+  errors.require(
+    shares == sorted(set(shares))
+    and all(0 < share < 1 and weight >= 0 for share, weight in train.mtp_loss_ramp),
+    f'config.train.mtp_loss_ramp={train.mtp_loss_ramp} must be (until share of the run, weight) '
+    'pairs whose shares rise between 0 and 1 and whose weights are not negative',
   )
   steps = [step for step, _ in train.batch_ramp]
   errors.require(

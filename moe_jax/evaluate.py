@@ -122,8 +122,14 @@ def routing_figures(
   model: config.ModelConfig, variables: Any, stats: balance.RouterStats
 ) -> dict[str, np.ndarray]:
   """The arrays of `router_metrics` for the sums `stats` over a batch or a whole evaluation."""
-  experts = {k: variables['params']['moe_layers']['moe'][k] for k in ('gate_up', 'down')}
-  state = transformer.moe_state(variables['router_state'])
+  moe, state = (
+    transformer.moe_params(variables['params']),
+    transformer.moe_state(variables['router_state']),
+  )
+  # Multi-token prediction comes last, and takes part in training only.
+  num_layers = len(stats.dropped)
+  experts = {k: moe[k][:num_layers] for k in ('gate_up', 'down')}
+  state = {k: v[:num_layers] for k, v in state.items()}
   stats, alike, bias = jax.device_get((stats, _similarity(experts), state.get('expert_bias')))
   return router_metrics.figures(
     model.moe,

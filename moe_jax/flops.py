@@ -4,17 +4,21 @@ Two countings of training FLOPs (forward and backward, backward = 2 x forward):
 
 * exact: what the mathematics of the model needs. A matrix of W weights costs 6 W per token; the
   routers and the output head count, the embedding look-up does not; query i attends to i + 1 keys;
-  grouped key-value projections have their real size. Recomputation (remat), the wasted work of a
-  masked dispatch and the work that dropped tokens save are no part of it, so that MFU compares runs
-  by the model they train.
+  grouped and latent key-value projections have their real size. A module of multi-token prediction
+  costs its projection, its block and the head once more, for every token: those at the end of a
+  document, which have no target so far ahead, count too. Recomputation (remat), the wasted work of
+  a masked dispatch and the work that dropped tokens save are no part of it, so that MFU compares
+  runs by the model they train.
 * paper: the convention behind the tables of DeepSeekMoE (arXiv 2401.06066), which full attention,
-  "as if MHA" projections and unaligned FFN widths reproduce to the printed digits.
+  "as if MHA" projections and unaligned FFN widths reproduce to the printed digits. It knows neither
+  latent attention, whose real projections count here, nor multi-token prediction, which does not.
 
 A token's experts are those of training: K of them, on average with router 'expert_choice', and all
 with 'ds_moe', which is dense in training and sparse outside of it.
 
-Letters: V vocab, D embed, N query heads, H head dim, F FFN width, E experts, K experts per token, L
-tokens.
+Letters: V vocab, D embed, N query heads, H head dim (Hn, Hr and Hv of MLA: of its unrotated and
+rotated part and of its value), R and Q kv_lora and q_lora rank, F FFN width, E experts, K experts
+per token, L tokens.
 """
 
 import dataclasses
@@ -27,20 +31,27 @@ TRAIN_FLOPS_PER_WEIGHT = 6
 
 @dataclasses.dataclass(frozen=True)
 class ParameterCount:
-  """Parameters of a whole model by what they are for; the fields add up to `total`."""
+  """Parameters of a whole model by what they are for; the fields but `mtp` add up to `total`."""
 
   embedding: int  # [V, D]
-  attention: int  # q, k, v and output projections
-  norms: int  # scales of the two norms of each layer, and of the last one
+  attention: int  # q, k, v and output projections, or the five of MLA (four without q_lora_rank)
+  norms: int  # scales of the two norms of each layer, of the last one and of MLA's latents
   dense_ffn: int  # FFNs of the dense layers
   shared_experts: int
   routed_experts: int
   router: int  # one row of D per routed expert, and per expert of a mixture of attention heads
   head: int  # [D, V], untied
+  mtp: int  # all of the modules of multi-token prediction, which share embedding and head
 
   @property
   def total(self) -> int:
-    return sum(dataclasses.astuple(self))
+    """Of the main model, which is what papers and checkpoints are named after."""
+    return sum(dataclasses.astuple(self)) - self.mtp
+
+  @property
+  def without_embedding(self) -> int:
+    """The total with one of the vocabulary matrices, as DeepSeek-V2 counts what is activated."""
+    return self.total - self.embedding
 
 
 def count_parameters(model: config.ModelConfig) -> ParameterCount:
@@ -69,12 +80,13 @@ def _count(model: config.ModelConfig, experts: int) -> ParameterCount:
   return ParameterCount(
     embedding=model.vocab_size * d,
     attention=model.num_layers * _attention(model),
-    norms=(2 * model.num_layers + 1) * d,
+    norms=model.num_layers * _norms(model) + d,
     dense_ffn=(model.num_layers - num_moe) * _swiglu(d, model.mlp_dim),
     shared_experts=num_moe * moe.num_shared_experts * expert,
     routed_experts=num_moe * experts * expert,
-    router=_routers(model),
+    router=num_moe * _router(model) + model.num_layers * d * model.attention.num_experts,
     head=d * model.vocab_size,
+    mtp=model.num_mtp_layers * (_mtp_weights(model, experts) + _norms(model) + 3 * d),
   )
 
 
@@ -83,28 +95,67 @@ def _swiglu(embed_dim: int, width: float) -> float:
   return 3 * embed_dim * width
 
 
-def _routers(model: config.ModelConfig) -> int:
-  """Weights that make logits: none for the experts of a hash table, which reads token ids."""
-  of_experts = 0 if model.moe.router == 'hash' else model.moe.num_experts
-  of_heads = model.num_layers * model.attention.num_experts
-  return model.embed_dim * (model.num_moe_layers * of_experts + of_heads)
+def _router(model: config.ModelConfig) -> int:
+  """Weights of one layer that make logits: none for a hash table, which reads token ids."""
+  return 0 if model.moe.router == 'hash' else model.embed_dim * model.moe.num_experts
+
+
+def _norms(model: config.ModelConfig) -> int:
+  """Scales in one layer: of its two norms, and of those of the latents."""
+  attention = model.attention
+  latents = attention.mla.q_lora_rank + attention.mla.kv_lora_rank
+  return 2 * model.embed_dim + (latents if attention.kind == 'mla' else 0)
 
 
 def _attention(model: config.ModelConfig) -> int:
-  """Weights of one attention layer: q and output of N heads, k and v of the key-value heads."""
-  heads = 2 * model.num_heads + 2 * model.attention.num_kv_heads
-  return model.embed_dim * model.attention.head_dim * heads
+  """Weights of one attention layer.
+
+  gqa: q and output of N heads, k and v of the key-value heads. mla: queries [D, Q], [Q, N, Hn + Hr]
+  or [D, N, Hn + Hr], latent and rotated key [D, R + Hr], up [R, N, Hn + Hv], output [N, Hv, D].
+  """
+  d, n, attention, mla = model.embed_dim, model.num_heads, model.attention, model.attention.mla
+  if attention.kind != 'mla':
+    return d * attention.head_dim * (2 * n + 2 * attention.num_kv_heads)
+  queries = n * attention.qk_head_dim
+  rank = mla.q_lora_rank
+  return (
+    (d * rank + rank * queries if rank else d * queries)
+    + d * (mla.kv_lora_rank + mla.qk_rope_head_dim)
+    + mla.kv_lora_rank * n * (mla.qk_nope_head_dim + mla.v_head_dim)
+    + n * mla.v_head_dim * d
+  )
+
+
+def _mtp_weights(model: config.ModelConfig, experts: int) -> int:
+  """Matrices of one module of multi-token prediction: [2 D, D] and those of a block.
+
+  The block is an MoE layer with `experts` routed experts, or a dense one in a dense model.
+  """
+  d, moe = model.embed_dim, model.moe
+  if model.is_moe:
+    ffn = (moe.num_shared_experts + experts) * _swiglu(d, moe.moe_mlp_dim) + _router(model)
+  else:
+    ffn = _swiglu(d, model.mlp_dim)
+  of_heads = d * model.attention.num_experts
+  return 2 * d * d + _attention(model) + of_heads + ffn
 
 
 def train_flops_per_sequence(model: config.ModelConfig) -> int:
   """Exact training FLOPs of one sequence of `max_seq_len` tokens that is a single document."""
-  count = count_activated(model)
+  count, modules = count_activated(model), model.num_mtp_layers
   weights = count.total - count.embedding - count.norms
+  weights += modules * (_mtp_weights(model, active_experts(model.moe)) + count.head)
   length = model.max_seq_len
-  # L (L + 1) / 2 pairs of a query and a key; a pair costs a head 2 H for q.k and 2 H for its value.
+  # L (L + 1) / 2 pairs of a query and a key; a pair costs a head 2 FLOPs per number of the key for
+  # its score, and 2 per number of the value.
   pairs = length * (length + 1) // 2
-  forward = 4 * model.num_layers * model.num_heads * model.attention.head_dim * pairs
+  forward = 2 * (model.num_layers + modules) * _pair_width(model) * pairs
   return length * TRAIN_FLOPS_PER_WEIGHT * weights + 3 * forward
+
+
+def _pair_width(model: config.ModelConfig) -> int:
+  """Numbers of all heads of a layer that meet for each pair of a query and a key."""
+  return model.num_heads * (model.attention.qk_head_dim + model.attention.v_head_dim)
 
 
 def train_flops_per_token(model: config.ModelConfig) -> int:
@@ -112,7 +163,7 @@ def train_flops_per_token(model: config.ModelConfig) -> int:
 
   Packed rows hold shorter documents that do not see each other and cost a little less.
   """
-  # Exact division: 3 * 4 * pairs = 6 L (L + 1).
+  # Exact division: 3 * 2 * pairs = 3 L (L + 1).
   return train_flops_per_sequence(model) // model.max_seq_len
 
 
@@ -122,22 +173,35 @@ def train_flops_per_sequence_paper(model: config.ModelConfig, paper: config.Pape
   T (6 N_act + 12 num_layers D T) for T = `max_seq_len`: full attention, 4 D^2 attention weights per
   layer whatever the number of key-value heads, the output head but neither the input embedding nor
   the router, and the FFN widths of `paper` where they are not 0. Rounded to a whole number, as
-  those widths are not.
+  those widths are not. MLA: its own weights, and N (Hn + Hr + Hv) in place of 2 D in the attention.
   """
   d, length, moe = model.embed_dim, model.max_seq_len, model.moe
   dense = _swiglu(d, paper.mlp_dim or model.mlp_dim)
   expert = _swiglu(d, paper.moe_mlp_dim or moe.moe_mlp_dim)
   active = moe.num_shared_experts + active_experts(moe)
+  is_mla = model.attention.kind == 'mla'
   weights = (
-    model.num_layers * 4 * d**2
+    model.num_layers * (_attention(model) if is_mla else 4 * d**2)
     + (model.num_layers - model.num_moe_layers) * dense
     + model.num_moe_layers * active * expert
     + d * model.vocab_size
   )
-  attention = 12 * model.num_layers * d * length
+  attention = 6 * model.num_layers * (_pair_width(model) if is_mla else 2 * d) * length
   return round(length * (TRAIN_FLOPS_PER_WEIGHT * weights + attention))
 
 
 def kv_cache_elements_per_token(model: config.ModelConfig) -> int:
-  """Numbers that decoding keeps per token of context: keys and values of all layers and heads."""
-  return 2 * model.num_layers * model.attention.num_kv_heads * model.attention.head_dim
+  """Numbers that decoding keeps per token of context, in all layers of the main model.
+
+  gqa: keys and values of the key-value heads; mla: one latent and one rotated key (DeepSeek-V2,
+  Table 1).
+  """
+  attention, mla = model.attention, model.attention.mla
+  if attention.kind == 'mla':
+    return model.num_layers * (mla.kv_lora_rank + mla.qk_rope_head_dim)
+  return 2 * model.num_layers * attention.num_kv_heads * attention.head_dim
+
+
+def bytes_at(elements: int, bits: int) -> int:
+  """Bytes that hold so many numbers of so many bits, up to a whole one."""
+  return -(-elements * bits // 8)

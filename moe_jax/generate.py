@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import config, errors
-from moe_jax.models import transformer
+from moe_jax.models import decode, transformer
 
 Array = jax.Array
 
@@ -105,13 +105,14 @@ def _generate(
     [B, max_new_tokens] int32, -1 from the end token on.
   """
   batch_size, prompt_len = prompt.shape
-  apply = functools.partial(transformer.Transformer(cfg).apply, variables)
   slots = -(-(prompt_len + max_new_tokens) // LENGTH_BUCKET) * LENGTH_BUCKET
-  cache = transformer.init_cache(cfg, batch_size, slots)
   rng = jax.random.key(seed)
+  weights = decode.unstack(cfg, variables)
 
   at = jnp.broadcast_to(jnp.arange(prompt_len), prompt.shape)
-  out = apply(prompt, at, (at < length[:, None]).astype(jnp.int32), cache)
+  model = transformer.Transformer(cfg, keep_cache=True)
+  out = model.apply(variables, prompt, at, (at < length[:, None]).astype(jnp.int32))
+  caches = decode.unstack_caches(cfg, out.caches, slots)
   last = jnp.take_along_axis(out.logits, (length - 1)[:, None, None], axis=1)[:, 0]
   token = _draw(last, sampling, jax.random.fold_in(rng, 0))
 
@@ -119,17 +120,17 @@ def _generate(
     t, _, _, done, _ = carry
     return (t < limit) & ~done.all()
 
-  def decode(carry):
-    t, token, cache, done, written = carry
+  def advance(carry):
+    t, token, caches, done, written = carry
     done |= token == eos_id
     written = written.at[:, t].set(jnp.where(done, -1, token))
-    out = apply(token[:, None], (length + t)[:, None], jnp.ones((batch_size, 1), jnp.int32), cache)
+    out = decode.step(cfg, weights, token[:, None], (length + t)[:, None], caches)
     token = _draw(out.logits[:, 0], sampling, jax.random.fold_in(rng, t + 1))
-    return t + 1, token, out.cache, done, written
+    return t + 1, token, out.caches, done, written
 
   written = jnp.full((batch_size, max_new_tokens), -1, jnp.int32)
   done = jnp.zeros((batch_size,), bool)
-  return jax.lax.while_loop(unfinished, decode, (0, token, out.cache, done, written))[-1]
+  return jax.lax.while_loop(unfinished, advance, (0, token, caches, done, written))[-1]
 
 
 def check_lengths(

@@ -32,6 +32,7 @@ KEYS = (
   'max_vio',
   'drop_rate',
   'aux_loss',
+  'mtp_loss',
   'data_wait_share',
 )
 _Path = str | os.PathLike[str]
@@ -121,6 +122,8 @@ def format_line(metrics: Mapping[str, float | None]) -> str:
     'drop_rate': ('dropped', '{:.1%}'),
     'data_wait_share': ('data_wait', '{:.1%}'),
   }
+  if metrics['mtp_loss'] is not None:
+    formats['mtp_loss'] = ('mtp_loss', '{:.4f}')
   return ' '.join(
     f'{name}={"-" if metrics[key] is None else form.format(metrics[key])}'
     for key, (name, form) in formats.items()

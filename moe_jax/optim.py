@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from moe_jax import config
@@ -12,7 +13,8 @@ def learning_rate(cfg: config.OptimConfig, num_steps: int) -> optax.Schedule:
   """Linear warm-up from peak / W to `peak_lr` in W steps, then the schedule up to `num_steps`.
 
   multi_step multiplies by `multi_step_factor` at each boundary, a share of the whole run (DeepSeek
-  LLM, section 2.3); cosine and linear fall to `final_lr_fraction` of the peak at the last step.
+  LLM, section 2.3); cosine and linear fall to `final_lr_fraction` of the peak at the last step;
+  stages hold a rate, or lead to it from the one before, one after the other (DeepSeek-V3).
   """
   decay_steps = max(num_steps - cfg.warmup_steps - 1, 1)  # the last step's rate is the final one
   end = cfg.peak_lr * cfg.final_lr_fraction
@@ -26,6 +28,8 @@ def learning_rate(cfg: config.OptimConfig, num_steps: int) -> optax.Schedule:
     main = optax.cosine_decay_schedule(cfg.peak_lr, decay_steps, alpha=cfg.final_lr_fraction)
   elif cfg.schedule == 'linear':
     main = optax.linear_schedule(cfg.peak_lr, end, decay_steps)
+  elif cfg.schedule == 'stages':
+    main = _stages(cfg, num_steps)
   else:
     main = optax.constant_schedule(cfg.peak_lr)
   if not cfg.warmup_steps:
@@ -36,9 +40,34 @@ def learning_rate(cfg: config.OptimConfig, num_steps: int) -> optax.Schedule:
   return optax.join_schedules([warmup, main], [w])
 
 
+def _stages(cfg: config.OptimConfig, num_steps: int) -> optax.Schedule:
+  """The pieces of `cfg.stages`; their step 0 ends the warm-up."""
+  parts, ends, start, level = [], [], cfg.warmup_steps, 1.0
+  for share, fraction, shape in cfg.stages:
+    end = round(share * num_steps)
+    rate, target, steps = cfg.peak_lr * level, cfg.peak_lr * fraction, max(end - start, 1)
+    if shape == 'cosine':
+      parts.append(optax.cosine_decay_schedule(rate, steps, alpha=fraction / level))
+    elif shape == 'linear':
+      parts.append(optax.linear_schedule(rate, target, steps))
+    else:
+      parts.append(optax.constant_schedule(target))
+    ends.append(end - cfg.warmup_steps)
+    start, level = end, fraction
+  return optax.join_schedules(parts, ends[:-1])
+
+
 def batch_size_at(cfg: config.TrainConfig, step: int) -> int:
   """Sequences in the global batch of `step`: the ramp entry still in force, or `batch_size`."""
   return next((size for until, size in cfg.batch_ramp if step < until), cfg.batch_size)
+
+
+def mtp_weight(cfg: config.TrainConfig, step: jax.Array) -> jax.Array:
+  """[] float32, lambda of multi-token prediction at `step`: the ramp's, or `mtp_loss_weight`."""
+  weight = jnp.float32(cfg.mtp_loss_weight)
+  for share, value in reversed(cfg.mtp_loss_ramp):
+    weight = jnp.where(step < share * cfg.num_steps, value, weight)
+  return weight
 
 
 def decay_mask(params: Any) -> Any:

@@ -31,6 +31,7 @@ from moe_jax import (
   router_metrics,
   run_record,
   train,
+  warm_start,
 )
 from moe_jax.data import cache, pipeline
 from moe_jax.data import corpus as corpus_lib
@@ -82,7 +83,10 @@ def run_training(
   """
   workdir = pathlib.Path(workdir)
   changes = run_record.check_workdir(workdir, cfg, allow_config_change)
+  source = _source(cfg)
   mesh, corpus = prepare(cfg)
+  if source is not None:
+    _check_source(cfg, source, corpus)
   first = jax.process_index() == 0
   summary = _summary(cfg, corpus, mesh)
   with (
@@ -99,7 +103,7 @@ def run_training(
       for line in (summary, *(f'config changed: {change}' for change in changes)):
         say(line)
     if restored is None:
-      state = with_tables(cfg, train.init_state(cfg, mesh), corpus)
+      state = _first_state(cfg, source, mesh, corpus, say)
     else:
       state = restored.state
       say(f'resuming after step {restored.step} of {cfg.train.num_steps}')
@@ -108,6 +112,38 @@ def run_training(
     stopped_by = stop.name if step < cfg.train.num_steps else ''
   run = Run(cfg, mesh, state.variables, corpus.tokenizer, step, corpus.fingerprint, stopped_by)
   return run, corpus
+
+
+def _source(cfg: config.Config) -> dict[str, Any] | None:
+  """The `meta` of the weights that the run starts from; None for random ones."""
+  return read_meta(cfg.init_from, flag='config.init_from') if cfg.init_from else None
+
+
+def _check_source(cfg: config.Config, source: Mapping[str, Any], corpus: corpus_lib.Corpus):
+  """Refuses weights that do not fit the model, or were trained with another tokenizer."""
+  warm_start.check(cfg, config.from_dict(source['config']))
+  errors.require(
+    source['tokenizer'] == digest(corpus.tokenizer),
+    f'config.data.tokenizer={cfg.data.tokenizer!r} is not the tokenizer of config.init_from='
+    f'{cfg.init_from}, whose embedding is used; pass '
+    f'--config.data.tokenizer={pathlib.Path(cfg.init_from) / "tokenizer.json"}',
+  )
+
+
+def _first_state(
+  cfg: config.Config,
+  source: Mapping[str, Any] | None,
+  mesh: jax.sharding.Mesh,
+  corpus: corpus_lib.Corpus,
+  say: Say,
+) -> train.TrainState:
+  """The state at step 0: random weights, or those of `init_from`."""
+  if source is None:
+    return with_tables(cfg, train.init_state(cfg, mesh), corpus)
+  with _reader(pathlib.Path(cfg.init_from)) as checkpointer:
+    found = warm_start.read(cfg, config.from_dict(source['config']), mesh, checkpointer, say)
+  state = with_tables(cfg, train.state_from(cfg, mesh, found['params']), corpus)
+  return state.replace(router_state=warm_start.merge(state.router_state, found['router_state']))
 
 
 def prepare(cfg: config.Config) -> tuple[jax.sharding.Mesh, corpus_lib.Corpus]:
@@ -314,7 +350,7 @@ def with_tables(
     return state
   old = transformer.moe_state(state.router_state)
   placed = {k: jax.device_put(v, old[k].sharding) for k, v in found.items()}
-  return state.replace(router_state={'moe_layers': {'moe': placed}})
+  return state.replace(router_state=transformer.with_moe_state(cfg.model, placed))
 
 
 def _evaluate_midway(
@@ -343,8 +379,12 @@ def _check_finite(cfg: config.Config, step: int, step_metrics: train.StepMetrics
     )
 
 
-def read_meta(workdir: str | os.PathLike[str], step: int | None = None) -> dict[str, Any]:
+def read_meta(
+  workdir: str | os.PathLike[str], step: int | None = None, flag: str = '--workdir'
+) -> dict[str, Any]:
   """The `meta` of the newest checkpoint, or of that of `step`; restores no arrays.
+
+  `flag` is what the user calls the directory.
 
   Raises:
     errors.InputError: there is none, or it is damaged.
@@ -352,14 +392,14 @@ def read_meta(workdir: str | os.PathLike[str], step: int | None = None) -> dict[
   workdir = pathlib.Path(workdir)
   if not (workdir / 'checkpoints').is_dir():
     raise errors.InputError(
-      f'--workdir={workdir} holds no checkpoints; train first: python -m experiments.train '
+      f'{flag}={workdir} holds no checkpoints; train first: python -m experiments.train '
       f'--config=configs/quickstart.py --workdir={workdir}'
     )
   with _reader(workdir) as checkpointer:
     found = checkpointer.read_meta(step)
   if found is None:
     raise errors.InputError(
-      f'--workdir={workdir} holds no finished checkpoint yet; wait for step '
+      f'{flag}={workdir} holds no finished checkpoint yet; wait for step '
       'config.checkpoint.save_every, or for the end of the run'
     )
   return found
@@ -386,7 +426,9 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Run:
   cfg = dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, data=-1))
   mesh = partitioning.make_mesh(cfg.mesh)
   with _reader(workdir) as checkpointer:
-    restored = checkpointer.restore(train.abstract_state(cfg, mesh), step)
+    # The optimizer's moments, twice the size of the weights, are left on the disk.
+    abstract = train.abstract_state(cfg, mesh).variables
+    restored = checkpointer.restore(abstract, step, partial=True)
   if not (workdir / 'tokenizer.json').is_file():
     raise errors.InputError(
       f'--workdir={workdir} has lost its tokenizer.json, without which its checkpoints mean '
@@ -403,7 +445,7 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Run:
   return Run(
     cfg,
     mesh,
-    restored.state.variables,
+    restored.state,
     tokenizer,
     restored.step,
     restored.meta['data_fingerprint'],

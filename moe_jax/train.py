@@ -54,6 +54,7 @@ class StepMetrics:
   """What one step reports; left on the device until somebody logs it."""
 
   loss: Array  # [] float32, mean cross-entropy per real target, nats
+  mtp_loss: Array | None  # [] float32, of multi-token prediction, mean over depths; None without
   aux_loss: Array  # [] float32, weighted sum of the balance losses
   lr: Array  # [] float32
   grad_norm: Array  # [] float32, before clipping
@@ -64,8 +65,9 @@ class Loss(NamedTuple):
   """Shares of a (micro-)batch; they add up to the values of the whole batch."""
 
   cross_entropy: Array  # [] float32
+  mtp: Array | None  # [] float32, cross-entropy of multi-token prediction, mean over its depths
   aux: Array  # [] float32, weighted sum of the balance losses
-  stats: balance.RouterStats | None
+  stats: balance.RouterStats | None  # leaves [MoE layers, ...], multi-token prediction's last
 
 
 def _init(cfg: config.Config, rng: Array) -> TrainState:
@@ -94,6 +96,20 @@ def init_state(cfg: config.Config, mesh: jax.sharding.Mesh) -> TrainState:
   return create(jax.random.key(cfg.train.seed))
 
 
+def state_from(cfg: config.Config, mesh: jax.sharding.Mesh, params: Any) -> TrainState:
+  """The state at step 0 with these weights, which lie on the mesh, in place of random ones."""
+  out = jax.tree.map(lambda x: x.sharding, abstract_state(cfg, mesh))
+
+  def create(rng: Array, params: Any) -> TrainState:
+    # What the given weights replace is dead code to the compiler.
+    state = partitioning.unbox(_init(cfg, rng))
+    opt_state = optim.optimizer(cfg.optim, cfg.train.num_steps).init(params)
+    return state.replace(params=params, opt_state=opt_state)
+
+  create = jax.jit(create, out_shardings=out, donate_argnums=1)
+  return create(jax.random.key(cfg.train.seed), params)
+
+
 class Totals(NamedTuple):
   """Denominators of the whole batch."""
 
@@ -109,6 +125,7 @@ def batch_loss(
   seed: Array,
   totals: Totals,
   slopes: Mapping[str, Any] | None = None,
+  mtp_weight: Array | None = None,
 ) -> tuple[Array, Loss]:
   """This (micro-)batch's share of the loss of the whole batch.
 
@@ -121,6 +138,7 @@ def batch_loss(
     seed: [] uint32, decides the random choices of routing in this step.
     totals: of the whole batch.
     slopes: `balance.global_slopes` of the whole batch, when this is only a part of it.
+    mtp_weight: lambda of multi-token prediction; None is `train.mtp_loss_weight`.
 
   Returns:
     (the loss that is minimised, its parts).
@@ -130,6 +148,7 @@ def batch_loss(
     batch['tokens'],
     batch['positions'],
     batch['segment_ids'],
+    targets=batch['targets'],
     row=batch['row'],
     seed=seed,
     slopes=slopes,
@@ -138,10 +157,21 @@ def batch_loss(
     cross_entropy, z = losses.next_token(out.logits, batch['targets'])
   cross_entropy /= totals.targets
   total = cross_entropy + cfg.train.z_loss_weight * z / totals.targets
-  if out.stats is None:
-    return total, Loss(cross_entropy, jnp.float32(0), None)
-  aux = aux_loss(cfg.model.moe, transformer.moe_state(router_state), out.stats) / totals.tokens
-  return total + aux, Loss(cross_entropy, aux, out.stats)
+  mtp, stats = None, out.stats
+  if out.mtp is not None:
+    with jax.named_scope('mtp_loss'):
+      # Over the targets of the main model too, though the last tokens have none (V3, Eq. 24-25).
+      depths, batch_size, length, _ = out.mtp.logits.shape
+      rows = out.mtp.logits.reshape(depths * batch_size, length, -1)
+      ahead, _ = losses.next_token(rows, out.mtp.targets.reshape(-1, length))
+    mtp = ahead / (depths * totals.targets)
+    total += (cfg.train.mtp_loss_weight if mtp_weight is None else mtp_weight) * mtp
+    if stats is not None:
+      stats = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), stats, out.mtp.stats)
+  if stats is None:
+    return total, Loss(cross_entropy, mtp, jnp.float32(0), None)
+  aux = aux_loss(cfg.model.moe, transformer.moe_state(router_state), stats) / totals.tokens
+  return total + aux, Loss(cross_entropy, mtp, aux, stats)
 
 
 def aux_loss(
@@ -180,9 +210,16 @@ def _accumulate(share: Callable[[Batch], Any], micros: Batch) -> Any:
 
 
 def gradients(
-  cfg: config.Config, params: Any, router_state: Any, batch: Batch, seed: Array
+  cfg: config.Config,
+  params: Any,
+  router_state: Any,
+  batch: Batch,
+  seed: Array,
+  mtp_weight: Array | None = None,
 ) -> tuple[Loss, Any]:
   """(loss, gradients) of a global batch, accumulated over micro-batches if asked.
+
+  `mtp_weight` is lambda of multi-token prediction; None is `train.mtp_loss_weight`.
 
   A balance loss over the whole batch is no sum over its parts. With accumulation a first, forward
   pass then counts, and the second adds up the exact gradient from it (`balance.global_slopes`).
@@ -195,7 +232,7 @@ def gradients(
 
   def share(micro: Batch, slopes: Any = None) -> tuple[Loss, Any]:
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    (_, loss), grads = grad_fn(params, router_state, micro, seed, totals, slopes)
+    (_, loss), grads = grad_fn(params, router_state, micro, seed, totals, slopes, mtp_weight)
     return loss, grads
 
   num_micro = len(batch['tokens']) // (cfg.train.micro_batch_size or len(batch['tokens']))
@@ -229,7 +266,8 @@ def next_router_state(
   if not state or stats is None:
     return router_state
   share = step / cfg.train.num_steps
-  return {'moe_layers': {'moe': router_state_lib.update(cfg.model.moe, state, stats, share)}}
+  new = router_state_lib.update(cfg.model.moe, state, stats, share)
+  return transformer.with_moe_state(cfg.model, new)
 
 
 def make_train_step(cfg: config.Config, mesh: jax.sharding.Mesh) -> Any:
@@ -242,14 +280,17 @@ def make_train_step(cfg: config.Config, mesh: jax.sharding.Mesh) -> Any:
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
     seed = bits.combine(state.seed, state.step)
-    loss, grads = gradients(cfg, state.params, state.router_state, batch, seed)
+    mtp_weight = optim.mtp_weight(cfg.train, state.step)
+    loss, grads = gradients(cfg, state.params, state.router_state, batch, seed, mtp_weight)
     with jax.named_scope('optimizer'):
       updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
       params = optax.apply_updates(state.params, updates)
     with jax.named_scope('router_state'):
       router_state = next_router_state(cfg, state.router_state, loss.stats, state.step)
     norm = optax.tree.norm(grads)
-    metrics = StepMetrics(loss.cross_entropy, loss.aux, schedule(state.step), norm, loss.stats)
+    metrics = StepMetrics(
+      loss.cross_entropy, loss.mtp, loss.aux, schedule(state.step), norm, loss.stats
+    )
     state = TrainState(state.step + 1, state.seed, params, router_state, opt_state)
     return state, metrics
 
@@ -328,11 +369,12 @@ def steps(
 def host_metrics(metrics: StepMetrics) -> dict[str, float | None]:
   """Waits for a step and returns its scalars; those of routing are None for a dense model.
 
-  Keys: loss, lr, grad_norm, aux_loss, max_vio and drop_rate, the last two means over the layers.
+  Keys: loss, mtp_loss (None without multi-token prediction), lr, grad_norm, aux_loss, max_vio and
+  drop_rate, the last two means over the layers.
   """
   stats = None if metrics.stats is None else (metrics.stats.sums.load, metrics.stats.dropped)
-  scalars = (metrics.loss, metrics.lr, metrics.grad_norm, metrics.aux_loss)
-  (loss, lr, grad_norm, aux), stats = jax.device_get((scalars, stats))
+  scalars = (metrics.loss, metrics.mtp_loss, metrics.lr, metrics.grad_norm, metrics.aux_loss)
+  (loss, mtp_loss, lr, grad_norm, aux), stats = jax.device_get((scalars, stats))
   max_vio = drop_rate = None
   if stats is not None:
     load, dropped = (np.asarray(a, np.float64) for a in stats)
@@ -340,6 +382,7 @@ def host_metrics(metrics: StepMetrics) -> dict[str, float | None]:
     drop_rate = float((dropped.sum(-1) / np.maximum(load.sum(-1), 1)).mean())
   return {
     'loss': float(loss),
+    'mtp_loss': None if mtp_loss is None else float(mtp_loss),
     'lr': float(lr),
     'grad_norm': float(grad_norm),
     'aux_loss': None if stats is None else float(aux),

@@ -33,10 +33,12 @@ _EQUAL = (
   'num_layers',
   'num_heads',
   'norm_eps',
+  'attention.kind',
   'attention.num_kv_heads',
   'attention.head_dim',
-  'attention.rope_theta',
   'attention.num_experts',
+  'attention.rope',
+  'attention.mla',
 )
 # Routers that keep the slices of a copy together: they go by scores.
 _KEEP_COPIES_WHOLE = ('topk', 'expert_choice', 'ds_moe')

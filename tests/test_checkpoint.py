@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tensorstore as ts
 
 from moe_jax import checkpoint, config, errors
 
@@ -292,6 +293,67 @@ def test_a_different_model_is_an_input_error(saved, change, message):
   with checkpoint.Checkpointer(saved, None) as reader:
     with pytest.raises(errors.InputError, match=message):
       reader.restore(abstract(change(make_state(0))))
+
+
+def bytes_read() -> int:
+  found = ts.experimental_collect_matching_metrics('/tensorstore/kvstore/file/bytes_read')
+  return sum(metric['values'][0]['value'] for metric in found)
+
+
+def test_a_part_is_restored_without_reading_the_rest(tmp_path):
+  state = make_state(10)
+  moment = jax.random.normal(jax.random.key(0), (1024, 1024))
+  state = state.replace(opt_state={'mu': moment, 'nu': moment})
+  part = {'params': state.params}
+  with checkpointer(tmp_path) as ckpt:
+    ckpt.save(10, state, META)
+    ckpt.wait()
+    before = bytes_read()
+    restored = ckpt.restore(abstract(part), partial=True)
+    read_for_part = bytes_read() - before
+    ckpt.restore(abstract(state))
+    read_for_all = bytes_read() - before - read_for_part
+  assert_same(restored.state, part)
+  assert restored.step == 10 and restored.meta['data'] == 'fingerprint'
+  # Random floats compress by less than a tenth.
+  assert read_for_all > 1.8 * moment.nbytes and read_for_part < 0.01 * moment.nbytes
+
+
+def test_a_part_is_verified_and_falls_back(steps, caplog):
+  truncate_chunk(steps / '30')
+  part = {'params': make_state(20).params}
+  with checkpoint.Checkpointer(steps, None) as reader:
+    restored = reader.restore(abstract(part), partial=True)
+    assert restored.step == 20 and 'Using step 20' in caplog.text
+    assert_same(restored.state, part)
+    sums = reader.read_record(10)['leaves']
+    assert {'params/bias', 'params/block/kernel'} < set(sums)
+    assert sums['params/bias']['checksum'] == checkpoint.checksums(part)['params/bias']
+
+
+def test_a_part_that_is_absent_or_different_is_an_input_error(saved):
+  params = make_state(0).params
+  with checkpoint.Checkpointer(saved, None) as reader:
+    for part, message in (
+      (
+        {'router_state': {'bias': jnp.zeros(2)}},
+        r'router_state/bias is absent .* but float32\[2\]',
+      ),
+      ({'params': {'bias': jnp.zeros(3)}}, r'params/bias is float32\[16\] in .* but float32\[3\]'),
+    ):
+      with pytest.raises(errors.InputError, match=message):
+        reader.restore(abstract(part), partial=True)
+    with pytest.raises(errors.InputError, match='step is int32.* but absent'):
+      reader.restore(abstract({'params': params}))
+
+
+def test_a_full_restore_of_weights_alone_says_where_to_go(tmp_path):
+  state = make_state(10)
+  with checkpointer(tmp_path / 'checkpoints') as ckpt:
+    ckpt.save(10, {'params': state.params}, META)
+    message = f'weights only, .*--config.init_from={tmp_path} and another --workdir'
+    with pytest.raises(errors.InputError, match=message):
+      ckpt.restore(abstract(state))
 
 
 def test_restores_to_another_sharding(saved, tmp_path):

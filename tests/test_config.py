@@ -213,7 +213,7 @@ MIXTURE = {'data__source': 'mixture'}
       {'model__attention__head_dim': 7},
       ('model.attention.head_dim=7', 'must be even', 'choose 8'),
     ),
-    ({'model__attention__rope_theta': 0.0}, ('model.attention.rope_theta=0.0', 'positive')),
+    ({'model__attention__rope__theta': 1.0}, ('model.attention.rope.theta=1.0', 'above 1')),
     (
       {'model__moe__num_experts_per_tok': 9},
       ('num_experts_per_tok=9', 'must not exceed', 'num_experts=8', 'choose at most 8'),
@@ -246,6 +246,16 @@ MIXTURE = {'data__source': 'mixture'}
     (
       MIXTURE | {'data__mixture': {'code': part(path='')}},
       ("data.mixture.code.path=''", 'must name a file', "'text'"),
+    ),
+    ({'optim__schedule': 'stages'}, ('optim.stages=()', 'set both')),
+    ({'optim__stages': ((1.0, 1.0, 'cosine'),)}, ('optim.stages=', 'set both')),
+    (
+      {'optim__schedule': 'stages', 'optim__stages': ((0.9, 1.0, 'cosine'),)},
+      ('optim.stages=', 'rise to 1.0'),
+    ),
+    (
+      {'optim__schedule': 'stages', 'optim__stages': ((1.0, 1.0, 'step'),)},
+      ('optim.stages', "'step'"),
     ),
     ({'optim__peak_lr': 0.0}, ('optim.peak_lr=0.0', 'positive')),
     ({'optim__peak_lr': float('nan')}, ('optim.peak_lr=nan', 'positive')),

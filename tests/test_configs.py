@@ -3,6 +3,7 @@
 And what is said to be matched is: sizes, starting weights and data of presets that are compared.
 """
 
+import bisect
 import functools
 import importlib
 import math
@@ -41,10 +42,14 @@ def specs():
 def test_page_builds_abstractly(page, variant):
   get_config = importlib.import_module(f'configs.{page}').get_config
   values = config.from_dict((get_config(variant) if variant else get_config()).to_dict())
-  shapes = jax.tree.leaves(transformer.abstract_params(values.model))
+  params = transformer.abstract_params(values.model)
+  size = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
   # The closed form agrees with the real model, so MFU counts what is trained.
-  assert sum(math.prod(leaf.shape) for leaf in shapes) == flops.count_parameters(values.model).total
-  assert {leaf.dtype.name for leaf in shapes} == {values.model.param_dtype}
+  count = flops.count_parameters(values.model)
+  assert size(params.get('mtp_layers', {})) == count.mtp
+  assert size(params) == count.total + count.mtp
+  dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(params)}
+  assert dtypes == {values.model.param_dtype}
   assert flops.train_flops_per_token(values.model) > 0
 
 
@@ -56,7 +61,9 @@ def test_pages_say_how_to_run_them(page):
 
 
 @pytest.mark.parametrize(
-  'page', ['deepseekmoe_2b', 'deepseekmoe_16b', 'deepseekmoe_145b', 'routing', 'loss_free']
+  'page',
+  ['deepseekmoe_2b', 'deepseekmoe_16b', 'deepseekmoe_145b', 'routing', 'loss_free', 'attention']
+  + ['deepseek_v2', 'deepseek_v2_lite', 'deepseek_v3', 'deepseek_coder_v2_lite'],
 )
 def test_unknown_variant_names_the_known_ones(page):
   module = importlib.import_module(f'configs.{page}')
@@ -82,7 +89,8 @@ def test_145b_tokens():
 
 
 def preset(page: str, variant: str = '') -> config.Config:
-  return config.from_dict(importlib.import_module(f'configs.{page}').get_config(variant).to_dict())
+  get_config = importlib.import_module(f'configs.{page}').get_config
+  return config.from_dict((get_config(variant) if variant else get_config()).to_dict())
 
 
 def changed(old: config.Config, new: config.Config) -> set[str]:
@@ -197,9 +205,9 @@ def test_v3_and_its_group_limit_differ_in_balancing_only():
 
 
 @functools.cache
-def start(variant: str) -> dict[tuple[int | None, str], np.ndarray]:
+def start(variant: str, page: str = 'routing') -> dict[tuple[int | None, str], np.ndarray]:
   """(number of the layer in the model or None, name) -> array, of one seed."""
-  model = preset('routing', variant).model
+  model = preset(page, variant).model
   init = lambda: partitioning.unbox(transformer.init(model, jax.random.key(7))['params'])
   first = {'dense_layers': 0, 'moe_layers': model.num_layers - model.num_moe_layers}
   found = {}
@@ -331,3 +339,153 @@ def test_loss_free_sizes_are_the_papers(size, total, activated, tokens, rates):
   assert f'{seen / 1e9:.1f}' == tokens
   schedule = optim.learning_rate(cfg.optim, cfg.train.num_steps)
   assert {step: f'{float(schedule(step)):.2e}' for step in rates} == rates
+
+
+# DeepSeek LLM, V2, V3, Coder-V2
+
+
+def tokens_until(cfg: config.Config, step: int) -> int:
+  """Tokens seen before `step`, one batch after the other as the loop asks for them."""
+  ends = [until for until, _ in cfg.train.batch_ramp]
+  changes = sorted({0, step, *(end for end in ends if end < step)})
+  rows = sum(
+    (end - start) * optim.batch_size_at(cfg.train, start)
+    for start, end in zip(changes, changes[1:])
+  )
+  return rows * cfg.model.max_seq_len
+
+
+def step_at(cfg: config.Config, tokens: float) -> int:
+  """The first step before which at least this many tokens have been seen."""
+  return bisect.bisect_left(
+    range(cfg.train.num_steps), tokens, key=lambda step: tokens_until(cfg, step)
+  )
+
+
+@pytest.mark.parametrize(
+  'spec, trillions',  # sheets papers/deepseek_{llm,v2,coder_v2}.md and hf_checkpoints.md
+  [
+    ('deepseek_llm_7b', 2.0),
+    ('deepseek_llm_67b', 2.0),
+    ('deepseek_v2_lite', 5.7),
+    ('deepseek_v2_lite:mha', 1.33),
+    ('deepseek_v2_lite:long', 1000 * 576 * 32_768 / 1e12),
+    ('deepseek_v2', 8.1),
+    ('deepseek_v2:long', 1000 * 576 * 32_768 / 1e12),
+    ('deepseek_v3', 14.8),
+    ('deepseek_v3:long_32k', 1000 * 1920 * 32_768 / 1e12),
+    ('deepseek_v3:long_128k', 1000 * 480 * 131_072 / 1e12),
+    ('deepseek_coder_v2_lite', 6.0),
+    ('deepseek_coder_v2_lite:long_32k', 1000 * 1152 * 32_768 / 1e12),
+    ('deepseek_coder_v2_lite:long_128k', 1000 * 288 * 131_072 / 1e12),
+  ],
+)
+def test_deepseek_tokens(spec, trillions):
+  cfg = preset(*spec.split(':'))
+  assert tokens_until(cfg, cfg.train.num_steps) == pytest.approx(trillions * 1e12, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+  'page, first, last, tokens',
+  [('deepseek_v2', 2304, 9216, 225e9), ('deepseek_v3', 3072, 15_360, 469e9)],
+)
+def test_the_batch_grows_over_the_tokens_of_the_paper(page, first, last, tokens):
+  cfg = preset(page)
+  end = cfg.train.batch_ramp[-1][0]
+  assert tokens_until(cfg, end) == pytest.approx(tokens, rel=1e-4)  # half a step
+  sizes = [optim.batch_size_at(cfg.train, step) for step in (0, end - 1, end)]
+  assert sizes[0] == first and sizes[1] < sizes[2] == last
+  assert all(size % 32 == 0 for _, size in cfg.train.batch_ramp)  # what the page says to use
+
+
+@pytest.mark.parametrize(
+  'page, trillions, rates',  # just before and just after each change
+  [
+    ('deepseek_v2', (4.855, 4.865, 7.285, 7.295), ('2.40e-04', '7.58e-05', '7.58e-05', '2.40e-05')),
+    (
+      'deepseek_v2_lite',
+      (4.555, 4.565, 5.125, 5.135),
+      ('4.20e-04', '1.33e-04', '1.33e-04', '4.19e-05'),
+    ),
+    ('deepseek_llm_7b', (1.599, 1.601, 1.801), ('4.20e-04', '1.33e-04', '4.19e-05')),
+    ('deepseek_llm_67b', (1.599, 1.601, 1.801), ('3.20e-04', '1.01e-04', '3.20e-05')),
+    ('deepseek_coder_v2_lite', (0.04, 5.9999), ('4.20e-04', '4.20e-05')),
+    ('deepseek_v3', (10.0, 14.4, 14.7), ('2.20e-04', '2.20e-05', '7.30e-06')),
+  ],
+)
+def test_learning_rates_by_tokens(page, trillions, rates):
+  cfg = preset(page)
+  schedule = optim.learning_rate(cfg.optim, cfg.train.num_steps)
+  found = [float(schedule(step_at(cfg, 1e12 * tokens))) for tokens in trillions]
+  assert [f'{rate:.2e}' for rate in found] == list(rates)
+
+
+def test_v3_changes_at_the_tokens_of_the_report():
+  cfg = preset('deepseek_v3')
+  until = lambda share: tokens_until(cfg, round(share * cfg.train.num_steps))
+  ((share, weight),) = cfg.train.mtp_loss_ramp
+  assert (until(share), weight) == (pytest.approx(10e12, rel=1e-5), 0.3)
+  assert until(cfg.model.moe.expert_bias.update_until) == pytest.approx(14.3e12, rel=1e-5)
+
+
+def test_llm_7b_is_the_dense_variant_of_the_16b_page():
+  page, variant = preset('deepseek_llm_7b'), preset('deepseekmoe_16b', 'dense_7b')
+  keys = changed(page, variant)
+  # Without an expert, nothing but their number has an effect.
+  assert not page.model.is_moe
+  assert all(key.startswith('model.moe.') for key in keys), keys
+
+
+LONG = [
+  ('deepseek_v2_lite', 'long', 0.1147214),
+  ('deepseek_v2', 'long', 0.1147214),
+  ('deepseek_coder_v2_lite', 'long_32k', 0.1147214),
+  ('deepseek_coder_v2_lite', 'long_128k', 0.1147214),
+  ('deepseek_v3', 'long_32k', 0.1352338),
+  ('deepseek_v3', 'long_128k', 0.1352338),
+]
+
+
+@pytest.mark.parametrize('page, variant, scale', LONG)
+def test_long_stages_go_on_with_the_same_model(page, variant, scale):
+  before, after = preset(page), preset(page, variant)
+  stage = {'model.max_seq_len', 'model.moe.expert_bias.update_rate'}
+  prefixes = ('model.attention.rope.yarn.', 'optim.', 'train.')
+  keys = changed(before, after)
+  assert {key for key in keys if not key.startswith(prefixes)} <= stage
+  # Sheet papers/hf_checkpoints.md, section 4; without YaRN 192^-0.5.
+  assert before.model.attention.softmax_scale == pytest.approx(192**-0.5)
+  assert after.model.attention.softmax_scale == pytest.approx(scale, abs=1e-7)
+
+
+def test_coder_is_v2_lite_on_other_data():
+  keys = changed(preset('deepseek_v2_lite'), preset('deepseek_coder_v2_lite'))
+  allowed = {'data.fim_rate', 'optim.schedule', 'train.num_steps', 'optim.multi_step_boundaries'}
+  assert keys <= allowed and 'data.fim_rate' in keys
+
+
+# The page of attentions
+
+
+@pytest.mark.parametrize(
+  'variant, weights, cached',  # of 3 layers: the table of the page
+  [('mha', 49_152, 384), ('gqa', 49_152, 192), ('mqa', 49_152, 96), ('mla', 50_688, 120)],
+)
+def test_attentions_have_the_sizes_of_their_page(variant, weights, cached):
+  cfg = preset('attention', variant)
+  assert flops.count_parameters(cfg.model).attention == weights
+  assert flops.kv_cache_elements_per_token(cfg.model) == cached
+  text = importlib.import_module('configs.attention').__doc__
+  (line,) = [line for line in text.splitlines() if line.split()[:1] == [variant]]
+  assert line.split()[-2:] == [f'{cached}', f'{weights:,}']
+  keys = changed(preset('attention', 'mha'), cfg)
+  assert all(key.startswith(('model.attention.', 'model.num_heads')) for key in keys)
+
+
+def test_attentions_start_from_the_same_weights_elsewhere():
+  heads, latent = start('mha', 'attention'), start('mla', 'attention')
+  elsewhere = {key for key in heads if not key[1].startswith('attention/')}
+  assert elsewhere == {key for key in latent if not key[1].startswith('attention/')}
+  assert {name for _, name in elsewhere} >= {'moe/router', 'moe/down', 'embedding', 'head'}
+  for key in elsewhere:
+    np.testing.assert_array_equal(heads[key], latent[key], err_msg=str(key), strict=True)

@@ -6,9 +6,11 @@ import pathlib
 import subprocess
 import sys
 
+import in_process
 import pytest
 
 from experiments import cli
+from experiments import describe as describe_command
 from moe_jax import errors
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -71,6 +73,30 @@ def test_comparison_for_people():
   assert result.returncode == 0, result.stderr
   matched = result.stdout.split('\nMATCHED with A\n')[1]
   assert matched.startswith('B  total parameters            equal\n')
+
+
+V2_BESIDE_67B = [f'--config={ROOT}/configs/deepseek_{name}.py' for name in ('llm_67b', 'v2')]
+
+
+def test_cache_of_v2_beside_67b(capsys):
+  in_process.run(describe_command, *V2_BESIDE_67B)
+  cache = capsys.readouterr().out.split('\nKV CACHE per token, vs A at 16 bits\n')[1]
+  lines = cache.split('\n\n')[0].splitlines()
+  assert [line.split()[-2:] for line in lines if line.startswith('B')] == [
+    ['-82.2', '%'],  # at equal precision
+    ['-91.1', '%'],
+    ['-93.3', '%'],  # 6 bits against 16: the figure of DeepSeek-V2's abstract
+  ]
+
+
+def test_cache_of_v2_beside_67b_in_json(capsys):
+  described = in_process.run_json(capsys, describe_command, *V2_BESIDE_67B)
+  caches = [d['kv_cache_bytes_per_token_by_bits'] for d in described]
+  assert caches == [
+    {'16': 389_120, '8': 194_560, '6': 145_920},
+    {'16': 69_120, '8': 34_560, '6': 25_920},
+  ]
+  assert described[1]['total_params'] == 235_741_434_880
 
 
 @pytest.mark.parametrize(

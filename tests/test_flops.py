@@ -10,9 +10,11 @@ from moe_jax import config, flops
 
 
 def load(spec: str) -> config.Config:
+  """A page and its variant; one that starts with a digit is a size of DeepSeekMoE."""
   page, _, variant = spec.partition(':')
-  module = importlib.import_module(f'configs.deepseekmoe_{page}')
-  return config.from_dict(module.get_config(variant).to_dict())
+  name = f'deepseekmoe_{page}' if page[0].isdigit() else f'deepseek_{page}'
+  get_config = importlib.import_module(f'configs.{name}').get_config
+  return config.from_dict((get_config(variant) if variant else get_config()).to_dict())
 
 
 def tiny(**moe) -> config.Config:
@@ -36,6 +38,7 @@ def test_parameters_by_hand():
     routed_experts=2 * 7 * (4 * 2 * 2 + 2 * 4),
     router=2 * 4 * 7,
     head=4 * 11,
+    mtp=0,
   )
   assert count.total == 44 + 432 + 28 + 60 + 96 + 336 + 56 + 44
 
@@ -104,6 +107,72 @@ def test_paper_flops_by_hand():
   assert flops.train_flops_per_sequence_paper(values.model, wide) == expected + extra
 
 
+def latent(q_lora_rank: int = 0, **model) -> config.ModelConfig:
+  """`tiny` with MLA: 2 heads, R 5, Hn 3, Hr 2, Hv 4."""
+  c = base.get_config()
+  c.update(config.to_dict(tiny()))
+  c.model.update(model)
+  c.model.attention.kind = 'mla'
+  sizes = dict(kv_lora_rank=5, qk_nope_head_dim=3, qk_rope_head_dim=2, v_head_dim=4)
+  c.model.attention.mla.update(q_lora_rank=q_lora_rank, **sizes)
+  return config.from_dict(c.to_dict()).model
+
+
+# D 4: latent and rotated key 4 * (5 + 2), keys and values 5 * 2 * (3 + 4), output 2 * 4 * 4.
+BESIDES_QUERIES = 4 * 7 + 5 * 14 + 32
+
+
+@pytest.mark.parametrize(
+  'rank, queries',  # straight from D to 2 heads of 3 + 2, or through a latent of 6
+  [(0, 4 * 10), (6, 4 * 6 + 6 * 10)],
+)
+def test_latent_attention_by_hand(rank, queries):
+  count, heads = flops.count_parameters(latent(rank)), flops.count_parameters(tiny().model)
+  assert count.attention == 3 * (queries + BESIDES_QUERIES)
+  # Norms of the latents.
+  assert count.norms == heads.norms + 3 * (5 + rank)
+  same = dict(attention=0, norms=0)
+  assert dataclasses.replace(count, **same) == dataclasses.replace(heads, **same)
+
+
+def test_latent_attention_flops_by_hand():
+  model, heads = latent(), tiny()
+  # 6 pairs of 3 tokens, 3 layers, 2 heads: 2 * (3 + 2) for the score and 2 * 4 for the value.
+  pairs = 6 * 3 * 2 * (2 * 5 + 2 * 4)
+  others = 60 + 96 + 2 * 3 * 24 + 56 + 44
+  weights = 3 * (40 + BESIDES_QUERIES) + others
+  assert flops.train_flops_per_sequence(model) == 3 * (3 * 2 * weights + pairs)
+  # Paper: no router, and 9 = 3^2 pairs.
+  paper = 3 * (3 * 2 * (weights - 56) + 9 * 3 * 2 * (2 * 5 + 2 * 4))
+  assert flops.train_flops_per_sequence_paper(model, heads.paper) == paper
+
+
+def test_modules_of_multi_token_prediction_are_counted_apart():
+  plain, ahead = latent(), latent(num_mtp_layers=2)
+  count = flops.count_parameters(ahead)
+  attention, ffn = 40 + BESIDES_QUERIES, 2 * 24 + 7 * 24 + 4 * 7
+  norms = 2 * 4 + 5 + 3 * 4  # of the block, its latent, and the module
+  assert count.mtp == 2 * (4 * 8 + attention + ffn + norms)
+  assert count.total == flops.count_parameters(plain).total
+  assert flops.count_activated(ahead).mtp == count.mtp - 2 * (7 - 3) * 24
+  assert flops.kv_cache_elements_per_token(ahead) == flops.kv_cache_elements_per_token(plain)
+
+
+def test_modules_of_multi_token_prediction_are_trained():
+  found = [flops.train_flops_per_sequence(latent(num_mtp_layers=n)) for n in (0, 2)]
+  # Projection, attention, 2 + 3 experts, router and the shared head, for 3 tokens and 6 pairs.
+  weights = 4 * 8 + 40 + BESIDES_QUERIES + 5 * 24 + 4 * 7 + 44
+  assert found[1] - found[0] == 2 * 3 * (3 * 2 * weights + 6 * 2 * (2 * 5 + 2 * 4))
+
+
+def test_dense_model_predicts_ahead_with_a_dense_block():
+  c = base.make_dense(base.get_config(), 704)
+  c.model.num_mtp_layers = 1
+  model = config.from_dict(c.to_dict()).model
+  count, d = flops.count_parameters(model), model.embed_dim
+  assert count.mtp == (count.attention + count.dense_ffn) // 6 + 2 * d**2 + 5 * d
+
+
 def test_dense_model_activates_everything():
   model = tiny(num_experts=0).model
   assert flops.count_parameters(model) == flops.count_activated(model)
@@ -117,6 +186,37 @@ def test_kv_cache_counts_key_value_heads_only():
   assert flops.kv_cache_elements_per_token(load('145b:dense_67b').model) == 2 * 95 * 8 * 128
 
 
+def v2_with(num_kv_heads: int) -> config.ModelConfig:
+  """DeepSeek-V2 without latent attention."""
+  model = load('v2').model
+  change = dict(kind='gqa', num_kv_heads=num_kv_heads, head_dim=128)
+  return dataclasses.replace(model, attention=dataclasses.replace(model.attention, **change))
+
+
+@pytest.mark.parametrize(
+  'model, elements',  # sheet papers/deepseek_v2.md, sections 1 (Table 1) and 7
+  [
+    (v2_with(num_kv_heads=128), 1_966_080),
+    (v2_with(num_kv_heads=1), 15_360),
+    (load('v2').model, 34_560),
+    (load('v2:long').model, 34_560),
+    (load('v2_lite').model, 15_552),
+    (load('v2_lite:mha').model, 110_592),
+    (load('llm_67b').model, 194_560),
+    (load('v3').model, 576 * 61),
+  ],
+)
+def test_kv_cache_of_the_sheet(model, elements):
+  assert flops.kv_cache_elements_per_token(model) == elements
+
+
+@pytest.mark.parametrize(
+  'elements, bits, expected', [(34_560, 6, 25_920), (194_560, 16, 389_120), (3, 6, 3), (4, 6, 3)]
+)
+def test_bytes_of_a_quantised_cache(elements, bits, expected):
+  assert flops.bytes_at(elements, bits) == expected  # 18 bits are 3 bytes
+
+
 @pytest.mark.parametrize(
   'spec, total',
   [
@@ -124,10 +224,55 @@ def test_kv_cache_counts_key_value_heads_only():
     ('16b:dense_7b', 6_910_365_696),
     ('16b:llama2_7b', 6_738_415_616),  # the released checkpoint's size
     ('145b:dense_67b', 67_425_001_472),
+    ('llm_7b', 6_910_365_696),
+    ('llm_67b', 67_425_001_472),
+    ('v2_lite', 15_706_484_224),
+    ('v2_lite:long', 15_706_484_224),
+    ('coder_v2_lite', 15_706_484_224),
+    ('v2', 235_741_434_880),
+    ('v3', 671_026_404_352),
   ],
 )
 def test_exact_totals(spec, total):
   assert flops.count_parameters(load(spec).model).total == total
+
+
+@pytest.mark.parametrize(
+  'spec, activated, printed',  # with both vocabulary matrices, and with one as in the papers
+  [
+    ('v2_lite', 2_661_150_208, '2.45'),
+    ('v2', 21_375_800_320, '20.85'),
+    ('v3', 37_552_282_624, '36.63'),
+  ],
+)
+def test_activated_with_one_or_both_vocabulary_matrices(spec, activated, printed):
+  count = flops.count_activated(load(spec).model)
+  assert count.total == activated
+  assert f'{count.without_embedding / 1e9:.2f}' == printed
+
+
+def test_mha_of_the_v2_ablation():
+  model = load('v2_lite:mha').model
+  assert f'{flops.count_parameters(model).total / 1e9:.1f}' == '15.8'
+  assert f'{flops.count_activated(model).without_embedding / 1e9:.1f}' == '2.5'
+
+
+def test_v3_with_its_module_has_the_bytes_of_the_released_files():
+  # Sheet papers/hf_checkpoints.md: 688,574,839,360 bytes. Files hold embedding and head once more.
+  model = load('v3').model
+  count = flops.count_parameters(model)
+  assert count.mtp == 11_610_067_968
+  weights = count.total + count.mtp + count.embedding + count.head
+  # One byte each in float8, but for two: both pairs of vocabulary matrices, norms, routers and the
+  # module's projection; its layer has two norms of D and those of its latents.
+  d, num_moe = model.embed_dim, model.num_moe_layers + 1
+  norms = count.norms + (2 * d + 1536 + 512) + 3 * d
+  router = count.router // model.num_moe_layers
+  wide = 2 * (count.embedding + count.head) + norms + num_moe * router + 2 * d * d
+  # Four bytes per block of 128 x 128 of a float8 matrix (576 rows are 5 blocks) and per bias.
+  attention = 12 * 56 + 192 * 12 + 5 * 56 + 256 * 4 + 56 * 128
+  blocks = 62 * attention + 3 * 3 * 144 * 56 + num_moe * 257 * 3 * 16 * 56
+  assert weights + wide + 4 * (blocks + num_moe * 256) == 688_574_839_360
 
 
 # Sheet papers/deepseekmoe.md, sections 5-7: as printed, '' = not printed, or the paper contradicts

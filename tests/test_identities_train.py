@@ -157,7 +157,7 @@ def first(step):
 def test_accumulation_under_full_remat_changes_no_number(first):
   state, got = first
   want, want_grads = gradients()
-  assert_same_loss(train.Loss(got.loss, got.aux_loss, got.stats), want)
+  assert_same_loss(train.Loss(got.loss, got.mtp_loss, got.aux_loss, got.stats), want)
   # Adam's first moment after one step is (1 - beta1) times the gradient, nothing being clipped.
   mu = optax.tree.get(state.opt_state, 'mu')
   grads = jax.tree.map(lambda m: m / np.float32(1 - 0.9), mu)

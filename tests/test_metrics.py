@@ -20,6 +20,7 @@ def line(step: int, **changes):
     'max_vio': 0.53,
     'drop_rate': 0.125,
     'aux_loss': 0.01,
+    'mtp_loss': None,
     'data_wait_share': 0.001,
   }
   return {**values, **changes}
@@ -35,7 +36,8 @@ def write(workdir, steps, resume_step=0):
 def test_lines_have_exactly_the_promised_keys_and_all_digits(tmp_path):
   write(tmp_path, [1, 2])
   lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
-  keys = 'step loss lr grad_norm tokens_per_second mfu max_vio drop_rate aux_loss data_wait_share'
+  keys = 'step loss lr grad_norm tokens_per_second mfu max_vio drop_rate aux_loss '
+  keys += 'mtp_loss data_wait_share'
   assert [list(json.loads(text)) for text in lines] == [keys.split()] * 2
   assert np.float32(json.loads(lines[1])['loss']) == np.float32(10 / 3)
   assert metrics.read_metrics(tmp_path) == [line(1), line(2)]
@@ -108,7 +110,7 @@ def test_tensorboard_opens_the_events_without_duplicates(tmp_path):
   writer.close()
   events = event_accumulator.EventAccumulator(str(tmp_path / 'tensorboard'))
   events.Reload()
-  assert set(events.Tags()['scalars']) == {*metrics.KEYS[1:], 'heldout_loss'}
+  assert set(events.Tags()['scalars']) == {*metrics.KEYS[1:], 'heldout_loss'} - {'mtp_loss'}
   loss = [(e.step, np.float32(e.value)) for e in events.Scalars('loss')]
   assert loss == [(step, np.float32(10 / (step + 1))) for step in (10, 20, 30)]
   assert [e.step for e in events.Scalars('max_vio')] == [10, 20]
@@ -120,6 +122,7 @@ def test_format_line():
     'dropped=12.5% data_wait=0.1%'
   )
   assert metrics.format_line(line(120, loss=3.45671)) == expected
+  assert metrics.format_line(line(120, mtp_loss=4.0)).endswith('data_wait=0.1% mtp_loss=4.0000')
   dense = metrics.format_line(line(120, loss=math.nan, max_vio=None))
   assert 'loss=nan' in dense and 'max_vio=- ' in dense
 

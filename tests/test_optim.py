@@ -65,6 +65,15 @@ def test_linear_by_hand():
     assert rate(step) == pytest.approx(value, **EXACT), step
 
 
+def test_stages_by_hand():
+  stages = ((0.3, 1.0, 'constant'), (0.7, 0.1, 'cosine'), (0.9, 0.1, 'constant'))
+  rate = schedule(100, schedule='stages', warmup_steps=10, stages=(*stages, (1.0, 0.02, 'linear')))
+  middle = 2 * (0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)  # a quarter of 40 steps
+  hand = ((9, 2), (10, 2), (29, 2), (30, 2), (40, middle), (50, 1.1), (70, 0.2), (89, 0.2))
+  for step, value in (*hand, (95, 0.12), (99, 0.2 - 0.9 * 0.16)):
+    assert rate(step) == pytest.approx(value, **EXACT), step
+
+
 def test_batch_size_ramp():
   cfg = tiny.make(train__batch_ramp=((3, 2), (5, 4)), train__batch_size=8).train
   sizes = [optim.batch_size_at(cfg, step) for step in range(7)]

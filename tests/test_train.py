@@ -202,12 +202,18 @@ def test_host_metrics_average_over_layers():
   stats = types.SimpleNamespace(sums=sums, dropped=dropped)
   values = train.host_metrics(
     train.StepMetrics(
-      loss=jnp.float32(2), aux_loss=jnp.float32(5), lr=jnp.float32(3), grad_norm=4.0, stats=stats
+      loss=jnp.float32(2),
+      mtp_loss=jnp.float32(7),
+      aux_loss=jnp.float32(5),
+      lr=jnp.float32(3),
+      grad_norm=4.0,
+      stats=stats,
     )
   )
   # 16 assignments per layer, 4 of them dropped in the first.
   assert values == {
     'loss': 2,
+    'mtp_loss': 7,
     'lr': 3,
     'grad_norm': 4,
     'aux_loss': 5,

@@ -12,20 +12,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax import balance, config_moe, flops
+from moe_jax import balance, config_attention, config_moe, flops
 from moe_jax import config as config_lib
 from moe_jax.analysis import matched, virtual_devices
 from moe_jax.models import transformer
 
 NOTES = (
   'total         every parameter: both vocabulary matrices, norms and routers included.',
+  '              Modules of multi-token prediction are counted apart: generation can do without.',
   'activated     the total without the routed experts that a token does not visit in training:',
-  '              with router ds_moe it visits all, with expert_choice K on average.',
+  '              with router ds_moe it visits all, with expert_choice K on average. Without the',
+  '              input embedding: as DeepSeek-V2 counts.',
   'paper         training FLOPs of one sequence as DeepSeekMoE counts them: full attention, 4 D^2',
   '              attention weights, no router, FFN widths of config.paper where they are not 0.',
-  'exact         the same for the model as it is: causal attention, real key-value heads, router.',
+  '              Latent attention counts as it is, multi-token prediction not at all.',
+  'exact         the same for the model as it is: causal attention, real key-value heads, router,',
+  '              modules of multi-token prediction with the head once more for each.',
   '              Both count forward and backward (3 x forward), the output head, no recomputation.',
-  'kv cache      what decoding keeps for each token of context; bytes in model.dtype.',
+  'kv cache      what decoding keeps for each token of context; bytes in model.dtype, and at fewer',
+  '              bits per number, without what the scales of a quantised cache would add.',
 )
 MOE_NOTES = (
   'all-to-all    bytes in model.dtype that a token sends to experts on other devices and gets',
@@ -39,6 +44,9 @@ MOE_NOTES = (
   '                             K, tokens of all layers in one pool: K at balance, once).',
   '              GShard         weight of gshard = weight of switch x E^2.',
 )
+
+# Of a number in the cache: bfloat16, float8, and the mean of DeepSeek-V2 as it was deployed.
+KV_CACHE_BITS = (16, 8, 6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +84,7 @@ class Description:
   train_flops_per_token: int
   kv_cache_elements_per_token: int
   kv_cache_bytes_per_token: int  # in the compute dtype
+  kv_cache_bytes_per_token_by_bits: Mapping[int, int]  # for each of KV_CACHE_BITS
   num_virtual_devices: int  # 1 for a dense model
   all_to_all_bytes_per_token: float  # expected, forward pass, all MoE layers
   balance_losses: Mapping[str, BalanceLoss]  # empty for a dense model
@@ -87,11 +96,14 @@ class Description:
       'config': self.config,
       'total_params': self.parameters.total,
       'activated_params': self.activated.total,
+      'activated_params_without_embedding': self.activated.without_embedding,
+      'mtp_params': self.parameters.mtp,
       'train_flops_per_sequence_paper': self.train_flops_per_sequence_paper,
       'train_flops_per_sequence': self.train_flops_per_sequence,
       'train_flops_per_token': self.train_flops_per_token,
       'kv_cache_elements_per_token': self.kv_cache_elements_per_token,
       'kv_cache_bytes_per_token': self.kv_cache_bytes_per_token,
+      'kv_cache_bytes_per_token_by_bits': dict(self.kv_cache_bytes_per_token_by_bits),
       'num_virtual_devices': self.num_virtual_devices,
       'all_to_all_bytes_per_token': self.all_to_all_bytes_per_token,
       'balance_losses': {k: dataclasses.asdict(v) for k, v in self.balance_losses.items()},
@@ -114,6 +126,9 @@ def describe(config: config_lib.Config, name: str) -> Description:
     train_flops_per_token=flops.train_flops_per_token(model),
     kv_cache_elements_per_token=kv_cache,
     kv_cache_bytes_per_token=kv_cache * itemsize,
+    kv_cache_bytes_per_token_by_bits={
+      bits: flops.bytes_at(kv_cache, bits) for bits in KV_CACHE_BITS
+    },
     num_virtual_devices=model.moe.num_virtual_devices if model.is_moe else 1,
     all_to_all_bytes_per_token=_all_to_all_bytes(model, itemsize),
     balance_losses=_balance_losses(model),
@@ -154,9 +169,9 @@ def _model_settings(config: config_lib.Config) -> dict[str, Any]:
   """The values of `model` by dotted key, and the widths of `paper` that replace the model's own."""
   model = config.model
   values = dataclasses.asdict(model)
-  del values['moe']
   moe = config_moe.effective_settings(model.moe) if model.is_moe else {'num_experts': 0}
-  settings = _flatten(values) | {f'moe.{key}': value for key, value in moe.items()}
+  values |= {'attention': config_attention.effective_settings(model.attention), 'moe': moe}
+  settings = _flatten(values)
   if model.num_layers == model.num_moe_layers:
     del settings['mlp_dim']
   paper = _flatten(dataclasses.asdict(config.paper), 'paper.')
@@ -198,6 +213,12 @@ def table(descriptions: Sequence[Description]) -> str:
   text = [*header, '', *_align(rows), '']
   if len(descriptions) > 1:
     text += ['MATCHED with A', *matched.lines(labels, [_costs(d) for d in descriptions]), '']
+    caches = [d.kv_cache_bytes_per_token_by_bits for d in descriptions]
+    text += [
+      f'KV CACHE per token, vs A at {KV_CACHE_BITS[0]} bits',
+      *matched.cache_lines(labels, caches),
+      '',
+    ]
   notes = NOTES + MOE_NOTES if any(d.balance_losses for d in descriptions) else NOTES
   return '\n'.join([*text, *notes])
 
@@ -227,12 +248,16 @@ def _counts(descriptions: Sequence[Description]) -> dict[str, _Cells]:
   rows = {
     'total parameters': [d.parameters.total for d in descriptions],
     'activated parameters': [d.activated.total for d in descriptions],
+    '  without the input embedding': [d.activated.without_embedding for d in descriptions],
   }
   for field in dataclasses.fields(flops.ParameterCount):
     label = '  ' + field.name.replace('_', ' ')
     rows[label] = [getattr(d.parameters, field.name) for d in descriptions]
     if field.name == 'routed_experts':
       rows[label + ', activated'] = [d.activated.routed_experts for d in descriptions]
+  modules = rows.pop('  mtp')
+  if any(modules):
+    rows['multi-token prediction, not in the total'] = modules
   return {label: (values, '{:,}'.format) for label, values in rows.items()}
 
 
@@ -242,6 +267,10 @@ def _per_token(descriptions: Sequence[Description]) -> dict[str, _Cells]:
   rows = {
     'kv cache numbers per token': [d.kv_cache_elements_per_token for d in descriptions],
     'kv cache bytes per token': [d.kv_cache_bytes_per_token for d in descriptions],
+    **{
+      f'  at {bits} bits': [d.kv_cache_bytes_per_token_by_bits[bits] for d in descriptions]
+      for bits in KV_CACHE_BITS
+    },
     f'all-to-all bytes per token, {on} virtual device(s)': [
       d.all_to_all_bytes_per_token for d in descriptions
     ],

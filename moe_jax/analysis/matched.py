@@ -33,3 +33,23 @@ def lines(labels: Sequence[str], columns: Sequence[Mapping[str, float]]) -> list
     for label, column in zip(labels[1:], columns[1:])
     for name, first in columns[0].items()
   ]
+
+
+def cache_lines(labels: Sequence[str], columns: Sequence[Mapping[int, int]]) -> list[str]:
+  """One line per config and width of the numbers in its cache, against the first of all.
+
+  Equal widths compare architectures; unequal ones, caches as they are deployed.
+
+  Args:
+    labels: short names of the configs.
+    columns: {bits per number: bytes per token}, all with the keys of the first.
+  """
+  found = [
+    (label, bits, size) for label, sizes in zip(labels, columns) for bits, size in sizes.items()
+  ]
+  first, width = found[0][2], max(len(f'{size:,}') for *_, size in found)
+  against = lambda size: 'equal' if size == first else percent(first, size)
+  return [
+    f'{label}  {bits:2d} bits  {size:{width},d} bytes  {against(size)}'
+    for label, bits, size in found
+  ]

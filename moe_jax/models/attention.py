@@ -5,24 +5,25 @@ i-th query head of every key-value head and its output projection make expert i,
 the keys and values, and a router of its own weighs what each of them adds.
 
 A query sees the keys of its own document (segment) at or before its own position. Segment 0 is
-padding: its outputs are never used and its keys are never seen by a real token.
+padding: its outputs are never used and its keys are never seen by a real token. When text is
+generated, a row is one document and slot i of a cache belongs to its position i.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax import balance, config
-from moe_jax.models import layers, rope
+from moe_jax import balance, config_attention
+from moe_jax.models import attend, layers, rope
+from moe_jax.models.attend import reference
 
 Array = jax.Array
 
 
 class KVCache(NamedTuple):
-  """Keys and values of the tokens seen so far, for one layer."""
+  """Keys and values of one layer."""
 
   key: Array  # [B, S, Nkv, H], already rotated
   value: Array  # [B, S, Nkv, H]
@@ -33,46 +34,45 @@ class Context(NamedTuple):
 
   positions: Array  # [B, L] int32, position of each query inside its document
   segment_ids: Array  # [B, L] int32, document of each query, 0 = padding
-  key_positions: Array  # [B, S] int32
-  key_segment_ids: Array  # [B, S] int32
-  write_index: Array | None  # [B, L] int32, cache slot of each query; None without a cache
 
 
-def visible(ctx: Context) -> Array:
-  """Which keys a query may see: [B, L, S] bool."""
-  same = ctx.segment_ids[:, :, None] == ctx.key_segment_ids[:, None, :]
-  causal = ctx.positions[:, :, None] >= ctx.key_positions[:, None, :]
-  return same & causal & (ctx.key_segment_ids > 0)[:, None, :]
+def write(cache: Any, new: Any, positions: Array) -> Any:
+  """Puts entries [B, L, ...] into a cache [B, S, ...] at the slots of their positions."""
+  row = jnp.arange(len(positions))[:, None]
+  # Positions beyond the last slot are dropped.
+  return jax.tree.map(
+    lambda c, n: c.at[row, positions].set(n.astype(c.dtype), mode='drop'), cache, new
+  )
 
 
-def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
-  """Grouped softmax attention, scores in float32.
+def seen_slots(positions: Array, num_slots: int) -> Array:
+  """Which slots of a cache a query at a position sees: [B, L] -> [B, L, S] bool."""
+  return jnp.arange(num_slots) <= positions[..., None]
+
+
+def attend_own(
+  cfg: config_attention.AttentionConfig, q: Array, k: Array, v: Array, ctx: Context
+) -> Array:
+  """Attention of a call's tokens among themselves, by the implementation that `cfg` names.
 
   Args:
-    q: [B, L, N, H]; N = Nkv * G, query heads of one group are neighbours.
-    k: [B, S, Nkv, H].
-    v: [B, S, Nkv, H].
-    mask: [B, L, S] bool.
+    cfg: implementation and scale.
+    q: [B, L, N, H].
+    k: [B, L, Nkv, H].
+    v: [B, L, Nkv, Hv].
+    ctx: which tokens see each other.
 
   Returns:
-    [B, L, N, H]. A query that sees no key (padding) gets the mean of the values, a finite number
-    that no loss reads.
+    [B, L, N, Hv].
   """
-  h = q.shape[-1]
-  grouped = (*q.shape[:2], k.shape[2], q.shape[2] // k.shape[2], h)
-  scores = (
-    jnp.einsum('BLNGH,BSNH->BNGLS', q.reshape(grouped), k, preferred_element_type=jnp.float32)
-    * h**-0.5
-  )
-  scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-  probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-  return jnp.einsum('BNGLS,BSNH->BLNGH', probs, v).reshape(q.shape)
+  sizes = dict(head_dim=q.shape[-1], v_head_dim=v.shape[-1], length=q.shape[1], dtype=q.dtype)
+  return attend.ATTENDS[attend.choose(cfg.impl, **sizes)](q, k, v, *ctx, cfg.softmax_scale)
 
 
 class Attention(nn.Module):
   """Projections, rotation, attention and output projection, without biases."""
 
-  cfg: config.AttentionConfig
+  cfg: config_attention.AttentionConfig
   num_heads: int
   init_std: float
   dtype: jnp.dtype
@@ -82,33 +82,31 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(
     self, x: Array, ctx: Context, cache: KVCache | None
-  ) -> tuple[Array, KVCache | None, balance.MixtureSums | None]:
+  ) -> tuple[Array, KVCache, balance.MixtureSums | None]:
     """Applies the layer.
 
     Args:
       x: [B, L, D].
       ctx: what attention needs to know of the batch.
-      cache: keys and values of earlier calls, or None.
+      cache: of the earlier tokens of each row, or None: the queries see the keys of this call.
 
     Returns:
-      ([B, L, D], the cache with this call's keys and values written into it, sums of the mixture
-      of attention heads per sequence or None without one).
+      ([B, L, D]; the cache with this call's entries, which are all of it without one; sums of the
+      mixture of attention heads per sequence, or None without one).
     """
     cfg, d = self.cfg, x.shape[-1]
     q = self._project('q', x, self.num_heads, 'heads')
     k = self._project('k', x, cfg.num_kv_heads, 'kv_heads')
     v = self._project('v', x, cfg.num_kv_heads, 'kv_heads')
-    angle = rope.angles(ctx.positions, cfg.head_dim, cfg.rope_theta)
-    q, k = rope.rotate(q, angle), rope.rotate(k, angle)
-    if cache is not None:
-      row = jnp.arange(x.shape[0])[:, None]
-      # Prompts shorter than the batch's longest have their padding sent out of bounds, and dropped.
-      cache = KVCache(
-        cache.key.at[row, ctx.write_index].set(k, mode='drop'),
-        cache.value.at[row, ctx.write_index].set(v, mode='drop'),
-      )
-      k, v = cache
-    out = checkpoint_name(attend(q, k, v, visible(ctx)), 'attn_out')
+    angle = rope.angles(ctx.positions, cfg.head_dim, cfg.rope)
+    q, k = rope.rotate(q, angle, cfg.rope), rope.rotate(k, angle, cfg.rope)
+    own = KVCache(k, v)
+    if cache is None:
+      cache, out = own, attend_own(cfg, q, k, v, ctx)
+    else:
+      cache = write(cache, own, ctx.positions)
+      mask = seen_slots(ctx.positions, cache.key.shape[1])
+      out = reference.masked(q, cache.key, cache.value, mask, cfg.softmax_scale)
     o_init = layers.init_weight(self.init_std, 'heads', 'head_dim', 'embed')
     o = self.param('o', o_init, (self.num_heads, cfg.head_dim, d), self.param_dtype)
     sums = None

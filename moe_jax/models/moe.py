@@ -119,7 +119,8 @@ class MoE(nn.Module):
     """The router's decision for the real tokens, and the selection scores [B, L, E]."""
 
     def decide(per_row, seed, layer, state):
-      logits, tokens = per_row[0], routing.Tokens(*per_row[1:], seed)
+      logits, ids, mask, row, place = per_row
+      tokens = routing.Tokens(ids, mask, row, seed, place)
       scores = selection = None
       if logits is not None:
         scores = scoring.SCORE_FUNCS[self.cfg.score_func](logits)
@@ -129,7 +130,8 @@ class MoE(nn.Module):
 
     # XLA would gather the scores of all devices for the top-k.
     mapped = decide if router.across_rows else partitioning.over_batch_shards(decide, 1)
-    return mapped((logits, tokens.ids, tokens.mask, tokens.row), tokens.seed, layer, state)
+    per_row = (logits, tokens.ids, tokens.mask, tokens.row, tokens.place)
+    return mapped(per_row, tokens.seed, layer, state)
 
   def _drop(
     self, decision: routing.Routing, tokens: routing.Tokens, layer: Array

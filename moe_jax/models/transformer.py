@@ -2,6 +2,10 @@
 
 Pre-norm residual blocks, x + attention(norm(x)), then x + ffn(norm(x)). Blocks of one kind are one
 `nn.scan` over stacked parameters, so that tracing and compiling do not grow with depth.
+
+Multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2) adds modules behind the last
+layer, which see one, two, ... tokens more and predict the one after; they train only, unless they
+draft for the model when text is generated.
 """
 
 import dataclasses
@@ -16,7 +20,7 @@ from flax.core import meta
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax import balance, config, partitioning
-from moe_jax.models import attention, layers, moe
+from moe_jax.models import attention, layers, mla, moe
 from moe_jax.models.routers import routing
 
 Array = jax.Array
@@ -24,18 +28,13 @@ Array = jax.Array
 # Names (checkpoint_name) that each remat policy keeps. The integers of the routing are always kept.
 _ALWAYS_SAVED = ('routing', 'plan')
 SAVED_NAMES = {
-  'moe_core': (*_ALWAYS_SAVED, 'layer_in', 'attn_out', 'moe_h'),
+  'moe_core': (*_ALWAYS_SAVED, 'layer_in', 'latent', 'attn_out', 'moe_h'),
   'full': _ALWAYS_SAVED,
 }
 
 
-class Cache(NamedTuple):
-  """State of incremental decoding: per-layer keys and values, and what the slots hold."""
-
-  dense_layers: attention.KVCache | None  # arrays [num_dense_layers, B, S, Nkv, H]
-  moe_layers: attention.KVCache | None  # arrays [num_moe_layers, B, S, Nkv, H]
-  positions: Array  # [B, S] int32
-  segment_ids: Array  # [B, S] int32, 0 = slot not written
+# Keys and values of one layer, or of a stack with a leading axis of layers.
+LayerCache = attention.KVCache | mla.LatentCache
 
 
 class Output(NamedTuple):
@@ -43,21 +42,40 @@ class Output(NamedTuple):
 
   logits: Array  # [B, L, V] float32
   stats: balance.RouterStats | None  # leaves stacked over the MoE layers; None for a dense model
-  cache: Cache | None
+  hidden: Array  # [B, L, D], what the last layer returns, before the final norm
+  # By name of the stack, leaves [layers, B, L, ...]; None unless they are to be kept.
+  caches: Mapping[str, LayerCache | None]
+  mtp: 'Predicted | None'  # None without targets, or without modules
+
+
+class Predicted(NamedTuple):
+  """What the M modules of multi-token prediction say."""
+
+  logits: Array  # [M, B, L, V] float32
+  targets: Array  # [M, B, L] int32, the token that depth k predicts, k + 1 ahead; -1 = none
+  stats: balance.RouterStats | None  # leaves [M, ...]
 
 
 class LayerInputs(NamedTuple):
   """What a block gets besides residual stream and batch; leaves [layers, ...] in a stack."""
 
-  cache: attention.KVCache | None
+  cache: LayerCache | None  # None outside of decoding
   number: Array  # [] int32, number of the layer in the model
   slopes: Mapping[str, Any]  # see `balance.global_slopes`
+
+
+class Ahead(NamedTuple):
+  """What a module of multi-token prediction gets besides; leaves [M, ...] in a scan."""
+
+  embedded: Array  # [B, L, D], embedding of the token that its depth sees more
+  ids: Array  # [B, L] int32, that token; 0 where the document has ended
+  mask: Array  # [B, L] bool, whether the document goes on that far
 
 
 class Stack(NamedTuple):
   """A run of blocks of one kind."""
 
-  name: str  # of its parameters, and of its field in `Cache`
+  name: str  # of its parameters
   is_moe: bool
   first: int  # number of its first layer
   length: int
@@ -79,6 +97,7 @@ class Block(nn.Module):
   cfg: config.ModelConfig
   is_moe: bool
   train: bool
+  keep_cache: bool = False  # return the keys and values of this call although it has no cache
 
   @nn.compact
   def __call__(self, x: Array, own: LayerInputs, ctx: attention.Context, tokens: routing.Tokens):
@@ -87,14 +106,7 @@ class Block(nn.Module):
     dtypes = dict(dtype=jnp.dtype(cfg.dtype), param_dtype=jnp.dtype(cfg.param_dtype))
     norm = functools.partial(layers.RMSNorm, cfg.norm_eps, dtypes['dtype'])
     x = checkpoint_name(x, 'layer_in')
-    attn = attention.Attention(
-      cfg.attention,
-      cfg.num_heads,
-      cfg.init_std,
-      threshold=self._attention_threshold(),
-      name='attention',
-      **dtypes,
-    )
+    attn = self._attention(dtypes)
     with jax.named_scope('attention'):
       update, cache, mixture = attn(norm(name='attention_norm')(x), ctx, own.cache)
     x = nn.with_logical_constraint(x + update, ('act_batch', 'act_len', 'act_embed'))
@@ -108,7 +120,15 @@ class Block(nn.Module):
       update = layers.FeedForward(cfg.mlp_dim, cfg.init_std, name='mlp', **dtypes)(u)
       stats = None
     x = nn.with_logical_constraint(x + update, ('act_batch', 'act_len', 'act_embed'))
-    return x, (cache, stats)
+    return x, (cache if self.keep_cache or own.cache is not None else None, stats)
+
+  def _attention(self, dtypes: Mapping[str, Any]) -> nn.Module:
+    cfg = self.cfg
+    sizes = (cfg.attention, cfg.num_heads, cfg.init_std)
+    if cfg.attention.kind == 'mla':
+      return mla.MLA(*sizes, name='attention', **dtypes)
+    threshold = self._attention_threshold()
+    return attention.Attention(*sizes, threshold=threshold, name='attention', **dtypes)
 
   def _attention_threshold(self) -> float:
     """DS-MoE's threshold rule prunes attention experts too; its top-K rules keep them all."""
@@ -128,22 +148,59 @@ class Block(nn.Module):
     return stats.replace(losses={**stats.losses, name: loss}, attention=balance.add_up(mixture))
 
 
-def _stack(cfg: config.ModelConfig, is_moe: bool, train: bool, length: int, name: str) -> nn.Module:
-  """`length` blocks of one kind as a scan over the leading axis of parameters and cache."""
-  block = Block
+class MTPLayer(nn.Module):
+  """One depth of multi-token prediction: h' = M [norm(Emb(t_{i+k})); norm(h)], then a block.
+
+  DeepSeek-V3, Eq. 21-23; the embedding comes first, as in the released weights and unlike in the
+  formula. h of depth 1 is what the last layer returns, before the model's final norm.
+  """
+
+  cfg: config.ModelConfig
+  is_moe: bool
+  train: bool
+  keep_cache: bool = False
+
+  @nn.compact
+  def __call__(
+    self,
+    hidden: Array,
+    own: LayerInputs,
+    ahead: Ahead,
+    ctx: attention.Context,
+    tokens: routing.Tokens,
+  ):
+    """hidden [B, L, D] of the depth before -> (hidden, (normed for the head, cache, stats))."""
+    cfg = self.cfg
+    dtype = jnp.dtype(cfg.dtype)
+    norm = functools.partial(layers.RMSNorm, cfg.norm_eps, dtype)
+    pair = [norm(name='embedding_norm')(ahead.embedded), norm(name='hidden_norm')(hidden)]
+    init = layers.init_weight(cfg.init_std, 'mtp_pair', 'embed')
+    shape = (2 * cfg.embed_dim, cfg.embed_dim)
+    projection = self.param('projection', init, shape, jnp.dtype(cfg.param_dtype)).astype(dtype)
+    x = jnp.einsum('BLD,DE->BLE', jnp.concatenate(pair, axis=-1), projection)
+    # A token without a successor is not routed, and no other token sees it.
+    tokens = tokens._replace(ids=ahead.ids, mask=ahead.mask)
+    block = Block(cfg, self.is_moe, self.train, self.keep_cache, name='block')
+    x, (cache, stats) = block(x, own, ctx, tokens)
+    return x, (norm(name='norm')(x), cache, stats)
+
+
+def _over_layers(
+  cfg: config.ModelConfig, layer: type[nn.Module], length: int, in_axes: tuple[Any, ...]
+) -> Any:
+  """`layer` as a scan over the leading axis of its parameters, recomputed as `cfg.remat` says."""
   if cfg.remat != 'none':
     policy = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES[cfg.remat])
-    block = nn.remat(Block, policy=policy, prevent_cse=not cfg.scan_layers)
-  scanned = nn.scan(
-    block,
+    layer = nn.remat(layer, policy=policy, prevent_cse=not cfg.scan_layers)
+  return nn.scan(
+    layer,
     variable_axes={'params': 0, 'router_state': 0, 'intermediates': 0},
     split_rngs={},
-    in_axes=(0, nn.broadcast, nn.broadcast),
+    in_axes=in_axes,
     length=length,
     unroll=1 if cfg.scan_layers else length,
     metadata_params={nn.PARTITION_NAME: 'layers'},
   )
-  return scanned(cfg, is_moe, train, name=name)
 
 
 class Transformer(nn.Module):
@@ -155,6 +212,7 @@ class Transformer(nn.Module):
 
   cfg: config.ModelConfig
   train: bool = False
+  keep_cache: bool = False  # return what decoding goes on from
 
   @nn.compact
   def __call__(
@@ -162,8 +220,8 @@ class Transformer(nn.Module):
     tokens: Array,
     positions: Array,
     segment_ids: Array,
-    cache: Cache | None = None,
     *,
+    targets: Array | None = None,
     row: Array | None = None,
     seed: Array | None = None,
     slopes: Mapping[str, Any] | None = None,
@@ -174,10 +232,11 @@ class Transformer(nn.Module):
       tokens: [B, L] int32.
       positions: [B, L] int32, position of each token inside its document.
       segment_ids: [B, L] int32, document of each token within the row; 0 = padding.
-      cache: None, or the decoding state, whose slots `positions` index (one document per row).
+      targets: [B, L] int32, the next token of each, -1 = none: runs multi-token prediction.
       row: [B] int32, number of each row in the whole batch; None counts from 0.
       seed: [] uint32, what decides the random choices of routing; None is 0.
-      slopes: `balance.global_slopes`, leaves [num_moe_layers, ...]; None without accumulation.
+      slopes: `balance.global_slopes`, leaves [MoE layers, ...] with those of multi-token
+        prediction last; None without accumulation.
 
     Returns:
       Output; logits [B, L, V] float32.
@@ -190,60 +249,69 @@ class Transformer(nn.Module):
       (cfg.vocab_size, cfg.embed_dim),
       param_dtype,
     )
-    x = jnp.take(embedding, tokens, axis=0).astype(dtype)
+    embed = lambda ids: jnp.take(embedding, ids, axis=0).astype(dtype)
+    x = embed(tokens)
     x = nn.with_logical_constraint(x, ('act_batch', 'act_len', 'act_embed'))
     row = jnp.arange(len(tokens), dtype=jnp.int32) if row is None else row
     seed = jnp.uint32(0) if seed is None else seed
     routed = routing.Tokens(tokens, segment_ids > 0, row, seed)
-    ctx, cache = _context(positions, segment_ids, cache)
+    ctx = attention.Context(positions, segment_ids)
     found = {}
     for kind in stacks(cfg):
-      stack = _stack(cfg, kind.is_moe, self.train, kind.length, kind.name)
-      own = LayerInputs(
-        cache=getattr(cache, kind.name, None),
-        number=kind.first + jnp.arange(kind.length, dtype=jnp.int32),
-        slopes=slopes if kind.is_moe and slopes else {},
-      )
-      x, found[kind.name] = stack(x, own, ctx, routed)
+      stack = _over_layers(cfg, Block, kind.length, (0, nn.broadcast, nn.broadcast))
+      stack = stack(cfg, kind.is_moe, self.train, self.keep_cache, name=kind.name)
+      number = kind.first + jnp.arange(kind.length, dtype=jnp.int32)
+      own = jax.tree.map(lambda a: a[: cfg.num_moe_layers], slopes or {}) if kind.is_moe else {}
+      x, found[kind.name] = stack(x, LayerInputs(None, number, own), ctx, routed)
+    hidden = x
     x = layers.RMSNorm(cfg.norm_eps, dtype, name='final_norm')(x)
     head_init = layers.init_weight(cfg.init_std, 'embed', 'vocab')
     head = self.param('head', head_init, (cfg.embed_dim, cfg.vocab_size), param_dtype)
-    with jax.named_scope('head'):
-      logits = jnp.einsum('BLD,DV->BLV', x, head.astype(dtype), preferred_element_type=jnp.float32)
-    if cache is not None:
-      cache = cache._replace(**{name: layer_cache for name, (layer_cache, _) in found.items()})
+    logits = logits_of(x, head)
     stats = found['moe_layers'][1] if 'moe_layers' in found else None
-    return Output(logits, stats, cache)
+    caches = {name: cache for name, (cache, _) in found.items()}
+    mtp = None
+    if targets is not None and cfg.num_mtp_layers:
+      normed, mtp_stats, aims = self._predict_ahead(hidden, embed, targets, ctx, routed, slopes)
+      mtp = Predicted(jax.vmap(logits_of, (0, None))(normed, head), aims, mtp_stats)
+    return Output(logits, stats, hidden, caches, mtp)
+
+  def _predict_ahead(self, hidden, embed, targets, ctx, routed, slopes):
+    """(normed hidden [M, B, L, D], stats, targets [M, B, L]) of multi-token prediction."""
+    cfg = self.cfg
+    depth = jnp.arange(cfg.num_mtp_layers, dtype=jnp.int32)
+    seen = tokens_ahead(targets, ctx.segment_ids, cfg.num_mtp_layers + 1)
+    mask = seen[:-1] >= 0
+    ids = jnp.maximum(seen[:-1], 0)
+    embedded = jnp.where(mask[..., None], embed(ids), 0)
+    own = jax.tree.map(lambda a: a[cfg.num_moe_layers :], slopes or {}) if cfg.is_moe else {}
+    own = LayerInputs(None, cfg.num_layers + depth, own)
+    modules = _over_layers(cfg, MTPLayer, len(depth), (0, 0, nn.broadcast, nn.broadcast))
+    modules = modules(cfg, cfg.is_moe, self.train, name='mtp_layers')
+    _, (normed, _, stats) = modules(hidden, own, Ahead(embedded, ids, mask), ctx, routed)
+    return normed, stats, seen[1:]
 
 
-def _context(
-  positions: Array, segment_ids: Array, cache: Cache | None
-) -> tuple[attention.Context, Cache | None]:
-  if cache is None:
-    ctx = attention.Context(positions, segment_ids, positions, segment_ids, None)
-    return ctx, None
-  slots = cache.positions.shape[1]
-  write = jnp.where(segment_ids > 0, positions, slots)
-  row = jnp.arange(len(positions))[:, None]
-  cache = cache._replace(
-    positions=cache.positions.at[row, write].set(positions, mode='drop'),
-    segment_ids=cache.segment_ids.at[row, write].set(segment_ids, mode='drop'),
-  )
-  ctx = attention.Context(positions, segment_ids, cache.positions, cache.segment_ids, write)
-  return ctx, cache
+def tokens_ahead(targets: Array, segment_ids: Array, num: int) -> Array:
+  """[num, B, L] int32: the 1st, 2nd, ... token after each, -1 where its document has ended.
+
+  Args:
+    targets: [B, L] int32, the first of them.
+    segment_ids: [B, L] int32, documents.
+    num: how many.
+  """
+  found = [targets]
+  for _ in range(num - 1):
+    later = jnp.pad(found[-1][:, 1:], ((0, 0), (0, 1)), constant_values=-1)
+    same = segment_ids == jnp.pad(segment_ids[:, 1:], ((0, 0), (0, 1)))
+    found.append(jnp.where(same & (targets >= 0), later, -1))
+  return jnp.stack(found)
 
 
-def init_cache(cfg: config.ModelConfig, batch_size: int, num_slots: int) -> Cache:
-  """An empty decoding state for rows of up to `num_slots` tokens."""
-  shape = (batch_size, num_slots, cfg.attention.num_kv_heads, cfg.attention.head_dim)
-  num_dense = cfg.num_layers - cfg.num_moe_layers
-
-  def kv(num_layers: int) -> attention.KVCache | None:
-    zeros = lambda: jnp.zeros((num_layers, *shape), jnp.dtype(cfg.dtype))
-    return attention.KVCache(zeros(), zeros()) if num_layers else None
-
-  empty = jnp.zeros((batch_size, num_slots), jnp.int32)
-  return Cache(kv(num_dense), kv(cfg.num_moe_layers), empty, empty)
+def logits_of(x: Array, head: Array) -> Array:
+  """The output head: normed x [B, L, D], head [D, V] -> [B, L, V] float32."""
+  with jax.named_scope('head'):
+    return jnp.einsum('BLD,DV->BLV', x, head.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
 def init(cfg: config.ModelConfig, rng: Array) -> dict[str, Any]:
@@ -259,6 +327,10 @@ def init(cfg: config.ModelConfig, rng: Array) -> dict[str, Any]:
   for kind in stacks(cfg):
     for collection, tree in _init_stack(cfg, kind, rng).items():
       variables[collection][kind.name] = tree
+  if cfg.num_mtp_layers:
+    kind = Stack('mtp_layers', cfg.is_moe, cfg.num_layers, cfg.num_mtp_layers)
+    for collection, tree in _init_stack(cfg, kind, rng).items():
+      variables[collection][kind.name] = tree
   return variables
 
 
@@ -266,12 +338,15 @@ def _init_stack(cfg: config.ModelConfig, kind: Stack, rng: Array) -> dict[str, A
   zeros = jnp.zeros((1, 1), jnp.int32)
   x = jnp.zeros((1, 1, cfg.embed_dim), jnp.dtype(cfg.dtype))
   tokens = routing.Tokens(zeros, zeros > 0, zeros[0], jnp.uint32(0))
-  ctx, _ = _context(zeros, zeros, None)
+  ctx = attention.Context(zeros, zeros)
 
   def init_layer(number: Array) -> dict[str, Any]:
     # 0 is left to the weights outside of the layers.
     key = jax.random.fold_in(rng, number + 1)
     own = LayerInputs(None, number, {})
+    if kind.name == 'mtp_layers':
+      ahead = Ahead(x, zeros, zeros > 0)
+      return MTPLayer(cfg, kind.is_moe, True).init(key, x, own, ahead, ctx, tokens)
     return Block(cfg, kind.is_moe, True).init(key, x, own, ctx, tokens)
 
   stacked = jax.vmap(init_layer)(kind.first + jnp.arange(kind.length))
@@ -280,8 +355,31 @@ def _init_stack(cfg: config.ModelConfig, kind: Stack, rng: Array) -> dict[str, A
 
 
 def moe_state(router_state: Any) -> dict[str, Array]:
-  """The routers' variables, leaves [num_moe_layers, ...]; empty without any."""
-  return router_state.get('moe_layers', {}).get('moe', {})
+  """The routers' variables, leaves [MoE layers, ...] with multi-token prediction's last."""
+  main = router_state.get('moe_layers', {}).get('moe', {})
+  ahead = router_state.get('mtp_layers', {}).get('block', {}).get('moe', {})
+  return {k: jnp.concatenate([v, ahead[k]]) if ahead else v for k, v in main.items()}
+
+
+def with_moe_state(cfg: config.ModelConfig, state: Mapping[str, Array]) -> dict[str, Any]:
+  """The inverse of `moe_state`: collection `router_state` of the whole model."""
+  if not state:
+    return {}
+  split = lambda cut: {'moe': {k: v[cut] for k, v in state.items()}}
+  found = {'moe_layers': split(slice(cfg.num_moe_layers))}
+  if cfg.num_mtp_layers:
+    found['mtp_layers'] = {'block': split(slice(cfg.num_moe_layers, None))}
+  return found
+
+
+def moe_params(params: Any) -> dict[str, Any]:
+  """The parameters of the MoE layers, leaves [MoE layers, ...], multi-token prediction's last."""
+  main = params['moe_layers']['moe']
+  if 'mtp_layers' not in params:
+    return main
+  return jax.tree.map(
+    lambda *leaves: jnp.concatenate(leaves), main, params['mtp_layers']['block']['moe']
+  )
 
 
 def abstract_params(cfg: config.ModelConfig) -> Any:

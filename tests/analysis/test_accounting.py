@@ -6,7 +6,16 @@ import math
 import numpy as np
 import pytest
 
-from configs import base, deepseekmoe_2b, deepseekmoe_16b, deepseekmoe_145b
+from configs import (
+  base,
+  deepseek_llm_67b,
+  deepseek_v2,
+  deepseek_v2_lite,
+  deepseek_v3,
+  deepseekmoe_2b,
+  deepseekmoe_16b,
+  deepseekmoe_145b,
+)
 from moe_jax import balance, config, config_moe
 from moe_jax.analysis import accounting, virtual_devices
 
@@ -29,15 +38,19 @@ def row(text: str, label: str) -> list[str]:
     deepseekmoe_16b.get_config(),
     deepseekmoe_145b.get_config('gshard_137b'),  # no shared experts
     deepseekmoe_145b.get_config('dense_67b'),  # no experts, grouped key-value heads
+    deepseek_v2_lite.get_config(),  # latent attention
+    deepseek_v2.get_config(),  # latent queries
+    deepseek_v3.get_config(),  # multi-token prediction
   ],
 )
 def test_real_shapes_add_up_to_the_closed_form(page):
   d = describe(page)
+  modules = [m for m in d.modules if not m.path.startswith('mtp_layers/')]
   by_group = {
     'embedding': d.parameters.embedding,
     'head': d.parameters.head,
     'attention/': d.parameters.attention,
-    'norm/': d.parameters.norms,
+    'norm/scale': d.parameters.norms,
     '/mlp/': d.parameters.dense_ffn,
     '/shared/': d.parameters.shared_experts,
     'router': d.parameters.router,
@@ -45,8 +58,12 @@ def test_real_shapes_add_up_to_the_closed_form(page):
     '/moe/down': d.parameters.routed_experts // 3,
   }
   for pattern, expected in by_group.items():
-    assert sum(m.count for m in d.modules if pattern in m.path) == expected, pattern
-  assert sum(m.count for m in d.modules) == d.parameters.total
+    found = [m for m in modules if pattern in m.path]
+    if pattern == 'attention/':
+      found = [m for m in found if not m.path.endswith('norm/scale')]
+    assert sum(m.count for m in found) == expected, pattern
+  assert sum(m.count for m in modules) == d.parameters.total
+  assert sum(m.count for m in d.modules) == d.parameters.total + d.parameters.mtp
 
 
 @pytest.mark.parametrize('router', config_moe.ROUTERS)
@@ -78,11 +95,14 @@ def test_json_has_the_stable_keys_and_whole_numbers():
     'config': 'page.py',
     'total_params': 16_375_728_128,
     'activated_params': 2_828_650_496,
+    'activated_params_without_embedding': 2_828_650_496 - 102_400 * 2048,
+    'mtp_params': 0,
     'train_flops_per_sequence_paper': 74_423_193_305_088,
     'train_flops_per_sequence': 70_133_930_262_528,
     'train_flops_per_token': 17_122_541_568,
     'kv_cache_elements_per_token': 2 * 28 * 2048,
     'kv_cache_bytes_per_token': 2 * 28 * 2048 * 2,
+    'kv_cache_bytes_per_token_by_bits': {'16': 229_376, '8': 114_688, '6': 86_016},
     'num_virtual_devices': 4,
   }
   assert list(losses) == list(balance.LOSSES)
@@ -120,10 +140,52 @@ def test_table_shows_only_settings_with_an_effect():
   assert [key for key in dense.settings if key.startswith('moe.')] == ['moe.num_experts']
 
 
+def test_table_shows_the_settings_of_one_kind_of_attention():
+  heads, latent = deepseek_v2_lite.get_config('mha'), deepseek_v2_lite.get_config('long')
+  text = accounting.table([describe(heads), describe(latent)])
+  assert row(text, 'attention.kind') == ['gqa', 'mla', 'differs']
+  assert row(text, 'attention.num_kv_heads') == ['16', '-', 'differs']
+  assert row(text, 'attention.mla.kv_lora_rank') == ['-', '512', 'differs']
+  assert row(text, 'attention.rope.theta') == ['10000', '10000', '=']
+  assert row(text, 'attention.rope.yarn.factor') == ['-', '40', 'differs']
+  assert 'attention.num_experts' not in text
+  heads = accounting.table([describe(heads)])
+  assert 'yarn' not in heads and 'attention.mla' not in heads
+
+
+def test_module_of_multi_token_prediction_has_its_own_row():
+  d = describe(deepseek_v3.get_config())
+  label = 'multi-token prediction, not in the total'
+  text = accounting.table([d])
+  assert row(text, label) == ['11,610,067,968']
+  assert row(text, 'total parameters') == ['671,026,404,352']
+  assert row(text, 'without the input embedding') == ['36,625,603,584']
+  assert d.to_json()['mtp_params'] == 11_610_067_968
+  assert label not in accounting.table([describe(base.get_config())])
+
+
+def test_kv_cache_of_v2_beside_67b():
+  text = accounting.table(
+    [describe(deepseek_llm_67b.get_config()), describe(deepseek_v2.get_config())]
+  )
+  assert row(text, 'kv cache numbers per token') == ['194,560', '34,560', '-82.2', '%']
+  assert row(text, 'at 16 bits') == ['389,120', '69,120', '-82.2', '%']
+  assert row(text, 'at 6 bits') == ['145,920', '25,920', '-82.2', '%']
+  section = text.split('\nKV CACHE per token, vs A at 16 bits\n')[1].split('\n\n')[0]
+  assert section.splitlines() == [
+    'A  16 bits  389,120 bytes  equal',
+    'A   8 bits  194,560 bytes  -50.0 %',
+    'A   6 bits  145,920 bytes  -62.5 %',
+    'B  16 bits   69,120 bytes  -82.2 %',  # the architecture
+    'B   8 bits   34,560 bytes  -91.1 %',
+    'B   6 bits   25,920 bytes  -93.3 %',  # as deployed
+  ]
+
+
 def test_table_of_one_config_shows_shapes():
   text = accounting.table([describe(base.get_config(), 'one.py')])
   assert row(text, 'moe_layers/moe/down [5, 63, 176, 256]') == [f'{5 * 63 * 176 * 256:,}']
-  assert 'vs A' not in text and 'MATCHED' not in text
+  assert 'vs A' not in text and 'MATCHED' not in text and 'KV CACHE' not in text
 
 
 def test_small_differences_do_not_read_as_none():

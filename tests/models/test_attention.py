@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import tiny
 
-from moe_jax import config
+from moe_jax import config_attention
 from moe_jax.models import attention, rope
+from moe_jax.models.attend import reference
 
 B, L, N, G, H, D = 3, 16, 4, 2, 8, 12  # N query heads in groups of G
 LENGTHS = ((7, 9), (5, 4, 3), (16,))
@@ -18,7 +19,7 @@ CLOSE = dict(rtol=1e-5, atol=1e-5)  # float32 softmax and sums of 16 terms
 def ctx():
   rows = tiny.batch(LENGTHS)
   positions, segment_ids = (jnp.array(rows[key]) for key in ('positions', 'segment_ids'))
-  return attention.Context(positions, segment_ids, positions, segment_ids, None)
+  return attention.Context(positions, segment_ids)
 
 
 def heads(seed, n):
@@ -40,7 +41,7 @@ def loop(q, k, v, segment_ids):
 
 def test_attend_equals_a_loop_over_queries(ctx):
   q, k, v = heads(0, N), heads(1, N // G), heads(2, N // G)
-  got = attention.attend(q, k, v, attention.visible(ctx))
+  got = reference.attend(q, k, v, *ctx, H**-0.5)
   real = np.asarray(ctx.segment_ids) > 0
   want = loop(q, k, v, np.asarray(ctx.segment_ids))
   np.testing.assert_allclose(np.asarray(got)[real], want[real], **CLOSE)
@@ -50,22 +51,25 @@ def test_attend_equals_a_loop_over_queries(ctx):
 def test_visible_by_hand():
   # Documents 1 1 2 2 and padding, positions 0 1 0 1 0.
   segment_ids, positions = jnp.array([[1, 1, 2, 2, 0]]), jnp.array([[0, 1, 0, 1, 0]])
-  ctx = attention.Context(positions, segment_ids, positions, segment_ids, None)
+  visible = reference.visible(positions, segment_ids, positions, segment_ids)
   want = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 0]]
-  np.testing.assert_array_equal(attention.visible(ctx)[0], np.array(want, bool))
+  np.testing.assert_array_equal(visible[0], np.array(want, bool))
 
 
 def test_scores_and_softmax_are_in_float32():
   q = k = v = heads(0, N).astype(jnp.bfloat16)
   mask = jnp.ones((B, L, L), bool)
-  got = attention.attend(q, k, v, mask)
+  attend = functools.partial(reference.masked, scale=1.0)
+  got = attend(q, k, v, mask)
   assert got.dtype == jnp.bfloat16
-  text = str(jax.make_jaxpr(attention.attend)(q, k, v, mask))
+  text = str(jax.make_jaxpr(attend)(q, k, v, mask))
   exp = next(line for line in text.splitlines() if ' exp ' in line)
   assert ':f32[' in exp
 
 
-CFG = config.AttentionConfig(num_kv_heads=N // G, head_dim=H, rope_theta=100.0, num_experts=0)
+YARN = config_attention.YarnConfig(1.0, 16, 32.0, 1.0, 1.0, 1.0)
+ROPE = config_attention.RopeConfig(100.0, 'half', YARN)
+UNREAD = config_attention.MLAConfig(0, 1, 1, 2, 1)
 X = jnp.asarray(np.random.default_rng(3).normal(size=(B, L, D)), jnp.float32)
 
 
@@ -77,7 +81,9 @@ def make_params(kv_heads):
 
 
 def module_of(num_experts, num_kv_heads=N // G, threshold=0.0):
-  cfg = config.AttentionConfig(num_kv_heads, H, CFG.rope_theta, num_experts)
+  cfg = config_attention.AttentionConfig(
+    'gqa', 'reference', num_kv_heads, H, ROPE, UNREAD, num_experts
+  )
   return attention.Attention(cfg, N, 0.02, jnp.float32, jnp.float32, threshold)
 
 
@@ -86,7 +92,7 @@ def run(params, x, ctx, num_experts=0, **sizes):
   """(output, sums of the mixture)."""
   module = module_of(num_experts, **sizes)
   out, cache, sums = module.apply({'params': params}, x, ctx, None)
-  assert cache is None
+  assert cache.key.shape == (*x.shape[:2], module.cfg.num_kv_heads, H)
   return out, sums
 
 
@@ -97,8 +103,8 @@ def apply(params, x, ctx, **sizes):
 def heads_of(params, ctx):
   """What each head adds before its output projection: [B, L, N, H] in numpy."""
   project = lambda name: jnp.einsum('bld,dnh->blnh', X, params[name])
-  angle = rope.angles(ctx.positions, H, CFG.rope_theta)
-  q, k = rope.rotate(project('q'), angle), rope.rotate(project('k'), angle)
+  angle = rope.angles(ctx.positions, H, ROPE)
+  q, k = (rope.rotate(project(name), angle, ROPE) for name in 'qk')
   return loop(q, k, project('v'), np.asarray(ctx.segment_ids))
 
 
@@ -145,7 +151,7 @@ def test_a_document_does_not_depend_on_its_place_in_the_row(ctx):
   params = make_params(N // G)
   packed = apply(params, X[:1], jax.tree.map(lambda a: a[:1], ctx))
   positions, ones = jnp.arange(9)[None], jnp.ones((1, 9), jnp.int32)
-  alone = attention.Context(positions, ones, positions, ones, None)
+  alone = attention.Context(positions, ones)
   np.testing.assert_allclose(packed[:, 7:], apply(params, X[:1, 7:], alone), **CLOSE)
 
 

@@ -109,7 +109,7 @@ def test_dense_model():
   out = jax.eval_shape(
     lambda p: transformer.Transformer(cfg).apply({'params': p}, *inputs(tiny.batch())), params
   )
-  assert out.stats is None and out.cache is None
+  assert out.stats is None and out.mtp is None and out.caches == {'dense_layers': None}
   assert out.logits.shape == (8, L, 32)
 
 
@@ -122,46 +122,6 @@ def test_all_layers_moe_and_stats_per_layer():
   )
   assert out.stats.sums.load.shape == (3, 8)
   assert out.stats.losses['expert_level'].shape == (3,)
-
-
-@functools.cache
-def cached(model=CFG):
-  apply = transformer.Transformer(model).apply
-  return tiny.jit(lambda params, *args: apply({'params': params}, *args)[::2])
-
-
-def test_decoding_token_by_token_equals_the_full_forward():
-  params = tiny.params(CFG)
-  rows = tiny.batch(((16,), (16,), (16,)))
-  full = logits_of(rows)
-  cache = transformer.init_cache(CFG, 3, L + 3)  # slots that are never written are never seen
-  one = jnp.ones((3, 1), jnp.int32)
-  for t in range(L):
-    tokens = jnp.array(rows['tokens'][:, t : t + 1])
-    logits, cache = cached()(params, tokens, one * t, one, cache)
-    np.testing.assert_allclose(logits[:, 0], full[:, t], **CLOSE, err_msg=f'position {t}')
-  np.testing.assert_array_equal(cache.segment_ids, [[1] * L + [0] * 3] * 3)
-
-
-def test_prompts_of_different_lengths_padded_on_the_right():
-  params, lengths = tiny.params(CFG), np.array([3, 8, 1])
-  rows = tiny.batch(((16,), (16,), (16,)))
-  full = logits_of(rows)
-  at = np.broadcast_to(np.arange(8), (3, 8))
-  real = at < lengths[:, None]
-  prompt = np.where(real, rows['tokens'][:, :8], 9)  # what the padding holds is of no account
-  cache = transformer.init_cache(CFG, 3, L + 3)
-  logits, cache = cached()(params, prompt, jnp.array(at), jnp.array(real, jnp.int32), cache)
-  np.testing.assert_allclose(
-    np.asarray(logits)[real], full[:, :8][real], **CLOSE, err_msg='prefill'
-  )
-  one = np.ones((3, 1), np.int32)
-  for t in range(L - 8):
-    index = (lengths + t)[:, None].astype(np.int32)
-    tokens = np.take_along_axis(rows['tokens'], index, axis=1)
-    logits, cache = cached()(params, tokens, index, one, cache)
-    want = np.take_along_axis(full, index[..., None], axis=1)
-    np.testing.assert_allclose(logits, want, **CLOSE, err_msg=f'{t} after the prompt')
 
 
 def test_dtypes_of_parameters():
@@ -199,9 +159,14 @@ def test_bfloat16_compute_is_close_to_float32():
   assert np.median(np.abs(wide - low)) < 0.03 * wide.std()
 
 
-def test_every_parameter_names_its_axes():
+LATENT = dict(model__attention__kind='mla', model__attention__mla__q_lora_rank=6)
+
+
+@pytest.mark.parametrize('overrides', [{}, LATENT | dict(model__num_mtp_layers=2)])
+def test_every_parameter_names_its_axes(overrides):
   rules = dict(partitioning.LOGICAL_AXIS_RULES)
-  boxed = jax.eval_shape(functools.partial(transformer.init, CFG), jax.random.key(0))['params']
+  model = tiny.make(**overrides).model
+  boxed = jax.eval_shape(functools.partial(transformer.init, model), jax.random.key(0))['params']
   boxes = jax.tree_util.tree_leaves_with_path(
     boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
   )

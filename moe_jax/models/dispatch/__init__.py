@@ -9,10 +9,11 @@ from collections.abc import Callable
 
 import jax
 
-from moe_jax.models.dispatch import capacity, dense, dropless
+from moe_jax.models.dispatch import capacity, dense, dropless, gather
 
 DISPATCHES: dict[str, Callable[..., jax.Array]] = {
   'dense': dense.dispatch,
   'dropless': dropless.dispatch,
   'capacity': capacity.dispatch,
+  'gather': gather.dispatch,
 }

@@ -15,7 +15,7 @@ Array = jax.Array
 def deal(tokens: routing.Tokens, k: int, num_experts: int) -> Array:
   """[B, L, K] int32: the next K of `num_experts` experts for every token of the batch in turn."""
   length = tokens.ids.shape[1]
-  number = tokens.row[:, None] * length + jnp.arange(length)
+  number = tokens.row[:, None] * length + tokens.places
   return (number[..., None] * k + jnp.arange(k)) % num_experts
 
 

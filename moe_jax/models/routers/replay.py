@@ -17,8 +17,8 @@ def route(inputs: routing.Inputs, cfg: config_moe.MoEConfig, train: bool) -> rou
   """Gates are the present scores of the recorded experts."""
   del train
   recorded = inputs.state['assignments']
-  length = inputs.tokens.ids.shape[1]
-  expert_idx = recorded[inputs.tokens.row % cfg.options.replay_rows, :length]
+  row = inputs.tokens.row[:, None] % cfg.options.replay_rows
+  expert_idx = recorded[row, inputs.tokens.places]
   return routing.Routing(
     routing.gates_of(inputs.scores, expert_idx, cfg), expert_idx, inputs.scores
   )

@@ -24,6 +24,12 @@ class Tokens(NamedTuple):
   mask: Array  # [B, L] bool, False = padding
   row: Array  # [B] int32, number of the row in the whole batch of the optimizer step
   seed: Array  # [] uint32, changes with the step; what decides all random choices
+  place: Array | None = None  # [B, L] int32, place of each token in its row; None counts from 0
+
+  @property
+  def places(self) -> Array:
+    """[B, L] int32; [1, L] if all rows count from 0."""
+    return jnp.arange(self.ids.shape[1])[None] if self.place is None else self.place
 
 
 class Inputs(NamedTuple):
@@ -116,5 +122,4 @@ def token_noise(tokens: Tokens, layer: Array, salt: int) -> Array:
 
   A pure function of these: micro-batches, devices, remat and scans see the same numbers.
   """
-  place = jnp.arange(tokens.ids.shape[1])
-  return bits.combine(tokens.seed, layer, salt, tokens.row[:, None], place)
+  return bits.combine(tokens.seed, layer, salt, tokens.row[:, None], tokens.places)

@@ -1,0 +1,324 @@
+"""config.json of the DeepSeek families -> our config; `hf_config_export` is the way back.
+
+Only what decides the model's outputs is read, and what cannot be expressed here is refused by name:
+a value that was skipped in silence would show as slightly wrong text. Nothing is taken from a
+default of someone's code where that code's versions disagree.
+
+Families are `model_type`s: llama (DeepSeek LLM), deepseek (DeepSeekMoE), deepseek_v2, deepseek_v3.
+"""
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from moe_jax import config_moe, errors
+
+ARCHITECTURES = {
+  'llama': 'LlamaForCausalLM',
+  'deepseek': 'DeepseekForCausalLM',
+  'deepseek_v2': 'DeepseekV2ForCausalLM',
+  'deepseek_v3': 'DeepseekV3ForCausalLM',
+}
+MLA_FAMILIES = ('deepseek_v2', 'deepseek_v3')
+
+# Values that some checkpoints of these types have and this model has not; absent and null are well.
+_ONLY = {
+  'hidden_act': ('silu',),
+  'attention_bias': (False,),
+  'mlp_bias': (False,),
+  'sliding_window': (),
+  'partial_rotary_factor': (1, 1.0),
+  'moe_layer_freq': (1,),
+}
+_GREEDY = ('greedy', 'gready')  # the second is how the released code spells its default
+
+# DeepSeek's code has this default for the balance loss, and moe-16b's config leaves the key out.
+_AUX_LOSS_ALPHA = {'deepseek': 0.001, 'deepseek_v2': 0.001, 'deepseek_v3': 0.0}
+NORM_EPS = 1e-6  # of the norms on MLA's latents, whatever rms_norm_eps says
+
+Json = Mapping[str, Any]
+
+
+def family(hf: Json) -> str:
+  """The `model_type`, one of ARCHITECTURES.
+
+  Raises:
+    errors.InputError: it is another one.
+  """
+  found = hf.get('model_type')
+  errors.require(
+    found in ARCHITECTURES,
+    f'config.json: model_type={found!r} (architectures={hf.get("architectures")}) is not among the '
+    f'supported ones: {", ".join(ARCHITECTURES)}',
+  )
+  return found
+
+
+def to_values(hf: Json, values: Json, num_mtp_layers: int = 0) -> dict[str, Any]:
+  """A config's nested dict with the model that config.json describes.
+
+  Args:
+    hf: a parsed config.json.
+    values: nested dicts of a whole config; all but the model and its types is kept.
+    num_mtp_layers: prediction modules that the files hold.
+
+  Raises:
+    errors.InputError: a value is missing, or not supported.
+  """
+  kind = family(hf)
+  for name, known in _ONLY.items():
+    value = hf.get(name)
+    errors.require(
+      value is None or value in known,
+      f'config.json: {name}={value!r} is not supported'
+      + (f'; only {", ".join(map(repr, known))} is' if known else ''),
+    )
+  values = copy.deepcopy(dict(values))
+  model = values['model']
+  model |= {
+    'vocab_size': _get(hf, 'vocab_size'),
+    'max_seq_len': _get(hf, 'max_position_embeddings'),
+    'embed_dim': _get(hf, 'hidden_size'),
+    'mlp_dim': _get(hf, 'intermediate_size'),
+    'num_layers': _get(hf, 'num_hidden_layers'),
+    'num_heads': _get(hf, 'num_attention_heads'),
+    'norm_eps': float(_get(hf, 'rms_norm_eps')),
+    'init_std': float(hf.get('initializer_range') or model['init_std']),
+    'num_mtp_layers': num_mtp_layers,
+  }
+  _set_attention(kind, hf, model)
+  _set_moe(kind, hf, model)
+  values['paper'] = dict.fromkeys(values['paper'], 0.0)  # the widths of another model
+  return values
+
+
+def quantization(hf: Json) -> tuple[int, int] | None:
+  """Rows and columns of a block of float8 weights that shares a scale; None without quantisation.
+
+  Raises:
+    errors.InputError: it is of another kind than DeepSeek-V3's.
+  """
+  found = hf.get('quantization_config')
+  if found is None:
+    return None
+  errors.require(
+    isinstance(found, Mapping),
+    f'config.json: quantization_config={found!r} must be an object; correct it',
+  )
+  block = found.get('weight_block_size')
+  known = (
+    found.get('quant_method') == 'fp8'
+    and found.get('fmt', 'e4m3') == 'e4m3'
+    and isinstance(block, (list, tuple))
+    and len(block) == 2
+    and all(type(n) is int and n > 0 for n in block)
+  )
+  errors.require(
+    known,
+    f"config.json: quantization_config={dict(found)} is not supported; only quant_method 'fp8' in "
+    'fmt e4m3 with a weight_block_size of two numbers is, as in DeepSeek-V3',
+  )
+  return block[0], block[1]
+
+
+def declared_mtp_layers(hf: Json) -> int:
+  """Prediction modules that config.json speaks of; its files may leave them out."""
+  return int(hf.get('num_nextn_predict_layers') or 0) if family(hf) == 'deepseek_v3' else 0
+
+
+def _get(hf: Json, name: str) -> Any:
+  errors.require(
+    hf.get(name) is not None,
+    f'config.json: {name} is missing, and no default is safe to take; put it in',
+  )
+  value = hf[name]
+  errors.require(
+    isinstance(value, bool) or (isinstance(value, (int, float)) and value > 0),
+    f'config.json: {name}={value!r} must be a positive number; correct it',
+  )
+  return value
+
+
+def _set_attention(kind: str, hf: Json, model: dict[str, Any]):
+  attention, heads = model['attention'], model['num_heads']
+  attention |= {'kind': 'gqa', 'num_experts': 0}
+  if kind in MLA_FAMILIES:
+    attention['kind'] = 'mla'
+    names = ('kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim')
+    attention['mla'] = {name: _get(hf, name) for name in names}
+    attention['mla']['q_lora_rank'] = hf.get('q_lora_rank') or 0
+    errors.require(
+      math.isclose(model['norm_eps'], NORM_EPS),
+      f'config.json: rms_norm_eps={model["norm_eps"]} is not supported with MLA: its code has '
+      f'{NORM_EPS} on the latents, and this model one epsilon for all; only {NORM_EPS} is',
+    )
+  else:
+    attention['num_kv_heads'] = hf.get('num_key_value_heads') or heads
+    given = hf.get('head_dim')
+    errors.require(
+      given is not None or model['embed_dim'] % heads == 0,
+      f'config.json: hidden_size={model["embed_dim"]} must be a multiple of '
+      f'num_attention_heads={heads} where there is no head_dim',
+    )
+    attention['head_dim'] = given or model['embed_dim'] // heads
+  interleaved = kind == 'deepseek_v2' or (
+    kind == 'deepseek_v3' and hf.get('rope_interleave') is not False
+  )
+  rope, theta = _rope_parameters(hf)
+  attention['rope'] = {
+    'theta': float(theta),
+    'layout': 'interleaved' if interleaved else 'half',
+    'yarn': _yarn(kind, rope, attention['rope']['yarn']),
+  }
+
+
+def _rope_parameters(hf: Json) -> tuple[Json, float]:
+  """The dict on stretched rotations, in the older or newer spelling, and theta."""
+  newer, older = hf.get('rope_parameters'), hf.get('rope_scaling')
+  for name, found in (('rope_parameters', newer), ('rope_scaling', older)):
+    errors.require(
+      found is None or isinstance(found, Mapping),
+      f'config.json: {name}={found!r} must be null or an object with a rope_type; correct it',
+    )
+  errors.require(
+    not (newer and older) or dict(older).items() <= dict(newer).items(),
+    f'config.json: rope_parameters={newer} and rope_scaling={older} contradict each other; remove '
+    'one of them',
+  )
+  rope = dict(newer or older or {})
+  theta = rope.pop('rope_theta', None) or hf.get('rope_theta')
+  errors.require(
+    theta is not None, 'config.json: rope_theta is missing; DeepSeek models have 10000'
+  )
+  return rope, theta
+
+
+def _yarn(kind: str, rope: Json, off: Json) -> dict[str, Any]:
+  """The section `model.attention.rope.yarn`; `off`, with factor 1, where nothing is stretched."""
+  rope_type = rope.get('rope_type', rope.get('type', 'default'))
+  errors.require(
+    rope_type in ('default', 'yarn'),
+    f'config.json: rope type {rope_type!r} is not supported; only default and yarn are',
+  )
+  if rope_type == 'default':
+    known = ('rope_type', 'type', 'partial_rotary_factor')
+    unknown = [name for name in rope if name not in known]
+    errors.require(
+      not unknown and rope.get('partial_rotary_factor') in (None, 1, 1.0),
+      f'config.json: rope_parameters={dict(rope)} is not supported with rope type default',
+    )
+    return dict(off) | {'factor': 1.0}
+  both = [rope.get('mscale'), rope.get('mscale_all_dim')]
+  if kind in MLA_FAMILIES:
+    # With one of the two, DeepSeek's code and that of transformers disagree on the cosines.
+    problem = any(both) and not all(both)
+  else:
+    # Here the pair changes the cosines alone; the scale of the softmax stays.
+    problem = any(both)
+  problem |= rope.get('attention_factor') is not None or rope.get('truncate') is False
+  errors.require(
+    not problem,
+    f'config.json: rope_scaling={dict(rope)} of model_type {kind!r} is not supported: mscale and '
+    'mscale_all_dim must both be there with MLA and both be absent without it, and there must be '
+    'no attention_factor and no truncate=false',
+  )
+  for name in ('factor', 'original_max_position_embeddings'):
+    errors.require(
+      rope.get(name) is not None, f'config.json: rope_scaling={dict(rope)} lacks {name}; put it in'
+    )
+  return {
+    'factor': float(rope['factor']),
+    'original_max_seq_len': int(rope['original_max_position_embeddings']),
+    'beta_fast': float(rope.get('beta_fast') or 32),
+    'beta_slow': float(rope.get('beta_slow') or 1),
+    'mscale': float(both[0] or 1.0),
+    'mscale_all_dim': float(both[1] or 0.0),
+  }
+
+
+def _set_moe(kind: str, hf: Json, model: dict[str, Any]):
+  moe, layers = model['moe'], model['num_layers']
+  num_experts = 0 if kind == 'llama' else hf.get('n_routed_experts') or 0
+  dense = min(hf.get('first_k_dense_replace') or 0, layers) if num_experts else layers
+  if dense == layers:
+    moe |= {'num_experts': 0, 'num_shared_experts': 0}
+    model['num_dense_layers'] = 0
+    return
+  model['num_dense_layers'] = dense
+  moe |= {
+    'num_experts': num_experts,
+    'num_shared_experts': hf.get('n_shared_experts') or 0,
+    'num_experts_per_tok': _get(hf, 'num_experts_per_tok'),
+    'moe_mlp_dim': _get(hf, 'moe_intermediate_size'),
+    'router': 'topk',
+    'norm_topk_prob': bool(_get(hf, 'norm_topk_prob')),
+    'num_expert_groups': 1,
+    'num_limited_groups': 1,
+  }
+  moe['capacity'] = moe['capacity'] | {'policy': 'none'}
+  {'deepseek': _set_v1, 'deepseek_v2': _set_v2, 'deepseek_v3': _set_v3}[kind](hf, moe)
+  _set_losses(kind, hf, moe)
+
+
+def _set_v1(hf: Json, moe: dict[str, Any]):
+  _require_gate(hf, 'deepseek', 'softmax', _GREEDY)
+  scaling = hf.get('routed_scaling_factor')
+  errors.require(
+    scaling in (None, 1, 1.0),
+    f'config.json: routed_scaling_factor={scaling} has no effect in the code of model_type '
+    "'deepseek'; set it to 1.0",
+  )
+  moe |= {'score_func': 'softmax', 'group_score': 'max', 'routed_scaling_factor': 1.0}
+  moe['expert_bias'] = moe['expert_bias'] | {'update_rule': 'none'}
+
+
+def _set_v2(hf: Json, moe: dict[str, Any]):
+  _require_gate(hf, 'deepseek_v2', 'softmax', (*_GREEDY, 'group_limited_greedy'))
+  scaling = float(hf.get('routed_scaling_factor') or 1.0)
+  # The released code divides the gates by their sum OR scales them, where this model does the one
+  # and then the other; and it divides where there is more than one gate.
+  moe['norm_topk_prob'] &= moe['num_experts_per_tok'] > 1
+  moe['routed_scaling_factor'] = 1.0 if moe['norm_topk_prob'] else scaling
+  moe |= {'score_func': 'softmax', 'group_score': 'max'}
+  moe['expert_bias'] = moe['expert_bias'] | {'update_rule': 'none'}
+  if hf.get('topk_method') == 'group_limited_greedy':
+    moe |= {'num_expert_groups': _get(hf, 'n_group'), 'num_limited_groups': _get(hf, 'topk_group')}
+
+
+def _set_v3(hf: Json, moe: dict[str, Any]):
+  _require_gate(hf, 'deepseek_v3', 'sigmoid', ('noaux_tc',))
+  moe |= {
+    'score_func': 'sigmoid',
+    'group_score': 'top2_sum',
+    'routed_scaling_factor': float(_get(hf, 'routed_scaling_factor')),
+    'num_expert_groups': _get(hf, 'n_group'),
+    'num_limited_groups': _get(hf, 'topk_group'),
+  }
+  moe['expert_bias'] = moe['expert_bias'] | {'update_rule': 'sign', 'form': 'additive'}
+
+
+def _require_gate(hf: Json, kind: str, score_func: str, methods: tuple[str, ...]):
+  found = hf.get('scoring_func', score_func)
+  errors.require(
+    found == score_func,
+    f'config.json: scoring_func={found!r} is not supported with model_type {kind!r}; only '
+    f'{score_func!r} is',
+  )
+  found = hf.get('topk_method', methods[0])
+  errors.require(
+    found in methods,
+    f'config.json: topk_method={found!r} is not supported with model_type {kind!r}; only '
+    f'{", ".join(methods)} is',
+  )
+
+
+def _set_losses(kind: str, hf: Json, moe: dict[str, Any]):
+  """One balance loss: V3 divides the scores by their sum first (its report, section 2.1.2)."""
+  name = 'normalized_expert_level' if kind == 'deepseek_v3' else 'expert_level'
+  alpha = hf.get('aux_loss_alpha')
+  weight = float(_AUX_LOSS_ALPHA[kind] if alpha is None else alpha)
+  scope = 'micro_batch' if hf.get('seq_aux') is False else 'sequence'
+  losses = {key: moe['balance'][key] | {'weight': 0.0} for key in config_moe.LOSSES}
+  losses[name] = {'weight': weight, 'scope': scope}
+  moe['balance'] = moe['balance'] | losses

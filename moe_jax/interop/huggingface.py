@@ -1,0 +1,307 @@
+"""Hugging Face checkpoints of the DeepSeek families in and out of workdirs, a tensor at a time.
+
+`import_checkpoint` makes a workdir with a checkpoint of step 0, which `run.load` and
+`config.init_from` read like any other; `export_checkpoint` makes a directory that transformers (or
+a released model's own code) reads. Both write beside their target and rename at the end. `load` and
+`save` are the same with all weights in memory.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax import checkpoint_stream, config, errors, files, run_record
+from moe_jax import run as run_lib
+from moe_jax.data import tokenizer as tokenizer_lib
+from moe_jax.interop import (
+  export_plan,
+  hf_config,
+  hf_config_export,
+  mapping,
+  safetensors_files,
+  sidecar,
+)
+from moe_jax.interop import source as source_lib
+
+Say = Callable[[str], None]
+_NO_DATA = 'imported'  # data fingerprint: what it was trained on is not known
+
+
+def load(
+  directory: str | os.PathLike[str], values: Mapping[str, Any], *, param_dtype: str = ''
+) -> tuple[config.Config, dict[str, Any]]:
+  """Reads a checkpoint into memory.
+
+  Args:
+    directory: config.json and *.safetensors.
+    values: nested dicts of a whole config; the model section is replaced.
+    param_dtype: of weights and computation, one of config.DTYPES; '' for that of the files.
+
+  Returns:
+    The config, and {'params', 'router_state'} as nested dicts of arrays.
+
+  Raises:
+    errors.InputError: see the message.
+  """
+  found = source_lib.read(directory, values, param_dtype)
+  arrays = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in found.leaves.items()}
+  for entry, part in found.parts():
+    arrays[entry.leaf][entry.index] = part
+  abstract = source_lib.abstract_leaves(found.cfg.model)
+  leaves = [jnp.asarray(arrays[name]) for name in source_lib.by_name(abstract)]
+  return found.cfg, jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def save(
+  cfg: config.Config,
+  variables: Mapping[str, Any],
+  directory: str | os.PathLike[str],
+  hf: Mapping[str, Any] | None = None,
+  *,
+  dtype: str = 'original',
+  fused_experts: bool = False,
+  shard_bytes: int = safetensors_files.SHARD_BYTES,
+):
+  """Writes a model from memory.
+
+  Args:
+    cfg: its config.
+    variables: {'params', 'router_state'}, nested dicts of arrays.
+    directory: absent or empty.
+    hf: the config.json to write; None makes one.
+    dtype: one of export_plan.DTYPES; 'original' is cfg.model.param_dtype.
+    fused_experts: all experts of a layer in two tensors.
+    shard_bytes: largest size of a file.
+
+  Raises:
+    errors.InputError: no family can hold the model, or the directory is in use.
+  """
+  leaves = {name: np.asarray(x) for name, x in source_lib.by_name(variables).items()}
+  record = export_plan.own_record(cfg.model, mapping.Layout(fused_experts=fused_experts))
+  plan = export_plan.Plan(cfg.model, leaves, record, dtype)
+  content = (
+    dict(hf) if hf is not None else hf_config_export.from_config(cfg) | export_plan.dtype_key(plan)
+  )
+  with _staged(pathlib.Path(directory), '--to_hf') as staging:
+    _write_json(staging / 'config.json', content)
+    plan.write(staging, lambda name, index: leaves[name][index], shard_bytes)
+
+
+def import_checkpoint(
+  directory: str | os.PathLike[str],
+  values: Mapping[str, Any],
+  workdir: str | os.PathLike[str],
+  *,
+  param_dtype: str = '',
+  argv: Sequence[str] = (),
+  say: Say = print,
+):
+  """Makes a workdir out of a downloaded checkpoint.
+
+  It holds config.json, tokenizer.json, checkpoints/0 without an optimizer, and the small files of
+  the checkpoint in hf/. Needs memory for one tensor.
+
+  Args:
+    directory: config.json, tokenizer.json and *.safetensors.
+    values: nested dicts of a whole config; model and special tokens are replaced.
+    workdir: absent or empty.
+    param_dtype: of weights and computation, one of config.DTYPES; '' for that of the files.
+    argv: command line, for the record.
+    say: prints one line.
+
+  Raises:
+    errors.InputError: see the message; nothing has been written then.
+  """
+  began = time.monotonic()
+  directory, workdir = pathlib.Path(directory), pathlib.Path(workdir)
+  found = source_lib.read(directory, _with_tokenizer(directory, values, workdir), param_dtype)
+  cfg = found.cfg
+  tokenizer = tokenizer_lib.load(
+    directory / sidecar.TOKENIZER, cfg.data.bos_token, cfg.data.eos_token
+  )
+  tokenizer_lib.check_vocab_size(tokenizer, cfg.model.vocab_size)
+  for note in found.notes:
+    say(note)
+  meta = {
+    'config': config.to_dict(cfg),
+    'data_fingerprint': _NO_DATA,
+    'tokenizer': run_lib.digest(tokenizer),
+  }
+  leaves = source_lib.abstract_leaves(cfg.model)
+  total = sum(tensor.num_bytes for tensor in found.tensors.values())
+  with _staged(workdir, '--workdir') as staging:
+    with (
+      checkpoint_stream.Writer(staging / 'checkpoints', 0, leaves, meta) as writer,
+      export_plan.progress(total, f'import {found.family}') as bar,
+    ):
+      for entry, part in found.parts():
+        writer.write(entry.leaf, entry.index, part)
+        stored = safetensors_files.DTYPES[found.tensors[entry.hf_name].dtype]
+        bar.update(entry.size * stored.itemsize)
+    sidecar.keep(directory, staging / sidecar.DIRECTORY)
+    sidecar.write_record(found, staging / sidecar.DIRECTORY)
+    shutil.copyfile(directory / sidecar.TOKENIZER, staging / sidecar.TOKENIZER)
+    run_record.write(staging, cfg, argv=argv, data_fingerprint=_NO_DATA)
+  say(
+    _closing_line(
+      'imported', found.family, _num_parameters(found.leaves), len(found.tensors), began
+    )
+  )
+
+
+def export_checkpoint(
+  workdir: str | os.PathLike[str],
+  directory: str | os.PathLike[str],
+  *,
+  step: int | None = None,
+  dtype: str = 'original',
+  shard_bytes: int = safetensors_files.SHARD_BYTES,
+  say: Say = print,
+):
+  """Writes a checkpoint of a workdir as Hugging Face files.
+
+  One that was imported comes back under the names and in the dtypes that it had; its config.json is
+  changed only where the model is another one. Needs memory for one tensor.
+
+  Args:
+    workdir: a run, or an import.
+    directory: absent or empty.
+    step: the checkpoint; None for the newest.
+    dtype: one of export_plan.DTYPES; 'original' is that of the imported files, or
+      model.param_dtype.
+    shard_bytes: largest size of a file.
+    say: prints one line.
+
+  Raises:
+    errors.InputError: see the message; nothing has been written then.
+  """
+  began = time.monotonic()
+  workdir, directory = pathlib.Path(workdir), pathlib.Path(directory)
+  meta = run_lib.read_meta(workdir, step)
+  cfg = config.from_dict(meta['config'])
+  record = sidecar.read_record(workdir)
+  kept = workdir / sidecar.DIRECTORY
+  errors.require(
+    (workdir / sidecar.TOKENIZER).is_file(),
+    f'--workdir={workdir} has lost its {sidecar.TOKENIZER}; put the file back',
+  )
+  with checkpoint_stream.Reader(workdir / 'checkpoints', meta['step']) as reader:
+    names = [name for name in reader.leaves if name.startswith(('params/', 'router_state/'))]
+    leaves = {name: jax.ShapeDtypeStruct(*reader.leaves[name]) for name in names}
+    tied = record is not None and not record.layout.lm_head
+    untied = tied and not export_plan.is_tied(reader, cfg.model)
+    if untied:
+      record = record._replace(layout=record.layout._replace(lm_head=True))
+      say('head and embedding are no longer equal: they are written as two tensors')
+    if record is not None and record.was_float8:
+      say('the files came in float8; they are exported without quantisation')
+    layout = record or export_plan.own_record(cfg.model, mapping.Layout())
+    plan = export_plan.Plan(cfg.model, leaves, layout, dtype)
+    content, same = export_plan.config_json(kept, cfg, plan, record, untied)
+    with _staged(directory, '--to_hf') as staging:
+      _copy_small_files(workdir, staging, cfg, imported=record is not None)
+      if not same:
+        _write_json(staging / 'config.json', content)
+      plan.write(staging, reader.read, shard_bytes)
+  say(
+    _closing_line(
+      'exported', content['model_type'], _num_parameters(leaves), len(plan.specs), began
+    )
+  )
+
+
+def _copy_small_files(
+  workdir: pathlib.Path, into: pathlib.Path, cfg: config.Config, imported: bool
+):
+  """Puts back what an import has kept; of another run, its tokenizer."""
+  if imported:
+    for path in (workdir / sidecar.DIRECTORY).iterdir():
+      if path.name != sidecar.RECORD:
+        shutil.copyfile(path, into / path.name)
+  else:
+    shutil.copyfile(workdir / sidecar.TOKENIZER, into / sidecar.TOKENIZER)
+    sidecar.write_tokenizer_config(into, cfg.data, cfg.model.max_seq_len)
+
+
+def _with_tokenizer(
+  directory: pathlib.Path, values: Mapping[str, Any], workdir: pathlib.Path
+) -> dict[str, Any]:
+  """`values` with the checkpoint's tokenizer, which is about to be `workdir`'s."""
+  hf = source_lib.read_json(directory / 'config.json')
+  hf_config.family(hf)  # before anything is said about its tokenizer
+  bos, eos = sidecar.special_tokens(directory, hf)
+  path = str(workdir / sidecar.TOKENIZER)
+  data = values['data'] | {'bos_token': bos, 'eos_token': eos, 'tokenizer': path}
+  return dict(values) | {'data': data}
+
+
+@contextlib.contextmanager
+def _staged(target: pathlib.Path, flag: str) -> Iterator[pathlib.Path]:
+  """A directory beside `target` that becomes it on a clean exit and goes away on another.
+
+  What a killed process left behind is cleared by the next one.
+
+  Raises:
+    errors.InputError: the target is in use, or cannot be made.
+  """
+  absolute = pathlib.Path(os.path.abspath(target))
+  staging = absolute.with_name(f'.{absolute.name}.converting')
+  try:
+    errors.require(
+      not absolute.exists() or (absolute.is_dir() and not any(absolute.iterdir())),
+      f'{flag}={target} must be absent or an empty directory: nothing is overwritten; choose '
+      'another one',
+    )
+    staging.mkdir(parents=True, exist_ok=True)
+  except OSError as e:
+    raise errors.InputError(
+      f'{flag}={target} cannot be made ({e.strerror or e}); choose another place'
+    ) from e
+  with files.lock(staging):
+    try:
+      for path in staging.iterdir():
+        if path.name != '.lock':
+          shutil.rmtree(path) if path.is_dir() else path.unlink()
+      yield staging
+      (staging / '.lock').unlink()
+      staging.rename(absolute)
+    except BaseException:
+      shutil.rmtree(staging, ignore_errors=True)
+      raise
+
+
+def _num_parameters(leaves: Mapping[str, Any]) -> int:
+  sizes = {name: int(np.prod(leaf.shape, dtype=np.int64)) for name, leaf in leaves.items()}
+  return sum(size for name, size in sizes.items() if name.startswith('params/'))
+
+
+def _closing_line(done: str, family: str, parameters: int, tensors: int, began: float) -> str:
+  return (
+    f'{done} {family}: {parameters:,} parameters, {tensors:,} tensors, '
+    f'{time.monotonic() - began:.1f} s, peak host memory {_peak_memory() / 2**30:.2f} GiB'
+  )
+
+
+def _peak_memory() -> int:
+  """Bytes of this process; its resource usage would count that of a parent before the exec too."""
+  status = pathlib.Path('/proc/self/status')
+  if status.exists():
+    line = next(line for line in status.read_text().splitlines() if line.startswith('VmHWM:'))
+    return int(line.split()[1]) * 1024
+  unit = 1 if sys.platform == 'darwin' else 1024
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _write_json(path: pathlib.Path, content: Mapping[str, Any]):
+  path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')

@@ -1,0 +1,126 @@
+"""The small files beside the weights: tokenizer, settings of generation, how the files were made.
+
+An import keeps them in the workdir's `hf/`, byte by byte, so that an export gives them back, with
+`moe_jax.json` about what the tensors looked like.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import tokenizers
+
+from moe_jax import errors
+from moe_jax.interop import mapping, safetensors_files, source
+
+DIRECTORY, RECORD = 'hf', 'moe_jax.json'
+TOKENIZER, TOKENIZER_CONFIG = 'tokenizer.json', 'tokenizer_config.json'
+# The code of older models is kept for those who run it; nothing here does.
+_KEPT = ('.json', '.jinja', '.model', '.txt', '.md', '.py')
+_LARGEST = 64 * 2**20  # bytes
+
+
+class Record(NamedTuple):
+  """What the tensors of an imported checkpoint looked like."""
+
+  layout: mapping.Layout
+  dtype: str  # of most tensors, a key of safetensors_files.DTYPES
+  other_dtypes: Mapping[str, str]  # of the others, by name
+  was_float8: bool
+
+
+def keep(directory: pathlib.Path, into: pathlib.Path):
+  """Copies the small files of a checkpoint that say what it is."""
+  into.mkdir()
+  for path in sorted(directory.iterdir()):
+    known = path.suffix in _KEPT or path.name.startswith('LICENSE')
+    if known and path.is_file() and path.name not in (safetensors_files.INDEX, RECORD):
+      if path.stat().st_size <= _LARGEST:
+        shutil.copyfile(path, into / path.name)
+
+
+def write_record(found: source.Source, into: pathlib.Path):
+  """Writes the `Record` of a source."""
+  dtype, others = source.dtypes(found)
+  record = Record(found.layout, dtype, others, found.block is not None)
+  content = record._asdict() | {'layout': found.layout._asdict()}
+  (into / RECORD).write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
+
+
+def read_record(workdir: pathlib.Path) -> Record | None:
+  """The record of an imported workdir; None of another one."""
+  path = workdir / DIRECTORY / RECORD
+  if not path.is_file():
+    return None
+  content = source.read_json(path)
+  try:
+    return Record(**(content | {'layout': mapping.Layout(**content['layout'])}))
+  except (KeyError, TypeError) as e:
+    raise errors.InputError(
+      f'{path} is not the record of an import ({e!r}); put the file back, or import again'
+    ) from e
+
+
+def special_tokens(directory: pathlib.Path, hf: Mapping[str, Any]) -> tuple[str, str]:
+  """Begin and end token of a checkpoint's tokenizer.json, by name.
+
+  tokenizer_config.json names them, or special_tokens_map.json, or config.json has their ids.
+
+  Raises:
+    errors.InputError: there is no tokenizer.json, or one of the tokens is nowhere.
+  """
+  path = directory / TOKENIZER
+  errors.require(
+    path.is_file(),
+    f'--from_hf={directory} holds no {TOKENIZER}, without which the model cannot read text; '
+    'download it too (or save the fast tokenizer with transformers)',
+  )
+  named = [
+    source.read_json(directory / name)
+    for name in (TOKENIZER_CONFIG, 'special_tokens_map.json')
+    if (directory / name).is_file()
+  ]
+  return tuple(_special_token(kind, named, hf, path) for kind in ('bos', 'eos'))
+
+
+def _special_token(
+  kind: str, named: list[Mapping[str, Any]], hf: Mapping[str, Any], path: pathlib.Path
+) -> str:
+  for content in named:
+    token = content.get(f'{kind}_token')
+    if isinstance(token, Mapping):
+      token = token.get('content')
+    if isinstance(token, str):
+      return token
+  token_id = hf.get(f'{kind}_token_id')
+  token_id = token_id[0] if isinstance(token_id, list) and token_id else token_id
+  name = _token_name(path, token_id) if isinstance(token_id, int) else None
+  errors.require(
+    name is not None,
+    f'--from_hf={path.parent}: neither {TOKENIZER_CONFIG} nor config.json says which token is '
+    f'{kind}_token; add "{kind}_token" to {TOKENIZER_CONFIG}',
+  )
+  return name
+
+
+def _token_name(path: pathlib.Path, token_id: int) -> str | None:
+  try:
+    return tokenizers.Tokenizer.from_file(str(path)).id_to_token(token_id)
+  except Exception as e:  # what `tokenizers` raises for a malformed file
+    raise errors.InputError(f'{path} is not a readable tokenizer ({e}); download it again') from e
+
+
+def write_tokenizer_config(directory: str | os.PathLike[str], data: Any, max_seq_len: int):
+  """The tokenizer_config.json of a model that was not imported."""
+  content = {
+    'tokenizer_class': 'PreTrainedTokenizerFast',
+    'bos_token': data.bos_token,
+    'eos_token': data.eos_token,
+    'model_max_length': max_seq_len,
+  }
+  path = pathlib.Path(directory) / TOKENIZER_CONFIG
+  text = json.dumps(content, indent=2, ensure_ascii=False) + '\n'
+  path.write_text(text, encoding='utf-8')

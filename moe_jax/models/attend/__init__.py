@@ -1,0 +1,63 @@
+"""How scores become outputs: one function each, entered in `ATTENDS`, and `choose` between them.
+
+All of them compute the same thing for real tokens, causal self-attention inside each document of a
+packed row; they differ in the memory they need and in the platforms they run on. Their arguments
+are those of `reference.attend`.
+
+  reference    all scores at once; short rows anywhere
+  chunked      memory linear in L, in plain JAX; long rows on CPU, and where no kernel serves
+  dot_product  `jax.nn.dot_product_attention`; cuDNN on an NVIDIA GPU
+  splash       a Pallas kernel; TPU only
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax import errors
+from moe_jax.models.attend import chunked, dot_product, reference, splash, target
+
+ATTENDS: dict[str, Callable[..., jax.Array]] = {
+  'reference': reference.attend,
+  'chunked': chunked.attend,
+  'dot_product': dot_product.attend,
+  'splash': splash.attend,
+}
+# Row lengths from which 'auto' prefers `chunked` to `reference`. On two CPU cores with gradients,
+# one document per row: as fast at 256 tokens, 1.9 times at 512, 4 times at 1024 and 2048. On a GPU
+# it is a bound on memory, not a measurement: 16 MiB of scores per head and row.
+LONG_ON_CPU, LONG_ELSEWHERE = 512, 2048
+
+
+def choose(
+  name: str, *, head_dim: int, v_head_dim: int, length: int, dtype: jnp.dtype | str
+) -> str:
+  """The key of `ATTENDS` for `config.model.attention.impl`; 'auto' asks platform and shape.
+
+  The platform is that of the mesh in force, else that of the default device. 'auto' takes `splash`
+  on a TPU and `dot_product` where cuDNN runs it; else `chunked` for long rows, `reference` for
+  short ones.
+
+  Args:
+    name: a key of `ATTENDS`, or 'auto'.
+    head_dim: H, of queries and keys.
+    v_head_dim: Hv, of values.
+    length: L, tokens of a row.
+    dtype: of queries, keys and values.
+
+  Raises:
+    errors.InputError: there is no such name, or it cannot run on this platform.
+  """
+  errors.choice('model.attention.impl', name, ('auto', *ATTENDS))
+  if name == 'splash':
+    splash.require_tpu()
+  if name != 'auto':
+    return name
+  platform = target.platform()
+  if platform == 'tpu':
+    return 'splash'
+  if dot_product.cudnn_runs(head_dim, v_head_dim, dtype):
+    return 'dot_product'
+  long = LONG_ON_CPU if platform == 'cpu' else LONG_ELSEWHERE
+  return 'chunked' if length >= long else 'reference'

@@ -1,0 +1,23 @@
+"""What the program that is being traced will run on."""
+
+import jax
+
+
+def platform() -> str:
+  """'cpu', 'gpu' or 'tpu': that of the mesh in force, else that of the default device.
+
+  The two differ when a program is compiled on a CPU host for chips that are not there.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  if device is None:
+    return jax.default_backend()
+  # JAX 0.10.0 knows the kind only: 'cpu', 'TPU v5 lite', 'NVIDIA H100 80GB HBM3'.
+  kind = device.device_kind.lower()
+  return next((name for name in ('cpu', 'tpu') if kind.startswith(name)), 'gpu')
+
+
+def compute_capability() -> tuple[int, ...]:
+  """Version of this host's NVIDIA GPU, (9, 0) for Hopper; () without one."""
+  version = getattr(jax.local_devices()[0], 'compute_capability', '')
+  parts = str(version).split('.')
+  return tuple(map(int, parts)) if all(part.isdigit() for part in parts) else ()

@@ -1,0 +1,172 @@
+"""Multi-head latent attention (MLA, DeepSeek-V2, arXiv 2405.04434, section 2.1 and Appendix C).
+
+Keys and values of all heads are made from one latent of width R per token; position enters through
+a separate rotated part, whose key is shared by all heads (decoupled RoPE). Two forms of the same
+mathematics:
+
+* expanded: keys and values of every head are computed, then it is multi-head attention with keys of
+  width Hn + Hr and values of width Hv. For training and prefill, where many queries share the work.
+* absorbed: W^UK is applied to the queries and W^UV to the weighted sum, so that scores are taken
+  with the latents themselves: multi-query attention with one key of width R + Hr. For decoding: the
+  cache holds one latent and one rotated key per token, and nothing is expanded.
+
+The latents are RMS-normed before their up-projections, and the cache holds them normed.
+
+Letters: R kv_lora_rank, Q q_lora_rank, N heads, Hn, Hr, Hv sizes of a head's unrotated and rotated
+part and of its value.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+from moe_jax import config_attention
+from moe_jax.models import attention, layers, rope
+
+Array = jax.Array
+
+# The norms of the latents have this epsilon in DeepSeek's code whatever that of the layers is.
+LATENT_NORM_EPS = 1e-6
+
+
+class LatentCache(NamedTuple):
+  """What decoding keeps of a layer."""
+
+  latent: Array  # [B, S, R], normed
+  rope_key: Array  # [B, S, Hr], rotated
+
+
+class Queries(NamedTuple):
+  """Both parts of the queries."""
+
+  nope: Array  # [B, L, N, Hn]
+  rope: Array  # [B, L, N, Hr], rotated
+
+
+def expanded(
+  q: Queries,
+  own: LatentCache,
+  kv_b: Array,
+  ctx: attention.Context,
+  cfg: config_attention.AttentionConfig,
+) -> Array:
+  """Attention of a call's tokens among themselves.
+
+  Args:
+    q: queries.
+    own: latents [B, L, R] and rotated keys [B, L, Hr] of the same tokens.
+    kv_b: [R, N, Hn + Hv], W^UK and W^UV side by side.
+    ctx: which tokens see each other.
+    cfg: sizes, implementation, scale.
+
+  Returns:
+    [B, L, N, Hv].
+  """
+  kv = jnp.einsum('BLR,RNH->BLNH', own.latent, kv_b)
+  k_nope, v = jnp.split(kv, [cfg.mla.qk_nope_head_dim], axis=-1)
+  k_rope = jnp.broadcast_to(own.rope_key[:, :, None], (*k_nope.shape[:3], own.rope_key.shape[-1]))
+  key = jnp.concatenate([k_nope, k_rope], axis=-1)
+  return attention.attend_own(cfg, jnp.concatenate(q, axis=-1), key, v, ctx)
+
+
+def absorbed(
+  q: Queries,
+  cache: LatentCache,
+  kv_b: Array,
+  mask: Array,
+  cfg: config_attention.AttentionConfig,
+) -> Array:
+  """The same against a cache, without ever expanding it; scores in float32.
+
+  The scale stays that of the expanded form, not 1 / sqrt(R + Hr).
+
+  Args:
+    q: queries.
+    cache: latents [B, S, R] and rotated keys [B, S, Hr].
+    kv_b: [R, N, Hn + Hv].
+    mask: [B, L, S] bool, slots that a query sees.
+    cfg: sizes and scale.
+
+  Returns:
+    [B, L, N, Hv].
+  """
+  w_uk, w_uv = jnp.split(kv_b, [cfg.mla.qk_nope_head_dim], axis=-1)
+  q_latent = jnp.einsum('BLNH,RNH->BLNR', q.nope, w_uk)
+  f32 = dict(preferred_element_type=jnp.float32)
+  scores = jnp.einsum('BLNR,BSR->BNLS', q_latent, cache.latent, **f32)
+  scores += jnp.einsum('BLNH,BSH->BNLS', q.rope, cache.rope_key, **f32)
+  scores = jnp.where(mask[:, None], scores * cfg.softmax_scale, jnp.finfo(jnp.float32).min)
+  probs = jax.nn.softmax(scores, axis=-1).astype(cache.latent.dtype)
+  mixed = jnp.einsum('BNLS,BSR->BLNR', probs, cache.latent)
+  return jnp.einsum('BLNR,RNH->BLNH', mixed, w_uv)
+
+
+class MLA(nn.Module):
+  """Latent attention with its projections, without biases."""
+
+  cfg: config_attention.AttentionConfig
+  num_heads: int
+  init_std: float
+  dtype: jnp.dtype
+  param_dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(
+    self, x: Array, ctx: attention.Context, cache: LatentCache | None
+  ) -> tuple[Array, LatentCache, None]:
+    """Applies the layer; arguments and results as of `attention.Attention`, no mixture."""
+    mla, d = self.cfg.mla, x.shape[-1]
+    with jax.named_scope('mla_proj'):
+      angle = rope.angles(ctx.positions, mla.qk_rope_head_dim, self.cfg.rope)
+      q, own = self._queries(x, angle), self._latent(x, angle)
+    kv_b = self._weight(
+      'kv_b',
+      (mla.kv_lora_rank, self.num_heads, mla.qk_nope_head_dim + mla.v_head_dim),
+      'kv_lora',
+      'heads',
+      'head_dim',
+    )
+    with jax.named_scope('mla_core'):
+      if cache is None:
+        cache, out = own, expanded(q, own, kv_b, ctx, self.cfg)
+      else:
+        cache = attention.write(cache, own, ctx.positions)
+        mask = attention.seen_slots(ctx.positions, cache.latent.shape[1])
+        out = absorbed(q, cache, kv_b, mask, self.cfg)
+    o = self._weight('o', (self.num_heads, mla.v_head_dim, d), 'heads', 'head_dim', 'embed')
+    return jnp.einsum('BLNH,NHD->BLD', out, o), cache, None
+
+  def _queries(self, x: Array, angle: Array) -> Queries:
+    mla, d = self.cfg.mla, x.shape[-1]
+    heads = (self.num_heads, self.cfg.qk_head_dim)
+    if mla.q_lora_rank:
+      down = self._weight('q_a', (d, mla.q_lora_rank), 'embed', 'q_lora')
+      latent = self._norm('q_a_norm', 'q_lora', jnp.einsum('BLD,DQ->BLQ', x, down))
+      up = self._weight('q_b', (mla.q_lora_rank, *heads), 'q_lora', 'heads', 'head_dim')
+      q = jnp.einsum('BLQ,QNH->BLNH', checkpoint_name(latent, 'latent'), up)
+    else:
+      q = jnp.einsum(
+        'BLD,DNH->BLNH', x, self._weight('q', (d, *heads), 'embed', 'heads', 'head_dim')
+      )
+    nope, rotated = jnp.split(q, [mla.qk_nope_head_dim], axis=-1)
+    return Queries(nope, rope.rotate(rotated, angle, self.cfg.rope))
+
+  def _latent(self, x: Array, angle: Array) -> LatentCache:
+    mla = self.cfg.mla
+    width = mla.kv_lora_rank + mla.qk_rope_head_dim
+    down = self._weight('kv_a', (x.shape[-1], width), 'embed', 'kv_lora')
+    latent, key = jnp.split(jnp.einsum('BLD,DR->BLR', x, down), [mla.kv_lora_rank], axis=-1)
+    latent = self._norm('kv_a_norm', 'kv_lora', latent)
+    key = rope.rotate(key[:, :, None], angle, self.cfg.rope)[:, :, 0]
+    return jax.tree.map(lambda a: checkpoint_name(a, 'latent'), LatentCache(latent, key))
+
+  def _norm(self, name: str, axis: str, x: Array) -> Array:
+    return layers.RMSNorm(LATENT_NORM_EPS, self.dtype, axis, name=name)(x)
+
+  def _weight(self, name: str, shape: tuple[int, ...], *axes: str) -> Array:
+    """A parameter in the compute dtype."""
+    init = layers.init_weight(self.init_std, *axes)
+    return self.param(name, init, shape, self.param_dtype).astype(self.dtype)
