@@ -1,9 +1,12 @@
-"""Held-out loss, bits per byte and expert balance of a trained run.
+"""Held-out loss, bits per byte and expert balance of a trained run, or tasks of lm-eval.
 
 python -m experiments.evaluate --workdir=runs/quickstart [--step=200] [--json] \
   [--override=model.moe.num_experts_per_tok=3 ...]
+python -m experiments.evaluate --workdir=runs/v2_lite --tasks=hellaswag,gsm8k \
+  [--limit=100 --num_fewshot=5 --batch_size=8 --include_path=DIR --json]
 """
 
+import importlib.util
 import json
 import sys
 from collections.abc import Sequence
@@ -11,7 +14,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from experiments import cli
-from moe_jax import evaluate, overrides, run
+from moe_jax import errors, evaluate, overrides, run
 
 
 def define_flags():
@@ -22,15 +25,29 @@ def define_flags():
   flags.DEFINE_multi_string(
     'override', [], 'KEY=VALUE: a setting of the model that keeps its weights; repeat it for more'
   )
+  flags.DEFINE_list(
+    'tasks', [], 'tasks of lm-evaluation-harness (extra hf), in place of held-out text'
+  )
+  flags.DEFINE_string('include_path', '', 'tasks: directory of further task files')
+  flags.DEFINE_integer(
+    'num_fewshot', None, "tasks: examples per question; the task's own if not given"
+  )
+  flags.DEFINE_integer('limit', None, 'tasks: only the first documents of each')
+  flags.DEFINE_integer('batch_size', 8, 'tasks: rows of a forward pass')
 
 
 def main(unused_argv: Sequence[str]):
   """Prints the figures of one checkpoint."""
   workdir, step = cli.required('workdir'), flags.FLAGS.step
+  if flags.FLAGS.tasks:
+    _check_tasks()
   cfg = run.read_config(workdir, step)
   values = overrides.parse(cfg, flags.FLAGS.override)
   overrides.changed(cfg, values)  # mistakes show before anything is loaded
   loaded = overrides.apply(run.load(workdir, step), values)
+  if flags.FLAGS.tasks:
+    _tasks(loaded, values)
+    return
   corpus = run.heldout_corpus(loaded, workdir, warn=lambda line: print(line, file=sys.stderr))
   figures = evaluate.evaluate(loaded.cfg, loaded.variables, corpus, loaded.mesh, progress=True)
   if flags.FLAGS.json:
@@ -38,6 +55,34 @@ def main(unused_argv: Sequence[str]):
     return
   under = ''.join(f' {key}={value}' for key, value in values.items())
   print(f'step={loaded.step}{under} {figures} bytes={corpus.heldout.num_bytes:,}')
+
+
+def _check_tasks():
+  errors.require(
+    importlib.util.find_spec('lm_eval') is not None,
+    f'--tasks={",".join(flags.FLAGS.tasks)} needs lm-eval, which is not installed; install the '
+    "extra: pip install -e '.[hf]'",
+  )
+
+
+def _tasks(loaded: run.Run, values: dict[str, object]):
+  """Runs the harness and prints a line per task, or one JSON object."""
+  from moe_jax.interop import lm_harness  # needs the extra, which nobody else does
+
+  found = lm_harness.evaluate_tasks(
+    loaded,
+    flags.FLAGS.tasks,
+    include_path=flags.FLAGS.include_path,
+    num_fewshot=flags.FLAGS.num_fewshot,
+    limit=flags.FLAGS.limit,
+    batch_size=flags.FLAGS.batch_size,
+  )
+  if flags.FLAGS.json:
+    print(json.dumps({'step': loaded.step, 'tasks': found, 'overrides': values}, default=str))
+    return
+  for task, metrics in found.items():
+    numbers = {k: v for k, v in metrics.items() if isinstance(v, float)}
+    print(f'{task}: ' + ' '.join(f'{key}={value:.4f}' for key, value in numbers.items()))
 
 
 if __name__ == '__main__':

@@ -1,49 +1,139 @@
-"""Continues a prompt with a trained run.
+"""Continues prompts with a trained or imported run.
 
 python -m experiments.generate --workdir=runs/quickstart --prompt="def main(" --max_new_tokens=64 \
-  [--temperature=0.8 --top_k=50 --top_p=0.95 --seed=0 --step=200 --json]
+  [--temperature=0.8 --top_k=50 --top_p=0.95 --min_p=0.05 --repetition_penalty=1.1 --seed=0] \
+  [--stop="END" --stop_id=7 --stream --speculative --step=200 --json]
+python -m experiments.generate --workdir=W --prefix="def add(a, b):" --suffix="  return c"
+
+--prompt may be repeated, or stand in --prompts_file, one per line (a line in double quotes is read
+as a JSON string): the prompts are one batch.
 """
 
 import json
+import pathlib
+import sys
 from collections.abc import Sequence
 
 from absl import flags
 
 from experiments import cli
-from moe_jax import generate, report, run
+from moe_jax import errors, generate, report, run, speculative
+from moe_jax import sampling as sampling_lib
+from moe_jax.data import fim
 
 
 def define_flags():
   """Flags of this command."""
   cli.workdir_flag('directory of a trained run')
-  flags.DEFINE_string('prompt', None, 'text to continue')
+  flags.DEFINE_multi_string('prompt', None, 'text to continue; repeat it for a batch')
+  flags.DEFINE_string('prompts_file', None, 'file of prompts, one per line')
+  flags.DEFINE_string('prefix', None, 'fill in the middle: what stands before it')
+  flags.DEFINE_string('suffix', None, 'fill in the middle: what stands behind it')
   flags.DEFINE_integer('max_new_tokens', 64, 'tokens to add at most')
   flags.DEFINE_float('temperature', 1.0, '0 takes the most likely token')
   flags.DEFINE_integer('top_k', 0, 'draw among the k most likely tokens; 0 = all')
   flags.DEFINE_float('top_p', 1.0, 'draw among the fewest tokens whose probabilities reach p')
+  flags.DEFINE_float('min_p', 0.0, 'draw among tokens this times as likely as the likeliest')
+  flags.DEFINE_float(
+    'repetition_penalty', 1.0, 'makes tokens that stand there less likely; 1 = off'
+  )
+  flags.DEFINE_multi_string('stop', [], 'string that ends a continuation; repeat it for more')
+  flags.DEFINE_multi_integer(
+    'stop_id', [], 'token id that ends a continuation, beside the end token'
+  )
   flags.DEFINE_integer('seed', 0, 'decides the draws')
   flags.DEFINE_integer('step', None, 'checkpoint to use; the newest whole one if not given')
-  flags.DEFINE_bool('json', False, 'print one JSON object and nothing else')
+  flags.DEFINE_bool('stream', False, 'show the text of one prompt as it comes')
+  flags.DEFINE_bool('speculative', False, 'draft with the module of multi-token prediction')
+  flags.DEFINE_bool('json', False, 'print one JSON object (a list for several prompts), no more')
 
 
 def main(unused_argv: Sequence[str]):
-  """Prints the prompt and its continuation."""
+  """Prints prompts and continuations."""
   values = flags.FLAGS
-  workdir, prompt = cli.required('workdir'), cli.required('prompt', may_be_empty=True)
-  sampling = generate.Sampling(values.temperature, values.top_k, values.top_p, values.seed)
+  workdir, texts = cli.required('workdir'), _texts()
+  names = ('temperature', 'top_k', 'top_p', 'seed', 'min_p', 'repetition_penalty')
+  sampling = sampling_lib.Sampling(**{name: values[name].value for name in names})
+  _check(len(texts))
   loaded = run.load(workdir, values.step)
-  completion, result = report.sample(loaded, prompt, values.max_new_tokens, sampling)
+  if values.prefix is None:
+    prompts = [report.encode_prompt(loaded, text) for text in texts]
+  else:
+    prompts = [fim.prompt(loaded.tokenizer, values.prefix, values.suffix)]
+  if values.stream:
+    print(texts[0], end='', flush=True)
+  completions, tokens, note, speed = _write(loaded, prompts, sampling)
   if values.json:
-    record = {
-      'prompt': prompt,
-      'completion': completion,
-      'tokens': result.tokens[0],
-      'tokens_per_second': result.tokens_per_second,
-    }
-    print(json.dumps(record))
+    keys = ('prompt', 'completion', 'tokens', 'tokens_per_second')
+    records = [dict(zip(keys, (*row, speed))) for row in zip(texts, completions, tokens)]
+    print(json.dumps(records[0] if len(records) == 1 else records))
     return
-  print(prompt + completion)
-  print(f'[{len(result.tokens[0])} tokens, {result.tokens_per_second:.0f} tokens/s]')
+  if not values.stream:
+    print('\n---\n'.join(a + b for a, b in zip(texts, completions)), end='')
+  print(f'\n[{sum(map(len, tokens))} tokens, {speed:.0f} tokens/s{note}]')
+
+
+def _texts() -> list[str]:
+  """What is continued, as the user gave it."""
+  values = flags.FLAGS
+  given = [n for n in ('prompt', 'prompts_file', 'prefix') if values[n].value is not None]
+  errors.require(
+    len(given) == 1 and (values.prefix is None) == (values.suffix is None),
+    f'--prompt is missing: give --prompt, --prompts_file, or --prefix and --suffix, not {given}',
+  )
+  if values.prompts_file is None:
+    return [values.prefix] if values.prompt is None else list(values.prompt)
+  try:
+    lines = pathlib.Path(values.prompts_file).read_text(encoding='utf-8').splitlines()
+    texts = [json.loads(line) if line.startswith('"') else line for line in lines if line]
+  except (OSError, ValueError) as e:
+    raise errors.InputError(
+      f'--prompts_file={values.prompts_file} cannot be read ({e}); give a text file of one prompt '
+      'per line'
+    ) from e
+  errors.require(
+    bool(texts), f'--prompts_file={values.prompts_file} is empty; write a prompt per line'
+  )
+  return texts
+
+
+def _check(num_prompts: int):
+  values = flags.FLAGS
+  errors.require(
+    not values.stream or (num_prompts == 1 and not values.json),
+    f'--stream shows one text as it comes, not {num_prompts} prompts or --json; leave it out',
+  )
+  taken = [name for name in ('stop', 'stop_id', 'stream') if values[name].value]
+  errors.require(
+    not (values.speculative and taken),
+    f'--speculative cannot go with {", ".join("--" + name for name in taken)}; leave one out',
+  )
+
+
+def _write(
+  loaded: run.Run, prompts: list[list[int]], sampling: sampling_lib.Sampling
+) -> tuple[list[str], list[list[int]], str, float]:
+  """(completions, their tokens, a note for the last line, tokens per second)."""
+  values, tokenizer = flags.FLAGS, loaded.tokenizer
+  limit, model = values.max_new_tokens, (loaded.cfg.model, loaded.variables)
+  if values.speculative:
+    found = speculative.speculate(*model, prompts, limit, tokenizer.eos_id, sampling, timed=True)
+    texts = [tokenizer.decode(row) for row in found.tokens]
+    note = f', {found.accepted} of {found.drafted} drafts accepted ({found.acceptance:.1%})'
+    return texts, found.tokens, note, found.tokens_per_second
+  generate.padded(loaded.cfg.model, prompts, limit)  # mistakes show before any weight is copied
+  generator = generate.Generator(*model, (tokenizer.eos_id, *values.stop_id))
+  show = lambda row, text: (sys.stdout.write(text), sys.stdout.flush())
+  found = generator.generate(
+    prompts,
+    limit,
+    sampling,
+    decode_text=tokenizer.decode,
+    stop=values.stop,
+    on_text=show if values.stream else None,
+    timed=True,
+  )
+  return found.texts, found.tokens, '', found.tokens_per_second
 
 
 if __name__ == '__main__':

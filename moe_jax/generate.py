@@ -1,43 +1,29 @@
-"""Sampling: prefill of the prompts, then decoding with the key-value cache, compiled as one."""
+"""Text from a model: prefill of the prompts, then decoding with the cache.
+
+Decoding runs on the device in pieces of many steps; between pieces the host looks at the text, if
+somebody asked for stop strings or for the text as it comes.
+"""
 
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import config, errors
-from moe_jax.models import decode, transformer
+from moe_jax import sampling as sampling_lib
+from moe_jax.models import decode
 
 Array = jax.Array
+OnText = Callable[[int, str], object]  # (row, further text)
 
 LENGTH_BUCKET = 64  # prompts and caches are padded to multiples of this, to compile rarely
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-  """How the next token is drawn; the filters apply in the order temperature, top_k, top_p."""
-
-  temperature: float = 1.0  # 0 = the most likely token
-  top_k: int = 0  # keep the k most likely tokens; 0 = all
-  top_p: float = 1.0  # keep the fewest tokens whose probabilities reach p; 1 = all
-  seed: int = 0
-
-  def __post_init__(self):
-    """Raises errors.InputError for a value out of its range."""
-    rules = (
-      ('temperature', self.temperature >= 0, 'at least 0 (0 takes the most likely token)'),
-      ('top_k', self.top_k >= 0, 'at least 0 (0 keeps all tokens)'),
-      ('top_p', 0 < self.top_p <= 1, 'above 0 and at most 1 (1 keeps all tokens)'),
-      ('seed', 0 <= self.seed < 2**32, 'at least 0 and below 2^32'),
-    )
-    for name, holds, rule in rules:
-      if not holds:
-        raise errors.InputError(f'--{name}={getattr(self, name)} must be {rule}')
+PIECE = 16  # steps between two looks at the text
+_UNFINISHED = '\ufffd'  # what a decoder makes of the first bytes of a character
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +31,7 @@ class Generation:
   """Continuations of a batch of prompts."""
 
   tokens: list[list[int]]  # new ids per prompt, without the end token
+  texts: list[str]  # cut before a stop string; empty strings if no `decode` was given
   seconds: float  # prefill and decoding; without compilation if it was `timed`
 
   @property
@@ -52,85 +39,16 @@ class Generation:
     return sum(len(row) for row in self.tokens) / self.seconds
 
 
-def filter_logits(logits: Array, sampling: Sampling) -> Array:
-  """[B, V] float32 -> logits of the tempered distribution, -inf for tokens that are left out."""
-  logits = logits / sampling.temperature
-  vocab_size = logits.shape[-1]
-  if 0 < sampling.top_k < vocab_size:
-    kth = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
-    logits = jnp.where(logits >= kth, logits, -jnp.inf)
-  if sampling.top_p < 1:
-    order = jnp.argsort(-logits, axis=-1)
-    probs = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
-    # A token stays if the tokens before it have not reached p; so the first one always does.
-    keep = jnp.cumsum(probs, axis=-1) - probs < sampling.top_p
-    keep = jnp.take_along_axis(keep, jnp.argsort(order, axis=-1), axis=-1)
-    logits = jnp.where(keep, logits, -jnp.inf)
-  return logits
+class _State(NamedTuple):
+  """Between two steps."""
 
-
-def _draw(logits: Array, sampling: Sampling, rng: Array) -> Array:
-  if sampling.temperature == 0:
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  return jax.random.categorical(rng, filter_logits(logits, sampling)).astype(jnp.int32)
-
-
-@functools.partial(jax.jit, static_argnames=('cfg', 'sampling', 'eos_id', 'max_new_tokens'))
-def _generate(
-  variables: Any,
-  prompt: Array,
-  length: Array,
-  limit: Array,
-  seed: Array,
-  *,
-  cfg: config.ModelConfig,
-  sampling: Sampling,
-  eos_id: int,
-  max_new_tokens: int,
-) -> Array:
-  """Writes up to `limit` new ids per row.
-
-  Args:
-    variables: params and router_state.
-    prompt: [B, P] int32, padded on the right.
-    length: [B] int32, real tokens per prompt.
-    limit: [] int32, at most max_new_tokens.
-    seed: [] uint32.
-    cfg: the model.
-    sampling: how to draw (its seed is not read).
-    eos_id: id that ends a row.
-    max_new_tokens: size of the result.
-
-  Returns:
-    [B, max_new_tokens] int32, -1 from the end token on.
-  """
-  batch_size, prompt_len = prompt.shape
-  slots = -(-(prompt_len + max_new_tokens) // LENGTH_BUCKET) * LENGTH_BUCKET
-  rng = jax.random.key(seed)
-  weights = decode.unstack(cfg, variables)
-
-  at = jnp.broadcast_to(jnp.arange(prompt_len), prompt.shape)
-  model = transformer.Transformer(cfg, keep_cache=True)
-  out = model.apply(variables, prompt, at, (at < length[:, None]).astype(jnp.int32))
-  caches = decode.unstack_caches(cfg, out.caches, slots)
-  last = jnp.take_along_axis(out.logits, (length - 1)[:, None, None], axis=1)[:, 0]
-  token = _draw(last, sampling, jax.random.fold_in(rng, 0))
-
-  def unfinished(carry):
-    t, _, _, done, _ = carry
-    return (t < limit) & ~done.all()
-
-  def advance(carry):
-    t, token, caches, done, written = carry
-    done |= token == eos_id
-    written = written.at[:, t].set(jnp.where(done, -1, token))
-    out = decode.step(cfg, weights, token[:, None], (length + t)[:, None], caches)
-    token = _draw(out.logits[:, 0], sampling, jax.random.fold_in(rng, t + 1))
-    return t + 1, token, out.caches, done, written
-
-  written = jnp.full((batch_size, max_new_tokens), -1, jnp.int32)
-  done = jnp.zeros((batch_size,), bool)
-  return jax.lax.while_loop(unfinished, advance, (0, token, caches, done, written))[-1]
+  t: Array  # [] int32, tokens drawn and written before `token`
+  token: Array  # [B] int32, drawn and neither written nor read
+  position: Array  # [B] int32, of `token`
+  done: Array  # [B] bool
+  written: Array  # [B, slots for new tokens] int32, -1 from the end of a row on
+  seen: Array | None  # [B, V] bool, what a repetition penalty counts
+  caches: decode.Caches
 
 
 def check_lengths(
@@ -176,52 +94,237 @@ def check_router(cfg: config.ModelConfig):
     )
 
 
-def generate(
-  cfg: config.ModelConfig,
-  variables: Any,
-  prompts: Sequence[Sequence[int]],
-  max_new_tokens: int,
-  eos_id: int,
-  sampling: Sampling,
-  *,
-  timed: bool = False,
-) -> Generation:
-  """Continues each prompt until the end token or the limit.
+def in_buckets(length: int) -> int:
+  """`length` rounded up to a whole number of buckets."""
+  return -(-length // LENGTH_BUCKET) * LENGTH_BUCKET
 
-  Args:
-    cfg: the model.
-    variables: its params and router_state.
-    prompts: token ids, begin-of-document token included; lengths may differ.
-    max_new_tokens: limit per prompt.
-    eos_id: id that ends a continuation.
-    sampling: how tokens are drawn; its seed decides all draws.
-    timed: compile before the clock starts (at the price of one more prefill).
+
+def padded(
+  cfg: config.ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Prompts as [B, P] int32, padded on the right to a bucket, and their lengths [B] int32.
 
   Raises:
-    errors.InputError: a prompt is empty, or does not fit the context; or see `check_router`.
+    errors.InputError: a prompt is empty or does not fit the context; or see `check_router`.
   """
   if not prompts or not all(prompts):
     raise errors.InputError('--prompt must hold at least one token')
   longest = max(len(p) for p in prompts)
   check_router(cfg)
   check_lengths(cfg, longest, max_new_tokens)
-  padded = np.zeros((len(prompts), -(-longest // LENGTH_BUCKET) * LENGTH_BUCKET), np.int32)
-  for row, prompt in zip(padded, prompts):
+  rows = np.zeros((len(prompts), in_buckets(longest)), np.int32)
+  for row, prompt in zip(rows, prompts):
     row[: len(prompt)] = prompt
-  fn = functools.partial(
-    _generate,
-    variables,
-    padded,
-    np.array([len(p) for p in prompts], np.int32),
-    seed=np.uint32(sampling.seed),
-    cfg=cfg,
-    sampling=dataclasses.replace(sampling, seed=0),  # one compilation serves all seeds
-    eos_id=eos_id,
-    max_new_tokens=max_new_tokens,
-  )
-  if timed:
-    fn(np.int32(0)).block_until_ready()
-  start = time.perf_counter()
-  ids = np.asarray(fn(np.int32(max_new_tokens)))
-  seconds = time.perf_counter() - start
-  return Generation([[int(i) for i in row if i >= 0] for row in ids], seconds)
+  return rows, np.array([len(p) for p in prompts], np.int32)
+
+
+def _draw(
+  logits: Array, state: _State, sampling: sampling_lib.Sampling, seed: Array, number: Array
+) -> tuple[Array, Array | None]:
+  """The next token of every row, [B], and what has been seen with it."""
+  if state.seen is not None:
+    logits = sampling_lib.penalise(logits, state.seen, sampling.repetition_penalty)
+  keys = sampling_lib.row_keys(seed, len(logits), number)
+  token = sampling_lib.draw(logits, sampling, keys)
+  if state.seen is None:
+    return token, None
+  return token, state.seen.at[jnp.arange(len(token)), token].set(True)
+
+
+@functools.partial(jax.jit, static_argnames=('cfg', 'sampling', 'num_new'))
+def _start(
+  weights: decode.Weights,
+  prompt: Array,
+  length: Array,
+  seed: Array,
+  *,
+  cfg: config.ModelConfig,
+  sampling: sampling_lib.Sampling,
+  num_new: int,
+) -> _State:
+  """Reads the prompts [B, P] and draws the first token of each row."""
+  batch_size, prompt_len = prompt.shape
+  hidden, caches = decode.prefill(cfg, weights, prompt, length, in_buckets(prompt_len + num_new))
+  last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)
+  logits = decode.logits_of(cfg, weights, last)[:, 0]
+  seen = None
+  if sampling.repetition_penalty != 1:
+    real = jnp.arange(prompt_len) < length[:, None]
+    ids = jnp.where(real, prompt, cfg.vocab_size)  # out of bounds, so dropped
+    empty = jnp.zeros((batch_size, cfg.vocab_size), bool)
+    seen = empty.at[jnp.arange(batch_size)[:, None], ids].set(True, mode='drop')
+  zero = jnp.zeros((), jnp.int32)
+  written = jnp.full((batch_size, num_new), -1, jnp.int32)
+  done = jnp.zeros((batch_size,), bool)
+  state = _State(zero, length, length, done, written, seen, caches)
+  token, seen = _draw(logits, state, sampling, seed, zero)
+  return state._replace(token=token, seen=seen)
+
+
+@functools.partial(jax.jit, static_argnames=('cfg', 'sampling', 'eos_ids'), donate_argnames='state')
+def _advance(
+  weights: decode.Weights,
+  state: _State,
+  limit: Array,
+  seed: Array,
+  *,
+  cfg: config.ModelConfig,
+  sampling: sampling_lib.Sampling,
+  eos_ids: tuple[int, ...],
+) -> _State:
+  """Writes tokens until `limit` are written or all rows are done."""
+
+  def advance(s: _State) -> _State:
+    done = s.done | jnp.isin(s.token, jnp.array(eos_ids, jnp.int32))
+    written = s.written.at[:, s.t].set(jnp.where(done, -1, s.token))
+    out = decode.step(cfg, weights, s.token[:, None], s.position[:, None], s.caches)
+    logits = decode.logits_of(cfg, weights, out.hidden)[:, 0]
+    token, seen = _draw(logits, s, sampling, seed, s.t + 1)
+    return _State(s.t + 1, token, s.position + 1, done, written, seen, out.caches)
+
+  return jax.lax.while_loop(lambda s: (s.t < limit) & ~s.done.all(), advance, state)
+
+
+class Generator:
+  """A model that is ready to write: its weights layer by layer, beside the stacked ones.
+
+  The copies cost the memory of the model once more, until whoever holds `variables` lets them go.
+  """
+
+  def __init__(self, cfg: config.ModelConfig, variables: Mapping[str, Any], eos_ids: Sequence[int]):
+    """Takes the variables apart.
+
+    Args:
+      cfg: the model.
+      variables: its params and router_state.
+      eos_ids: ids that end a continuation.
+    """
+    check_router(cfg)
+    self._cfg, self._eos_ids = cfg, tuple(eos_ids)
+    self._weights = decode.unstack(cfg, variables)
+
+  def generate(
+    self,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: sampling_lib.Sampling,
+    *,
+    decode_text: Callable[[Sequence[int]], str] | None = None,
+    stop: Sequence[str] = (),
+    on_text: OnText | None = None,
+    timed: bool = False,
+  ) -> Generation:
+    """Continues each prompt until an end token, a stop string or the limit.
+
+    Args:
+      prompts: token ids, begin-of-document token included; lengths may differ.
+      max_new_tokens: limit per prompt.
+      sampling: how tokens are drawn. Row i draws by (seed, i, token number), whatever stands in the
+        other rows.
+      decode_text: ids to text; needed by `stop` and `on_text`.
+      stop: strings that end a continuation, and are cut off it.
+      on_text: called with (row, further text) as text is certain.
+      timed: compile before the clock starts (at the price of one more prefill).
+
+    Raises:
+      errors.InputError: a prompt is empty, or does not fit the context; an empty stop string.
+    """
+    errors.require(all(stop), "--stop='' would end every text at once; leave it out")
+    if decode_text is None and (stop or on_text):
+      raise ValueError('stop strings and streaming need decode_text')
+    prompt, length = padded(self._cfg, prompts, max_new_tokens)
+    seed = np.uint32(sampling.seed)
+    # One compilation serves all seeds.
+    static = dict(cfg=self._cfg, sampling=dataclasses.replace(sampling, seed=0))
+    num_new = in_buckets(max_new_tokens)
+    begin = lambda: _start(self._weights, prompt, length, seed, num_new=num_new, **static)
+    advance = functools.partial(_advance, self._weights, seed=seed, eos_ids=self._eos_ids, **static)
+    if timed:
+      jax.block_until_ready(advance(begin(), np.int32(0)))
+    start = time.perf_counter()
+    state = begin()
+    watch = _Watch(len(prompts), decode_text, stop, on_text)
+    written = 0
+    while written < max_new_tokens:
+      pieces = PIECE if stop or on_text else max_new_tokens
+      written = min(written + pieces, max_new_tokens)
+      state = advance(state, np.int32(written))
+      ids, done = jax.device_get((state.written, state.done))
+      done = done | watch.look(ids)
+      if done.all():
+        break
+      # Placed as it was: elsewhere it would be another program.
+      state = state._replace(done=jax.device_put(done, state.done.sharding))
+    seconds = time.perf_counter() - start
+    tokens, texts = watch.finish(np.asarray(state.written))
+    return Generation(tokens, texts, seconds)
+
+
+class _Watch:
+  """Follows the texts of a batch on the host."""
+
+  def __init__(self, num_rows: int, decode_text, stop: Sequence[str], on_text: OnText | None):
+    self._decode, self._stop, self._on_text = decode_text, stop, on_text
+    self._sent = [0] * num_rows  # characters handed to on_text
+    self._cut: list[tuple[int, str] | None] = [None] * num_rows  # (tokens, text) at a stop string
+    self._hold = max((len(s) for s in stop), default=1) - 1
+
+  def look(self, ids: np.ndarray) -> np.ndarray:
+    """ids [B, n] written so far -> [B] bool, rows that a stop string has ended."""
+    if self._stop or self._on_text:
+      for row, line in enumerate(ids):
+        if self._cut[row] is None:
+          self._look_at(row, [int(i) for i in line if i >= 0], last=False)
+    return np.array([cut is not None for cut in self._cut])
+
+  def _look_at(self, row: int, tokens: list[int], last: bool):
+    text = self._decode(tokens)
+    end = _first(text, self._stop)
+    if end is not None:
+      # The fewest tokens whose text holds the stop string: what comes behind was drawn in vain.
+      count = next(
+        n for n in range(len(tokens) + 1) if _first(self._decode(tokens[:n]), self._stop) == end
+      )
+      self._cut[row] = count, text[:end]
+      text, last = text[:end], True
+    if self._on_text is None:
+      return
+    if not last:
+      # Neither a character of which bytes are missing, nor what may begin a stop string.
+      certain = text.rstrip(_UNFINISHED)
+      text = certain[: len(certain) - self._hold] if self._hold else certain
+    if len(text) > self._sent[row]:
+      self._on_text(row, text[self._sent[row] :])
+      self._sent[row] = len(text)
+
+  def finish(self, ids: np.ndarray) -> tuple[list[list[int]], list[str]]:
+    """Sends what is left, and returns the tokens and texts of all rows."""
+    tokens, texts = [], []
+    for row, line in enumerate(ids):
+      own = [int(i) for i in line if i >= 0]
+      if self._decode is not None and self._cut[row] is None:
+        self._look_at(row, own, last=True)
+      count, text = self._cut[row] or (len(own), self._decode(own) if self._decode else '')
+      tokens.append(own[:count])
+      texts.append(text)
+    return tokens, texts
+
+
+def _first(text: str, stop: Sequence[str]) -> int | None:
+  """Where the first of the strings begins in the text; None without any."""
+  return min((at for s in stop if (at := text.find(s)) >= 0), default=None)
+
+
+def generate(
+  cfg: config.ModelConfig,
+  variables: Mapping[str, Any],
+  prompts: Sequence[Sequence[int]],
+  max_new_tokens: int,
+  eos_id: int,
+  sampling: sampling_lib.Sampling,
+  **options: Any,
+) -> Generation:
+  """`Generator.generate` of a model that is used once; `options` are its keyword arguments."""
+  padded(cfg, prompts, max_new_tokens)  # mistakes show before any weight is copied
+  generator = Generator(cfg, variables, (eos_id,))
+  return generator.generate(prompts, max_new_tokens, sampling, **options)

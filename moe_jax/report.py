@@ -16,6 +16,7 @@ from moe_jax import (
   router_metrics,
 )
 from moe_jax import run as run_lib
+from moe_jax import sampling as sampling_lib
 from moe_jax.data import corpus as corpus_lib
 
 
@@ -28,21 +29,34 @@ def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
   return {name: 8 * size / len(text) for name, size in sizes.items()}
 
 
-def sample(run: run_lib.Run, prompt: str, max_new_tokens: int, sampling: generate.Sampling):
-  """Continues one text prompt.
+def encode_prompt(run: run_lib.Run, prompt: str) -> list[int]:
+  """Ids of a text to be continued, begin-of-document token included.
 
-  Returns:
-    (completion text, `generate.Generation`).
+  Raises:
+    errors.InputError: it is no UTF-8 text.
   """
   try:
     prompt.encode()
   except UnicodeEncodeError as e:
     raise errors.InputError(f'--prompt={prompt!r} must be UTF-8 text; correct its bytes') from e
-  ids = [run.tokenizer.bos_id, *run.tokenizer.encode(prompt)]
+  return [run.tokenizer.bos_id, *run.tokenizer.encode(prompt)]
+
+
+def sample(
+  run: run_lib.Run, prompt: str, max_new_tokens: int, sampling: sampling_lib.Sampling
+) -> tuple[str, generate.Generation]:
+  """Continues one text prompt: (completion text, the rest about it)."""
   result = generate.generate(
-    run.cfg.model, run.variables, [ids], max_new_tokens, run.tokenizer.eos_id, sampling, timed=True
+    run.cfg.model,
+    run.variables,
+    [encode_prompt(run, prompt)],
+    max_new_tokens,
+    run.tokenizer.eos_id,
+    sampling,
+    decode_text=run.tokenizer.decode,
+    timed=True,
   )
-  return run.tokenizer.decode(result.tokens[0]), result
+  return result.texts[0], result
 
 
 def draw(
@@ -87,7 +101,7 @@ def finish(
   say(f'held-out: bits per byte of the same {corpus.heldout.num_bytes:,} bytes: {others}')
   train = run.cfg.train
   if train.sample_prompt and train.sample_tokens:
-    sampling = generate.Sampling(temperature=0.8, top_p=0.95, seed=train.seed)
+    sampling = sampling_lib.Sampling(temperature=0.8, top_p=0.95, seed=train.seed)
     completion, result = sample(run, train.sample_prompt, train.sample_tokens, sampling)
     say(f'sample ({result.tokens_per_second:.0f} tokens/s):\n{train.sample_prompt}{completion}')
   names = ['config.json', 'metrics.jsonl', 'tensorboard', 'checkpoints', 'evaluation.json']

@@ -1,12 +1,11 @@
 import functools
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
 from moe_jax import errors, generate
+from moe_jax import sampling as sampling_lib
 from moe_jax.models import transformer
 
 # One MoE layer after a dense one, and grouped key-value heads: all that a cache can get wrong.
@@ -39,7 +38,7 @@ def greedy(prompt, steps=NEW):
 
 def run(prompts, **sampling):
   return generate.generate(
-    CFG, {'params': tiny.params(CFG)}, prompts, NEW, EOS, generate.Sampling(**sampling)
+    CFG, {'params': tiny.params(CFG)}, prompts, NEW, EOS, sampling_lib.Sampling(**sampling)
   )
 
 
@@ -77,77 +76,6 @@ def test_equal_prompts_of_a_batch_draw_differently():
   assert first != second or second != third
 
 
-def test_draws_follow_the_models_distribution():
-  """Frequencies of many draws against the softmax: `_draw` alone, without a model."""
-  probs = jnp.array([0.5, 0.3, 0.2])
-  draws = generate._draw(
-    jnp.broadcast_to(jnp.log(probs), (4000, 3)), generate.Sampling(), jax.random.key(0)
-  )
-  # Standard error of a share is at most sqrt(.25 / 4000) = .008
-  np.testing.assert_allclose(np.bincount(draws) / 4000, probs, atol=0.03)
-
-
-LOGITS = jnp.log(jnp.array([[0.1, 0.4, 0.15, 0.35], [0.7, 0.1, 0.1, 0.1]]))
-
-
-def kept(**sampling):
-  """Which tokens keep a finite logit."""
-  return np.isfinite(generate.filter_logits(LOGITS, generate.Sampling(**sampling))).tolist()
-
-
-def test_no_filter_keeps_the_logits():
-  np.testing.assert_array_equal(generate.filter_logits(LOGITS, generate.Sampling()), LOGITS)
-
-
-def test_temperature_divides():
-  got = generate.filter_logits(LOGITS, generate.Sampling(temperature=0.5))
-  np.testing.assert_allclose(got, 2 * LOGITS, rtol=1e-6)
-
-
-def test_top_k():
-  first, _ = kept(top_k=2)
-  assert first == [False, True, False, True]
-  assert kept(top_k=1) == [[False, True, False, False], [True, False, False, False]]
-  assert kept(top_k=4) == kept(top_k=99) == kept() == [[True] * 4] * 2
-
-
-def test_top_p_keeps_the_fewest_that_reach_it():
-  # Sorted .4, .35, .15, .1 add up to .4, .75, .9, 1; the second row is .7 and then ties.
-  assert kept(top_p=0.39) == [[False, True, False, False], [True, False, False, False]]
-  assert kept(top_p=0.41) == [[False, True, False, True], [True, False, False, False]]
-  assert kept(top_p=0.76)[0] == [False, True, True, True]
-  assert kept(top_p=0.91)[0] == [True] * 4
-  assert kept(top_p=1e-6) == kept(top_k=1)
-
-
-def test_top_p_works_on_what_top_k_and_temperature_leave():
-  # top_k = 2 leaves .4, .35: of .75 the first is .53, which reaches .5.
-  assert kept(top_k=2, top_p=0.5)[0] == [False, True, False, False]
-  assert kept(top_p=0.5)[0] == [False, True, False, True]
-  # Temperature 1/8: .4^8 / (.4^8 + .35^8 + ...) = .74
-  assert kept(temperature=0.125, top_p=0.7)[0] == [False, True, False, False]
-
-
-def test_temperature_0_ignores_the_filters_and_the_key():
-  sampling = generate.Sampling(temperature=0.0, top_p=0.1)
-  np.testing.assert_array_equal(generate._draw(LOGITS, sampling, jax.random.key(0)), [1, 0])
-
-
-@pytest.mark.parametrize(
-  'field, value, rule',
-  [
-    ('temperature', -0.1, 'at least 0'),
-    ('top_k', -1, 'at least 0'),
-    ('top_p', 0.0, 'above 0 and at most 1'),
-    ('top_p', 1.5, 'above 0 and at most 1'),
-    ('seed', -1, 'at least 0'),
-  ],
-)
-def test_sampling_out_of_range(field, value, rule):
-  with pytest.raises(errors.InputError, match=rf'--{field}={value} must be {rule}'):
-    generate.Sampling(**{field: value})
-
-
 @pytest.mark.parametrize(
   'longest, new, message',
   [
@@ -170,3 +98,106 @@ def test_lengths_that_just_fit():
 def test_bad_prompts_are_refused_before_compiling(prompts):
   with pytest.raises(errors.InputError, match='--prompt'):
     run(prompts)
+
+
+# Stop strings and streaming: ids become letters, and some only together.
+
+PIECES = {0: 'ab', 1: 'b', 2: 'c', 3: '\ufffd'}
+
+
+def text_of(ids):
+  """Two-letter and one-letter pieces; a lone 3 is half a character, two in a row are one."""
+  text = ''.join(PIECES.get(i, chr(ord('d') + i)) for i in ids)
+  return text.replace('\ufffd\ufffd', '\u00e9')
+
+
+def watched(rows, stop=(), piece=2):
+  """Feeds rows of ids to a watch, `piece` tokens at a time -> (texts, tokens, streamed, looks)."""
+  streamed = {i: '' for i in range(len(rows))}
+  watch = generate._Watch(
+    len(rows), text_of, stop, lambda row, text: streamed.update({row: streamed[row] + text})
+  )
+  ids = np.full((len(rows), max(map(len, rows))), -1, np.int32)
+  ended = []
+  for n in range(piece, ids.shape[1] + piece, piece):
+    for row, tokens in enumerate(rows):
+      ids[row, : min(n, len(tokens))] = tokens[:n]
+    ended.append(watch.look(ids).tolist())
+    for text in streamed.values():
+      assert '\ufffd' not in text
+      assert not any(s in text for s in stop)
+  tokens, texts = watch.finish(ids)
+  return texts, tokens, streamed, ended
+
+
+def test_stop_strings_span_tokens_and_end_their_row_only():
+  # a b | b c ...: 'bc' is the end of a first piece, 0 = ab, and a second one, 2 = c.
+  texts, tokens, streamed, ended = watched([[5, 0, 2, 7, 7, 7], [5, 6, 7, 8, 9, 10]], ['bc'])
+  assert texts == ['ia', 'ijklmn']
+  assert tokens == [[5, 0, 2], [5, 6, 7, 8, 9, 10]]  # what was drawn behind the string is left out
+  assert ended == [[False, False], [True, False], [True, False]]
+  assert streamed == dict(enumerate(texts))
+
+
+def test_the_first_of_several_stop_strings_counts():
+  texts, _, _, _ = watched([[5, 6, 7, 8]], ['l', 'k'])
+  assert texts == ['ij']  # i j k l
+
+
+def test_half_characters_are_held_back_until_they_are_whole():
+  texts, _, streamed, _ = watched([[5, 3, 3, 6]], piece=1)
+  assert texts == ['i\u00e9j'] and streamed[0] == texts[0]
+
+
+def test_what_may_begin_a_stop_string_is_sent_at_the_end_if_it_does_not():
+  texts, _, streamed, ended = watched([[5, 6, 1]], ['bcd'], piece=1)
+  assert texts == ['ijb'] and streamed[0] == 'ijb' and not any(e[0] for e in ended)
+
+
+def test_generate_cuts_streams_and_repeats_what_it_is_told():
+  """The real loop: a stop string taken out of the greedy text of the longest prompt."""
+  letters = lambda ids: ''.join(chr(ord('A') + i) for i in ids)
+  generator = generate.Generator(CFG, {'params': tiny.params(CFG)}, (EOS,))
+  greedy = sampling_lib.Sampling(temperature=0.0)
+  plain = generator.generate(PROMPTS, NEW, greedy, decode_text=letters)
+  assert plain.texts == [letters(row) for row in plain.tokens]
+  stop, sent = plain.texts[2][2:4], []
+  found = generator.generate(
+    PROMPTS, NEW, greedy, decode_text=letters, stop=[stop], on_text=lambda *args: sent.append(args)
+  )
+  cut = lambda text: text.split(stop)[0]
+  assert found.texts == [cut(text) for text in plain.texts]
+  for row in range(3):
+    assert ''.join(text for r, text in sent if r == row) == found.texts[row]
+
+
+def test_a_row_does_not_depend_on_the_rows_behind_it(sampled):
+  assert run(PROMPTS[:1], seed=1).tokens == sampled[:1]
+  assert run(PROMPTS[:2], seed=1).tokens == sampled[:2]
+
+
+def test_several_end_tokens(batch):
+  text = batch.tokens[2]
+  generator = generate.Generator(CFG, {'params': tiny.params(CFG)}, (EOS, text[3]))
+  found = generator.generate(PROMPTS, NEW, sampling_lib.Sampling(temperature=0.0))
+  assert found.tokens[2] == text[: text.index(text[3])]
+
+
+def test_repetition_penalty_as_a_loop_over_full_forwards():
+  prompt, penalty = PROMPTS[2], 1.5
+  ids = list(prompt)
+  for _ in range(NEW):
+    logits = np.array(next_logits(ids))
+    for i in set(ids):
+      logits[i] = logits[i] / penalty if logits[i] > 0 else logits[i] * penalty
+    ids.append(int(np.argmax(logits)))
+  found = run([prompt], temperature=0.0, repetition_penalty=penalty)
+  want = ids[len(prompt) :]
+  assert found.tokens[0] == (want[: want.index(EOS)] if EOS in want else want)
+  assert found.tokens[0] != greedy(prompt)
+
+
+def test_an_empty_stop_string_is_refused():
+  generator = generate.Generator(CFG, {'params': tiny.params(CFG)}, (EOS,))
+  with pytest.raises(errors.InputError, match="--stop='' would end"):
+    generator.generate(PROMPTS, NEW, sampling_lib.Sampling(), decode_text=str, stop=[''])

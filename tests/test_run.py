@@ -16,7 +16,6 @@ from moe_jax import (
   errors,
   evaluate,
   files,
-  generate,
   metrics,
   partitioning,
   report,
@@ -24,6 +23,7 @@ from moe_jax import (
   run,
   train,
 )
+from moe_jax import sampling as sampling_lib
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import packing
 from moe_jax.models import transformer
@@ -291,7 +291,7 @@ def test_a_workdir_without_checkpoints_says_what_to_do(tmp_path):
 
 def test_sampling_from_a_run_is_reproducible(finished):
   loaded = run.load(finished[0])
-  draw = lambda seed: report.sample(loaded, 'def ', 16, generate.Sampling(seed=seed))[0]
+  draw = lambda seed: report.sample(loaded, 'def ', 16, sampling_lib.Sampling(seed=seed))[0]
   assert draw(0) == draw(0) != draw(1)
 
 

@@ -44,3 +44,19 @@ def assemble(tokenizer: tokenizer_lib.Tokenizer, parts: Sequence[list[int]]) -> 
   prefix, suffix, middle = parts
   begin, hole, end = tokenizer.fim_ids
   return [tokenizer.bos_id, begin, *prefix, hole, *suffix, end, *middle, tokenizer.eos_id]
+
+
+def prompt(tokenizer: tokenizer_lib.Tokenizer, prefix: str, suffix: str) -> list[int]:
+  """`BOS BEGIN prefix HOLE suffix END`, behind which a model writes the middle.
+
+  Raises:
+    errors.InputError: the tokenizer lacks the three tokens.
+  """
+  if tokenizer.fim_ids is None:
+    raise errors.InputError(
+      f'--prefix={prefix[:20]!r} and --suffix need the tokens '
+      f"{', '.join(tokenizer_lib.FIM_TOKENS)} in the run's tokenizer; use --prompt, or a model "
+      'trained with them'
+    )
+  parts = tokenizer.encode(prefix), tokenizer.encode(suffix), []
+  return assemble(tokenizer, parts)[:-1]

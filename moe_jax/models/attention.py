@@ -50,6 +50,15 @@ def seen_slots(positions: Array, num_slots: int) -> Array:
   return jnp.arange(num_slots) <= positions[..., None]
 
 
+def project_out(out: Array, o: Array) -> Array:
+  """The output projection: heads [B, L, N, H], o [N, H, D] -> [B, L, D].
+
+  Heads and their width are one axis: contracted as two, a CPU would transpose the weights first.
+  """
+  flat = out.reshape(*out.shape[:2], -1)
+  return jnp.einsum('BLH,HD->BLD', flat, o.reshape(-1, o.shape[-1]))
+
+
 def attend_own(
   cfg: config_attention.AttentionConfig, q: Array, k: Array, v: Array, ctx: Context
 ) -> Array:
@@ -115,7 +124,7 @@ class Attention(nn.Module):
       # Head j * num_experts + i is the i-th of key-value head j.
       grouped = out.reshape(*out.shape[:2], -1, cfg.num_experts, cfg.head_dim)
       out = (grouped * gates[:, :, None, :, None].astype(out.dtype)).reshape(out.shape)
-    return jnp.einsum('BLNH,NHD->BLD', out, o.astype(self.dtype)), cache, sums
+    return project_out(out, o.astype(self.dtype)), cache, sums
 
   def _gates(self, x: Array, mask: Array) -> tuple[Array, balance.MixtureSums]:
     """Weights of the attention experts [B, L, num_experts] float32, and their sums per sequence."""

@@ -1,4 +1,4 @@
-"""One step of cached decoding: a few tokens per row, every layer by itself.
+"""Cached generation, layer by layer: the prefill of prompts, then steps of a few tokens per row.
 
 Training scans over stacked layers; here each layer has its own weights and its own cache, so that a
 step copies neither: a scan would cut the weights out of the stacks and write every cache anew for
@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from moe_jax import config
-from moe_jax.models import attention, layers, transformer
+from moe_jax.models import attention, layers, mla, transformer
+from moe_jax.models.attend import target
+from moe_jax.models.dispatch import gather
 from moe_jax.models.routers import routing
 
 Array = jax.Array
@@ -33,42 +35,100 @@ class Weights:
 
 
 class Decoded(NamedTuple):
-  """What a step returns."""
+  """What an application of the model returns."""
 
-  logits: Array  # [B, L, V] float32
   hidden: Array  # [B, L, D], before the final norm
   caches: Caches
 
 
 def unstack(cfg: config.ModelConfig, variables: Mapping[str, Any]) -> Weights:
-  """Takes the stacks of layers apart; copies every weight once."""
-  params, state = variables['params'], variables.get('router_state', {})
-  found = []
-  for kind in transformer.stacks(cfg):
-    own = {'params': params[kind.name], 'router_state': state.get(kind.name, {})}
-    found += [jax.tree.map(lambda a: a[i], own) for i in range(kind.length)]  # noqa: B023
-  return Weights(params['embedding'], tuple(found), params['final_norm'], params['head'])
+  """Takes the stacks of layers apart: every weight of a layer is copied once.
 
-
-def unstack_caches(
-  cfg: config.ModelConfig, caches: Mapping[str, transformer.LayerCache], num_slots: int
-) -> Caches:
-  """The caches of a prefill, leaves [layers, B, L, ...], one by one and with room for more.
-
-  Args:
-    cfg: the model.
-    caches: `transformer.Output.caches`.
-    num_slots: S, slots per row, at least L.
+  Weights wider than the compute dtype are rounded to it, as every application of the model would.
+  The up-projection of latent attention is laid out as its absorbed form reads it, and on a CPU the
+  experts' kernels as `gather.apply` does.
   """
+  params, state = variables['params'], variables.get('router_state', {})
+  dtype = jnp.dtype(cfg.dtype)
 
-  def padded(a: Array) -> Array:
-    return jnp.pad(a, [(0, 0), (0, num_slots - a.shape[1])] + [(0, 0)] * (a.ndim - 2))
+  def narrow(path, leaf):
+    keep = path[-1].key in ('scale', 'router') or leaf.dtype.itemsize <= dtype.itemsize
+    return leaf if keep else leaf.astype(dtype)
 
+  experts_for = jax.jit(gather.lay_out)
+  latent_for = jax.jit(lambda kv_b: mla.lay_out(kv_b, cfg.attention))
   found = []
   for kind in transformer.stacks(cfg):
     for i in range(kind.length):
-      found.append(jax.tree.map(lambda a: padded(a[i]), caches[kind.name]))  # noqa: B023
-  return tuple(found)
+      own = jax.tree.map(lambda a: a[i], params[kind.name])  # noqa: B023
+      own = jax.tree_util.tree_map_with_path(narrow, own)
+      layer = {'router_state': jax.tree.map(lambda a: a[i], state.get(kind.name, {}))}  # noqa: B023
+      kernels = {}
+      if cfg.attention.kind == 'mla':
+        kernels['attention'] = {'absorbed': latent_for(own['attention'].pop('kv_b'))}
+      if kind.is_moe and target.platform() == 'cpu' and cfg.moe.dispatch != 'dense':
+        pair = experts_for(own['moe'].pop('gate_up'), own['moe'].pop('down'))
+        kernels['moe'] = {'kernels': pair}
+      found.append({'params': own, 'kernels': kernels, **layer})
+  outside = {k: params[k] for k in ('embedding', 'final_norm', 'head')}
+  return Weights(layers=tuple(found), **jax.tree_util.tree_map_with_path(narrow, outside))
+
+
+def _embed(cfg: config.ModelConfig, weights: Weights, tokens: Array) -> Array:
+  return jnp.take(weights.embedding, tokens, axis=0).astype(jnp.dtype(cfg.dtype))
+
+
+def logits_of(cfg: config.ModelConfig, weights: Weights, hidden: Array) -> Array:
+  """hidden [B, L, D] of `Decoded` -> logits [B, L, V] float32."""
+  norm = layers.RMSNorm(cfg.norm_eps, jnp.dtype(cfg.dtype))
+  return transformer.logits_of(norm.apply({'params': weights.final_norm}, hidden), weights.head)
+
+
+def _apply(
+  cfg: config.ModelConfig,
+  weights: Weights,
+  tokens: Array,
+  ctx: attention.Context,
+  caches: Caches | None,
+) -> Decoded:
+  x = _embed(cfg, weights, tokens)
+  row = jnp.arange(len(tokens), dtype=jnp.int32)
+  routed = routing.Tokens(tokens, ctx.segment_ids > 0, row, jnp.uint32(0), ctx.positions)
+  kinds = [kind for kind in transformer.stacks(cfg) for _ in range(kind.length)]
+  new = []
+  for number, (kind, own) in enumerate(zip(kinds, weights.layers, strict=True)):
+    inputs = transformer.LayerInputs(caches and caches[number], jnp.int32(number), {})
+    block = transformer.Block(cfg, kind.is_moe, train=False, keep_cache=True)
+    x, (cache, _) = block.apply(own, x, inputs, ctx, routed)
+    new.append(cache)
+  return Decoded(x, tuple(new))
+
+
+def prefill(
+  cfg: config.ModelConfig, weights: Weights, tokens: Array, length: Array, num_slots: int
+) -> Decoded:
+  """Applies the model to the beginnings of all rows.
+
+  Args:
+    cfg: the model.
+    weights: see `unstack`.
+    tokens: [B, L] int32, padded on the right.
+    length: [B] int32, real tokens.
+    num_slots: S, slots of each cache, at least L.
+
+  Returns:
+    Decoded; what its caches hold behind a row's last token is of no account.
+  """
+  positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+  segment_ids = (positions < length[:, None]).astype(jnp.int32)
+  ctx = attention.Context(positions, segment_ids)
+  hidden, caches = _apply(cfg, weights, tokens, ctx, None)
+  return Decoded(hidden, jax.tree.map(lambda a: with_slots(a, num_slots), caches))
+
+
+def with_slots(a: Array, num_slots: int) -> Array:
+  """Entries [B, L, ...] of a cache, with room for more: [B, S, ...]."""
+  return jnp.pad(a, [(0, 0), (0, num_slots - a.shape[1])] + [(0, 0)] * (a.ndim - 2))
 
 
 def step(
@@ -86,19 +146,5 @@ def step(
   Returns:
     Decoded; its caches hold the new tokens at their positions.
   """
-  dtype = jnp.dtype(cfg.dtype)
-  x = jnp.take(weights.embedding, tokens, axis=0).astype(dtype)
-  ones = jnp.ones_like(tokens)
-  ctx = attention.Context(positions, ones)
-  row = jnp.arange(len(tokens), dtype=jnp.int32)
-  routed = routing.Tokens(tokens, ones > 0, row, jnp.uint32(0), positions)
-  new = []
-  kinds = [kind for kind in transformer.stacks(cfg) for _ in range(kind.length)]
-  for number, (kind, own, cache) in enumerate(zip(kinds, weights.layers, caches, strict=True)):
-    inputs = transformer.LayerInputs(cache, jnp.int32(number), {})
-    block = transformer.Block(cfg, kind.is_moe, train=False)
-    x, (cache, _) = block.apply(own, x, inputs, ctx, routed)
-    new.append(cache)
-  norm = layers.RMSNorm(cfg.norm_eps, dtype)
-  logits = transformer.logits_of(norm.apply({'params': weights.final_norm}, x), weights.head)
-  return Decoded(logits, x, tuple(new))
+  ctx = attention.Context(positions, jnp.ones_like(tokens))
+  return _apply(cfg, weights, tokens, ctx, caches)

@@ -39,11 +39,29 @@ class LatentCache(NamedTuple):
   rope_key: Array  # [B, S, Hr], rotated
 
 
+class Absorbed(NamedTuple):
+  """The up-projection of keys and values as decoding multiplies with it, head by head."""
+
+  uk: Array  # [N, Hn, R], W^UK
+  uv: Array  # [N, R, Hv], W^UV
+
+
 class Queries(NamedTuple):
   """Both parts of the queries."""
 
   nope: Array  # [B, L, N, Hn]
   rope: Array  # [B, L, N, Hr], rotated
+
+
+def lay_out(kv_b: Array, cfg: config_attention.AttentionConfig) -> Absorbed:
+  """kv_b [..., R, N, Hn + Hv] -> Absorbed; copies it."""
+  uk, uv = jnp.split(kv_b, [cfg.mla.qk_nope_head_dim], axis=-1)
+  return Absorbed(jnp.moveaxis(uk, -3, -1), jnp.swapaxes(uv, -3, -2))
+
+
+def restore(laid_out: Absorbed) -> Array:
+  """The inverse of `lay_out`."""
+  return jnp.concatenate([jnp.moveaxis(laid_out.uk, -1, -3), jnp.swapaxes(laid_out.uv, -3, -2)], -1)
 
 
 def expanded(
@@ -75,7 +93,7 @@ def expanded(
 def absorbed(
   q: Queries,
   cache: LatentCache,
-  kv_b: Array,
+  up: Absorbed,
   mask: Array,
   cfg: config_attention.AttentionConfig,
 ) -> Array:
@@ -86,22 +104,21 @@ def absorbed(
   Args:
     q: queries.
     cache: latents [B, S, R] and rotated keys [B, S, Hr].
-    kv_b: [R, N, Hn + Hv].
+    up: see `lay_out`.
     mask: [B, L, S] bool, slots that a query sees.
     cfg: sizes and scale.
 
   Returns:
     [B, L, N, Hv].
   """
-  w_uk, w_uv = jnp.split(kv_b, [cfg.mla.qk_nope_head_dim], axis=-1)
-  q_latent = jnp.einsum('BLNH,RNH->BLNR', q.nope, w_uk)
+  q_latent = jnp.einsum('BLNH,NHR->BLNR', q.nope, up.uk)
   f32 = dict(preferred_element_type=jnp.float32)
   scores = jnp.einsum('BLNR,BSR->BNLS', q_latent, cache.latent, **f32)
   scores += jnp.einsum('BLNH,BSH->BNLS', q.rope, cache.rope_key, **f32)
   scores = jnp.where(mask[:, None], scores * cfg.softmax_scale, jnp.finfo(jnp.float32).min)
   probs = jax.nn.softmax(scores, axis=-1).astype(cache.latent.dtype)
   mixed = jnp.einsum('BNLS,BSR->BLNR', probs, cache.latent)
-  return jnp.einsum('BLNR,RNH->BLNH', mixed, w_uv)
+  return jnp.einsum('BLNR,NRH->BLNH', mixed, up.uv)
 
 
 class MLA(nn.Module):
@@ -122,22 +139,24 @@ class MLA(nn.Module):
     with jax.named_scope('mla_proj'):
       angle = rope.angles(ctx.positions, mla.qk_rope_head_dim, self.cfg.rope)
       q, own = self._queries(x, angle), self._latent(x, angle)
-    kv_b = self._weight(
-      'kv_b',
-      (mla.kv_lora_rank, self.num_heads, mla.qk_nope_head_dim + mla.v_head_dim),
-      'kv_lora',
-      'heads',
-      'head_dim',
-    )
     with jax.named_scope('mla_core'):
       if cache is None:
-        cache, out = own, expanded(q, own, kv_b, ctx, self.cfg)
+        cache, out = own, expanded(q, own, self._kv_b(), ctx, self.cfg)
       else:
         cache = attention.write(cache, own, ctx.positions)
         mask = attention.seen_slots(ctx.positions, cache.latent.shape[1])
-        out = absorbed(q, cache, kv_b, mask, self.cfg)
+        up = self.get_variable('kernels', 'absorbed') or lay_out(self._kv_b(), self.cfg)
+        out = absorbed(q, cache, up, mask, self.cfg)
     o = self._weight('o', (self.num_heads, mla.v_head_dim, d), 'heads', 'head_dim', 'embed')
-    return jnp.einsum('BLNH,NHD->BLD', out, o), cache, None
+    return attention.project_out(out, o), cache, None
+
+  def _kv_b(self) -> Array:
+    """[R, N, Hn + Hv], from the parameters or from what `decode.unstack` made of them."""
+    mla, laid_out = self.cfg.mla, self.get_variable('kernels', 'absorbed')
+    if laid_out:
+      return restore(laid_out)
+    shape = (mla.kv_lora_rank, self.num_heads, mla.qk_nope_head_dim + mla.v_head_dim)
+    return self._weight('kv_b', shape, 'kv_lora', 'heads', 'head_dim')
 
   def _queries(self, x: Array, angle: Array) -> Queries:
     mla, d = self.cfg.mla, x.shape[-1]

@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from moe_jax import balance, config_moe, partitioning
 from moe_jax.models import capacity, layers
-from moe_jax.models.dispatch import DISPATCHES
+from moe_jax.models.dispatch import DISPATCHES, gather
 from moe_jax.models.routers import ROUTERS, gshard, routing, scoring
 from moe_jax.models.routers import state as state_lib
 
@@ -28,10 +28,15 @@ def drops(cfg: config_moe.MoEConfig, train: bool) -> bool:
   return cfg.capacity.policy != 'none' and (train or cfg.capacity.at_eval)
 
 
-def _dispatch_name(cfg: config_moe.MoEConfig, train: bool) -> str:
-  """Buffers of a fixed size serve where routing bounds them; elsewhere nothing may be lost."""
+def _dispatch_name(cfg: config_moe.MoEConfig, train: bool, num_choices: int) -> str:
+  """Buffers of a fixed size serve where routing bounds them; elsewhere nothing may be lost.
+
+  Outside of training, few choices are served by the weights of their experts alone.
+  """
   bounded = drops(cfg, train) or cfg.router == 'expert_choice'
-  return cfg.dispatch if cfg.dispatch != 'capacity' or bounded else 'dropless'
+  name = cfg.dispatch if cfg.dispatch != 'capacity' or bounded else 'dropless'
+  few = not train and num_choices <= gather.STREAMED_CHOICES * cfg.num_experts
+  return 'gather' if name == 'dropless' and few else name
 
 
 class MoE(nn.Module):
@@ -61,7 +66,8 @@ class MoE(nn.Module):
     """
     cfg, router = self.cfg, ROUTERS[self.cfg.router]
     # The experts' weights are made first: their random numbers do not depend on the router.
-    kernels = self._expert_kernels(x.shape[-1])
+    laid_out = self.get_variable('kernels', 'kernels')  # by `decode.unstack`
+    kernels = (laid_out,) if laid_out else self._expert_kernels(x.shape[-1])
     kernel = self._router_kernel(x.shape[-1]) if router.has_logits else None
     state = self._router_state(router)
     shared = self._shared(x)
@@ -149,13 +155,16 @@ class MoE(nn.Module):
     return decision
 
   def _experts(
-    self, total_rows: int, x: Array, gates: Array, expert_idx: Array, gate_up: Array, down: Array
+    self, total_rows: int, x: Array, gates: Array, expert_idx: Array, *kernels: Any
   ) -> Array:
     """x [B, L, D] of one device, gates and expert_idx [B, L, K] -> each token's gated sum."""
-    name = _dispatch_name(self.cfg, self.train)
+    name = _dispatch_name(self.cfg, self.train, expert_idx.size)
     slots = capacity.slots(self.cfg, *x.shape[:2], total_rows) if name == 'capacity' else 0
     flat = [a.reshape(-1, a.shape[-1]) for a in (x, gates, expert_idx)]
-    out = DISPATCHES[name](*flat, gate_up, down, self.cfg.grouped_matmul, slots)
+    if len(kernels) == 1:  # laid out
+      out = gather.apply(*flat, *kernels)
+    else:
+      out = DISPATCHES[name](*flat, *kernels, self.cfg.grouped_matmul, slots)
     return out.reshape(x.shape)
 
   def _router_kernel(self, d: int) -> Array:

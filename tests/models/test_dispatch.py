@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from moe_jax.models.dispatch import DISPATCHES, grouped, plan
+from moe_jax.models.dispatch import DISPATCHES, gather, grouped, plan
 
 T, K, E, D, F = 21, 2, 5, 12, 10  # 42 choices: not a multiple of the block of 64
 ARGS = ('x', 'gates', 'gate_up', 'down')
@@ -90,14 +90,16 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize('name, backend', [*KERNELS, ('dropless', 'tokamax_xla')])
+@pytest.mark.parametrize(
+  'name, backend', [*KERNELS, ('dropless', 'tokamax_xla'), ('gather', 'blocks')]
+)
 @pytest.mark.parametrize('case', CASES)
 def test_every_dispatch_equals_dense(case, name, backend):
   args = (*operands(), jnp.array(CASES[case]))
   assert_equal_results(run(name, backend)(*args), run('dense')(*args), **CLOSE)
 
 
-@pytest.mark.parametrize('name', ['dropless', 'capacity'])
+@pytest.mark.parametrize('name', ['dropless', 'capacity', 'gather'])
 def test_every_dispatch_equals_dense_for_mostly_unused_columns(name):
   idx = choose_few()
   args = (*operands(k=E), jnp.array(idx))
@@ -106,6 +108,35 @@ def test_every_dispatch_equals_dense_for_mostly_unused_columns(name):
   d_gates = np.asarray(got[2])
   assert not d_gates[idx == E].any()
   assert d_gates[idx < E].all()
+
+
+@pytest.mark.parametrize('t', [1, 3, T])
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_kernels_laid_out_for_decoding_equal_dense(t, dtype):
+  """Few choices (T K <= 2 E) and many; an unrouted token holds a NaN, which reaches nobody."""
+  x, gates, gate_up, down, _ = operands(t=t, dtype=dtype)
+  idx = choose(t=t)
+  if t > 1:
+    idx[0, 1] = idx[-1] = E
+    x = x.at[-1].set(jnp.nan)
+  laid_out = gather.lay_out(gate_up, down)
+  got = tiny.jit(gather.apply)(x, gates, jnp.array(idx), laid_out)
+  assert got.dtype == dtype
+  wide = [a.astype(jnp.float32) for a in (x, gates, gate_up, down)]
+  want = run('dense')(*wide, jnp.zeros((t, D)), jnp.array(idx))[0]
+  # 8 bits of mantissa in the activations and in the result.
+  tolerance = CLOSE if dtype == jnp.float32 else dict(rtol=0.03, atol=0.03)
+  assert_equal_results((got.astype(jnp.float32),), (want,), **tolerance)
+
+
+def test_few_choices_copy_no_weights():
+  """The program needs less memory than the weights of a single expert have."""
+  of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+  laid_out = gather.Kernels(of(16, 2, 128, 256), of(16, 256, 128))
+  args = (of(2, 256), of(2, 3), jax.ShapeDtypeStruct((2, 3), jnp.int32), laid_out)
+  memory = jax.jit(gather.apply).lower(*args).compile().memory_analysis()
+  expert = sum(4 * a.size // 16 for a in laid_out)
+  assert memory.temp_size_in_bytes < expert
 
 
 def test_capacity_needs_no_more_slots_than_the_fullest_expert_has_tokens():

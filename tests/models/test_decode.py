@@ -1,0 +1,177 @@
+"""Cached decoding, token by token, has the logits of the full forward at every position."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from moe_jax import generate
+from moe_jax import sampling as sampling_lib
+from moe_jax.models import decode, transformer
+
+B, L, SLOTS = 3, 12, 16
+LENGTHS = np.array([3, 8, 1], np.int32)  # prompts of different lengths in one batch
+# Two layers, of both kinds, and attention whose head sizes all differ.
+LATENT = {
+  'model__attention__kind': 'mla',
+  'model__attention__mla__kv_lora_rank': 6,
+  'model__attention__mla__qk_nope_head_dim': 4,
+  'model__attention__mla__qk_rope_head_dim': 8,
+  'model__attention__mla__v_head_dim': 5,
+  'model__attention__rope__layout': 'interleaved',
+}
+YARN = {
+  'model__attention__rope__yarn__factor': 4.0,
+  'model__attention__rope__yarn__original_max_seq_len': 8,
+  'model__attention__rope__yarn__mscale_all_dim': 0.707,
+  'model__attention__rope__yarn__mscale': 0.707,
+}
+MOE = 'model__moe__'
+# 'balanced' and 'skewed' deal by a token's place in the batch; 'expert_choice' is not causal.
+CASES = {
+  'mha': {'model__attention__num_kv_heads': 2},
+  'mqa': {},
+  'gqa': {'model__num_heads': 4, 'model__attention__num_kv_heads': 2},
+  'mla': LATENT,
+  'mla_q_lora_yarn': LATENT | YARN | {'model__attention__mla__q_lora_rank': 7},
+  'v3': LATENT
+  | {
+    f'{MOE}score_func': 'sigmoid',
+    f'{MOE}norm_topk_prob': True,
+    f'{MOE}routed_scaling_factor': 2.5,
+    f'{MOE}num_expert_groups': 4,
+    f'{MOE}num_limited_groups': 2,
+    f'{MOE}group_score': 'top2_sum',
+    f'{MOE}expert_bias__update_rule': 'sign',
+  },
+  'hash': {f'{MOE}router': 'hash'},
+  'sinkhorn': {f'{MOE}router': 'sinkhorn'},
+  'replay': {
+    f'{MOE}router': 'replay',
+    f'{MOE}options__replay_path': 'unread.npz',
+    f'{MOE}options__replay_rows': 2,
+  },
+  'ds_moe_all': {f'{MOE}router': 'ds_moe', f'{MOE}dispatch': 'dense'},
+  'ds_moe_threshold': {
+    f'{MOE}router': 'ds_moe',
+    f'{MOE}dispatch': 'dense',
+    f'{MOE}options__inference': 'threshold',
+    f'{MOE}options__inference_threshold': 0.8,
+    'model__num_dense_layers': 0,
+    'model__num_heads': 4,
+    'model__attention__num_kv_heads': 2,
+    'model__attention__num_experts': 2,
+  },
+  'dense_dispatch': {f'{MOE}dispatch': 'dense'},
+  'dense_model': {f'{MOE}num_experts': 0},
+}
+CLOSE = dict(rtol=1e-4, atol=2e-5)  # float32 through two layers, other orders of summation
+
+
+def make(name):
+  return tiny.make(**{'model__num_layers': 2} | CASES[name]).model
+
+
+def variables(model):
+  return {'params': tiny.params(model), 'router_state': tiny.router_state(model)}
+
+
+TOKENS = np.random.default_rng(0).integers(32, size=(B, L)).astype(np.int32)
+AT = np.broadcast_to(np.arange(L, dtype=np.int32), (B, L))
+
+
+@functools.cache
+def full(name):
+  model = make(name)
+  apply = tiny.jit(transformer.Transformer(model).apply)
+  return np.asarray(apply(variables(model), TOKENS, AT, np.ones_like(AT)).logits)
+
+
+@functools.cache
+def prepared(name):
+  """(weights, prefill's logits, caches whose other slots hold garbage, step)."""
+  model = make(name)
+  weights = decode.unstack(model, variables(model))
+
+  @tiny.jit
+  def start(weights, tokens, length):
+    hidden, caches = decode.prefill(model, weights, tokens, length, SLOTS)
+    real = lambda a: (jnp.arange(SLOTS) < length[:, None]).reshape(B, SLOTS, *[1] * (a.ndim - 2))
+    caches = jax.tree.map(lambda a: jnp.where(real(a), a, 9.0), caches)
+    return decode.logits_of(model, weights, hidden), caches
+
+  @tiny.jit
+  def step(weights, tokens, positions, caches):
+    hidden, caches = decode.step(model, weights, tokens, positions, caches)
+    return decode.logits_of(model, weights, hidden), caches
+
+  prompt = np.where(AT < LENGTHS[:, None], TOKENS, 5)[:, :8]
+  logits, caches = start(weights, prompt, LENGTHS)
+  return weights, np.asarray(logits), caches, step
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_every_position_has_the_logits_of_the_full_forward(name):
+  weights, logits, caches, step = prepared(name)
+  for row, length in enumerate(LENGTHS):
+    np.testing.assert_allclose(logits[row, :length], full(name)[row, :length], **CLOSE)
+  for t in range(L - max(LENGTHS)):
+    at = (LENGTHS + t)[:, None]
+    tokens = np.take_along_axis(TOKENS, at, axis=1)
+    logits, caches = step(weights, tokens, at, caches)
+    want = np.take_along_axis(full(name), at[..., None], axis=1)
+    np.testing.assert_allclose(logits, want, **CLOSE, err_msg=f'{t} behind the prompts')
+
+
+@pytest.mark.parametrize('name', ['gqa', 'mla', 'v3'])
+def test_two_tokens_at_once_equal_one_after_the_other(name):
+  weights, _, caches, step = prepared(name)
+  at = LENGTHS[:, None] + np.arange(2, dtype=np.int32)
+  logits, _ = step(weights, np.take_along_axis(TOKENS, at, axis=1), at, caches)
+  np.testing.assert_allclose(logits, np.take_along_axis(full(name), at[..., None], axis=1), **CLOSE)
+
+
+def test_weights_are_rounded_to_the_compute_dtype_only_when_they_are_wider():
+  model = dataclasses.replace(make('mla'), dtype='bfloat16')
+  weights = decode.unstack(model, variables(model))
+  assert weights.head.dtype == weights.layers[0]['params']['attention']['o'].dtype == jnp.bfloat16
+  assert weights.layers[1]['kernels']['moe']['kernels'].down.dtype == jnp.bfloat16
+  assert weights.layers[1]['params']['moe']['router'].dtype == jnp.float32
+  assert weights.final_norm['scale'].dtype == jnp.float32
+  narrow = dataclasses.replace(make('mla'), param_dtype='bfloat16')
+  assert decode.unstack(narrow, variables(narrow)).head.dtype == jnp.bfloat16
+
+
+def test_no_expert_s_weights_are_kept_twice():
+  model = make('v3')
+  weights = decode.unstack(model, variables(model))
+  total = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+  assert total((weights.embedding, weights.head, weights.final_norm)) + sum(
+    total((layer['params'], layer['kernels'])) for layer in weights.layers
+  ) == total(variables(model)['params'])
+
+
+@pytest.mark.parametrize('name', ['v3', 'gqa'])
+def test_sharded_parameters_write_the_same_text(name):
+  """Experts, heads or vocabulary over 8 devices, whichever axis of a weight is divisible."""
+  model = make(name)
+  mesh = jax.make_mesh((8,), ('model',), axis_types=(jax.sharding.AxisType.Auto,))
+
+  def place(leaf):
+    axis = next((i for i, n in enumerate(leaf.shape) if n % 8 == 0 and i > 0), None)
+    spec = [None] * leaf.ndim
+    if axis is not None:
+      spec[axis] = 'model'
+    return jax.device_put(leaf, jax.NamedSharding(mesh, jax.P(*spec)))
+
+  sharded = jax.tree.map(place, variables(model))
+  split = [not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(sharded)]
+  assert sum(split) > len(split) / 2
+  greedy = sampling_lib.Sampling(temperature=0.0)
+  prompts = [TOKENS[0, :3].tolist(), TOKENS[1, :6].tolist()]
+  write = lambda v: generate.generate(model, v, prompts, 6, 31, greedy).tokens
+  assert write(sharded) == write(variables(model))
