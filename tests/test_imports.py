@@ -123,7 +123,7 @@ FORBIDDEN = [
     ('models.attention', 'models.mla', 'models.moe', 'models.transformer'),
   ),
   (('models.attention', 'models.mla', 'models.moe'), ('models.transformer', 'models.decode')),
-  (('models.attend',), ('models.attention', 'models.mla')),
+  (('models.attend',), ('models.attention', 'models.mla', 'models.routers', 'models.dispatch')),
   (('models.routers',), ('models.dispatch',)),
   (('models.dispatch',), ('models.routers',)),
   (('train', 'generate'), ('data', 'checkpoint', *TOP)),

@@ -152,7 +152,8 @@ class MTPLayer(nn.Module):
   """One depth of multi-token prediction: h' = M [norm(Emb(t_{i+k})); norm(h)], then a block.
 
   DeepSeek-V3, Eq. 21-23; the embedding comes first, as in the released weights and unlike in the
-  formula. h of depth 1 is what the last layer returns, before the model's final norm.
+  formula. h of depth 1 is what the last layer returns, before the model's final norm; the report
+  does not say, and implementations differ.
   """
 
   cfg: config.ModelConfig

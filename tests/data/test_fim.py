@@ -68,3 +68,18 @@ def test_a_tokenizer_without_the_tokens():
   fim.check(TOKENIZER, 0.5)
   with pytest.raises(errors.InputError, match=r'config\.data\.fim_rate=0\.5 .*set fim_rate=0'):
     fim.check(tokenizer, 0.5)
+
+
+def test_a_prompt_is_a_document_up_to_its_middle():
+  begin, hole, end = TOKENIZER.fim_ids
+  encode = TOKENIZER.encode
+  want = [TOKENIZER.bos_id, begin, *encode('def f('), hole, *encode('\n'), end]
+  assert fim.prompt(TOKENIZER, 'def f(', '\n') == want
+  assert fim.prompt(TOKENIZER, '', '') == [TOKENIZER.bos_id, begin, hole, end]
+
+
+def test_a_prompt_for_a_tokenizer_without_the_tokens_is_refused():
+  inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+  inner.add_special_tokens(['<s>', '</s>'])
+  with pytest.raises(errors.InputError, match="--prefix='def f' and --suffix need the tokens"):
+    fim.prompt(tokenizer_lib.Tokenizer(inner, '<s>', '</s>'), 'def f', '')

@@ -1,0 +1,99 @@
+"""The command `generate` on an imported V3 with a prediction module: batches, stops, drafts."""
+
+import json
+
+import in_process
+import numpy as np
+import pytest
+import tiny
+from interop import checkpoints
+
+from experiments import generate
+from moe_jax import errors
+from moe_jax.interop import huggingface
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+  root = tmp_path_factory.mktemp('generate')
+  hf = checkpoints.config('deepseek_v3', torch_dtype='float32')
+  weights = checkpoints.tensors(hf, np.float32)
+  original = checkpoints.write(root / 'in', hf, weights)
+  huggingface.import_checkpoint(original, tiny.values(), root / 'run')
+  return root / 'run'
+
+
+def ask(capsys, workdir, *arguments):
+  return in_process.run_json(capsys, generate, f'--workdir={workdir}', *arguments)
+
+
+SHORT = '--max_new_tokens=6'
+GREEDY = '--temperature=0'
+
+
+@pytest.fixture(scope='module')
+def batch(workdir):
+  """Each of two prompts alone, greedy."""
+
+  def run(capsys):
+    prompts = ('ab', 'a longer one')
+    alone = [ask(capsys, workdir, f'--prompt={p}', SHORT, GREEDY) for p in prompts]
+    return prompts, alone
+
+  return run
+
+
+def test_several_prompts_are_one_batch_from_flags_or_a_file(capsys, workdir, batch, tmp_path):
+  prompts, alone = batch(capsys)
+  together = ask(capsys, workdir, *(f'--prompt={p}' for p in prompts), SHORT, GREEDY)
+  assert [r['tokens'] for r in together] == [r['tokens'] for r in alone]
+  assert set(together[0]) == {'prompt', 'completion', 'tokens', 'tokens_per_second'}
+  file = tmp_path / 'prompts.txt'
+  file.write_text(f'{prompts[0]}\n\n{json.dumps(prompts[1])}\n')
+  found = ask(capsys, workdir, f'--prompts_file={file}', SHORT, GREEDY)
+  assert [r['prompt'] for r in found] == list(prompts)
+  assert [r['tokens'] for r in found] == [r['tokens'] for r in alone]
+
+
+def test_drafts_change_no_greedy_text_and_are_counted(capsys, workdir, batch):
+  prompts, alone = batch(capsys)
+  found = ask(capsys, workdir, f'--prompt={prompts[1]}', SHORT, GREEDY, '--speculative')
+  assert found['tokens'] == alone[1]['tokens']
+  in_process.run(
+    generate, f'--workdir={workdir}', f'--prompt={prompts[1]}', SHORT, GREEDY, '--speculative'
+  )
+  assert 'drafts accepted' in capsys.readouterr().out
+
+
+def test_streaming_prints_what_is_printed_without(capsys, workdir):
+  lines = []
+  for flag in ('--nostream', '--stream'):
+    in_process.run(generate, f'--workdir={workdir}', '--prompt=ab', SHORT, GREEDY, flag)
+    lines.append(capsys.readouterr().out.rpartition('\n[')[0])
+  assert lines[0] == lines[1] and lines[0].startswith('ab')
+
+
+def test_stop_ids_end_a_text(capsys, workdir, batch):
+  tokens = batch(capsys)[1][0]['tokens']
+  stop = tokens[2]
+  found = ask(capsys, workdir, '--prompt=ab', SHORT, GREEDY, f'--stop_id={stop}')
+  assert found['tokens'] == tokens[: tokens.index(stop)]
+
+
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
+    ([], '--prompt is missing'),
+    (['--prompt=a', '--prefix=b', '--suffix=c'], 'give --prompt, --prompts_file, or --prefix'),
+    (['--prefix=b'], '--prompt is missing'),
+    (['--prompts_file=/no/such/file'], '--prompts_file=/no/such/file cannot be read'),
+    (['--prompt=a', '--prompt=b', '--stream'], '--stream shows one text'),
+    (['--prompt=a', '--stop=x', '--speculative'], '--speculative cannot go with --stop'),
+    (['--prompt=a', '--repetition_penalty=1.5', '--speculative'], 'cannot go with --speculative'),
+    (['--prompt=a', '--min_p=2'], '--min_p=2.0 must be'),
+    (['--prompt=a', '--max_new_tokens=100000'], 'more than model.max_seq_len'),
+  ],
+)
+def test_bad_requests(workdir, arguments, message):
+  with pytest.raises(errors.InputError, match=message):
+    in_process.run(generate, f'--workdir={workdir}', *arguments)
