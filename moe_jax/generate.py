@@ -279,14 +279,13 @@ class _Watch:
 
   def _look_at(self, row: int, tokens: list[int], last: bool):
     text = self._decode(tokens)
-    end = _first(text, self._stop)
-    if end is not None:
-      # The fewest tokens whose text holds the stop string: what comes behind was drawn in vain.
-      count = next(
-        n for n in range(len(tokens) + 1) if _first(self._decode(tokens[:n]), self._stop) == end
-      )
-      self._cut[row] = count, text[:end]
-      text, last = text[:end], True
+    if _first(text, self._stop) is not None:
+      # The fewest tokens whose text holds a stop string: what comes behind was drawn in vain, and
+      # the text does not depend on when it was looked at.
+      found = ((n, self._decode(tokens[:n])) for n in range(len(tokens) + 1))
+      count, text = next((n, t) for n, t in found if _first(t, self._stop) is not None)
+      text, last = text[: _first(text, self._stop)], True
+      self._cut[row] = count, text
     if self._on_text is None:
       return
     if not last:

@@ -154,7 +154,7 @@ def _generate(
   logits = decode.logits_of(cfg, weights, pick(out.hidden, last)[:, None])[:, 0]
   token = draw(logits, jax.random.fold_in(rng, 0))
   behind = jnp.where(at == last, token[:, None], jnp.roll(prompt, -1, axis=1))
-  logits, mtp_cache = module(out.hidden, behind, at, real, None)
+  logits, mtp_cache = module(decode.normed(cfg, weights, out.hidden), behind, at, real, None)
   row = jnp.arange(batch_size)
   done = token == eos_id
   written = jnp.full((batch_size, max_new_tokens + 1), -1, jnp.int32)
@@ -197,7 +197,9 @@ def _generate(
     written = put(written, count, second, two)
     ones = jnp.ones((batch_size, 2), jnp.int32)
     behind = jnp.stack([first, second], axis=1)
-    logits, mtp_cache = module(out.hidden, behind, positions, ones, s.mtp_cache)
+    logits, mtp_cache = module(
+      decode.normed(cfg, weights, out.hidden), behind, positions, ones, s.mtp_cache
+    )
     return _State(
       round=s.round + 1,
       token=jnp.where(keep, second, first),

@@ -144,6 +144,13 @@ def test_the_first_of_several_stop_strings_counts():
   assert texts == ['ij']  # i j k l
 
 
+@pytest.mark.parametrize('piece', [1, 2, 3, 6])
+def test_the_text_does_not_depend_on_how_often_the_host_looks(piece):
+  """The string that is complete first counts, though a longer one would begin before it."""
+  texts, tokens, streamed, _ = watched([[5, 6, 7, 8, 9, 10]], ['jklm', 'k'], piece=piece)
+  assert texts == ['ij'] and tokens == [[5, 6, 7]] and streamed[0] == 'ij'  # i j k l m n
+
+
 def test_half_characters_are_held_back_until_they_are_whole():
   texts, _, streamed, _ = watched([[5, 3, 3, 6]], piece=1)
   assert texts == ['i\u00e9j'] and streamed[0] == texts[0]

@@ -8,7 +8,6 @@ Families are `model_type`s: llama (DeepSeek LLM), deepseek (DeepSeekMoE), deepse
 """
 
 import copy
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,7 +34,6 @@ _GREEDY = ('greedy', 'gready')  # the second is how the released code spells its
 
 # DeepSeek's code has this default for the balance loss, and moe-16b's config leaves the key out.
 _AUX_LOSS_ALPHA = {'deepseek': 0.001, 'deepseek_v2': 0.001, 'deepseek_v3': 0.0}
-NORM_EPS = 1e-6  # of the norms on MLA's latents, whatever rms_norm_eps says
 
 Json = Mapping[str, Any]
 
@@ -148,11 +146,6 @@ def _set_attention(kind: str, hf: Json, model: dict[str, Any]):
     names = ('kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim')
     attention['mla'] = {name: _get(hf, name) for name in names}
     attention['mla']['q_lora_rank'] = hf.get('q_lora_rank') or 0
-    errors.require(
-      math.isclose(model['norm_eps'], NORM_EPS),
-      f'config.json: rms_norm_eps={model["norm_eps"]} is not supported with MLA: its code has '
-      f'{NORM_EPS} on the latents, and this model one epsilon for all; only {NORM_EPS} is',
-    )
   else:
     attention['num_kv_heads'] = hf.get('num_key_value_heads') or heads
     given = hf.get('head_dim')

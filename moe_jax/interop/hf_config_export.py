@@ -1,6 +1,5 @@
 """Our config -> config.json, for the models that one of the DeepSeek families can run."""
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,12 +38,10 @@ def _layer_rules(cfg: config.ModelConfig, kind: str) -> Iterator[_Rule]:
   rope, width = attention.rope, attention.head_dim * cfg.num_heads
   layouts = {'deepseek_v2': ('interleaved',), 'deepseek_v3': config_attention.ROPE_LAYOUTS}
   both = mla and bool(rope.yarn.mscale and rope.yarn.mscale_all_dim)
-  same_eps = math.isclose(cfg.norm_eps, hf_config.NORM_EPS)
   yield 'attention.num_experts', attention.num_experts, attention.num_experts == 0
   yield 'attention.rope.layout', rope.layout, rope.layout in layouts.get(kind, ('half',))
   yield 'attention.rope.yarn', rope.yarn, rope.yarn.factor == 1 or both or _plain(rope.yarn)
   yield 'attention.head_dim', attention.head_dim, kind != 'deepseek' or width == cfg.embed_dim
-  yield 'norm_eps', cfg.norm_eps, same_eps or not mla
   yield 'num_mtp_layers', cfg.num_mtp_layers, kind == 'deepseek_v3' or not cfg.num_mtp_layers
 
 

@@ -78,10 +78,15 @@ def _embed(cfg: config.ModelConfig, weights: Weights, tokens: Array) -> Array:
   return jnp.take(weights.embedding, tokens, axis=0).astype(jnp.dtype(cfg.dtype))
 
 
+def normed(cfg: config.ModelConfig, weights: Weights, hidden: Array) -> Array:
+  """hidden [B, L, D] of `Decoded` behind the model's final norm."""
+  norm = layers.RMSNorm(cfg.norm_eps, jnp.dtype(cfg.dtype))
+  return norm.apply({'params': weights.final_norm}, hidden)
+
+
 def logits_of(cfg: config.ModelConfig, weights: Weights, hidden: Array) -> Array:
   """hidden [B, L, D] of `Decoded` -> logits [B, L, V] float32."""
-  norm = layers.RMSNorm(cfg.norm_eps, jnp.dtype(cfg.dtype))
-  return transformer.logits_of(norm.apply({'params': weights.final_norm}, hidden), weights.head)
+  return transformer.logits_of(normed(cfg, weights, hidden), weights.head)
 
 
 def _apply(

@@ -152,8 +152,9 @@ class MTPLayer(nn.Module):
   """One depth of multi-token prediction: h' = M [norm(Emb(t_{i+k})); norm(h)], then a block.
 
   DeepSeek-V3, Eq. 21-23; the embedding comes first, as in the released weights and unlike in the
-  formula. h of depth 1 is what the last layer returns, before the model's final norm; the report
-  does not say, and implementations differ.
+  formula. h of depth 1 is the model's last state behind its final norm, as transformers and vLLM
+  hand it to the released module (the report does not say); that of depth k + 1 is what the block of
+  depth k returns.
   """
 
   cfg: config.ModelConfig
@@ -273,7 +274,7 @@ class Transformer(nn.Module):
     caches = {name: cache for name, (cache, _) in found.items()}
     mtp = None
     if targets is not None and cfg.num_mtp_layers:
-      normed, mtp_stats, aims = self._predict_ahead(hidden, embed, targets, ctx, routed, slopes)
+      normed, mtp_stats, aims = self._predict_ahead(x, embed, targets, ctx, routed, slopes)
       mtp = Predicted(jax.vmap(logits_of, (0, None))(normed, head), aims, mtp_stats)
     return Output(logits, stats, hidden, caches, mtp)
 

@@ -135,7 +135,6 @@ REFUSED = [
   ('deepseek', {'routed_scaling_factor': 2.0}, 'has no effect in the code of model_type'),
   ('deepseek', {'topk_method': 'noaux_tc'}, "topk_method='noaux_tc'"),
   ('deepseek_v2', {'scoring_func': 'sigmoid'}, "scoring_func='sigmoid' is not supported"),
-  ('deepseek_v2', {'rms_norm_eps': 1e-5}, 'rms_norm_eps=1e-05 is not supported with MLA'),
   ('deepseek_v2', {'rope_scaling': YARN | {'mscale_all_dim': 0}}, 'must both be there with MLA'),
   ('deepseek_v2', {'rope_scaling': YARN | {'attention_factor': 2.0}}, 'no attention_factor'),
   ('deepseek_v2', {'rope_scaling': {'type': 'yarn', 'factor': 40}}, 'lacks original_max'),
@@ -187,14 +186,6 @@ NOT_EXPORTED = [
   (
     'model.moe.capacity.at_eval=True',
     {'moe__capacity__at_eval': True, 'moe__capacity__policy': 'score'},
-  ),
-  (
-    'model.norm_eps=1e-05',
-    {
-      'attention__kind': 'mla',
-      'attention__rope__layout': 'interleaved',
-      'norm_eps': 1e-5,
-    },
   ),
 ]
 

@@ -156,10 +156,7 @@ def test_transformers_drops_prediction_modules_but_counts_them(tmp_path):
 
 
 def test_prediction_module_of_v3(tmp_path, monkeypatch):
-  """The module alone, fed with what our last layer returns, without the final norm.
-
-  When transformers drafts with it, it hands on the states behind the final norm instead.
-  """
+  """The module alone, fed with the last states behind the final norm, as transformers drafts."""
   hf_models.make('v3', tmp_path)
   hf_models.add_prediction_module(tmp_path)
   ids = hf_models.tokens()
@@ -179,7 +176,7 @@ def test_prediction_module_of_v3(tmp_path, monkeypatch):
   model = hf_models.load_theirs('v3', tmp_path)
   module = modeling_layers.MtpModel.from_pretrained(model)
   states = []
-  model.model.norm.register_forward_hook(lambda norm, args, _: states.append(args[0]))
+  model.model.norm.register_forward_hook(lambda norm, args, out: states.append(out))
   assert_same(np.asarray(out.logits), hf_models.theirs(model).logits)
   cache = cache_utils.MtpCache(config=model.config.get_mtp_config())
   ahead = torch.from_numpy(ids[:, 1:]).long()

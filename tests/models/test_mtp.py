@@ -72,11 +72,14 @@ def depth(own, state, all_params, hidden, ids, k):
 
 
 def test_depths_are_the_formula_one_document_at_a_time():
-  """h^k = Block(M [norm(Emb(t_{i+k})); norm(h^{k-1})]), P^k = head(norm(h^k)) for t_{i+k+1}."""
+  """h^k = Block(M [norm(Emb(t_{i+k})); norm(h^{k-1})]), P^k = head(norm(h^k)) for t_{i+k+1}.
+
+  h^0 is the model's last state behind its final norm.
+  """
   out, params = output(), tiny.params(CFG.model)
   for b, first, last in ((0, 0, 16), (1, 7, 16)):
     ids = ROWS['tokens'][b, first:last]
-    hidden = out.hidden[b : b + 1, first:last]
+    hidden = rms(out.hidden[b : b + 1, first:last], params['final_norm'])
     for k in (1, 2):
       own = jax.tree.map(lambda a: a[k - 1], params['mtp_layers'])  # noqa: B023
       state = jax.tree.map(lambda a: a[k - 1], STATE['mtp_layers']['block'])  # noqa: B023

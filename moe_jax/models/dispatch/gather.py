@@ -58,6 +58,8 @@ def dispatch(
   del backend, slots
   routed = (expert_idx < len(gate_up))[..., None]
   expert = jnp.minimum(expert_idx, len(gate_up) - 1)
+  # Before the product too: its gradient would be the token's NaN times 0.
+  x = jnp.where(routed.any(axis=1), x, 0)
   with jax.named_scope('w13'):
     h = jnp.einsum('TD,TKDGF->TKGF', x, gate_up[expert]).astype(jnp.float32)
   with jax.named_scope('swiglu'):
