@@ -174,7 +174,7 @@ def test_flipped_bytes_anywhere_are_noticed(steps, caplog):
   original = path.read_bytes()
   fell_back = 0
   with checkpoint.Checkpointer(steps, None) as reader:
-    for offset in range(5, len(original), len(original) // 12):
+    for offset in range(5, len(original) - 1, len(original) // 12):
       data = bytearray(original)
       data[offset] ^= 0x55
       data[offset + 1] ^= 0xAA
