@@ -85,7 +85,11 @@ def _modules(
   segment_ids: Array,
   cache: transformer.LayerCache | None,
 ) -> tuple[Array, transformer.LayerCache]:
-  """The first module on hidden [B, L, D] and the tokens behind [B, L] -> (logits, its cache)."""
+  """The first module on hidden [B, L, D] and the tokens behind [B, L].
+
+  Returns:
+    (its state [B, L, D], normed for the head; its cache).
+  """
   state = variables.get('router_state', {}).get('mtp_layers', {})
   own = {'params': variables['params']['mtp_layers'], 'router_state': state}
   own = jax.tree.map(lambda a: a[0], own)
@@ -98,7 +102,7 @@ def _modules(
   ahead = transformer.Ahead(embedded, ids, mask)
   ctx = attention.Context(positions, segment_ids)
   _, (normed, cache, _) = layer.apply(own, hidden, inputs, ahead, ctx, tokens)
-  return transformer.logits_of(normed, variables['params']['head']), cache
+  return normed, cache
 
 
 def judge(logits: Array, draft: Array, sampling: sampling_lib.Sampling, rng: Array):
@@ -145,6 +149,10 @@ def _generate(
   slots = generate.in_buckets(prompt_len + max_new_tokens + 1)  # a round may write one beyond
   draw = lambda logits, key: judge(logits, jnp.full(len(logits), -1), sampling, key)[1]
   module = functools.partial(_modules, cfg, variables)
+  guess = lambda normed, i: (
+    transformer.logits_of(normed[row, i][:, None], weights.head)[:, 0].argmax(-1).astype(jnp.int32)
+  )
+  row = jnp.arange(batch_size)
 
   out = decode.prefill(cfg, weights, prompt, length, slots)
   at = jnp.broadcast_to(jnp.arange(prompt_len), prompt.shape)
@@ -154,15 +162,14 @@ def _generate(
   logits = decode.logits_of(cfg, weights, pick(out.hidden, last)[:, None])[:, 0]
   token = draw(logits, jax.random.fold_in(rng, 0))
   behind = jnp.where(at == last, token[:, None], jnp.roll(prompt, -1, axis=1))
-  logits, mtp_cache = module(decode.normed(cfg, weights, out.hidden), behind, at, real, None)
-  row = jnp.arange(batch_size)
+  ahead, mtp_cache = module(decode.normed(cfg, weights, out.hidden), behind, at, real, None)
   done = token == eos_id
   written = jnp.full((batch_size, max_new_tokens + 1), -1, jnp.int32)
   zero = jnp.zeros((), jnp.int32)
   state = _State(
     round=zero,
     token=token,
-    draft=pick(logits, last).argmax(axis=-1).astype(jnp.int32),
+    draft=guess(ahead, length - 1),
     position=length,
     count=jnp.where(done, 0, 1),
     done=done,
@@ -197,13 +204,13 @@ def _generate(
     written = put(written, count, second, two)
     ones = jnp.ones((batch_size, 2), jnp.int32)
     behind = jnp.stack([first, second], axis=1)
-    logits, mtp_cache = module(
+    ahead, mtp_cache = module(
       decode.normed(cfg, weights, out.hidden), behind, positions, ones, s.mtp_cache
     )
     return _State(
       round=s.round + 1,
       token=jnp.where(keep, second, first),
-      draft=logits[row, keep.astype(jnp.int32)].argmax(axis=-1).astype(jnp.int32),
+      draft=guess(ahead, keep.astype(jnp.int32)),
       position=s.position + 1 + keep,
       count=count + two,
       done=done,

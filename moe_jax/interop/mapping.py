@@ -198,14 +198,6 @@ def check_covers(found: Sequence[Entry], leaves: Mapping[str, Any], family: str)
     )
 
 
-def is_fp8(entry: Entry) -> bool:
-  """Whether DeepSeek-V3's files hold the tensor in float8 with block scales.
-
-  These are the projections of attention and FFNs, not embedding, head, norms, router or eh_proj.
-  """
-  return '_proj' in entry.hf_name and 'eh_proj' not in entry.hf_name
-
-
 def _axes(cfg: config.ModelConfig) -> dict[str, int]:
   """Sizes of the axes that the tables name."""
   attention, moe = cfg.attention, cfg.moe

@@ -43,8 +43,6 @@ class Output(NamedTuple):
   logits: Array  # [B, L, V] float32
   stats: balance.RouterStats | None  # leaves stacked over the MoE layers; None for a dense model
   hidden: Array  # [B, L, D], what the last layer returns, before the final norm
-  # By name of the stack, leaves [layers, B, L, ...]; None unless they are to be kept.
-  caches: Mapping[str, LayerCache | None]
   mtp: 'Predicted | None'  # None without targets, or without modules
 
 
@@ -214,7 +212,6 @@ class Transformer(nn.Module):
 
   cfg: config.ModelConfig
   train: bool = False
-  keep_cache: bool = False  # return what decoding goes on from
 
   @nn.compact
   def __call__(
@@ -261,22 +258,21 @@ class Transformer(nn.Module):
     found = {}
     for kind in stacks(cfg):
       stack = _over_layers(cfg, Block, kind.length, (0, nn.broadcast, nn.broadcast))
-      stack = stack(cfg, kind.is_moe, self.train, self.keep_cache, name=kind.name)
+      stack = stack(cfg, kind.is_moe, self.train, name=kind.name)
       number = kind.first + jnp.arange(kind.length, dtype=jnp.int32)
       own = jax.tree.map(lambda a: a[: cfg.num_moe_layers], slopes or {}) if kind.is_moe else {}
-      x, found[kind.name] = stack(x, LayerInputs(None, number, own), ctx, routed)
+      x, (_, found[kind.name]) = stack(x, LayerInputs(None, number, own), ctx, routed)
     hidden = x
     x = layers.RMSNorm(cfg.norm_eps, dtype, name='final_norm')(x)
     head_init = layers.init_weight(cfg.init_std, 'embed', 'vocab')
     head = self.param('head', head_init, (cfg.embed_dim, cfg.vocab_size), param_dtype)
     logits = logits_of(x, head)
-    stats = found['moe_layers'][1] if 'moe_layers' in found else None
-    caches = {name: cache for name, (cache, _) in found.items()}
+    stats = found.get('moe_layers')
     mtp = None
     if targets is not None and cfg.num_mtp_layers:
       normed, mtp_stats, aims = self._predict_ahead(x, embed, targets, ctx, routed, slopes)
       mtp = Predicted(jax.vmap(logits_of, (0, None))(normed, head), aims, mtp_stats)
-    return Output(logits, stats, hidden, caches, mtp)
+    return Output(logits, stats, hidden, mtp)
 
   def _predict_ahead(self, hidden, embed, targets, ctx, routed, slopes):
     """(normed hidden [M, B, L, D], stats, targets [M, B, L]) of multi-token prediction."""
