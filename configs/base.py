@@ -81,12 +81,14 @@ def get_config() -> Page:
   c.optim.eps = 1e-8
   c.optim.weight_decay = 0.1
   c.optim.clip_norm = 1.0
+  c.optim.moment_dtype = 'float32'
 
   c.train = ml_collections.ConfigDict()
   c.train.num_steps = 1000
   c.train.batch_size = 32
   c.train.batch_ramp = ()
   c.train.micro_batch_size = 0
+  c.train.loss_chunk = 4096
   c.train.seed = 0
   c.train.z_loss_weight = 0.0
   c.train.mtp_loss_weight = 0.3
@@ -103,7 +105,14 @@ def get_config() -> Page:
   c.checkpoint.keep_every = 0
 
   c.mesh = ml_collections.ConfigDict()
+  c.mesh.dcn_data = 1
+  c.mesh.dcn_fsdp = 1
   c.mesh.data = -1
+  c.mesh.fsdp = 1
+  c.mesh.expert = 1
+  c.mesh.sequence = 1
+  c.mesh.tensor = 1
+  c.mesh.zero1 = False
 
   c.paper = ml_collections.ConfigDict()
   c.paper.mlp_dim = 0.0
@@ -157,6 +166,9 @@ def _moe() -> Page:
   moe.num_virtual_devices = 1
   moe.dispatch = 'dropless'
   moe.grouped_matmul = 'auto'
+  moe.exchange = ml_collections.ConfigDict()
+  moe.exchange.kind = 'auto'
+  moe.exchange.buffer_factor = 0.0
 
   options = moe.options = ml_collections.ConfigDict()
   options.input_jitter = 0.0

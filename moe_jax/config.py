@@ -12,9 +12,9 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from moe_jax import config_attention, config_moe, errors
+from moe_jax import config_attention, config_mesh, config_moe, errors
 
-REMAT_POLICIES = ('none', 'moe_core', 'full')
+REMAT_POLICIES = ('none', 'moe_core', 'full', 'offload')
 DTYPES = ('float32', 'bfloat16')
 SCHEDULES = ('multi_step', 'cosine', 'constant', 'linear', 'stages')
 STAGE_SHAPES = ('constant', 'linear', 'cosine')
@@ -100,6 +100,7 @@ class OptimConfig:
   eps: float
   weight_decay: float
   clip_norm: float  # largest global gradient norm; 0 = no clipping
+  moment_dtype: str  # dtype in which both moments are kept, one of DTYPES (DeepSeek-V3: bfloat16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +112,7 @@ class TrainConfig:
   # Ramp ((until step, batch size), ...): batch_size holds from the last of these steps on.
   batch_ramp: tuple[tuple[int, int], ...]
   micro_batch_size: int  # rows per forward pass, gradients add up; 0 = the whole batch
+  loss_chunk: int  # tokens per device whose logits [tokens, V] exist at once
   seed: int  # decides initialisation and data order
   z_loss_weight: float  # weight of the mean squared log-partition of the vocabulary softmax
   mtp_loss_weight: float  # lambda of multi-token prediction (V3: 0.1), over the mean of its depths
@@ -128,13 +130,6 @@ class CheckpointConfig:
   save_every: int  # steps between checkpoints; the last step is always saved
   keep_last: int  # newest checkpoints kept
   keep_every: int  # checkpoints at multiples of this step are kept for ever; 0 = none
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-  """Sizes of the device mesh's axes; -1 takes the devices that are left."""
-
-  data: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +154,7 @@ class Config:
   optim: OptimConfig
   train: TrainConfig
   checkpoint: CheckpointConfig
-  mesh: MeshConfig
+  mesh: config_mesh.MeshConfig
   paper: PaperConfig
 
 
@@ -248,10 +243,7 @@ def validate(config: Config):
   errors.at_least(config.checkpoint, 'checkpoint', 1, 'save_every', 'keep_last')
   errors.at_least(config.checkpoint, 'checkpoint', 0, 'keep_every')
   errors.at_least(config.paper, 'paper', 0, 'mlp_dim', 'moe_mlp_dim')
-  errors.require(
-    config.mesh.data == -1 or config.mesh.data >= 1,
-    f'config.mesh.data={config.mesh.data} must be a number of devices, or -1 for all that are left',
-  )
+  config_mesh.validate(config.mesh)
 
 
 def _validate_groups(config: Config):
@@ -364,6 +356,7 @@ def _validate_data(data: DataConfig):
 
 def _validate_optim(optim: OptimConfig, train: TrainConfig):
   errors.choice('optim.schedule', optim.schedule, SCHEDULES)
+  errors.choice('optim.moment_dtype', optim.moment_dtype, DTYPES)
   errors.at_least(
     optim,
     'optim',
@@ -417,7 +410,7 @@ def _validate_stages(optim: OptimConfig, train: TrainConfig):
 
 
 def _validate_train(train: TrainConfig):
-  errors.at_least(train, 'train', 1, 'num_steps', 'batch_size', 'log_every')
+  errors.at_least(train, 'train', 1, 'num_steps', 'batch_size', 'log_every', 'loss_chunk')
   errors.at_least(
     train,
     'train',

@@ -20,6 +20,7 @@ GROUPED_MATMULS = ('auto', 'blocks', 'ragged_dot', 'tokamax')
 BIAS_RULES = ('none', 'sign', 'proportional')
 BIAS_FORMS = ('additive', 'multiplicative')
 LOSS_SCOPES = ('sequence', 'micro_batch', 'global_batch')
+EXCHANGES = ('auto', 'all_to_all', 'ragged_all_to_all', 'all_gather')
 DROP_POLICIES = ('none', 'position', 'score', 'batch_priority', 'device')
 
 
@@ -38,6 +39,16 @@ class RouterOptions:
   inference_threshold: float  # epsilon of rule 'threshold': active if E * score exceeds it
   replay_path: str  # router 'replay': .npz with expert_idx [layers, rows, L, K] int32
   replay_rows: int  # router 'replay': rows in that file; row r of a batch reads r modulo this
+
+
+@dataclasses.dataclass(frozen=True)
+class ExchangeConfig:
+  """How tokens reach the devices of the mesh axis `expert`; of no effect where its size is 1."""
+
+  kind: str  # one of EXCHANGES; 'auto' asks the platform
+  # Size of the buffers that are received, as a multiple of what balanced experts would fill; what
+  # does not fit is not computed, and counted. 0 = the worst case: everything always fits.
+  buffer_factor: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +126,7 @@ class MoEConfig:
   num_virtual_devices: int  # D, for device losses, budgets and figures; any number, on any mesh
   dispatch: str  # one of DISPATCHES: how tokens reach their experts
   grouped_matmul: str  # one of GROUPED_MATMULS: kernel of dropless; 'auto' asks the platform
+  exchange: ExchangeConfig
   options: RouterOptions
   expert_bias: ExpertBiasConfig
   balance: BalanceConfig
@@ -169,6 +181,13 @@ def validate(moe: MoEConfig):
     moe.routed_scaling_factor > 0,
     f'config.model.moe.routed_scaling_factor={moe.routed_scaling_factor} must be positive; 1.0 '
     'leaves the gates as they are',
+  )
+  errors.choice('model.moe.exchange.kind', moe.exchange.kind, EXCHANGES)
+  factor = moe.exchange.buffer_factor
+  errors.require(
+    factor == 0 or factor >= 1,
+    f'config.model.moe.exchange.buffer_factor={factor} must be at least 1, what balanced experts '
+    'fill, or 0 for the worst case',
   )
   _validate_groups(moe)
   _validate_options(moe)

@@ -90,7 +90,7 @@ def evaluate(
     mesh: devices that share each batch.
     progress: show a bar.
   """
-  length, ways = cfg.model.max_seq_len, mesh.shape['data']
+  length, ways = cfg.model.max_seq_len, partitioning.row_ways(mesh)
   batch_size = -(-(cfg.train.micro_batch_size or cfg.train.batch_size) // ways) * ways
   batches = pipeline.heldout_batches(corpus, length, batch_size)
   total = -(-packing.num_rows(corpus.heldout, length) // batch_size)

@@ -1,86 +1,179 @@
 """Devices and shardings. The model names logical axes only; this module maps them onto a mesh.
 
-One table says which mesh axis splits which logical axis. Today the mesh has the single axis `data`,
-which splits batches; expert, FSDP, tensor and sequence axes enter through `MeshConfig`, `MESH_AXES`
-and this table, and nowhere else.
+One table says which mesh axes split which logical axis, for parameters, optimizer state and
+activations alike. Every mesh has all of `MESH_AXES`, most of them of size 1; the sizes come from
+`config.mesh`.
+
+Rows of a batch are split over every axis that does not split a row or a layer (`ROW_AXES`): outside
+of the MoE layers the expert axis is one more axis of data parallelism.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import linen as nn
+from jax.experimental import mesh_utils
 
-from moe_jax import config, errors
+from moe_jax import config, config_mesh, errors
 
-MESH_AXES = ('data',)
+MESH_AXES = config_mesh.AXES
+DCN_AXES = ('dcn_data', 'dcn_fsdp')  # between slices: the slow network
+ROW_AXES = (*DCN_AXES, 'data', 'fsdp', 'expert')
+FSDP_AXES = ('dcn_fsdp', 'fsdp')
 
-# Logical axis -> mesh axis. Activations carry the prefix act_, so that sharding parameters (FSDP)
-# never decides the layout of activations. None = replicated.
+# Logical axis -> mesh axes. Activations carry the prefix act_, so that sharding parameters (FSDP)
+# never decides the layout of activations. () = replicated.
 LOGICAL_AXIS_RULES = (
-  ('act_batch', 'data'),
-  ('act_len', None),
-  ('act_embed', None),
-  ('layers', None),
-  ('vocab', None),
-  ('embed', None),
-  ('heads', None),
-  ('kv_heads', None),
-  ('head_dim', None),
-  ('q_lora', None),
-  ('kv_lora', None),
-  ('gate_up', None),
-  ('mtp_pair', None),
-  ('mlp', None),
-  ('expert', None),
-  ('expert_mlp', None),
+  ('act_batch', ROW_AXES),
+  ('act_len', ('sequence',)),
+  ('act_embed', ()),
+  ('act_heads', ('tensor',)),
+  ('act_mlp', ('tensor',)),
+  ('layers', ()),
+  ('vocab', ('tensor',)),
+  ('embed', FSDP_AXES),
+  ('heads', ('tensor',)),
+  ('kv_heads', ('tensor',)),
+  ('head_dim', ()),
+  ('q_lora', FSDP_AXES),
+  ('kv_lora', FSDP_AXES),
+  ('norm', ()),
+  ('gate_up', ()),
+  ('mtp_pair', ()),
+  ('mlp', ('tensor',)),
+  ('router_embed', FSDP_AXES),
+  ('router_expert', ()),
+  ('expert', ('expert',)),
+  ('expert_embed', FSDP_AXES),
+  ('expert_mlp', ('tensor',)),
 )
-BATCH_SPEC = jax.P('data')
+BATCH_SPEC = jax.P(ROW_AXES, 'sequence')  # of [B, L]
+
+Names = tuple[str | None, ...]  # one logical axis per dimension, None = replicated
 
 
 def make_mesh(
-  cfg: config.MeshConfig, devices: Sequence[jax.Device] | None = None
+  cfg: config_mesh.MeshConfig, devices: Sequence[jax.Device] | None = None
 ) -> jax.sharding.Mesh:
   """A mesh over `devices` (default: all), with every -1 replaced by the devices that are left.
+
+  The last axes are the closest neighbours. The axes `dcn_*` are laid between slices where the
+  devices have any.
 
   Raises:
     errors.InputError: the sizes do not multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else devices
-  size = len(devices) if cfg.data == -1 else cfg.data
-  if size != len(devices):
-    raise errors.InputError(
-      f'config.mesh.data={cfg.data} must equal the number of devices ({len(devices)}); '
-      'set it to that number, or to -1 to take them all'
-    )
+  sizes = config_mesh.resolve(cfg, len(devices))
+  shape = tuple(sizes.values())
+  between = math.prod(sizes[name] for name in DCN_AXES)
+  num_slices = len({getattr(device, 'slice_index', 0) for device in devices})
+  errors.require(
+    num_slices in (1, between),
+    f'config.mesh.dcn_data={sizes["dcn_data"]} times dcn_fsdp={sizes["dcn_fsdp"]} must be the '
+    f'number of slices, {num_slices}: only these axes may cross the network between them',
+  )
   # The default axis type differs between JAX releases, and constraints need Auto.
   auto = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
-  return jax.make_mesh((size,), MESH_AXES, axis_types=auto, devices=devices)
+  if devices[0].platform != 'tpu':
+    # As listed, process by process: so a process's devices are neighbours.
+    return jax.sharding.Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=auto)
+  if num_slices > 1:
+    inner = tuple(1 if name in DCN_AXES else size for name, size in sizes.items())
+    outer = tuple(size if name in DCN_AXES else 1 for name, size in sizes.items())
+    grid = mesh_utils.create_hybrid_device_mesh(
+      inner, outer, devices=devices, allow_split_physical_axes=True
+    )
+  else:
+    grid = mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True)
+  return jax.sharding.Mesh(grid, MESH_AXES, axis_types=auto)
 
 
-def check_batch(cfg: config.TrainConfig, mesh: jax.sharding.Mesh):
-  """Refuses batch sizes that the mesh cannot split evenly.
+def row_ways(mesh: jax.sharding.Mesh) -> int:
+  """Into how many parts the rows of a batch are split."""
+  return _ways(mesh, ROW_AXES)
+
+
+def _ways(mesh: jax.sharding.Mesh, axes: Sequence[str]) -> int:
+  return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def check(cfg: config.Config, mesh: jax.sharding.Mesh):
+  """Refuses what the mesh cannot split evenly: batches, and the sizes of the model.
 
   Raises:
-    errors.InputError: names the size, the axis and the way out.
+    errors.InputError: names the size, the axes and the ways out.
   """
-  ways = mesh.shape['data']
-  named = {'train.batch_size': cfg.batch_size, 'train.micro_batch_size': cfg.micro_batch_size}
-  named |= {f'train.batch_ramp[{i}]': size for i, (_, size) in enumerate(cfg.batch_ramp)}
-  for name, size in named.items():
-    if size % ways:
-      raise errors.InputError(
-        f"config.{name}={size} must be divisible by the 'data' mesh axis ({ways}); "
-        f'choose {size + ways - size % ways}, or change config.mesh.data'
-      )
+  train, model = cfg.train, cfg.model
+  batches = {'train.batch_size': train.batch_size, 'train.micro_batch_size': train.micro_batch_size}
+  batches |= {f'train.batch_ramp[{i}]': size for i, (_, size) in enumerate(train.batch_ramp)}
+  for name, size in batches.items():
+    _divides(mesh, name, size, ROW_AXES)
+  _divides(mesh, 'model.max_seq_len', model.max_seq_len, ('sequence',))
+  _divides(mesh, 'model.embed_dim', model.embed_dim, FSDP_AXES)
+  _divides(mesh, 'model.vocab_size', model.vocab_size, ('tensor',))
+  _divides(mesh, 'model.num_heads', model.num_heads, ('tensor',))
+  if model.attention.kind == 'mla':
+    for name in ('q_lora_rank', 'kv_lora_rank'):
+      _divides(mesh, f'model.attention.mla.{name}', getattr(model.attention.mla, name), FSDP_AXES)
+  else:
+    _divides(mesh, 'model.attention.num_kv_heads', model.attention.num_kv_heads, ('tensor',))
+  if model.num_dense_layers or not model.is_moe:
+    _divides(mesh, 'model.mlp_dim', model.mlp_dim, ('tensor',))
+  if model.is_moe:
+    _divides(mesh, 'model.moe.num_experts', model.moe.num_experts, ('expert',))
+    _divides(mesh, 'model.moe.moe_mlp_dim', model.moe.moe_mlp_dim, ('tensor',))
+  else:
+    errors.require(
+      mesh.shape['expert'] == 1,
+      f'config.mesh.expert={mesh.shape["expert"]} splits experts, of which '
+      'config.model.moe.num_experts=0 leaves none; use config.mesh.data or fsdp instead',
+    )
+
+
+def _divides(mesh: jax.sharding.Mesh, name: str, size: int, axes: Sequence[str]):
+  ways = _ways(mesh, axes)
+  if size % ways == 0:
+    return
+  used = [axis for axis in axes if mesh.shape[axis] > 1]
+  by = ' x '.join(f'{axis}={mesh.shape[axis]}' for axis in used)
+  nearest = [n for n in (size - size % ways, size + ways - size % ways) if n]
+  raise errors.InputError(
+    f'config.{name}={size} must be divisible by {ways}, the devices along the mesh axes that split '
+    f'it ({by}); choose {" or ".join(map(str, nearest))}, or change '
+    f'{" or ".join(f"config.mesh.{axis}" for axis in used)}'
+  )
+
+
+def rules(mesh: Any) -> tuple[tuple[str, Any], ...]:
+  """The table for one mesh: axes of size 1 left out, None where nothing is left."""
+  shape = dict(mesh.shape)
+  found = []
+  for name, axes in LOGICAL_AXIS_RULES:
+    axes = tuple(axis for axis in axes if shape.get(axis, 1) > 1)
+    found.append((name, (axes[0] if len(axes) == 1 else axes) or None))
+  return tuple(found)
+
+
+def spec(*names: str | None) -> jax.P:
+  """The layout of one array by the table, on the mesh in force: one logical axis per dimension."""
+  table = dict(rules(jax.sharding.get_abstract_mesh()))
+  return jax.P(*(None if name is None else table[name] for name in names))
+
+
+def axis_size(axis: str) -> int:
+  """Size of a mesh axis of the mesh in force; 1 without a mesh."""
+  return dict(jax.sharding.get_abstract_mesh().shape).get(axis, 1)
 
 
 def shardings(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
   """NamedSharding of every leaf of an (abstract) tree whose parameters carry axis names."""
   specs = nn.get_partition_spec(boxed)
-  return nn.logical_to_mesh_sharding(specs, mesh, LOGICAL_AXIS_RULES)
+  return nn.logical_to_mesh_sharding(specs, mesh, rules(mesh))
 
 
 def unbox(boxed: Any) -> Any:
@@ -90,13 +183,13 @@ def unbox(boxed: Any) -> Any:
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-  """Puts this process's rows of a global batch onto the mesh, split over the data axis."""
+  """Puts this process's rows [B, L] of a global batch onto the mesh."""
   sharding = jax.NamedSharding(mesh, BATCH_SPEC)
   return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
 def put_global_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-  """Puts a batch that every process holds whole onto the mesh, split over the data axis."""
+  """Puts a batch [B, L] that every process holds whole onto the mesh."""
   sharding = jax.NamedSharding(mesh, BATCH_SPEC)
   put = lambda v: jax.make_array_from_callback(v.shape, sharding, lambda index: v[index])
   return {k: put(v) for k, v in batch.items()}
@@ -105,25 +198,55 @@ def put_global_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> d
 @contextlib.contextmanager
 def activate(mesh: jax.sharding.Mesh) -> Iterator[None]:
   """Puts the mesh and the rules in force while a function is traced."""
-  with jax.set_mesh(mesh), nn.logical_axis_rules(LOGICAL_AXIS_RULES):
+  with jax.set_mesh(mesh), nn.logical_axis_rules(rules(mesh)):
     yield
 
 
-def over_batch_shards(fn: Callable[..., Any], num_batch_args: int) -> Callable[..., Any]:
-  """Runs `fn` on every device's own rows, under the mesh in force at tracing time.
+def per_shard(
+  fn: Callable[..., Any], in_axes: tuple[Any, ...], out_axes: Any
+) -> Callable[..., Any]:
+  """Runs `fn` on every device's own part of its arguments, under the mesh in force at tracing time.
 
   Sorting tokens by expert and grouped kernels must not be left to the partitioner: it would gather
-  all rows on every device. The first `num_batch_args` arguments and the results are split along
-  their first dimension; the others are whole on every device, and their gradients are summed over
-  devices.
+  all rows on every device. Gradients of an argument are summed over the mesh axes that do not split
+  it.
+
+  Args:
+    fn: called with the parts; may use collectives over mesh axes.
+    in_axes: for each argument the logical axes of (all arrays in) it, None = whole everywhere.
+    out_axes: the same for the result, or a tuple of such for a tuple of results.
+
+  Returns:
+    The function of whole arrays; `fn` itself without a mesh, or with a single device.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.shape['data'] == 1:
+  if mesh.empty or mesh.size == 1:
     return fn
+  # check_vma would need every custom VJP below to cast its weights to device-varying by hand.
+  return jax.shard_map(
+    fn, in_specs=tuple(map(_specs, in_axes)), out_specs=_specs(out_axes), check_vma=False
+  )
 
-  def mapped(*args: jax.Array) -> Any:
-    specs = tuple(BATCH_SPEC if i < num_batch_args else jax.P() for i in range(len(args)))
-    # check_vma would need every custom VJP below to cast its weights to device-varying by hand.
-    return jax.shard_map(fn, in_specs=specs, out_specs=BATCH_SPEC, check_vma=False)(*args)
 
-  return mapped
+def _specs(axes: Any) -> Any:
+  if axes is None:
+    return jax.P()
+  if all(name is None or isinstance(name, str) for name in axes):
+    return spec(*axes)
+  return tuple(map(_specs, axes))
+
+
+def over_row_shards(fn: Callable[..., Any], num_row_args: int) -> Callable[..., Any]:
+  """`per_shard` for a function of [B, ...] arrays, rows split, then of whole ones."""
+
+  def mapped(*args: Any) -> Any:
+    in_axes = [('act_batch',) if i < num_row_args else None for i in range(len(args))]
+    return per_shard(fn, tuple(in_axes), ('act_batch',))(*args)
+
+  mesh = jax.sharding.get_abstract_mesh()
+  return fn if mesh.empty or mesh.size == 1 else mapped
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+  """States the layout of an activation by its logical axes; nothing without a mesh."""
+  return nn.with_logical_constraint(x, names)

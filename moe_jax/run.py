@@ -153,7 +153,7 @@ def prepare(cfg: config.Config) -> tuple[jax.sharding.Mesh, corpus_lib.Corpus]:
     errors.InputError: see the message.
   """
   mesh = partitioning.make_mesh(cfg.mesh)
-  partitioning.check_batch(cfg.train, mesh)
+  partitioning.check(cfg, mesh)
   _check_plan(cfg, mesh)
   first = jax.process_index() == 0
   corpus = corpus_lib.load_corpus(cfg.data, cfg.model.vocab_size, cfg.train.seed, progress=first)
@@ -195,7 +195,7 @@ def _check_rows(cfg: config.Config, corpus: corpus_lib.Corpus):
 
 def _check_plan(cfg: config.Config, mesh: jax.sharding.Mesh):
   """Refuses a forward pass whose choices per device overflow the sort key of the dropless plan."""
-  model, data_ways = cfg.model, mesh.shape['data']
+  model, data_ways = cfg.model, partitioning.row_ways(mesh)
   if not model.is_moe or model.moe.dispatch != 'dropless':
     return
   largest_batch = max([cfg.train.batch_size, *(size for _, size in cfg.train.batch_ramp)])

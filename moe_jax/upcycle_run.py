@@ -163,7 +163,7 @@ def _difference(
     batch_size_at=lambda step: optim.batch_size_at(cfg.train, step),
     num_steps=1,
   )
-  rows = _fewest_rows(cfg.model, mesh.shape['data'])
+  rows = _fewest_rows(cfg.model, partitioning.row_ways(mesh))
   batch = {key: value[:rows] for key, value in batches[0].items() if key in train.BATCH_KEYS}
   moe = dataclasses.replace(cfg.model.moe, dispatch='dense')
   model = dataclasses.replace(cfg.model, dtype='float32', moe=moe)

@@ -14,7 +14,7 @@ import pytest
 import tiny
 from flax import linen as nn
 
-from moe_jax import balance, bits, config, partitioning
+from moe_jax import balance, bits, partitioning
 from moe_jax.models import layers, moe, transformer
 from moe_jax.models.routers import routing
 
@@ -222,7 +222,7 @@ def test_cases_across_rows_do_depend_on_the_batch_they_are_in():
 
 
 def mesh_of_8():
-  return partitioning.make_mesh(config.MeshConfig(8), jax.devices())
+  return tiny.mesh(data=8)
 
 
 @pytest.mark.parametrize('case', CASES)

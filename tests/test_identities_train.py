@@ -13,7 +13,7 @@ import optax
 import pytest
 import tiny
 
-from moe_jax import balance, bits, checkpoint, config, config_moe, optim, partitioning, train
+from moe_jax import balance, bits, checkpoint, config_moe, optim, partitioning, train
 from moe_jax.models import transformer
 
 B, L, E = 8, 16, 8
@@ -109,7 +109,7 @@ def test_remat_and_unrolled_layers_change_no_number():
 
 def test_8_devices_change_no_number():
   cfg = tiny.make(**RICH)
-  mesh = partitioning.make_mesh(config.MeshConfig(8), jax.devices())
+  mesh = tiny.mesh(data=8)
   put = lambda tree: jax.device_put(tree, jax.NamedSharding(mesh, jax.P()))
   batch = partitioning.put_batch(tiny.batch(), mesh)
   with partitioning.activate(mesh):
@@ -142,7 +142,7 @@ def fresh(cfg, step=0, seed=0):
 def step():
   """The compiled train step, with four micro-batches and full remat."""
   cfg = tiny.make(**STEP)
-  mesh = partitioning.make_mesh(config.MeshConfig(1), jax.devices()[:1])
+  mesh = tiny.mesh(data=1)
   with partitioning.activate(mesh):
     lowered = train.make_train_step(cfg, mesh).lower(fresh(cfg), tiny.batch())
   return lowered.compile(compiler_options={'xla_backend_optimization_level': 0})

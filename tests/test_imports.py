@@ -56,7 +56,12 @@ def below(prefix: str) -> set[str]:
   return {name for name in ALL if name == prefix or name.startswith(prefix + '.')}
 
 
-CONFIG_NEEDS = {'moe_jax.config_attention', 'moe_jax.config_moe', 'moe_jax.errors'}
+CONFIG_NEEDS = {
+  'moe_jax.config_attention',
+  'moe_jax.config_mesh',
+  'moe_jax.config_moe',
+  'moe_jax.errors',
+}
 
 
 def union(*prefixes: str) -> set[str]:
@@ -93,7 +98,7 @@ def test_library_imports_the_library_only(name):
 
 def test_config_imports_only_errors():
   assert needs('moe_jax.config') == CONFIG_NEEDS
-  for name in ('config_moe', 'config_attention'):
+  for name in ('config_moe', 'config_attention', 'config_mesh'):
     assert needs(f'moe_jax.{name}') == {'moe_jax.errors'}
   assert not needs('moe_jax.errors')
 
@@ -109,6 +114,7 @@ LEAVES = (
     'bits',
     'config_moe',
     'config_attention',
+    'config_mesh',
     'plots',
   ),
 )

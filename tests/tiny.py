@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import base
-from moe_jax import config, train
+from moe_jax import config, partitioning, train
 from moe_jax.models import transformer
 
 SIZES = {
@@ -51,6 +51,13 @@ def values(**overrides) -> dict:
 def make(**overrides) -> config.Config:
   """The tiny config, checked."""
   return config.from_dict(values(**overrides))
+
+
+def mesh(num_devices: int | None = None, **axes: int) -> jax.sharding.Mesh:
+  """A mesh of that many devices (default: as many as the axes need): mesh(data=2, expert=4)."""
+  num_devices = num_devices or math.prod(axes.values())
+  page = make(**{f'mesh__{name}': size for name, size in ({'data': 1} | axes).items()})
+  return partitioning.make_mesh(page.mesh, jax.devices()[:num_devices])
 
 
 @functools.cache

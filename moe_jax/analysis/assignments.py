@@ -121,7 +121,7 @@ def _record(batch: dict[str, np.ndarray], run: run_lib.Run) -> np.ndarray:
 
 def pad_rows(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
   """Adds rows of padding until the devices can share the batch evenly."""
-  missing = -len(batch['tokens']) % mesh.shape['data']
+  missing = -len(batch['tokens']) % partitioning.row_ways(mesh)
   pad = lambda a: np.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1))
   return {key: pad(value) for key, value in batch.items()}
 

@@ -71,7 +71,7 @@ def _pairs(
     f'the held-out text makes {whole} whole rows of config.model.max_seq_len={length}, and the '
     'probe needs two rows, of two tokens at least; raise config.data.heldout_fraction',
   )
-  ways = mesh.shape['data']
+  ways = partitioning.row_ways(mesh)
   size = -(-(cfg.train.micro_batch_size or cfg.train.batch_size) // ways) * ways
   for begin in range(0, whole, size):
     numbers = range(begin, min(begin + size, whole))

@@ -113,7 +113,7 @@ class Harness(harness_model.TemplateLM):
   def __init__(self, run: run_lib.Run, batch_size: int):
     super().__init__()
     self._run, self._rows = run, batch_size
-    self._ways = run.mesh.shape['data']
+    self._ways = partitioning.row_ways(run.mesh)
 
   @functools.cached_property
   def _generator(self) -> generate.Generator:

@@ -129,7 +129,7 @@ class Attention(nn.Module):
   def _gates(self, x: Array, mask: Array) -> tuple[Array, balance.MixtureSums]:
     """Weights of the attention experts [B, L, num_experts] float32, and their sums per sequence."""
     count = self.cfg.num_experts
-    init = layers.init_weight(self.init_std, 'embed', 'expert')
+    init = layers.init_weight(self.init_std, 'router_embed', 'router_expert')
     kernel = self.param('router', init, (x.shape[-1], count), jnp.float32)
     prob = jax.nn.softmax(
       jnp.matmul(x.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST)

@@ -22,12 +22,11 @@ class RMSNorm(nn.Module):
 
   eps: float
   dtype: jnp.dtype
-  axis: str = 'embed'  # logical name of the normed axis
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     """[..., D] -> [..., D]."""
-    scale_init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
+    scale_init = nn.with_logical_partitioning(nn.initializers.ones, ('norm',))
     scale = self.param('scale', scale_init, (x.shape[-1],), jnp.float32)
     x32 = x.astype(jnp.float32)
     x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)

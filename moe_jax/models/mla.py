@@ -163,7 +163,7 @@ class MLA(nn.Module):
     heads = (self.num_heads, self.cfg.qk_head_dim)
     if mla.q_lora_rank:
       down = self._weight('q_a', (d, mla.q_lora_rank), 'embed', 'q_lora')
-      latent = self._norm('q_a_norm', 'q_lora', jnp.einsum('BLD,DQ->BLQ', x, down))
+      latent = self._norm('q_a_norm', jnp.einsum('BLD,DQ->BLQ', x, down))
       up = self._weight('q_b', (mla.q_lora_rank, *heads), 'q_lora', 'heads', 'head_dim')
       q = jnp.einsum('BLQ,QNH->BLNH', checkpoint_name(latent, 'latent'), up)
     else:
@@ -178,12 +178,12 @@ class MLA(nn.Module):
     width = mla.kv_lora_rank + mla.qk_rope_head_dim
     down = self._weight('kv_a', (x.shape[-1], width), 'embed', 'kv_lora')
     latent, key = jnp.split(jnp.einsum('BLD,DR->BLR', x, down), [mla.kv_lora_rank], axis=-1)
-    latent = self._norm('kv_a_norm', 'kv_lora', latent)
+    latent = self._norm('kv_a_norm', latent)
     key = rope.rotate(key[:, :, None], angle, self.cfg.rope)[:, :, 0]
     return jax.tree.map(lambda a: checkpoint_name(a, 'latent'), LatentCache(latent, key))
 
-  def _norm(self, name: str, axis: str, x: Array) -> Array:
-    return layers.RMSNorm(LATENT_NORM_EPS, self.dtype, axis, name=name)(x)
+  def _norm(self, name: str, x: Array) -> Array:
+    return layers.RMSNorm(LATENT_NORM_EPS, self.dtype, name=name)(x)
 
   def _weight(self, name: str, shape: tuple[int, ...], *axes: str) -> Array:
     """A parameter in the compute dtype."""

@@ -23,6 +23,10 @@ from moe_jax.models.routers import state as state_lib
 Array = jax.Array
 
 
+GATE_UP_AXES = ('expert', 'expert_embed', 'gate_up', 'expert_mlp')
+DOWN_AXES = ('expert', 'expert_mlp', 'expert_embed')
+
+
 def drops(cfg: config_moe.MoEConfig, train: bool) -> bool:
   """Whether a limited capacity is enforced: in training, and elsewhere only if asked."""
   return cfg.capacity.policy != 'none' and (train or cfg.capacity.at_eval)
@@ -78,9 +82,7 @@ class MoE(nn.Module):
       selected, selection = self._select(router, logits, tokens, layer, state)
       kept = self._drop(selected, tokens, layer)
     self.sow('intermediates', 'expert_idx', selected.expert_idx)
-    routed = partitioning.over_batch_shards(
-      functools.partial(self._experts, len(x)), num_batch_args=3
-    )
+    routed = partitioning.over_row_shards(functools.partial(self._experts, len(x)), num_row_args=3)
     out = routed(x, kept.gates, kept.expert_idx, *kernels) + shared
     with jax.named_scope('books'):
       return out, _books(cfg, selected, kept, logits, selection, tokens, slopes)
@@ -135,7 +137,7 @@ class MoE(nn.Module):
       return routing.without(router.route(inputs, self.cfg, self.train), tokens.mask), selection
 
     # XLA would gather the scores of all devices for the top-k.
-    mapped = decide if router.across_rows else partitioning.over_batch_shards(decide, 1)
+    mapped = decide if router.across_rows else partitioning.over_row_shards(decide, 1)
     per_row = (logits, tokens.ids, tokens.mask, tokens.row, tokens.place)
     return mapped(per_row, tokens.seed, layer, state)
 
@@ -168,16 +170,15 @@ class MoE(nn.Module):
     return out.reshape(x.shape)
 
   def _router_kernel(self, d: int) -> Array:
-    init = layers.init_weight(self.init_std, 'embed', 'expert')
+    init = layers.init_weight(self.init_std, 'router_embed', 'router_expert')
     return self.param('router', init, (d, self.cfg.num_experts), jnp.float32)
 
   def _expert_kernels(self, d: int) -> tuple[Array, Array]:
     """gate_up [E, D, 2, F] and down [E, F, D] in the compute dtype."""
     e, f = self.cfg.num_experts, self.cfg.moe_mlp_dim
-    gate_up_init = layers.init_weight(self.init_std, 'expert', 'embed', 'gate_up', 'expert_mlp')
-    gate_up = self.param('gate_up', gate_up_init, (e, d, 2, f), self.param_dtype)
-    down_init = layers.init_weight(self.init_std, 'expert', 'expert_mlp', 'embed')
-    down = self.param('down', down_init, (e, f, d), self.param_dtype)
+    init = functools.partial(layers.init_weight, self.init_std)
+    gate_up = self.param('gate_up', init(*GATE_UP_AXES), (e, d, 2, f), self.param_dtype)
+    down = self.param('down', init(*DOWN_AXES), (e, f, d), self.param_dtype)
     return gate_up.astype(self.dtype), down.astype(self.dtype)
 
 

@@ -60,9 +60,7 @@ metric_list: [{metric: byte_perplexity}]
 
 @pytest.fixture(scope='module')
 def loaded():
-  mesh = jax.make_mesh(
-    (2,), ('data',), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2]
-  )
+  mesh = tiny.mesh(data=2)
   tokenizer = tokenizer_lib.byte_tokenizer(CFG.data.bos_token, CFG.data.eos_token)
   whole = jax.NamedSharding(mesh, jax.P())
   variables = jax.device_put({'params': tiny.params(CFG.model), 'router_state': {}}, whole)

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import tiny
 
-from moe_jax import config, config_attention, errors, partitioning
+from moe_jax import config_attention, errors, partitioning
 from moe_jax.models import attend
 from moe_jax.models.attend import chunked, dot_product, reference, splash, target
 
@@ -287,7 +287,7 @@ def test_a_batch_split_over_devices_stays_where_it_is(name):
   shape, rows = SHAPES['GQA'], batch()
   arrays = operands(shape)
   want = compiled(name, shape.scale)(*arrays, *rows)
-  mesh = partitioning.make_mesh(config.MeshConfig(4), jax.devices()[:4])
+  mesh = tiny.mesh(data=4)
   put = lambda a: jax.device_put(a, jax.NamedSharding(mesh, partitioning.BATCH_SPEC))
   with partitioning.activate(mesh):
     inputs = [put(a) for a in (*arrays, *rows)]
@@ -380,7 +380,7 @@ def test_the_platform_is_that_of_the_mesh_in_force(monkeypatch, kind, want):
 
 def test_the_platform_without_a_mesh_and_under_one_of_this_host():
   assert target.platform() == 'cpu'
-  with partitioning.activate(partitioning.make_mesh(config.MeshConfig(-1))):
+  with partitioning.activate(tiny.mesh(data=8)):
     assert target.platform() == 'cpu'
 
 
@@ -399,11 +399,12 @@ import re
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
+from configs import base
 from moe_jax import config, partitioning
 from moe_jax.models import attend
 
 chips = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2').devices
-mesh = partitioning.make_mesh(config.MeshConfig(-1), chips)
+mesh = partitioning.make_mesh(config.from_dict(base.get_config().to_dict()).mesh, chips)
 sharding = jax.NamedSharding(mesh, partitioning.BATCH_SPEC)
 found = []
 for heads, kv_heads, h, hv, length in ((8, 8, 192, 128, 2048), (8, 2, 128, 128, 1000)):

@@ -43,7 +43,7 @@ def attend(
 ) -> Array:
   """Causal grouped self-attention; arguments and result as in `reference.attend`."""
   del positions  # row order says the same
-  shards = partitioning.over_batch_shards(functools.partial(_attend, scale), num_batch_args=4)
+  shards = partitioning.over_row_shards(functools.partial(_attend, scale), num_row_args=4)
   return shards(q, k, v, segment_ids)
 
 

@@ -41,8 +41,8 @@ def attend(
   del positions  # row order says the same
   if not interpret:
     require_tpu()
-  shards = partitioning.over_batch_shards(
-    functools.partial(_attend, scale, interpret), num_batch_args=4
+  shards = partitioning.over_row_shards(
+    functools.partial(_attend, scale, interpret), num_row_args=4
   )
   return shards(q, k, v, segment_ids)
 
