@@ -61,6 +61,8 @@ class RouterStats:
   margin: Array  # [] float32, sum over tokens of worst chosen - best other selection score
   losses: dict[str, Array]  # [] float32 each, token-weighted, see `layer_losses`
   attention: MixtureSums | None  # of a mixture of attention heads
+  # [] int32, kept assignments that did not fit the buffers of the exchange and were not computed
+  overflow: Array
 
 
 def expert_load(expert_idx: Array, num_experts: int) -> Array:

@@ -357,6 +357,12 @@ def _validate_data(data: DataConfig):
 def _validate_optim(optim: OptimConfig, train: TrainConfig):
   errors.choice('optim.schedule', optim.schedule, SCHEDULES)
   errors.choice('optim.moment_dtype', optim.moment_dtype, DTYPES)
+  errors.require(
+    optim.moment_dtype == 'float32' or max(optim.beta1, optim.beta2) <= 0.99,
+    "config.optim.moment_dtype='bfloat16' has 8 bits, too few for averages that move by less than "
+    f'1 %: beta1={optim.beta1} and beta2={optim.beta2} must not exceed 0.99; lower them (DeepSeek: '
+    "0.9 and 0.95), or use 'float32'",
+  )
   errors.at_least(
     optim,
     'optim',

@@ -72,6 +72,6 @@ def resolve(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
   errors.require(
     known == num_devices,
     f'{written or "config.mesh.data=1"}: the sizes multiply to {known}, which must equal the '
-    f'number of devices ({num_devices}); change them, or set one of them to -1 to take what is left',
+    f'number of devices ({num_devices}); change them, or set one to -1 to take what is left',
   )
   return found

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import tqdm
 
-from moe_jax import balance, config, losses, partitioning, router_metrics, similarity
+from moe_jax import balance, config, losses, partitioning, processes, router_metrics, similarity
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import packing, pipeline
 from moe_jax.models import transformer
@@ -63,13 +63,14 @@ class Evaluation:
     }
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _sums(cfg: config.ModelConfig, variables: Any, batch: dict[str, jax.Array]):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _sums(cfg: config.ModelConfig, chunk: int, variables: Any, batch: dict[str, jax.Array]):
+  head, targets = variables['params']['head'], batch['targets']
   out = transformer.Transformer(cfg).apply(
     variables, batch['tokens'], batch['positions'], batch['segment_ids']
   )
-  cross_entropy, _ = losses.next_token(out.logits, batch['targets'])
-  return cross_entropy, (batch['targets'] >= 0).sum(), out.stats
+  found = losses.head_loss(out.normed, head, targets, chunk=chunk, z_weight=0.0)
+  return found.cross_entropy, (targets >= 0).sum(), out.stats
 
 
 def evaluate(
@@ -99,9 +100,8 @@ def evaluate(
   for batch in bar(batches, total=total, disable=None if progress else True):
     del batch['domain_ids']
     with partitioning.activate(mesh):
-      found = jax.device_get(
-        _sums(cfg.model, variables, partitioning.put_global_batch(batch, mesh))
-      )
+      rows = partitioning.put_global_batch(batch, mesh)
+      found = processes.fetch(_sums(cfg.model, cfg.train.loss_chunk, variables, rows))
     # 64 bits: a split may hold more tokens than an int32 counts, or a float32 tells apart.
     found = jax.tree.map(lambda a: a.astype(np.int64 if a.dtype == np.int32 else np.float64), found)
     sums = found if sums is None else jax.tree.map(np.add, sums, found)
@@ -130,7 +130,7 @@ def routing_figures(
   num_layers = len(stats.dropped)
   experts = {k: moe[k][:num_layers] for k in ('gate_up', 'down')}
   state = {k: v[:num_layers] for k, v in state.items()}
-  stats, alike, bias = jax.device_get((stats, _similarity(experts), state.get('expert_bias')))
+  stats, alike, bias = processes.fetch((stats, _similarity(experts), state.get('expert_bias')))
   return router_metrics.figures(
     model.moe,
     stats,

@@ -31,6 +31,7 @@ KEYS = (
   'mfu',
   'max_vio',
   'drop_rate',
+  'overflow_rate',
   'aux_loss',
   'mtp_loss',
   'data_wait_share',
@@ -122,6 +123,8 @@ def format_line(metrics: Mapping[str, float | None]) -> str:
     'drop_rate': ('dropped', '{:.1%}'),
     'data_wait_share': ('data_wait', '{:.1%}'),
   }
+  if metrics['overflow_rate']:
+    formats['overflow_rate'] = ('overflow', '{:.1%}')
   if metrics['mtp_loss'] is not None:
     formats['mtp_loss'] = ('mtp_loss', '{:.4f}')
   return ' '.join(

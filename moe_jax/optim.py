@@ -94,4 +94,21 @@ def optimizer(cfg: config.OptimConfig, num_steps: int) -> optax.GradientTransfor
     weight_decay=cfg.weight_decay,
     mask=decay_mask,
   )
-  return optax.chain(*clip, adamw)
+  return optax.chain(*clip, _kept_in(jnp.dtype(cfg.moment_dtype), adamw))
+
+
+def _kept_in(dtype: jnp.dtype, adamw: optax.GradientTransformation) -> optax.GradientTransformation:
+  """AdamW that keeps both moments in `dtype` between steps and computes with them in float32."""
+  is_adam = lambda node: isinstance(node, optax.ScaleByAdamState)
+
+  def cast(state: Any, dtype: jnp.dtype) -> Any:
+    both = lambda s: s._replace(**optax.tree.cast({'mu': s.mu, 'nu': s.nu}, dtype))
+    return jax.tree.map(lambda s: both(s) if is_adam(s) else s, state, is_leaf=is_adam)
+
+  def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    updates, state = adamw.update(grads, cast(state, jnp.float32), params)
+    return updates, cast(state, dtype)
+
+  if dtype == jnp.float32:
+    return adamw
+  return optax.GradientTransformation(lambda params: cast(adamw.init(params), dtype), update)

@@ -176,16 +176,64 @@ def shardings(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
   return nn.logical_to_mesh_sharding(specs, mesh, rules(mesh))
 
 
+def split_further(sharding: jax.NamedSharding, shape: Sequence[int]) -> jax.NamedSharding:
+  """ZeRO-1: splits an array over the row axes that its sharding leaves out, where they divide.
+
+  Each axis goes to the dimension that is longest on a device; one that divides none is left out.
+  """
+  mesh, spec = sharding.mesh, list(sharding.spec) + [None] * (len(shape) - len(sharding.spec))
+  axes = [() if a is None else (a,) if isinstance(a, str) else tuple(a) for a in spec]
+  used = {axis for entry in axes for axis in entry}
+  for axis in ROW_AXES:
+    size = mesh.shape[axis]
+    lengths = [n // _ways(mesh, entry) for n, entry in zip(shape, axes)]
+    fits = [i for i, length in enumerate(lengths) if length % size == 0]
+    if size > 1 and axis not in used and fits:
+      axes[max(fits, key=lambda i: lengths[i])] += (axis,)
+  return jax.NamedSharding(mesh, jax.P(*(entry or None for entry in axes)))
+
+
 def unbox(boxed: Any) -> Any:
   """The tree without its axis names. Unlike `nn.unbox` it also works on shapes under a mesh."""
   is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
   return jax.tree.map(lambda x: x.value if is_box(x) else x, boxed, is_leaf=is_box)
 
 
+def row_shards(mesh: jax.sharding.Mesh) -> tuple[int, ...]:
+  """Which of the `row_ways(mesh)` equal parts of a batch's rows this process's devices hold.
+
+  Sorted. Where the mesh follows the wiring of a TPU slice, a host's parts need not be neighbours;
+  and processes that share the axes `sequence` or `tensor` hold the same ones.
+  """
+  ways = row_ways(mesh)
+  sharding = jax.NamedSharding(mesh, jax.P(ROW_AXES))
+  indices = sharding.addressable_devices_indices_map((ways,)).values()
+  return tuple(sorted({index[0].indices(ways)[0] for index in indices}))
+
+
 def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-  """Puts this process's rows [B, L] of a global batch onto the mesh."""
-  sharding = jax.NamedSharding(mesh, BATCH_SPEC)
-  return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+  """Puts this process's rows of a global batch onto the mesh.
+
+  Args:
+    batch: arrays [B * len(shards) / ways, L], the rows of `row_shards(mesh)`, part after part.
+    mesh: the devices of all processes.
+
+  Returns:
+    Arrays [B, L].
+  """
+  sharding, shards, ways = jax.NamedSharding(mesh, BATCH_SPEC), row_shards(mesh), row_ways(mesh)
+  place = {shard: i for i, shard in enumerate(shards)}
+
+  def put(x: np.ndarray) -> jax.Array:
+    size = len(x) // len(shards)
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+      begin = place[index[0].indices(size * ways)[0] // size] * size
+      return x[(slice(begin, begin + size), *index[1:])]
+
+    return jax.make_array_from_callback((size * ways, *x.shape[1:]), sharding, part)
+
+  return {key: put(x) for key, x in batch.items()}
 
 
 def put_global_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
@@ -200,6 +248,11 @@ def activate(mesh: jax.sharding.Mesh) -> Iterator[None]:
   """Puts the mesh and the rules in force while a function is traced."""
   with jax.set_mesh(mesh), nn.logical_axis_rules(rules(mesh)):
     yield
+
+
+def without_mesh() -> contextlib.AbstractContextManager[Any]:
+  """No mesh in force, whatever stands around."""
+  return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
 
 
 def per_shard(
@@ -236,15 +289,18 @@ def _specs(axes: Any) -> Any:
   return tuple(map(_specs, axes))
 
 
-def over_row_shards(fn: Callable[..., Any], num_row_args: int) -> Callable[..., Any]:
-  """`per_shard` for a function of [B, ...] arrays, rows split, then of whole ones."""
+def fsdp_axes() -> tuple[str, ...]:
+  """The mesh axes in force that split parameters along their embedding."""
+  return tuple(name for name in FSDP_AXES if axis_size(name) > 1)
 
-  def mapped(*args: Any) -> Any:
-    in_axes = [('act_batch',) if i < num_row_args else None for i in range(len(args))]
-    return per_shard(fn, tuple(in_axes), ('act_batch',))(*args)
 
-  mesh = jax.sharding.get_abstract_mesh()
-  return fn if mesh.empty or mesh.size == 1 else mapped
+def gather_shards(part: jax.Array, axis: int) -> jax.Array:
+  """Inside `per_shard`: a parameter made whole along an axis that FSDP splits.
+
+  Its gradient is summed and split again by one reduce-scatter.
+  """
+  axes = fsdp_axes()
+  return jax.lax.all_gather(part, axes, axis=axis, tiled=True) if axes else part
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

@@ -18,7 +18,16 @@ import numpy as np
 import optax
 from flax import struct
 
-from moe_jax import balance, bits, config, config_moe, losses, optim, partitioning
+from moe_jax import (
+  balance,
+  bits,
+  compile_options,
+  config,
+  config_moe,
+  losses,
+  optim,
+  partitioning,
+)
 from moe_jax import metrics as metrics_lib
 from moe_jax.models import transformer
 from moe_jax.models.routers import state as router_state_lib
@@ -72,7 +81,8 @@ class Loss(NamedTuple):
 
 def _init(cfg: config.Config, rng: Array) -> TrainState:
   """A fresh state whose leaves are boxed with logical axis names."""
-  variables = transformer.init(cfg.model, rng)
+  with partitioning.without_mesh():  # the rows that shapes are made from are not to be split
+    variables = transformer.init(cfg.model, rng)
   opt_state = optim.optimizer(cfg.optim, cfg.train.num_steps).init(variables['params'])
   # Not the number train.seed itself: a constant in the step's program would compile per seed.
   seed = jax.random.bits(rng, (), jnp.uint32)
@@ -82,11 +92,13 @@ def _init(cfg: config.Config, rng: Array) -> TrainState:
 def abstract_state(cfg: config.Config, mesh: jax.sharding.Mesh) -> TrainState:
   """Shape, dtype and sharding of every leaf; allocates nothing."""
   boxed = jax.eval_shape(lambda: _init(cfg, jax.random.key(0)))
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    partitioning.unbox(boxed),
-    partitioning.shardings(boxed, mesh),
-  )
+  shapes, shardings = partitioning.unbox(boxed), partitioning.shardings(boxed, mesh)
+  if cfg.mesh.zero1:
+    further = lambda s, x: partitioning.split_further(s, x.shape) if x.ndim else s
+    opt_state = jax.tree.map(further, shardings.opt_state, shapes.opt_state)
+    shardings = shardings.replace(opt_state=opt_state)
+  struct_of = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+  return jax.tree.map(struct_of, shapes, shardings)
 
 
 def init_state(cfg: config.Config, mesh: jax.sharding.Mesh) -> TrainState:
@@ -153,18 +165,19 @@ def batch_loss(
     seed=seed,
     slopes=slopes,
   )
+  head_loss = functools.partial(losses.head_loss, head=params['head'], chunk=cfg.train.loss_chunk)
   with jax.named_scope('head_loss'):
-    cross_entropy, z = losses.next_token(out.logits, batch['targets'])
-  cross_entropy /= totals.targets
-  total = cross_entropy + cfg.train.z_loss_weight * z / totals.targets
+    found = head_loss(out.normed, targets=batch['targets'], z_weight=cfg.train.z_loss_weight)
+  total, cross_entropy = found.total / totals.targets, found.cross_entropy / totals.targets
   mtp, stats = None, out.stats
   if out.mtp is not None:
     with jax.named_scope('mtp_loss'):
       # Over the targets of the main model too, though the last tokens have none (V3, Eq. 24-25).
-      depths, batch_size, length, _ = out.mtp.logits.shape
-      rows = out.mtp.logits.reshape(depths * batch_size, length, -1)
-      ahead, _ = losses.next_token(rows, out.mtp.targets.reshape(-1, length))
-    mtp = ahead / (depths * totals.targets)
+      depths = [
+        head_loss(normed, targets=targets, z_weight=0.0).total
+        for normed, targets in zip(out.mtp.normed, out.mtp.targets)
+      ]
+    mtp = sum(depths) / (len(depths) * totals.targets)
     total += (cfg.train.mtp_loss_weight if mtp_weight is None else mtp_weight) * mtp
     if stats is not None:
       stats = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), stats, out.mtp.stats)
@@ -278,13 +291,23 @@ def make_train_step(cfg: config.Config, mesh: jax.sharding.Mesh) -> Any:
   schedule = optim.learning_rate(cfg.optim, cfg.train.num_steps)
   optimizer = optim.optimizer(cfg.optim, cfg.train.num_steps)
 
+  out = jax.tree.map(lambda x: x.sharding, abstract_state(cfg, mesh))
+
+  def as_moments(tree: Any) -> Any:
+    """ZeRO-1: the update is computed where the moments lie, then parameters are gathered."""
+    if not cfg.mesh.zero1:
+      return tree
+    further = lambda x, s: partitioning.split_further(s, x.shape)
+    return jax.lax.with_sharding_constraint(tree, jax.tree.map(further, tree, out.params))
+
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
     seed = bits.combine(state.seed, state.step)
     mtp_weight = optim.mtp_weight(cfg.train, state.step)
     loss, grads = gradients(cfg, state.params, state.router_state, batch, seed, mtp_weight)
     with jax.named_scope('optimizer'):
-      updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-      params = optax.apply_updates(state.params, updates)
+      grads, params = as_moments(grads), as_moments(state.params)
+      updates, opt_state = optimizer.update(grads, state.opt_state, params)
+      params = as_moments(optax.apply_updates(params, updates))
     with jax.named_scope('router_state'):
       router_state = next_router_state(cfg, state.router_state, loss.stats, state.step)
     norm = optax.tree.norm(grads)
@@ -294,9 +317,11 @@ def make_train_step(cfg: config.Config, mesh: jax.sharding.Mesh) -> Any:
     state = TrainState(state.step + 1, state.seed, params, router_state, opt_state)
     return state, metrics
 
-  out = jax.tree.map(lambda x: x.sharding, abstract_state(cfg, mesh))
   replicated = jax.NamedSharding(mesh, jax.P())
-  return jax.jit(train_step, donate_argnums=0, out_shardings=(out, replicated))
+  options = compile_options.for_step(mesh)
+  return jax.jit(
+    train_step, donate_argnums=0, out_shardings=(out, replicated), compiler_options=options
+  )
 
 
 class StopSignal:
@@ -369,15 +394,18 @@ def steps(
 def host_metrics(metrics: StepMetrics) -> dict[str, float | None]:
   """Waits for a step and returns its scalars; those of routing are None for a dense model.
 
-  Keys: loss, mtp_loss (None without multi-token prediction), lr, grad_norm, aux_loss, max_vio and
-  drop_rate, the last two means over the layers.
+  Keys: loss, mtp_loss (None without multi-token prediction), lr, grad_norm, aux_loss, max_vio,
+  drop_rate (means over the layers) and overflow_rate, the share of all chosen assignments that did
+  not fit the buffers of the exchange.
   """
-  stats = None if metrics.stats is None else (metrics.stats.sums.load, metrics.stats.dropped)
+  stats = metrics.stats
+  stats = None if stats is None else (stats.sums.load, stats.dropped, stats.overflow)
   scalars = (metrics.loss, metrics.mtp_loss, metrics.lr, metrics.grad_norm, metrics.aux_loss)
   (loss, mtp_loss, lr, grad_norm, aux), stats = jax.device_get((scalars, stats))
-  max_vio = drop_rate = None
+  max_vio = drop_rate = overflow = None
   if stats is not None:
-    load, dropped = (np.asarray(a, np.float64) for a in stats)
+    load, dropped, lost = (np.asarray(a, np.float64) for a in stats)
+    overflow = float(lost.sum() / max(load.sum(), 1))
     max_vio = float(balance.max_vio(load).mean())
     drop_rate = float((dropped.sum(-1) / np.maximum(load.sum(-1), 1)).mean())
   return {
@@ -388,4 +416,5 @@ def host_metrics(metrics: StepMetrics) -> dict[str, float | None]:
     'aux_loss': None if stats is None else float(aux),
     'max_vio': max_vio,
     'drop_rate': drop_rate,
+    'overflow_rate': overflow,
   }

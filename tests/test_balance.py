@@ -326,7 +326,7 @@ def every_loss(cfg, sums, mixture, slopes):
 
 
 def stats_of(sums, mixture, losses=None):
-  return balance.RouterStats(sums, None, None, None, losses or {}, mixture)
+  return balance.RouterStats(sums, None, None, None, losses or {}, mixture, None)
 
 
 @functools.cache

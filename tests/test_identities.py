@@ -231,7 +231,8 @@ def test_8_devices_equal_1(case):
   mesh = mesh_of_8()
   split, whole = jax.NamedSharding(mesh, partitioning.BATCH_SPEC), jax.NamedSharding(mesh, jax.P())
   x = jax.device_put(X, split)
-  tokens = jax.device_put(TOKENS, routing.Tokens(split, split, split, whole))
+  rows = jax.NamedSharding(mesh, jax.P(partitioning.ROW_AXES))
+  tokens = jax.device_put(TOKENS, routing.Tokens(split, split, rows, whole))
   variables = jax.device_put(variables_of(case), whole)
   with partitioning.activate(mesh):
     got = tiny.jit(functools.partial(_apply, module_of(case)))(variables, x, tokens, jnp.int32(0))

@@ -210,7 +210,8 @@ def test_every_step_draws_its_own_noise_and_the_same_step_the_same(step, first):
 def test_a_balanced_layer_stays_and_the_others_move():
   cfg = tiny.make(model__moe__num_experts=4, model__moe__expert_bias__update_rule='sign')
   load = np.int32([[7, 3, 1, 5], [4, 4, 4, 4]])
-  stats = balance.RouterStats(balance.Sums(None, load, *[None] * 6), 0 * load, None, None, {}, None)
+  sums = balance.Sums(None, load, *[None] * 6)
+  stats = balance.RouterStats(sums, 0 * load, None, None, {}, None, None)
   state = {'moe_layers': {'moe': {'expert_bias': jnp.full((2, 4), 0.5)}}}
   move = lambda step: train.next_router_state(cfg, state, stats, np.int32(step))
   u = np.float32(1e-3)

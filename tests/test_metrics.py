@@ -19,6 +19,7 @@ def line(step: int, **changes):
     'mfu': 0.312,
     'max_vio': 0.53,
     'drop_rate': 0.125,
+    'overflow_rate': 0.0,
     'aux_loss': 0.01,
     'mtp_loss': None,
     'data_wait_share': 0.001,
@@ -36,8 +37,8 @@ def write(workdir, steps, resume_step=0):
 def test_lines_have_exactly_the_promised_keys_and_all_digits(tmp_path):
   write(tmp_path, [1, 2])
   lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
-  keys = 'step loss lr grad_norm tokens_per_second mfu max_vio drop_rate aux_loss '
-  keys += 'mtp_loss data_wait_share'
+  keys = 'step loss lr grad_norm tokens_per_second mfu max_vio drop_rate overflow_rate '
+  keys += 'aux_loss mtp_loss data_wait_share'
   assert [list(json.loads(text)) for text in lines] == [keys.split()] * 2
   assert np.float32(json.loads(lines[1])['loss']) == np.float32(10 / 3)
   assert metrics.read_metrics(tmp_path) == [line(1), line(2)]
@@ -123,6 +124,7 @@ def test_format_line():
   )
   assert metrics.format_line(line(120, loss=3.45671)) == expected
   assert metrics.format_line(line(120, mtp_loss=4.0)).endswith('data_wait=0.1% mtp_loss=4.0000')
+  assert metrics.format_line(line(120, overflow_rate=0.25)).endswith(' overflow=25.0%')
   dense = metrics.format_line(line(120, loss=math.nan, max_vio=None))
   assert 'loss=nan' in dense and 'max_vio=- ' in dense
 

@@ -159,26 +159,64 @@ def test_8_devices_exchange_gradients_and_never_activations(on_8_devices):
     assert collective not in text
 
 
-def test_over_row_shards_without_a_mesh_is_the_function():
+ROWS = ('act_batch',)
+
+
+def test_per_shard_without_a_mesh_is_the_function():
   fn = lambda x: x
-  assert partitioning.over_row_shards(fn, 1) is fn
+  assert partitioning.per_shard(fn, (ROWS,), ROWS) is fn
   with partitioning.activate(tiny.mesh(1)):
-    assert partitioning.over_row_shards(fn, 1) is fn
+    assert partitioning.per_shard(fn, (ROWS,), ROWS) is fn
 
 
-def test_over_row_shards_gives_each_device_its_rows_and_sums_gradients():
+def test_per_shard_gives_each_device_its_part_and_sums_gradients():
   seen = []
 
-  def fn(x, w):
-    seen.append(x.shape)
-    return x * w
+  def fn(x, w, v):
+    seen.append((x.shape, w.shape, v.shape))
+    return x * w * v.sum()
 
-  def loss(x, w):
-    return partitioning.over_row_shards(fn, 1)(x, w).sum()
+  def loss(x, w, v):
+    axes = (ROWS, None, ('heads', None))
+    return partitioning.per_shard(lambda *a: jax.lax.psum(fn(*a), 'tensor'), axes, ROWS)(
+      x, w, v
+    ).sum()
 
-  x, w = jnp.arange(24.0).reshape(8, 3), jnp.array([1.0, 2.0, 3.0])
-  with partitioning.activate(tiny.mesh(data=4)):
-    d_x, d_w = jax.jit(jax.grad(loss, argnums=(0, 1)))(x, w)
-  assert set(seen) == {(2, 3)}
-  np.testing.assert_array_equal(d_x, np.tile(w, (8, 1)))
-  np.testing.assert_array_equal(d_w, x.sum(0))
+  x, w, v = jnp.arange(24.0).reshape(8, 3), jnp.array([1.0, 2.0, 3.0]), jnp.ones((4, 1))
+  with partitioning.activate(tiny.mesh(data=2, fsdp=2, tensor=2)):
+    d_x, d_w, d_v = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(x, w, v)
+  assert set(seen) == {((2, 3), (3,), (2, 1))}
+  np.testing.assert_array_equal(d_x, 4 * np.tile(w, (8, 1)))
+  np.testing.assert_array_equal(d_w, 4 * x.sum(0))
+  np.testing.assert_array_equal(d_v, np.full((4, 1), (x * w).sum()))
+
+
+def test_gather_shards_makes_a_parameter_whole_and_scatters_its_gradient():
+  axes = ('heads', 'embed')
+  whole = lambda w: partitioning.gather_shards(w, 1)
+  rows = lambda x, w: x @ whole(w)
+  loss = lambda x, w: partitioning.per_shard(rows, (ROWS, (None, 'embed')), ROWS)(x, w).sum()
+  x, w = jnp.arange(16.0).reshape(8, 2), jnp.arange(8.0).reshape(2, 4)
+  with partitioning.activate(tiny.mesh(dcn_fsdp=2, fsdp=2, data=2)):
+    fn = jax.jit(jax.value_and_grad(loss, argnums=1))
+    value, grad = fn(x, w)
+    assert 'reduce-scatter' in fn.lower(x, w).compile().as_text()
+    assert partitioning.spec(*axes) == jax.P(None, ('dcn_fsdp', 'fsdp'))
+  assert value == (x @ w).sum()
+  np.testing.assert_array_equal(grad, jnp.tile(x.sum(0)[:, None], (1, 4)))
+
+
+@pytest.mark.parametrize(
+  'axes, shape, spec, want',
+  [
+    ({'data': 4}, (6, 8), (None, None), (None, ('data',))),
+    ({'data': 2, 'expert': 2}, (4, 6), ('expert', None), (('expert',), ('data',))),
+    ({'data': 4}, (6, 3), (None, None), (None, None)),  # nothing to divide
+    ({'data': 2, 'fsdp': 2}, (4, 4), ('fsdp', None), (('fsdp',), ('data',))),
+    ({'data': 2, 'tensor': 2}, (8, 2), ('tensor',), (('tensor', 'data'), None)),
+  ],
+)
+def test_zero1_splits_where_it_can(axes, shape, spec, want):
+  mesh = tiny.mesh(**axes)
+  got = partitioning.split_further(jax.NamedSharding(mesh, jax.P(*spec)), shape)
+  assert got.is_equivalent_to(jax.NamedSharding(mesh, jax.P(*want)), len(shape)), got.spec

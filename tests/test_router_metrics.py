@@ -35,6 +35,7 @@ def stats(**replaced) -> balance.RouterStats:
     'margin': np.array([0.8, 2.0], np.float32),
     'losses': {name: np.array([8.0, 4.0], np.float32) for name in balance.LOSSES},
     'attention': None,
+    'overflow': np.zeros(2, np.int32),
   }
   return balance.RouterStats(**(fields | replaced))
 
@@ -174,9 +175,8 @@ def test_figures_of_the_real_books(masked):
     used = np.asarray(balance.by_device(balance.chosen(idx, 7), 4, False).any(-1))
     sent = np.stack([used[np.arange(3) % 4 == d].sum(axis=(0, 1)) for d in range(4)])
     losses = balance.layer_losses(moe, rows, {})
-    layers.append(
-      balance.RouterStats(sums, np.zeros(7, np.int32), sent, np.float32(0), losses, None)
-    )
+    none = np.zeros(7, np.int32)
+    layers.append(balance.RouterStats(sums, none, sent, np.float32(0), losses, None, np.int32(0)))
   found = figures(moe, jax.tree.map(lambda *a: np.stack(a), *layers))
   np.testing.assert_array_equal(found['load'].sum(axis=1), 2 * mask.sum())
   np.testing.assert_array_equal(found['num_tokens'], mask.sum())

@@ -199,7 +199,7 @@ def test_host_metrics_average_over_layers():
   load = jnp.array([[7, 3, 1, 5], [4, 4, 4, 4]])
   sums = types.SimpleNamespace(load=load)
   dropped = jnp.array([[4, 0, 0, 0], [0, 0, 0, 0]])
-  stats = types.SimpleNamespace(sums=sums, dropped=dropped)
+  stats = types.SimpleNamespace(sums=sums, dropped=dropped, overflow=jnp.array([2, 0]))
   values = train.host_metrics(
     train.StepMetrics(
       loss=jnp.float32(2),
@@ -218,6 +218,7 @@ def test_host_metrics_average_over_layers():
     'grad_norm': 4,
     'aux_loss': 5,
     'max_vio': (0.75 + 0) / 2,
+    'overflow_rate': 2 / 32,
     'drop_rate': (0.25 + 0) / 2,
   }
 

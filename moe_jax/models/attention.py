@@ -9,6 +9,7 @@ padding: its outputs are never used and its keys are never seen by a real token.
 generated, a row is one document and slot i of a cache belongs to its position i.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from flax import linen as nn
 
 from moe_jax import balance, config_attention
 from moe_jax.models import attend, layers, rope
-from moe_jax.models.attend import reference
+from moe_jax.models.attend import reference, sharded
 
 Array = jax.Array
 
@@ -60,22 +61,27 @@ def project_out(out: Array, o: Array) -> Array:
 
 
 def attend_own(
-  cfg: config_attention.AttentionConfig, q: Array, k: Array, v: Array, ctx: Context
+  cfg: config_attention.AttentionConfig,
+  q: Array,
+  source: sharded.Source,
+  ctx: Context,
+  v_head_dim: int,
 ) -> Array:
   """Attention of a call's tokens among themselves, by the implementation that `cfg` names.
 
   Args:
     cfg: implementation and scale.
     q: [B, L, N, H].
-    k: [B, L, Nkv, H].
-    v: [B, L, Nkv, Hv].
+    source: of keys [B, L, Nkv, H] and values [B, L, Nkv, Hv].
     ctx: which tokens see each other.
+    v_head_dim: Hv.
 
   Returns:
     [B, L, N, Hv].
   """
-  sizes = dict(head_dim=q.shape[-1], v_head_dim=v.shape[-1], length=q.shape[1], dtype=q.dtype)
-  return attend.ATTENDS[attend.choose(cfg.impl, **sizes)](q, k, v, *ctx, cfg.softmax_scale)
+  sizes = dict(head_dim=q.shape[-1], v_head_dim=v_head_dim, length=q.shape[1], dtype=q.dtype)
+  fn = functools.partial(attend.ATTENDS[attend.choose(cfg.impl, **sizes)], scale=cfg.softmax_scale)
+  return sharded.attend(fn, q, source, *ctx)
 
 
 class Attention(nn.Module):
@@ -111,7 +117,8 @@ class Attention(nn.Module):
     q, k = rope.rotate(q, angle, cfg.rope), rope.rotate(k, angle, cfg.rope)
     own = KVCache(k, v)
     if cache is None:
-      cache, out = own, attend_own(cfg, q, k, v, ctx)
+      source = sharded.Source((k, v), lambda k, v: (k, v))
+      cache, out = own, attend_own(cfg, q, source, ctx, cfg.head_dim)
     else:
       cache = write(cache, own, ctx.positions)
       mask = seen_slots(ctx.positions, cache.key.shape[1])

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from moe_jax import config
-from moe_jax.models import attention, layers, mla, transformer
-from moe_jax.models.attend import target
+from moe_jax.models import attention, layers, mla, target, transformer
 from moe_jax.models.dispatch import gather
 from moe_jax.models.routers import routing
 

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from moe_jax import partitioning
+
 Array = jax.Array
 
 
@@ -34,7 +36,10 @@ class RMSNorm(nn.Module):
 
 
 class FeedForward(nn.Module):
-  """SwiGLU FFN without biases: down(silu(gate(x)) * up(x)), gate and up fused in one kernel."""
+  """SwiGLU FFN without biases: down(silu(gate(x)) * up(x)), gate and up fused in one kernel.
+
+  With the mesh axis `tensor` a device has a part of F; their outputs are summed.
+  """
 
   mlp_dim: int
   init_std: float
@@ -43,11 +48,12 @@ class FeedForward(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    """[..., D] -> [..., D]."""
+    """[B, L, D] -> [B, L, D]; under a mesh, else any [..., D]."""
     d = x.shape[-1]
     gate_up_init = init_weight(self.init_std, 'embed', 'gate_up', 'mlp')
     gate_up = self.param('gate_up', gate_up_init, (d, 2, self.mlp_dim), self.param_dtype)
     down_init = init_weight(self.init_std, 'mlp', 'embed')
     down = self.param('down', down_init, (self.mlp_dim, d), self.param_dtype)
     h = jnp.einsum('...D,DGF->...GF', x, gate_up.astype(self.dtype))
+    h = partitioning.constrain(h, 'act_batch', 'act_len', None, 'act_mlp')
     return jnp.einsum('...F,FD->...D', swiglu(h), down.astype(self.dtype))

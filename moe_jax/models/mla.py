@@ -23,8 +23,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax import config_attention
+from moe_jax import config_attention, partitioning
 from moe_jax.models import attention, layers, rope
+from moe_jax.models.attend import sharded
 
 Array = jax.Array
 
@@ -73,6 +74,9 @@ def expanded(
 ) -> Array:
   """Attention of a call's tokens among themselves.
 
+  Where the queries of a row are split over devices, latents and rotated keys are gathered, and
+  every device makes the keys and values of its heads (see `sharded`).
+
   Args:
     q: queries.
     own: latents [B, L, R] and rotated keys [B, L, Hr] of the same tokens.
@@ -83,11 +87,16 @@ def expanded(
   Returns:
     [B, L, N, Hv].
   """
-  kv = jnp.einsum('BLR,RNH->BLNH', own.latent, kv_b)
-  k_nope, v = jnp.split(kv, [cfg.mla.qk_nope_head_dim], axis=-1)
-  k_rope = jnp.broadcast_to(own.rope_key[:, :, None], (*k_nope.shape[:3], own.rope_key.shape[-1]))
-  key = jnp.concatenate([k_nope, k_rope], axis=-1)
-  return attention.attend_own(cfg, jnp.concatenate(q, axis=-1), key, v, ctx)
+  mla = cfg.mla
+
+  def keys_and_values(latent: Array, rope_key: Array, kv_b: Array) -> tuple[Array, Array]:
+    kv = jnp.einsum('BSR,RNH->BSNH', latent, partitioning.gather_shards(kv_b, axis=0))
+    k_nope, v = jnp.split(kv, [mla.qk_nope_head_dim], axis=-1)
+    k_rope = jnp.broadcast_to(rope_key[:, :, None], (*k_nope.shape[:3], rope_key.shape[-1]))
+    return jnp.concatenate([k_nope, k_rope], axis=-1), v
+
+  source = sharded.Source(tuple(own), keys_and_values, (kv_b,), (('kv_lora', 'heads', 'head_dim'),))
+  return attention.attend_own(cfg, jnp.concatenate(q, axis=-1), source, ctx, mla.v_head_dim)
 
 
 def absorbed(

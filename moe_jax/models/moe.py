@@ -15,14 +15,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from moe_jax import balance, config_moe, partitioning
-from moe_jax.models import capacity, layers
+from moe_jax.models import capacity, exchange, layers
 from moe_jax.models.dispatch import DISPATCHES, gather
+from moe_jax.models.exchange import plan as exchange_plan
 from moe_jax.models.routers import ROUTERS, gshard, routing, scoring
 from moe_jax.models.routers import state as state_lib
 
 Array = jax.Array
 
 
+TOKEN_AXES = ('act_batch', 'act_len')
 GATE_UP_AXES = ('expert', 'expert_embed', 'gate_up', 'expert_mlp')
 DOWN_AXES = ('expert', 'expert_mlp', 'expert_embed')
 
@@ -40,7 +42,16 @@ def _dispatch_name(cfg: config_moe.MoEConfig, train: bool, num_choices: int) -> 
   bounded = drops(cfg, train) or cfg.router == 'expert_choice'
   name = cfg.dispatch if cfg.dispatch != 'capacity' or bounded else 'dropless'
   few = not train and num_choices <= gather.STREAMED_CHOICES * cfg.num_experts
+  few = few and partitioning.axis_size('expert') == 1
   return 'gather' if name == 'dropless' and few else name
+
+
+def _room(
+  cfg: config_moe.MoEConfig, num_choices: int, local: exchange_plan.Local, num_here: int
+) -> int:
+  """Choices that a device of an expert-parallel group computes at most; `num_choices` is T K."""
+  rows, k = local.expert_idx.shape
+  return exchange_plan.rows_for(cfg.exchange.buffer_factor, num_choices, rows * min(k, num_here))
 
 
 class MoE(nn.Module):
@@ -82,10 +93,17 @@ class MoE(nn.Module):
       selected, selection = self._select(router, logits, tokens, layer, state)
       kept = self._drop(selected, tokens, layer)
     self.sow('intermediates', 'expert_idx', selected.expert_idx)
-    routed = partitioning.over_row_shards(functools.partial(self._experts, len(x)), num_row_args=3)
-    out = routed(x, kept.gates, kept.expert_idx, *kernels) + shared
+    routed = partitioning.per_shard(
+      functools.partial(self._experts, x.shape[:2]),
+      (*[TOKEN_AXES] * 3, *((None,) if laid_out else (GATE_UP_AXES, DOWN_AXES))),
+      (TOKEN_AXES, TOKEN_AXES),
+    )
+    # The shared experts wait for nobody: they are computed while tokens travel.
+    out, overflow = routed(x, kept.gates, kept.expert_idx, *kernels)
+    out += shared
     with jax.named_scope('books'):
-      return out, _books(cfg, selected, kept, logits, selection, tokens, slopes)
+      books = _books(cfg, selected, kept, logits, selection, tokens, slopes)
+      return out, books.replace(overflow=overflow.sum(dtype=jnp.int32))
 
   def _shared(self, x: Array) -> Array:
     """The shared experts, [B, L, D]; 0 without any."""
@@ -126,8 +144,7 @@ class MoE(nn.Module):
   ) -> tuple[routing.Routing, Array | None]:
     """The router's decision for the real tokens, and the selection scores [B, L, E]."""
 
-    def decide(per_row, seed, layer, state):
-      logits, ids, mask, row, place = per_row
+    def decide(logits, ids, mask, place, row, seed, layer, state):
       tokens = routing.Tokens(ids, mask, row, seed, place)
       scores = selection = None
       if logits is not None:
@@ -137,9 +154,13 @@ class MoE(nn.Module):
       return routing.without(router.route(inputs, self.cfg, self.train), tokens.mask), selection
 
     # XLA would gather the scores of all devices for the top-k.
-    mapped = decide if router.across_rows else partitioning.over_row_shards(decide, 1)
-    per_row = (logits, tokens.ids, tokens.mask, tokens.row, tokens.place)
-    return mapped(per_row, tokens.seed, layer, state)
+    per_token = (logits, tokens.ids, tokens.mask, tokens.place)
+    others = (tokens.row, tokens.seed, layer, state)
+    if router.across_rows:
+      return decide(*per_token, *others)
+    axes = TOKEN_AXES if router.per_token else TOKEN_AXES[:1]
+    in_axes = (*[axes] * len(per_token), TOKEN_AXES[:1], None, None, None)
+    return partitioning.per_shard(decide, in_axes, axes)(*per_token, *others)
 
   def _drop(
     self, decision: routing.Routing, tokens: routing.Tokens, layer: Array
@@ -157,17 +178,62 @@ class MoE(nn.Module):
     return decision
 
   def _experts(
-    self, total_rows: int, x: Array, gates: Array, expert_idx: Array, *kernels: Any
-  ) -> Array:
-    """x [B, L, D] of one device, gates and expert_idx [B, L, K] -> each token's gated sum."""
-    name = _dispatch_name(self.cfg, self.train, expert_idx.size)
-    slots = capacity.slots(self.cfg, *x.shape[:2], total_rows) if name == 'capacity' else 0
+    self, whole: tuple[int, int], x: Array, gates: Array, expert_idx: Array, *kernels: Any
+  ) -> tuple[Array, Array]:
+    """What a device does with its part of x; `whole` is (B, L) of the forward pass.
+
+    Args:
+      whole: rows and tokens per row of the forward pass, on all devices together.
+      x: [B, L, D] here.
+      gates: [B, L, K].
+      expert_idx: [B, L, K].
+      *kernels: this device's part of gate_up and down, or what `decode.unstack` made of them.
+
+    Returns:
+      (each token's gated sum [B, L, D]; [1, 1] int32, choices that did not fit a buffer).
+    """
     flat = [a.reshape(-1, a.shape[-1]) for a in (x, gates, expert_idx)]
+    overflow = jnp.int32(0)
     if len(kernels) == 1:  # laid out
       out = gather.apply(*flat, *kernels)
     else:
-      out = DISPATCHES[name](*flat, *kernels, self.cfg.grouped_matmul, slots)
-    return out.reshape(x.shape)
+      gate_up = partitioning.gather_shards(kernels[0], GATE_UP_AXES.index('expert_embed'))
+      down = partitioning.gather_shards(kernels[1], DOWN_AXES.index('expert_embed'))
+      out, overflow = self._travel(whole, x.shape, flat, gate_up, down)
+      if partitioning.axis_size('tensor') > 1:
+        out = jax.lax.psum(out, 'tensor')  # each device had a part of every expert's width
+    return out.reshape(x.shape), overflow.reshape(1, 1)
+
+  def _travel(
+    self,
+    whole: tuple[int, int],
+    here: tuple[int, ...],
+    flat: list[Array],
+    gate_up: Array,
+    down: Array,
+  ) -> tuple[Array, Array]:
+    """Brings tokens to the experts and back; (gated sums [T, D], choices without room)."""
+    cfg, ways = self.cfg, partitioning.axis_size('expert')
+    name = _dispatch_name(cfg, self.train, flat[2].size)
+    # An exchange's group holds neighbouring rows. Rows may be cut along their length.
+    slots = lambda rows: min(rows * here[1], capacity.slots(cfg, rows, whole[1], whole[0]))
+    buffers = name == 'capacity'
+    if ways == 1:
+      room = slots(here[0]) if buffers else 0
+      return DISPATCHES[name](*flat, gate_up, down, cfg.grouped_matmul, room), jnp.int32(0)
+    most, num_here = len(flat[0]), len(gate_up)
+    if buffers:
+      most = min(most, num_here * slots(here[0]))
+
+    def compute(local: exchange_plan.Local) -> tuple[Array, Array]:
+      room = slots(ways * here[0]) if buffers else _room(cfg, flat[2].size, local, num_here)
+      out = DISPATCHES[name](*local, gate_up, down, cfg.grouped_matmul, room)
+      if name != 'dropless':
+        return out, jnp.int32(0)
+      chosen = (local.expert_idx < num_here).sum(dtype=jnp.int32)
+      return out, jnp.maximum(chosen - room, 0)
+
+    return exchange.EXCHANGES[exchange.choose(cfg.exchange.kind)](compute, cfg, *flat, most)
 
   def _router_kernel(self, d: int) -> Array:
     init = layers.init_weight(self.init_std, 'router_embed', 'router_expert')
@@ -205,6 +271,7 @@ def _books(
     margin=_margin(selected, selection, tokens.mask),
     losses=balance.layer_losses(cfg, per_sequence, slopes),
     attention=None,
+    overflow=jnp.int32(0),
   )
 
 

@@ -10,7 +10,7 @@ draft for the model when text is generated.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -40,7 +40,8 @@ LayerCache = attention.KVCache | mla.LatentCache
 class Output(NamedTuple):
   """What one application of the model returns."""
 
-  logits: Array  # [B, L, V] float32
+  logits: Array  # [B, L, V] float32; where nobody reads them the compiler leaves them out
+  normed: Array  # [B, L, D], what the head is applied to
   stats: balance.RouterStats | None  # leaves stacked over the MoE layers; None for a dense model
   hidden: Array  # [B, L, D], what the last layer returns, before the final norm
   mtp: 'Predicted | None'  # None without targets, or without modules
@@ -50,6 +51,7 @@ class Predicted(NamedTuple):
   """What the M modules of multi-token prediction say."""
 
   logits: Array  # [M, B, L, V] float32
+  normed: Array  # [M, B, L, D], what the head is applied to
   targets: Array  # [M, B, L] int32, the token that depth k predicts, k + 1 ahead; -1 = none
   stats: balance.RouterStats | None  # leaves [M, ...]
 
@@ -185,13 +187,25 @@ class MTPLayer(nn.Module):
     return x, (norm(name='norm')(x), cache, stats)
 
 
+def _policy(remat: str) -> Callable[..., Any]:
+  """What the backward pass finds: `SAVED_NAMES`; 'offload' keeps a layer's input on the host."""
+  policies = jax.checkpoint_policies
+  if remat != 'offload':
+    return policies.save_only_these_names(*SAVED_NAMES[remat])
+  return policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=list(_ALWAYS_SAVED),
+    names_which_can_be_offloaded=['layer_in'],
+    offload_src='device',
+    offload_dst='pinned_host',
+  )
+
+
 def _over_layers(
   cfg: config.ModelConfig, layer: type[nn.Module], length: int, in_axes: tuple[Any, ...]
 ) -> Any:
   """`layer` as a scan over the leading axis of its parameters, recomputed as `cfg.remat` says."""
   if cfg.remat != 'none':
-    policy = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES[cfg.remat])
-    layer = nn.remat(layer, policy=policy, prevent_cse=not cfg.scan_layers)
+    layer = nn.remat(layer, policy=_policy(cfg.remat), prevent_cse=not cfg.scan_layers)
   return nn.scan(
     layer,
     variable_axes={'params': 0, 'router_state': 0, 'intermediates': 0},
@@ -248,7 +262,7 @@ class Transformer(nn.Module):
       (cfg.vocab_size, cfg.embed_dim),
       param_dtype,
     )
-    embed = lambda ids: jnp.take(embedding, ids, axis=0).astype(dtype)
+    embed = lambda ids: embedded(ids, embedding).astype(dtype)
     x = embed(tokens)
     x = nn.with_logical_constraint(x, ('act_batch', 'act_len', 'act_embed'))
     row = jnp.arange(len(tokens), dtype=jnp.int32) if row is None else row
@@ -271,8 +285,9 @@ class Transformer(nn.Module):
     mtp = None
     if targets is not None and cfg.num_mtp_layers:
       normed, mtp_stats, aims = self._predict_ahead(x, embed, targets, ctx, routed, slopes)
-      mtp = Predicted(jax.vmap(logits_of, (0, None))(normed, head), aims, mtp_stats)
-    return Output(logits, stats, hidden, mtp)
+      mtp_logits = jax.vmap(logits_of, (0, None))(normed, head)
+      mtp = Predicted(mtp_logits, normed, aims, mtp_stats)
+    return Output(logits, x, stats, hidden, mtp)
 
   def _predict_ahead(self, hidden, embed, targets, ctx, routed, slopes):
     """(normed hidden [M, B, L, D], stats, targets [M, B, L]) of multi-token prediction."""
@@ -281,13 +296,41 @@ class Transformer(nn.Module):
     seen = tokens_ahead(targets, ctx.segment_ids, cfg.num_mtp_layers + 1)
     mask = seen[:-1] >= 0
     ids = jnp.maximum(seen[:-1], 0)
-    embedded = jnp.where(mask[..., None], embed(ids), 0)
+    states = jnp.stack([embed(one) for one in ids])
     own = jax.tree.map(lambda a: a[cfg.num_moe_layers :], slopes or {}) if cfg.is_moe else {}
     own = LayerInputs(None, cfg.num_layers + depth, own)
     modules = _over_layers(cfg, MTPLayer, len(depth), (0, 0, nn.broadcast, nn.broadcast))
     modules = modules(cfg, cfg.is_moe, self.train, name='mtp_layers')
-    _, (normed, _, stats) = modules(hidden, own, Ahead(embedded, ids, mask), ctx, routed)
+    _, (normed, _, stats) = modules(
+      hidden, own, Ahead(jnp.where(mask[..., None], states, 0), ids, mask), ctx, routed
+    )
     return normed, stats, seen[1:]
+
+
+def embedded(ids: Array, embedding: Array) -> Array:
+  """Rows of the embedding [V, D] for ids [B, L] -> [B, L, D].
+
+  Where FSDP splits D, every device looks up its columns for the tokens of all; then they swap, so
+  that states travel and not the table. Where V is split, a device finds its tokens and adds zeros.
+  """
+
+  def look_up(ids: Array, table: Array) -> Array:
+    if partitioning.axis_size('tensor') > 1:
+      local = ids - jax.lax.axis_index('tensor') * len(table)
+      local = jnp.where((local >= 0) & (local < len(table)), local, len(table))
+      return jax.lax.psum(table.at[local].get(mode='fill', fill_value=0), 'tensor')
+    return jnp.take(table, ids, axis=0)
+
+  def part(ids: Array, table: Array) -> Array:
+    axes = partitioning.fsdp_axes()
+    if not axes:
+      return look_up(ids, table)
+    rows = look_up(jax.lax.all_gather(ids.reshape(-1), axes, tiled=True), table)
+    whole = jax.lax.all_to_all(rows, axes, 0, 1, tiled=True)
+    return whole.reshape(*ids.shape, -1)
+
+  axes = ('act_batch', 'act_len'), ('vocab', 'embed')
+  return partitioning.per_shard(part, axes, axes[0])(ids, embedding)
 
 
 def tokens_ahead(targets: Array, segment_ids: Array, num: int) -> Array:

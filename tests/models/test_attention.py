@@ -1,5 +1,6 @@
 import functools
 
+import blocks
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -232,3 +233,34 @@ def test_gradient_reaches_the_mixture_s_router(ctx):
   )
   for path, leaf in jax.tree_util.tree_leaves_with_path(grad_of(mixture_params())):
     assert np.abs(leaf).max() > 1e-3, path
+
+
+def compile_on(axes, num_experts):
+  """A block with its gradients, 0 for padding, on a mesh."""
+  module, ids = module_of(num_experts), jnp.zeros((1, 1), jnp.int32)
+  args = jnp.zeros((1, 1, D)), attention.Context(ids, ids), None
+  boxed = jax.eval_shape(module.init, jax.random.key(0), *args)['params']
+
+  def apply(params, x, positions, segment_ids):
+    out = module.apply({'params': params}, x, attention.Context(positions, segment_ids), None)[0]
+    return jnp.where((segment_ids > 0)[..., None], out, 0)
+
+  rows = tiny.batch((*LENGTHS, (2, 9)))
+  x = np.random.default_rng(3).normal(size=(4, L, D)).astype(np.float32)
+  return blocks.compile_on(axes, apply, boxed, x, rows['positions'], rows['segment_ids'])
+
+
+@pytest.mark.parametrize('num_experts', [0, G], ids=['heads', 'mixture of heads'])
+@pytest.mark.parametrize(
+  'axes', [dict(fsdp=2, sequence=2, tensor=2), dict(data=2, sequence=4)], ids=str
+)
+def test_a_block_over_devices_is_that_of_one(axes, num_experts):
+  (split, args), (one, whole) = (compile_on(a, num_experts) for a in (axes, dict(data=1)))
+  tiny.assert_trees_close(split(*args), one(*whole), rtol=1e-4, atol=1e-5)
+
+
+def test_what_travels_when_heads_are_split():
+  """The sum of the outputs; behind q, k and v in the backward pass that of the gradients of x."""
+  program, (_, x, *_) = compile_on(dict(tensor=2), 0)
+  # An all-reduce between two devices sends half of the array twice.
+  assert blocks.travelling(program, dict(tensor=2)) == {'tensor': {'all-reduce': 4 * x.nbytes}}

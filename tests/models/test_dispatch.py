@@ -63,7 +63,7 @@ def run(name, backend='blocks', slots=None):
   """
 
   def fn(x, gates, gate_up, down, cotangent, idx):
-    c = len(x) if slots is None else slots
+    c = (len(x) if name == 'capacity' else 0) if slots is None else slots
     call = lambda *args: DISPATCHES[name](*args[:2], idx, *args[2:], backend, c)
     out, vjp = jax.vjp(call, x, gates, gate_up, down)
     return out, *vjp(cotangent)

@@ -1,6 +1,8 @@
+import blocks
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tiny
 
 from moe_jax.models import layers
 
@@ -47,3 +49,17 @@ def test_init_weight_has_the_asked_deviation():
   # 1e5 draws: the sample deviation is good to 0.2 %
   np.testing.assert_allclose(np.std(box.value), 0.006, rtol=0.01)
   assert abs(np.mean(box.value)) < 1e-4
+
+
+def test_feed_forward_with_its_width_split_is_that_of_one_device():
+  """What travels is the sum of the outputs, and in the backward pass that of their gradients."""
+  module = layers.FeedForward(6, 0.5, jnp.float32, jnp.float32)
+  x = np.random.default_rng(0).normal(size=(2, 4, 5)).astype(np.float32)
+  boxed = jax.eval_shape(module.init, jax.random.key(0), x)['params']
+  apply = lambda params, x: module.apply({'params': params}, x)
+  (split, args), (one, whole) = (
+    blocks.compile_on(axes, apply, boxed, x) for axes in (dict(tensor=2), dict(data=1))
+  )
+  tiny.assert_trees_close(split(*args), one(*whole), rtol=1e-5, atol=1e-6)
+  # An all-reduce between two devices sends half of the array twice.
+  assert blocks.travelling(split, dict(tensor=2)) == {'tensor': {'all-reduce': 2 * x.nbytes}}

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import blocks
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -174,3 +175,51 @@ def test_bfloat16_keeps_scores_in_float32():
     text = str(jax.make_jaxpr(run)(X.astype(jnp.bfloat16)))
     exp = next(line for line in text.splitlines() if ' exp ' in line)
     assert ':f32[' in exp
+
+
+# Over devices
+
+# Every axis below divides these, and they tell themselves apart in shapes: R 6, Hr 8.
+EVEN = config_attention.MLAConfig(4, 6, 4, 8, 3)
+
+
+def compile_on(axes, cfg):
+  """A block with its gradients, 0 for padding, on a mesh."""
+  module, ids = module_of(cfg), jnp.zeros((1, 1), jnp.int32)
+  args = jnp.zeros((1, 1, D)), attention.Context(ids, ids), None
+  boxed = jax.eval_shape(module.init, jax.random.key(0), *args)['params']
+
+  def apply(params, x, positions, segment_ids):
+    out = module.apply({'params': params}, x, attention.Context(positions, segment_ids), None)[0]
+    return jnp.where((segment_ids > 0)[..., None], out, 0)
+
+  rows = tiny.batch(((7, 9), (5, 4, 3), (16,), (2, 9)))
+  x = np.random.default_rng(3).normal(size=(4, L, D)).astype(np.float32)
+  return blocks.compile_on(axes, apply, boxed, x, rows['positions'], rows['segment_ids'])
+
+
+@functools.cache
+def on_one_device(cfg):
+  program, arguments = compile_on(dict(data=1), cfg)
+  return program(*arguments)
+
+
+@pytest.mark.parametrize('impl', ['reference', 'chunked'])
+@pytest.mark.parametrize(
+  'axes',
+  [dict(sequence=2, tensor=2), dict(fsdp=2, sequence=2, tensor=2), dict(data=2, tensor=4)],
+  ids=str,
+)
+def test_a_block_over_devices_is_that_of_one(axes, impl):
+  cfg = dataclasses.replace(make(Q, YARN), mla=EVEN)
+  program, arguments = compile_on(axes, dataclasses.replace(cfg, impl=impl))
+  tiny.assert_trees_close(program(*arguments), on_one_device(cfg), rtol=1e-4, atol=1e-5)
+
+
+def test_latents_travel_and_not_what_is_made_of_them():
+  """Per token R + Hr numbers there, and as many gradients back; heads would be N (Hn + Hr + Hv)."""
+  program, _ = compile_on(dict(sequence=4), dataclasses.replace(make(Q, YARN), mla=EVEN))
+  sent = blocks.travelling(program, dict(sequence=4))['sequence']
+  share = 3 / 4 * 4 * L * 4  # of one float32 per token, three of four parts
+  assert sent['all-gather'] == share * (6 + 8 + 2)  # and two integers
+  assert sent['reduce-scatter'] == share * (6 + 8)

@@ -26,7 +26,7 @@ def stats_of(load, dropped=None) -> balance.RouterStats:
   load = np.asarray(load, np.int32)
   dropped = np.zeros_like(load) if dropped is None else np.asarray(dropped, np.int32)
   sums = balance.Sums(None, load, *[None] * 6)
-  return balance.RouterStats(sums, dropped, None, None, {}, None)
+  return balance.RouterStats(sums, dropped, None, None, {}, None, None)
 
 
 @functools.partial(tiny.jit, static_argnums=0)

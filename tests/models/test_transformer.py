@@ -177,4 +177,4 @@ def test_every_parameter_names_its_axes(overrides):
     assert set(box.names) <= set(rules), where
     assert ('layers' in box.names) == ('layers' in where.split('.')[0]), where
   stacked = boxed['moe_layers']['moe']['gate_up']
-  assert stacked.names == ('layers', 'expert', 'embed', 'gate_up', 'expert_mlp')
+  assert stacked.names == ('layers', 'expert', 'expert_embed', 'gate_up', 'expert_mlp')

@@ -2,11 +2,12 @@
 
 All of them compute the same thing for real tokens, causal self-attention inside each document of a
 packed row; they differ in the memory they need and in the platforms they run on. Their arguments
-are those of `reference.attend`.
+are those of `reference.attend`. Each runs on one device; `sharded.attend` gives every device of a
+mesh its part.
 
   reference    all scores at once; short rows anywhere
   chunked      memory linear in L, in plain JAX; long rows on CPU, and where no kernel serves
-  dot_product  `jax.nn.dot_product_attention`; cuDNN on an NVIDIA GPU
+  dot_product  `jax.nn.dot_product_attention`; cuDNN on an NVIDIA GPU, whole rows
   splash       a Pallas kernel; TPU only
 """
 
@@ -15,8 +16,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from moe_jax import errors
-from moe_jax.models.attend import chunked, dot_product, reference, splash, target
+from moe_jax import errors, partitioning
+from moe_jax.models import target
+from moe_jax.models.attend import chunked, dot_product, reference, splash
 
 ATTENDS: dict[str, Callable[..., jax.Array]] = {
   'reference': reference.attend,
@@ -35,9 +37,10 @@ def choose(
 ) -> str:
   """The key of `ATTENDS` for `config.model.attention.impl`; 'auto' asks platform and shape.
 
-  The platform is that of the mesh in force, else that of the default device. 'auto' takes `splash`
-  on a TPU and `dot_product` where cuDNN runs it; else `chunked` for long rows, `reference` for
-  short ones.
+  Platform and axes are those of the mesh in force; without one it is the default device. 'auto'
+  takes `splash` on a TPU, unless the axis `sequence` splits rows into parts that are no multiples
+  of its blocks, and `dot_product` where cuDNN runs it and nothing splits rows; else `chunked` for
+  long rows, `reference` for short ones.
 
   Args:
     name: a key of `ATTENDS`, or 'auto'.
@@ -47,17 +50,21 @@ def choose(
     dtype: of queries, keys and values.
 
   Raises:
-    errors.InputError: there is no such name, or it cannot run on this platform.
+    errors.InputError: there is no such name, or it cannot run on this platform or mesh.
   """
   errors.choice('model.attention.impl', name, ('auto', *ATTENDS))
   if name == 'splash':
     splash.require_tpu()
+    splash.require_split(length)
+  if name == 'dot_product':
+    dot_product.require_whole_rows()
   if name != 'auto':
     return name
   platform = target.platform()
-  if platform == 'tpu':
+  if platform == 'tpu' and splash.splits(length):
     return 'splash'
-  if dot_product.cudnn_runs(head_dim, v_head_dim, dtype):
+  whole = partitioning.axis_size('sequence') == 1
+  if whole and dot_product.cudnn_runs(head_dim, v_head_dim, dtype):
     return 'dot_product'
   long = LONG_ON_CPU if platform == 'cpu' else LONG_ELSEWHERE
   return 'chunked' if length >= long else 'reference'

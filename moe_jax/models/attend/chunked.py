@@ -8,8 +8,8 @@ before the first document of the query's block, are never touched.
 The tokens of a document are neighbours in order of position (see `reference.attend`), so that
 'same document, not later in the row' is what a token sees, and every row sees at least itself.
 
-Here L is the length of one block and C the number of blocks in a row; they are the first axis of
-every array, [C, B, Nkv, ...].
+Here L is the length of one block and C the number of blocks, of the queries or of all keys of a
+row; they are the first axis of every array, [C, B, Nkv, ...].
 """
 
 import functools
@@ -20,8 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-
-from moe_jax import partitioning
 
 Array = jax.Array
 
@@ -34,40 +32,44 @@ HIDDEN = -1e30  # logit of a key that is not seen: finite, so that differences o
 class Rows(NamedTuple):
   """What decides who sees whom."""
 
-  segment_ids: Array  # [C, B, L] int32
+  segment_ids: Array  # [C, B, L] int32, of the queries
+  key_segment_ids: Array  # [C, B, L] int32
+  offset: Array  # [] int32, place of the first query in the row
   first: Array  # [C] int32, first block of keys that some query of a block sees
+  end: Array  # [C] int32, first block of keys that no query of a block sees any more
 
 
 def attend(
-  q: Array, k: Array, v: Array, positions: Array, segment_ids: Array, scale: float
+  q: Array,
+  k: Array,
+  v: Array,
+  positions: Array,
+  segment_ids: Array,
+  scale: float,
+  first: Array | int = 0,
 ) -> Array:
   """Causal grouped self-attention; arguments and result as in `reference.attend`."""
   del positions  # row order says the same
-  shards = partitioning.over_row_shards(functools.partial(_attend, scale), num_row_args=4)
-  return shards(q, k, v, segment_ids)
-
-
-def _attend(scale: float, q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
   length, num_kv_heads = q.shape[1], k.shape[2]
-  q, k, v = (_split(a, num_kv_heads) for a in (q, k, v))
-  rows = _rows(segment_ids)
+  block = min(BLOCK, length)
+  q, k, v = (_split(a, num_kv_heads, block) for a in (q, k, v))
+  rows = _rows(segment_ids, length, first, block)
   # Outside the custom VJP, so that a remat policy that saves them spares backward the forward.
   out, lse = _forward(*jax.lax.stop_gradient((q, k, v)), rows, scale)
   out, lse = (checkpoint_name(a, 'attn_out') for a in (out, lse))
   return _join(_with_gradients()(scale, q, k, v, rows, out, lse))[:, :length]
 
 
-def _blocks(a: Array) -> Array:
-  """[B, length, ...] -> [B, C, L, ...], filled up with zeros: padding tokens."""
+def _blocks(a: Array, block: int, fill: int = 0) -> Array:
+  """[B, length, ...] -> [B, C, L, ...], filled up, with zeros as padding tokens have."""
   batch, length, *rest = a.shape
-  block = min(BLOCK, length)
-  fill = -length % block
-  return jnp.pad(a, [(0, 0), (0, fill), *[(0, 0)] * len(rest)]).reshape(batch, -1, block, *rest)
+  more = [(0, 0), (0, -length % block), *[(0, 0)] * len(rest)]
+  return jnp.pad(a, more, constant_values=fill).reshape(batch, -1, block, *rest)
 
 
-def _split(a: Array, num_kv_heads: int) -> Array:
+def _split(a: Array, num_kv_heads: int, block: int) -> Array:
   """[B, length, N, H] -> [C, B, Nkv, G, L, H]."""
-  a = _blocks(a)
+  a = _blocks(a, block)
   return a.reshape(*a.shape[:3], num_kv_heads, -1, a.shape[-1]).transpose(1, 0, 3, 4, 2, 5)
 
 
@@ -77,16 +79,22 @@ def _join(a: Array) -> Array:
   return a.transpose(1, 0, 4, 2, 3, 5).reshape(batch, chunks * block, num_kv_heads * groups, h)
 
 
-def _rows(segment_ids: Array) -> Rows:
-  ids = _blocks(segment_ids)
-  batch, chunks, block = ids.shape
-  flat = ids.reshape(batch, -1)
+def _rows(segment_ids: Array, length: int, first: Array | int, block: int) -> Rows:
+  """Of whole rows [B, S]; `length` queries from place `first` on."""
+  total = segment_ids.shape[1]
   # A padding token needs nobody but itself. Row 0, which has none before it, is a start anyway.
-  new = (flat != jnp.roll(flat, 1, axis=1)) | (flat == 0)
-  index = jnp.arange(chunks * block, dtype=jnp.int32)
-  start = jax.lax.cummax(jnp.where(new, index, 0), axis=1)
-  first = start.reshape(ids.shape).min(axis=(0, 2)) // block
-  return Rows(ids.swapaxes(0, 1), first)
+  new = (segment_ids != jnp.roll(segment_ids, 1, axis=1)) | (segment_ids == 0)
+  start = jax.lax.cummax(jnp.where(new, jnp.arange(total, dtype=jnp.int32), 0), axis=1)
+  own = lambda a: jax.lax.dynamic_slice_in_dim(a, first, length, axis=1)
+  ids = _blocks(own(segment_ids), block)
+  last = jnp.minimum(jnp.arange(1, ids.shape[1] + 1, dtype=jnp.int32) * block, length) - 1
+  return Rows(
+    segment_ids=ids.swapaxes(0, 1),
+    key_segment_ids=_blocks(segment_ids, block).swapaxes(0, 1),
+    offset=jnp.int32(first),
+    first=_blocks(own(start), block, fill=total).min(axis=(0, 2)) // block,
+    end=(first + last) // block + 1,
+  )
 
 
 def _scores(q: Array, k: Array, rows: Rows, i: Array, j: Array, scale: float) -> Array:
@@ -94,8 +102,8 @@ def _scores(q: Array, k: Array, rows: Rows, i: Array, j: Array, scale: float) ->
   scores = jnp.einsum('BNGLH,BNSH->BNGLS', q, k, preferred_element_type=jnp.float32) * scale
   block = q.shape[-2]
   row = jnp.arange(block)
-  seen = (i * block + row)[:, None] >= j * block + row
-  seen &= rows.segment_ids[i][:, :, None] == rows.segment_ids[j][:, None, :]
+  seen = (rows.offset + i * block + row)[:, None] >= j * block + row
+  seen &= rows.segment_ids[i][:, :, None] == rows.key_segment_ids[j][:, None, :]
   return jnp.where(seen[:, None, None], scores, HIDDEN)
 
 
@@ -103,7 +111,7 @@ def _forward(q: Array, k: Array, v: Array, rows: Rows, scale: float) -> tuple[Ar
   """(outputs [C, B, Nkv, G, L, Hv], logs of the softmax sums [C, B, Nkv, G, L])."""
 
   def query_block(args):
-    i, qi, first = args
+    i, qi, first, end = args
 
     def key_block(j, carry):
       out, total, top = carry
@@ -123,10 +131,11 @@ def _forward(q: Array, k: Array, v: Array, rows: Rows, scale: float) -> tuple[Ar
     stat = jnp.zeros(qi.shape[:-1], jnp.float32)
     out = jnp.zeros((*stat.shape, v.shape[-1]), jnp.float32)
     carry = out, stat, jnp.full_like(stat, HIDDEN)
-    out, total, top = jax.lax.fori_loop(first, i + 1, key_block, carry)
+    out, total, top = jax.lax.fori_loop(first, end, key_block, carry)
     return (out / total[..., None]).astype(v.dtype), top + jnp.log(total)
 
-  return jax.lax.map(query_block, (jnp.arange(len(q), dtype=jnp.int32), q, rows.first))
+  number = jnp.arange(len(q), dtype=jnp.int32)
+  return jax.lax.map(query_block, (number, q, rows.first, rows.end))
 
 
 def _backward(scale: float, residuals: tuple, d_out: Array) -> tuple:
@@ -149,7 +158,7 @@ def _backward(scale: float, residuals: tuple, d_out: Array) -> tuple:
 
     d_q, d_k, d_v = carry
     init = jnp.zeros(qi.shape, jnp.float32), d_k, d_v
-    d_qi, d_k, d_v = jax.lax.fori_loop(rows.first[i], i + 1, key_block, init)
+    d_qi, d_k, d_v = jax.lax.fori_loop(rows.first[i], rows.end[i], key_block, init)
     return d_q.at[i].set(d_qi.astype(q.dtype)), d_k, d_v
 
   flat = lambda a: jnp.zeros(a[:, :, :, 0].shape, jnp.float32)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.models.attend import target
+from moe_jax import errors, partitioning
+from moe_jax.models import target
 
 Array = jax.Array
 
@@ -16,10 +17,19 @@ AMPERE, HOPPER = (8, 0), (9, 0)
 
 
 def attend(
-  q: Array, k: Array, v: Array, positions: Array, segment_ids: Array, scale: float
+  q: Array,
+  k: Array,
+  v: Array,
+  positions: Array,
+  segment_ids: Array,
+  scale: float,
+  first: Array | int = 0,
 ) -> Array:
-  """Causal grouped self-attention; arguments and result as in `reference.attend`."""
-  del positions  # row order says the same
+  """Causal grouped self-attention; arguments and result as in `reference.attend`.
+
+  Queries and keys are of the same tokens: `require_whole_rows` refuses meshes that split queries.
+  """
+  del positions, first  # row order says the same
   length, (h, v_dim) = q.shape[1], (q.shape[-1], v.shape[-1])
   cudnn = cudnn_runs(h, v_dim, q.dtype)
   # Queries, keys and values must be equally wide: zeros leave the logits as they are, and outputs
@@ -42,6 +52,20 @@ def cudnn_runs(head_dim: int, v_head_dim: int, dtype: jnp.dtype) -> bool:
     return False
   gpu, width = target.compute_capability(), max(head_dim, v_head_dim)
   return gpu >= HOPPER and width <= 256 or gpu >= AMPERE and width <= 128
+
+
+def require_whole_rows():
+  """Refuses meshes that split the queries of a row: its mask would have to be split with them.
+
+  Raises:
+    errors.InputError: names the axis and what runs there.
+  """
+  ways = partitioning.axis_size('sequence')
+  errors.require(
+    ways == 1,
+    f"config.model.attention.impl='dot_product' attends with whole rows, and config.mesh.sequence="
+    f"{ways} splits them; set it to 'auto', or to 'chunked' for long rows",
+  )
 
 
 def _mask(segment_ids: Array) -> Array:

@@ -12,24 +12,33 @@ Array = jax.Array
 
 
 def attend(
-  q: Array, k: Array, v: Array, positions: Array, segment_ids: Array, scale: float
+  q: Array,
+  k: Array,
+  v: Array,
+  positions: Array,
+  segment_ids: Array,
+  scale: float,
+  first: Array | int = 0,
 ) -> Array:
   """Causal grouped self-attention over packed documents (arXiv 1706.03762, 3.2; 2305.13245).
 
   Args:
-    q: [B, L, N, H]; N = Nkv * G, the G query heads of one key-value head are neighbours.
-    k: [B, L, Nkv, H].
-    v: [B, L, Nkv, Hv]; Hv need not be H (MLA: 128 and 192).
-    positions: [B, L] int32, position of each token inside its document.
-    segment_ids: [B, L] int32, document of each token, 0 = padding. The tokens of a document are
+    q: [B, L, N, H], of the L tokens from place `first` of each row on; N = Nkv * G, the G query
+      heads of one key-value head are neighbours.
+    k: [B, S, Nkv, H], of whole rows.
+    v: [B, S, Nkv, Hv]; Hv need not be H (MLA: 128 and 192).
+    positions: [B, S] int32, position of each token inside its document.
+    segment_ids: [B, S] int32, document of each token, 0 = padding. The tokens of a document are
       neighbours in order of position.
     scale: multiplies the logits.
+    first: 0 where L = S; else this device has a part of the queries, see `sharded`.
 
   Returns:
     [B, L, N, Hv] in the dtype of v, named 'attn_out' for `jax.checkpoint` policies. Outputs of
     padding are finite and no loss reads them; they differ between implementations.
   """
-  mask = visible(positions, segment_ids, positions, segment_ids)
+  own = lambda a: jax.lax.dynamic_slice_in_dim(a, first, q.shape[1], axis=1)
+  mask = visible(own(positions), own(segment_ids), positions, segment_ids)
   return checkpoint_name(masked(q, k, v, mask, scale), 'attn_out')
 
 

@@ -1,8 +1,8 @@
 """How tokens reach their experts and come back: one function each, entered in `DISPATCHES`.
 
 All of them compute the same thing, the gated sum of each token's experts; they differ in what they
-move and multiply for it. The last argument, `slots`, bounds the tokens of one expert; only
-`capacity` makes use of it.
+move and multiply for it. The last argument, `room`, is the size of a buffer: the tokens of one
+expert for `capacity`, the choices of all experts for `dropless`; the others have none.
 """
 
 from collections.abc import Callable

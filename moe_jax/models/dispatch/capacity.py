@@ -24,11 +24,11 @@ def dispatch(
   gate_up: Array,
   down: Array,
   backend: str,
-  slots: int,
+  room: int,
 ) -> Array:
   """Sum over each token's K experts of gate * expert(x); arguments as in `dropless.dispatch`.
 
-  `backend` names a grouped product, of which this dispatch has none. `slots` is C: no expert may be
+  `backend` names a grouped product, of which this dispatch has none. `room` is C: no expert may be
   chosen by more tokens. The caller ensures it by dropping before (`models/capacity.py`, whose
   `slots` and `keep` share their arithmetic); assignments beyond it, in token order, would be left
   out here.
@@ -36,7 +36,7 @@ def dispatch(
   del backend
   (num_tokens, d), k = x.shape, gates.shape[1]
   with jax.named_scope('plan'):
-    choice = checkpoint_name(_table(expert_idx, len(gate_up), slots), 'plan')
+    choice = checkpoint_name(_table(expert_idx, len(gate_up), room), 'plan')
   token = choice // k  # T where the slot is empty: gathers read zeros there, the sum drops it
   # Through float32, so that the gradients of a token's K copies are added in float32.
   rows = plan_lib.take(x.astype(jnp.float32), token).astype(x.dtype)

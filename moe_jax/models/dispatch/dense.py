@@ -18,13 +18,13 @@ def dispatch(
   gate_up: Array,
   down: Array,
   backend: str,
-  slots: int,
+  room: int,
 ) -> Array:
   """Sum over each token's K experts of gate * expert(x); arguments as in `dropless.dispatch`.
 
-  `backend` names a grouped product, `slots` the size of a buffer; this reference has neither.
+  `backend` names a grouped product, `room` the size of a buffer; this reference has neither.
   """
-  del backend, slots
+  del backend, room
   # Where, not times 0: what a token that is not routed holds must reach nobody, a NaN included.
   routed = (expert_idx < gate_up.shape[0]).any(axis=-1, keepdims=True)
   x = jnp.where(routed, x, 0)

@@ -28,7 +28,7 @@ def dispatch(
   gate_up: Array,
   down: Array,
   backend: str,
-  slots: int,
+  room: int,
 ) -> Array:
   """Sum over each token's K experts of gate * expert(x).
 
@@ -39,17 +39,18 @@ def dispatch(
     gate_up: [E, D, 2, F].
     down: [E, F, D].
     backend: key of `grouped.BACKENDS`, or 'auto'.
-    slots: size of an expert's buffer; unused, groups are as large as they turn out.
+    room: choices that the buffer of all experts holds; those beyond, the last experts' last, are
+      left out, so the caller counts them. 0 = all T K.
 
   Returns:
     [T, D] in the dtype of x.
   """
-  del slots
   num_experts, d = gate_up.shape[:2]
   with jax.named_scope('plan'):
-    plan = plan_lib.make_plan(expert_idx, num_experts, grouped.choose(backend).align)
+    align = grouped.choose(backend).align
+    plan = plan_lib.make_plan(expert_idx, num_experts, align, room or None)
     plan = jax.tree.map(lambda a: checkpoint_name(a, 'plan'), plan)
-  return _experts(backend, x, gates, gate_up.reshape(num_experts, d, -1), down, plan)
+  return _experts(backend, bool(room), x, gates, gate_up.reshape(num_experts, d, -1), down, plan)
 
 
 def _token(plan: plan_lib.Plan) -> Array:
@@ -66,20 +67,33 @@ def _row_gates(gates: Array, plan: plan_lib.Plan) -> Array:
   return plan_lib.take(gates.reshape(-1), plan.row_choice)[:, None]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _used(rows: Array, plan: plan_lib.Plan, limited: bool) -> Array:
+  """Zeros on the rows [R, F] that no choice sits on, where a kernel may have left anything."""
+  if not limited:
+    return rows
+  return jnp.where((plan.row_choice < plan.choice_row.size)[:, None], rows, 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _experts(
-  backend: str, x: Array, gates: Array, w13: Array, w2: Array, plan: plan_lib.Plan
+  backend: str,
+  limited: bool,
+  x: Array,
+  gates: Array,
+  w13: Array,
+  w2: Array,
+  plan: plan_lib.Plan,
 ) -> Array:
-  return _forward(backend, x, gates, w13, w2, plan)[0]
+  return _forward(backend, limited, x, gates, w13, w2, plan)[0]
 
 
-def _forward(backend, x, gates, w13, w2, plan):
+def _forward(backend, limited, x, gates, w13, w2, plan):
   kernel = grouped.choose(backend)
   with jax.named_scope('w13'):
     h = checkpoint_name(kernel.gmm(plan_lib.take(x, _token(plan)), w13, plan.group_sizes), 'moe_h')
   with jax.named_scope('swiglu'):
     pair = h.reshape(len(h), 2, -1).astype(jnp.float32)
-    a = (layers.swiglu(pair) * _row_gates(gates, plan)).astype(x.dtype)
+    a = _used(layers.swiglu(pair) * _row_gates(gates, plan), plan, limited).astype(x.dtype)
   with jax.named_scope('w2'):
     y = kernel.gmm(a, w2, plan.group_sizes)
   with jax.named_scope('combine'):
@@ -87,7 +101,7 @@ def _forward(backend, x, gates, w13, w2, plan):
   return out, (x, gates, w13, w2, plan, h)
 
 
-def _backward(backend, residuals, d_out):
+def _backward(backend, limited, residuals, d_out):
   x, gates, w13, w2, plan, h = residuals
   kernel, sizes = grouped.choose(backend), plan.group_sizes
   d_rows = plan_lib.take(d_out, _token(plan))
@@ -99,9 +113,10 @@ def _backward(backend, residuals, d_out):
     gate = _row_gates(gates, plan)
     d_gates = plan_lib.take((d_act * act).sum(axis=-1), plan.choice_row)
     (d_pair,) = swiglu_vjp(d_act * gate)
-    d_h = d_pair.reshape(h.shape).astype(h.dtype)
+    d_h = _used(d_pair.reshape(h.shape), plan, limited).astype(h.dtype)
+    gated = _used(act * gate, plan, limited).astype(x.dtype)
   with jax.named_scope('w2'):
-    d_w2 = kernel.tgmm((act * gate).astype(x.dtype), d_rows, sizes)
+    d_w2 = kernel.tgmm(gated, d_rows, sizes)
   with jax.named_scope('w13'):
     d_w13 = kernel.tgmm(plan_lib.take(x, _token(plan)), d_h, sizes)
     d_x = _sum_choices(kernel.gmm_t(d_h, w13, sizes), plan)

@@ -48,14 +48,14 @@ def dispatch(
   gate_up: Array,
   down: Array,
   backend: str,
-  slots: int,
+  room: int,
 ) -> Array:
   """Sum over each token's K experts of gate * expert(x); arguments as in `dropless.dispatch`.
 
-  `backend` names a grouped product, `slots` the size of a buffer; this dispatch has neither. It
+  `backend` names a grouped product, `room` the size of a buffer; this dispatch has neither. It
   needs T K times the memory of an expert.
   """
-  del backend, slots
+  del backend, room
   routed = (expert_idx < len(gate_up))[..., None]
   expert = jnp.minimum(expert_idx, len(gate_up) - 1)
   # Before the product too: its gradient would be the token's NaN times 0.

@@ -6,7 +6,8 @@ A backend is three legs over the same layout (see `plan.Plan`), R rows in E grou
   gmm_t  g [R, B], w [E, A, B]      -> [R, A]      gradient of the rows
   tgmm   x [R, A], g [R, B]         -> [E, A, B]   gradient of the weights; 0 for an empty group
 
-`group_sizes` [E] are multiples of `align`. Rows past their sum come back as zeros.
+`group_sizes` [E] are multiples of `align`. Rows past their sum are zeros on the way in; what comes
+back there is undefined.
 
 `jax.lax.ragged_dot` lowers to a grouped kernel on TPU but to a masked dense product (E times the
 work) on CPU and GPU, so the table never chooses it there.
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from moe_jax import errors
+from moe_jax.models import target
 
 Array = jax.Array
 Leg = Callable[[Array, Array, Array], Array]
@@ -138,19 +140,23 @@ BACKENDS: dict[str, Callable[[], Backend]] = {
 PLATFORM_DEFAULT = {'cpu': 'blocks', 'tpu': 'ragged_dot', 'gpu': 'tokamax'}
 
 
-@functools.cache
 def choose(name: str) -> Backend:
-  """The backend of that name; 'auto' takes the one for the platform of the default device.
+  """The backend of that name; 'auto' takes the one for the platform, see `target.platform`.
 
   Raises:
     errors.InputError: the platform has no default, or the backend's package is not installed.
   """
   if name == 'auto':
-    platform = jax.default_backend()
+    platform = target.platform()
     if platform not in PLATFORM_DEFAULT:
       raise errors.InputError(
         f"config.model.moe.grouped_matmul='auto' knows no kernel for platform {platform!r}; name "
         f'one of {", ".join(BACKENDS)}'
       )
     name = PLATFORM_DEFAULT[platform]
+  return _made(name)
+
+
+@functools.cache
+def _made(name: str) -> Backend:
   return BACKENDS[name]()

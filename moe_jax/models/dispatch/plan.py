@@ -18,9 +18,10 @@ class Plan(NamedTuple):
   """A sorted layout of R rows in E groups.
 
   Every group starts at a multiple of the alignment. Rows that hold no choice are padding: gathers
-  by `row_choice` read zeros there, because M is out of bounds. With alignment 1 the groups cover
-  all R rows (unrouted choices sit, as zero rows, in the last group), so that no kernel leaves a row
-  unwritten.
+  by `row_choice` read zeros there, because M is out of bounds. With alignment 1 and no limit the
+  groups cover all R rows (unrouted choices sit, as zero rows, in the last group), so that no kernel
+  leaves a row unwritten. Under a limit the rows behind the last group belong to nobody: they cost
+  no work, and what a kernel leaves there is undefined.
   """
 
   row_choice: Array  # [R] int32, row -> flat (token, choice), M on padding rows
@@ -44,13 +45,14 @@ def fits(num_choices: int, num_experts: int) -> bool:
   return (num_experts + 1) << (num_choices - 1).bit_length() < 2**31
 
 
-def make_plan(expert_idx: Array, num_experts: int, align: int) -> Plan:
+def make_plan(expert_idx: Array, num_experts: int, align: int, limit: int | None = None) -> Plan:
   """Sorts the choices by expert; ties keep token order.
 
   Args:
     expert_idx: [T, K] int32 in 0..E; E means not routed.
     num_experts: E.
     align: rows to which the size of every group is rounded up.
+    limit: choices that get a row, in order of experts; None = all.
 
   Raises:
     ValueError: (E + 1) * T * K does not fit the packed int32 sort key.
@@ -69,10 +71,12 @@ def make_plan(expert_idx: Array, num_experts: int, align: int) -> Plan:
   choice_at, expert_at = key & ((1 << bits) - 1), key >> bits
   edge = jnp.searchsorted(key, jnp.arange(num_experts + 1, dtype=jnp.int32) << bits)
   edge = edge.astype(jnp.int32)
+  if limit is not None:
+    edge = jnp.minimum(edge, limit)
   count = jnp.diff(edge)
-  rows = num_rows(m, num_experts, align)
+  rows = num_rows(m if limit is None else min(m, limit), num_experts, align)
   aligned = -(-count // align) * align
-  if align == 1:
+  if align == 1 and limit is None:
     aligned = aligned.at[-1].add(m - edge[-1])
   end = jnp.cumsum(aligned)
   start = end - aligned
@@ -83,7 +87,7 @@ def make_plan(expert_idx: Array, num_experts: int, align: int) -> Plan:
   source = jnp.clip(edge[group] + offset, 0, m - 1)
   row_choice = jnp.where(offset < count[group], choice_at[source], m)
 
-  routed = expert_at < num_experts
+  routed = choice < edge[-1]
   group_at = jnp.minimum(expert_at, num_experts - 1)
   row_at = jnp.where(routed, start[group_at] + choice - edge[group_at], rows)
   choice_row = jnp.zeros(m, jnp.int32).at[choice_at].set(row_at, unique_indices=True)

@@ -65,12 +65,14 @@ class Sizes(NamedTuple):
 class Router(NamedTuple):
   """An entry of the registry.
 
-  `route` runs on each device's own rows unless `across_rows`, and then on the whole batch.
+  `route` runs on each device's own rows; with `per_token` on its own part of them, where
+  `Tokens.place` has no meaning; with `across_rows` on the whole batch.
   """
 
   route: Callable[[Inputs, config_moe.MoEConfig, bool], Routing]
   has_logits: bool = True  # False: no router weights at all
   across_rows: bool = False
+  per_token: bool = False
   init_state: Callable[[config_moe.MoEConfig, Sizes, Array], dict[str, Any]] | None = None
 
 

@@ -17,4 +17,4 @@ def route(inputs: routing.Inputs, cfg: config_moe.MoEConfig, train: bool) -> rou
   return routing.Routing(gates, expert_idx, inputs.scores)
 
 
-ROUTER = routing.Router(route)
+ROUTER = routing.Router(route, per_token=True)

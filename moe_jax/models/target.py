@@ -16,6 +16,12 @@ def platform() -> str:
   return next((name for name in ('cpu', 'tpu') if kind.startswith(name)), 'gpu')
 
 
+def is_3d_torus() -> bool:
+  """Whether the TPU that is compiled for has a three-dimensional torus (v4, v5p, 7x)."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device is not None and 'lite' not in device.device_kind.lower()
+
+
 def compute_capability() -> tuple[int, ...]:
   """Version of this host's NVIDIA GPU, (9, 0) for Hopper; () without one."""
   version = getattr(jax.local_devices()[0], 'compute_capability', '')
