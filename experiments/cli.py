@@ -11,13 +11,16 @@ import os
 import pathlib
 import re
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from moe_jax import compile_cache, config, errors
+from moe_jax import compile_cache, config, distributed, errors, lifeline, run_record
 from moe_jax.data import cache
 
 MISSING_CONFIG = (
@@ -44,19 +47,36 @@ def run(main: Callable[[Sequence[str]], object], define_flags: Callable[[], obje
     if not flags.FLAGS['verbosity'].present:
       logging.set_verbosity(logging.WARNING)  # app.run leaves it at INFO, and JAX is talkative
     compile_cache.enable(cache.root(''))
-    return main(argv)
+    status = main(argv)
+    for line in _LIFELINES:
+      line.finish()
+    return status
 
   try:
     app.run(quiet_main, flags_parser=_parse_flags)
   except errors.InputError as error:
-    print('error:', ' '.join(str(error).split()), file=sys.stderr)
-    sys.exit(2)
+    message = ' '.join(str(error).split())
+    print('error:', message, file=sys.stderr)
+    _exit(2, message)
   except KeyboardInterrupt:
     print('interrupted', file=sys.stderr)
-    sys.exit(130)
+    _exit(130, 'interrupted')
   except BrokenPipeError:
     # The reader (head, less) has seen enough; without this, closing stdout would fail once more.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  except Exception as error:
+    if not _LIFELINES:
+      raise
+    time.sleep(1)  # if this comes of another process's end, that is said now, and ends us
+    traceback.print_exc()
+    _exit(1, f'{type(error).__name__}: {error}')
+
+
+def _exit(status: int, reason: str):
+  """Ends the command; of many processes, all of them."""
+  for line in _LIFELINES:
+    line.fail(reason, status)
+  sys.exit(status)
 
 
 def config_flag() -> flags.FlagHolder:
@@ -69,6 +89,48 @@ def config_flag() -> flags.FlagHolder:
 def workdir_flag(help_string: str) -> flags.FlagHolder:
   """Defines `--workdir`."""
   return flags.DEFINE_string('workdir', None, help_string)
+
+
+def distributed_flags():
+  """Defines how several processes find each other; see `moe_jax.distributed`."""
+  default = distributed.Flags()
+  flags.DEFINE_enum(
+    'distributed', default.kind, distributed.KINDS, 'where this process finds its place among many'
+  )
+  flags.DEFINE_string('coordinator', '', 'HOST:PORT of process 0, the same for all processes')
+  flags.DEFINE_integer('num_processes', None, 'how many processes run this command')
+  flags.DEFINE_integer('process_id', None, 'which of them this is, from 0')
+  flags.DEFINE_float(
+    'start_timeout', default.start_timeout, 'seconds in which all processes must have come'
+  )
+  flags.DEFINE_integer(
+    'heartbeat_timeout', default.heartbeat_timeout, 'seconds after which a silent process is dead'
+  )
+
+
+# The lifeline to the other processes, once `start_processes` has found some.
+_LIFELINES: list[lifeline.Lifeline] = []
+
+
+def start_processes(record: Mapping[str, Any]):
+  """Starts JAX among the processes that run this command, if there are several.
+
+  Call it before anything touches a device.
+
+  Args:
+    record: what must be equal on all of them, as nested dicts that JSON can hold.
+
+  Raises:
+    errors.InputError: contradicting flags; a process is missing, or runs something else.
+  """
+  names = ('coordinator', 'num_processes', 'process_id', 'start_timeout', 'heartbeat_timeout')
+  given = distributed.Flags(
+    flags.FLAGS.distributed, **{name: flags.FLAGS[name].value for name in names}
+  )
+  place = distributed.resolve(given)
+  if place is not None:
+    record = {**record, 'versions': run_record.versions()}
+    _LIFELINES.append(distributed.initialize(place, given, record))
 
 
 def required(name: str, *, may_be_empty: bool = False) -> str:

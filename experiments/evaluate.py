@@ -11,10 +11,11 @@ import json
 import sys
 from collections.abc import Sequence
 
+import jax
 from absl import flags
 
 from experiments import cli
-from moe_jax import errors, evaluate, overrides, run
+from moe_jax import errors, evaluate, overrides, processes, run_load
 
 
 def define_flags():
@@ -34,6 +35,7 @@ def define_flags():
   )
   flags.DEFINE_integer('limit', None, 'tasks: only the first documents of each')
   flags.DEFINE_integer('batch_size', 8, 'tasks: rows of a forward pass')
+  cli.distributed_flags()
 
 
 def main(unused_argv: Sequence[str]):
@@ -41,20 +43,35 @@ def main(unused_argv: Sequence[str]):
   workdir, step = cli.required('workdir'), flags.FLAGS.step
   if flags.FLAGS.tasks:
     _check_tasks()
-  cfg = run.read_config(workdir, step)
+  cli.start_processes({'workdir': workdir, 'step': step, 'override': flags.FLAGS.override})
+  first = processes.is_first()
+  errors.require(
+    not flags.FLAGS.tasks or jax.process_count() == 1,
+    '--tasks runs in one process; start the command once, with --distributed=off',
+  )
+  cfg = run_load.read_config(workdir, step)
   values = overrides.parse(cfg, flags.FLAGS.override)
   overrides.changed(cfg, values)  # mistakes show before anything is loaded
-  loaded = overrides.apply(run.load(workdir, step), values)
+  loaded = overrides.apply(run_load.load(workdir, step), values)
   if flags.FLAGS.tasks:
     _tasks(loaded, values)
     return
-  corpus = run.heldout_corpus(loaded, workdir, warn=lambda line: print(line, file=sys.stderr))
-  figures = evaluate.evaluate(loaded.cfg, loaded.variables, corpus, loaded.mesh, progress=True)
+  with processes.together():
+    corpus = run_load.heldout_corpus(loaded, workdir, warn=_warn)
+  processes.require_same({'the text of config.data': corpus.fingerprint})
+  figures = evaluate.evaluate(loaded.cfg, loaded.variables, corpus, loaded.mesh, progress=first)
+  if not first:
+    return
   if flags.FLAGS.json:
     print(json.dumps(figures.as_dict(loaded.step) | ({'overrides': values} if values else {})))
     return
   under = ''.join(f' {key}={value}' for key, value in values.items())
   print(f'step={loaded.step}{under} {figures} bytes={corpus.heldout.num_bytes:,}')
+
+
+def _warn(line: str):
+  if processes.is_first():
+    print(line, file=sys.stderr)
 
 
 def _check_tasks():
@@ -65,7 +82,7 @@ def _check_tasks():
   )
 
 
-def _tasks(loaded: run.Run, values: dict[str, object]):
+def _tasks(loaded: run_load.Run, values: dict[str, object]):
   """Runs the harness and prints a line per task, or one JSON object."""
   from moe_jax.interop import lm_harness  # needs the extra, which nobody else does
 

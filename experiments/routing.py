@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from experiments import cli
-from moe_jax import errors, run
+from moe_jax import errors, run_load
 from moe_jax.analysis import assignments
 
 
@@ -52,7 +52,7 @@ def main(unused_argv: Sequence[str]):
   errors.require(values.batches >= 1, f'--batches={values.batches} must be at least 1')
   limits = _numbers('limit', int, 1)
   factors = _numbers('capacity_factor', float, 0.01)
-  model = run.read_config(workdir, values.step).model
+  model = run_load.read_config(workdir, values.step).model
   assignments.check(model)
   devices = [model.moe.num_virtual_devices]
   if values.devices is not None:
@@ -62,8 +62,8 @@ def main(unused_argv: Sequence[str]):
   path = pathlib.Path(values.save) if values.save else None
   if path:
     assignments.check_writable(path)
-  loaded = run.load(workdir, values.step)
-  corpus = run.heldout_corpus(loaded, workdir, warn=lambda line: print(line, file=sys.stderr))
+  loaded = run_load.load(workdir, values.step)
+  corpus = run_load.heldout_corpus(loaded, workdir, warn=lambda line: print(line, file=sys.stderr))
   recording = assignments.collect(loaded, corpus, values.batches)
   found = {d: assignments.device_figures(recording, model, d, limits, factors) for d in devices}
   record = {'step': loaded.step, 'batches': values.batches, 'tokens': int(recording.mask.sum())}

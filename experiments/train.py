@@ -2,6 +2,9 @@
 
 python -m experiments.train --config=configs/quickstart.py --workdir=runs/quickstart \
   [--config.optim.peak_lr=1e-3 ...] [--allow_config_change]
+
+On many processes the same command runs on each, with --coordinator=HOST:PORT --num_processes=P
+--process_id=I where they cannot find that out themselves; see docs/launch/.
 """
 
 import pathlib
@@ -9,11 +12,12 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+import jax
 import tqdm
 from absl import flags
 
 from experiments import cli
-from moe_jax import report, run
+from moe_jax import config, processes, report, run
 
 
 def define_flags():
@@ -21,6 +25,7 @@ def define_flags():
   cli.config_flag()
   cli.workdir_flag('directory of the run; made if absent')
   flags.DEFINE_bool('allow_config_change', False, 'continue a run of another config')
+  cli.distributed_flags()
 
 
 def _say(line: str):
@@ -33,16 +38,24 @@ def main(unused_argv: Sequence[str]):
   cfg = cli.resolve(flags.FLAGS.config)
   workdir = pathlib.Path(cli.required('workdir'))
   allow = flags.FLAGS.allow_config_change
+  cli.start_processes(
+    {'config': config.to_dict(cfg), 'workdir': str(workdir), 'allow_config_change': allow}
+  )
   trained, corpus = run.run_training(
     cfg, workdir, allow_config_change=allow, argv=sys.argv, say=_say
   )
   if not trained.interrupted_by:
     report.finish(trained, corpus, workdir, _say)
     return
-  again = 'python -m experiments.train ' + shlex.join(sys.argv[1:])
+  if not processes.is_first():
+    return
+  # Every process has a number of its own, the rest of the command is the same.
+  arguments = [a for a in sys.argv[1:] if not a.startswith('--process_id=')]
+  again = 'python -m experiments.train ' + shlex.join(arguments)
+  where = 'on every process ' if jax.process_count() > 1 else ''
   _say(
     f'stopped by {trained.interrupted_by} after step {trained.step}, which is saved; '
-    f'resume with: {again}'
+    f'resume {where}with: {again}'
   )
 
 

@@ -320,9 +320,9 @@ def _reader() -> ocp.Checkpointer:
 def checksums(tree: Any) -> dict[str, int]:
   """One 32-bit checksum per array, by path, whatever the sharding, mesh and process count."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  # One small program per distinct array type: parameters and both moments share theirs.
-  sums = jax.device_get([_checksum(leaf) for _, leaf in leaves])
-  return {leaf_name(path): int(value) for (path, _), value in zip(leaves, sums)}
+  # One small program per distinct array type: parameters and both moments share theirs. One after
+  # the other, because sums over devices that run side by side can starve each other on the CPU.
+  return {leaf_name(path): int(_checksum(leaf)) for path, leaf in leaves}
 
 
 @jax.jit

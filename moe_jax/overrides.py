@@ -9,8 +9,7 @@ from typing import Any
 
 import jax
 
-from moe_jax import config, errors, partitioning
-from moe_jax import run as run_lib
+from moe_jax import config, errors, partitioning, run_load
 from moe_jax.models import transformer
 
 _BOOLS = {'true': True, 'false': False}
@@ -117,6 +116,6 @@ def _arrays(model: config.ModelConfig) -> dict[str, str]:
   }
 
 
-def apply(run: run_lib.Run, values: Mapping[str, Any]) -> run_lib.Run:
+def apply(run: run_load.Run, values: Mapping[str, Any]) -> run_load.Run:
   """A loaded run under other settings; see `changed`."""
   return dataclasses.replace(run, cfg=changed(run.cfg, values))

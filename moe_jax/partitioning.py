@@ -71,7 +71,9 @@ def make_mesh(
   sizes = config_mesh.resolve(cfg, len(devices))
   shape = tuple(sizes.values())
   between = math.prod(sizes[name] for name in DCN_AXES)
-  num_slices = len({getattr(device, 'slice_index', 0) for device in devices})
+  # On other platforms a slice may be a node, whose network is the user's affair.
+  is_tpu = devices[0].platform == 'tpu'
+  num_slices = len({getattr(device, 'slice_index', 0) for device in devices}) if is_tpu else 1
   errors.require(
     num_slices in (1, between),
     f'config.mesh.dcn_data={sizes["dcn_data"]} times dcn_fsdp={sizes["dcn_fsdp"]} must be the '
@@ -79,7 +81,7 @@ def make_mesh(
   )
   # The default axis type differs between JAX releases, and constraints need Auto.
   auto = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
-  if devices[0].platform != 'tpu':
+  if not is_tpu:
     # As listed, process by process: so a process's devices are neighbours.
     return jax.sharding.Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=auto)
   if num_slices > 1:

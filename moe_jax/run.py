@@ -1,16 +1,14 @@
-"""One run and its directory: train from a config, or load what was trained.
+"""One run and its directory: train from a config, on one process or many. See `run_load` for use.
 
 Layout of a workdir: config.json (resolved config, versions, commit), tokenizer.json, metrics.jsonl,
 tensorboard/, routing/<step>.npz, checkpoints/<step>/, plots/, evaluation.json.
 """
 
-import dataclasses
-import hashlib
-import json
+import contextlib
 import math
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,32 +26,18 @@ from moe_jax import (
   metrics,
   optim,
   partitioning,
+  processes,
   router_metrics,
+  run_load,
   run_record,
   train,
   warm_start,
 )
 from moe_jax.data import cache, pipeline
 from moe_jax.data import corpus as corpus_lib
-from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.models import transformer
 from moe_jax.models.dispatch import grouped, plan
 from moe_jax.models.routers import tables
-
-Say = Callable[[str], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-  """A model with what is needed to use it."""
-
-  cfg: config.Config
-  mesh: jax.sharding.Mesh
-  variables: Any  # params and router_state
-  tokenizer: tokenizer_lib.Tokenizer
-  step: int  # optimizer steps done
-  data_fingerprint: str  # of the corpus it was trained on
-  interrupted_by: str = ''  # name of the signal that ended training early
 
 
 def run_training(
@@ -62,8 +46,8 @@ def run_training(
   *,
   allow_config_change: bool = False,
   argv: Sequence[str] = (),
-  say: Say = print,
-) -> tuple[Run, corpus_lib.Corpus]:
+  say: run_load.Say = print,
+) -> tuple[run_load.Run, corpus_lib.Corpus]:
   """Trains `cfg` in `workdir`, resuming from the newest whole checkpoint there.
 
   Everything that can be wrong with the input is found before anything is compiled or written.
@@ -82,48 +66,73 @@ def run_training(
     errors.InputError: see the message.
   """
   workdir = pathlib.Path(workdir)
-  changes = run_record.check_workdir(workdir, cfg, allow_config_change)
-  source = _source(cfg)
-  mesh, corpus = prepare(cfg)
-  if source is not None:
-    _check_source(cfg, source, corpus)
-  first = jax.process_index() == 0
-  summary = _summary(cfg, corpus, mesh)
-  with (
-    files.lock(workdir, first),
-    checkpoint.Checkpointer(workdir / 'checkpoints', cfg.checkpoint) as checkpointer,
-    train.StopSignal() as stop,
-  ):
+  first = processes.is_first()
+  say = say if first else _say_nothing
+  with processes.together():
+    changes, moved = run_record.check_workdir(workdir, cfg, allow_config_change)
+    source = _source(cfg)
+    mesh, corpus = prepare(cfg)
+    if source is not None:
+      _check_source(cfg, source, corpus)
+    summary = _summary(cfg, corpus, mesh)
+  _check_processes(workdir, corpus)
+  with contextlib.ExitStack() as stack:
+    with processes.together():
+      stack.enter_context(files.lock(workdir, first))
+    checkpointer = stack.enter_context(
+      checkpoint.Checkpointer(workdir / 'checkpoints', cfg.checkpoint)
+    )
+    stop = stack.enter_context(train.StopSignal())
     restored = checkpointer.restore(train.abstract_state(cfg, mesh))
     if restored is not None:
       _check_continues(cfg, restored.meta, corpus, allow_config_change)
-    if first:
-      run_record.write(workdir, cfg, argv=argv, data_fingerprint=corpus.fingerprint)
-      corpus.tokenizer.save(workdir / 'tokenizer.json')
-      for line in (summary, *(f'config changed: {change}' for change in changes)):
-        say(line)
+    with processes.together():
+      if first:
+        run_record.write(workdir, cfg, argv=argv, data_fingerprint=corpus.fingerprint)
+        corpus.tokenizer.save(workdir / 'tokenizer.json')
+    say(summary)
+    for line in (*_prefixed('config', changes), *_prefixed('placement', moved)):
+      say(line)
     if restored is None:
       state = _first_state(cfg, source, mesh, corpus, say)
     else:
       state = restored.state
       say(f'resuming after step {restored.step} of {cfg.train.num_steps}')
-    state = _fit(cfg, workdir, corpus, mesh, state, checkpointer, stop, say)
+    state, stopped_by = _fit(cfg, workdir, corpus, mesh, state, checkpointer, stop, say)
     step = int(state.step)
-    stopped_by = stop.name if step < cfg.train.num_steps else ''
-  run = Run(cfg, mesh, state.variables, corpus.tokenizer, step, corpus.fingerprint, stopped_by)
+  run = run_load.Run(
+    cfg, mesh, state.variables, corpus.tokenizer, step, corpus.fingerprint, stopped_by
+  )
   return run, corpus
+
+
+def _prefixed(what: str, changes: Sequence[str]) -> list[str]:
+  return [f'{what} changed: {change}' for change in changes]
+
+
+def _say_nothing(unused_line: str):
+  """What every process but the first says."""
+
+
+def _check_processes(workdir: pathlib.Path, corpus: corpus_lib.Corpus):
+  """Makes sure that all processes see the same text and the same directory."""
+  digest = run_load.digest(corpus.tokenizer)
+  processes.require_same(
+    {'the text of config.data': corpus.fingerprint, 'the tokenizer of config.data': digest}
+  )
+  processes.require_shared(workdir)
 
 
 def _source(cfg: config.Config) -> dict[str, Any] | None:
   """The `meta` of the weights that the run starts from; None for random ones."""
-  return read_meta(cfg.init_from, flag='config.init_from') if cfg.init_from else None
+  return run_load.read_meta(cfg.init_from, flag='config.init_from') if cfg.init_from else None
 
 
 def _check_source(cfg: config.Config, source: Mapping[str, Any], corpus: corpus_lib.Corpus):
   """Refuses weights that do not fit the model, or were trained with another tokenizer."""
   warm_start.check(cfg, config.from_dict(source['config']))
   errors.require(
-    source['tokenizer'] == digest(corpus.tokenizer),
+    source['tokenizer'] == run_load.digest(corpus.tokenizer),
     f'config.data.tokenizer={cfg.data.tokenizer!r} is not the tokenizer of config.init_from='
     f'{cfg.init_from}, whose embedding is used; pass '
     f'--config.data.tokenizer={pathlib.Path(cfg.init_from) / "tokenizer.json"}',
@@ -135,12 +144,12 @@ def _first_state(
   source: Mapping[str, Any] | None,
   mesh: jax.sharding.Mesh,
   corpus: corpus_lib.Corpus,
-  say: Say,
+  say: run_load.Say,
 ) -> train.TrainState:
   """The state at step 0: random weights, or those of `init_from`."""
   if source is None:
     return with_tables(cfg, train.init_state(cfg, mesh), corpus)
-  with _reader(pathlib.Path(cfg.init_from)) as checkpointer:
+  with run_load.reader(pathlib.Path(cfg.init_from)) as checkpointer:
     found = warm_start.read(cfg, config.from_dict(source['config']), mesh, checkpointer, say)
   state = with_tables(cfg, train.state_from(cfg, mesh, found['params']), corpus)
   return state.replace(router_state=warm_start.merge(state.router_state, found['router_state']))
@@ -155,9 +164,10 @@ def prepare(cfg: config.Config) -> tuple[jax.sharding.Mesh, corpus_lib.Corpus]:
   mesh = partitioning.make_mesh(cfg.mesh)
   partitioning.check(cfg, mesh)
   _check_plan(cfg, mesh)
-  first = jax.process_index() == 0
-  corpus = corpus_lib.load_corpus(cfg.data, cfg.model.vocab_size, cfg.train.seed, progress=first)
-  _check_rows(cfg, corpus)
+  corpus = corpus_lib.load_corpus(
+    cfg.data, cfg.model.vocab_size, cfg.train.seed, progress=processes.is_first()
+  )
+  _check_rows(cfg, corpus, mesh)
   if cfg.train.sample_prompt and cfg.train.sample_tokens:
     prompt = corpus.tokenizer.encode(cfg.train.sample_prompt)
     names = ('config.train.sample_prompt', 'config.train.sample_tokens')
@@ -171,6 +181,8 @@ def _summary(cfg: config.Config, corpus: corpus_lib.Corpus, mesh: jax.sharding.M
   total, activated = (
     count(cfg.model).total for count in (flops.count_parameters, flops.count_activated)
   )
+  sizes = {name: size for name, size in mesh.shape.items() if size > 1}
+  axes = f' mesh={",".join(f"{k}:{v}" for k, v in sizes.items())}' if sizes else ''
   experts = ''
   if cfg.model.is_moe:
     experts = f'dispatch={cfg.model.moe.dispatch} '
@@ -179,30 +191,34 @@ def _summary(cfg: config.Config, corpus: corpus_lib.Corpus, mesh: jax.sharding.M
   return (
     f'parameters={total:,} activated={activated:,} train_tokens='
     f'{sum(split.num_tokens for split in corpus.train):,} {experts}devices={mesh.size} x '
-    f'{jax.devices()[0].device_kind}'
+    f'{jax.devices()[0].device_kind} processes={jax.process_count()}{axes}'
   )
 
 
-def _check_rows(cfg: config.Config, corpus: corpus_lib.Corpus):
+def _check_rows(cfg: config.Config, corpus: corpus_lib.Corpus, mesh: jax.sharding.Mesh):
   sizes = [cfg.train.batch_size, *(size for _, size in cfg.train.batch_ramp)]
   pipeline.check_corpus(
     corpus,
     max_seq_len=cfg.model.max_seq_len,
     batch_sizes=sizes,
-    process_count=jax.process_count(),
+    num_shards=partitioning.row_ways(mesh),
   )
 
 
 def _check_plan(cfg: config.Config, mesh: jax.sharding.Mesh):
-  """Refuses a forward pass whose choices per device overflow the sort key of the dropless plan."""
-  model, data_ways = cfg.model, partitioning.row_ways(mesh)
+  """Refuses a forward pass whose choices per device overflow the sort key of the dropless plan.
+
+  A device of an expert-parallel group may be sent the tokens of all of it.
+  """
+  model, data_ways, ways = cfg.model, partitioning.row_ways(mesh), mesh.shape['expert']
   if not model.is_moe or model.moe.dispatch != 'dropless':
     return
   largest_batch = max([cfg.train.batch_size, *(size for _, size in cfg.train.batch_ramp)])
   rows = cfg.train.micro_batch_size or largest_batch
-  per_row = model.max_seq_len * model.moe.num_experts_per_tok
+  per_row = model.max_seq_len // mesh.shape['sequence'] * model.moe.num_experts_per_tok * ways
+  num_experts = model.moe.num_experts // ways
   legal = rows
-  while legal > data_ways and not plan.fits(legal // data_ways * per_row, model.moe.num_experts):
+  while legal > data_ways and not plan.fits(legal // data_ways * per_row, num_experts):
     legal -= data_ways
   if legal < rows:
     raise errors.InputError(
@@ -217,7 +233,7 @@ def _check_continues(
   cfg: config.Config, meta: Mapping[str, Any], corpus: corpus_lib.Corpus, allow: bool
 ):
   """Refuses to continue on other token ids and, unless allowed, under other settings."""
-  if meta['tokenizer'] != digest(corpus.tokenizer):
+  if meta['tokenizer'] != run_load.digest(corpus.tokenizer):
     raise errors.InputError(
       f'config.data.tokenizer: the checkpoint of step {meta["step"]} was trained with another '
       'tokenizer, so its vocabulary would not match; keep the old one with '
@@ -231,7 +247,7 @@ def _check_continues(
       f'{meta["data_fingerprint"]}, is {corpus.fingerprint}), so the run would not continue on the '
       'same data; restore the text, use another --workdir, or pass --allow_config_change'
     )
-  changes = config.diff(meta['config'], json.loads(json.dumps(config.to_dict(cfg))))
+  changes, _ = run_record.differences(meta['config'], cfg)
   if changes:
     raise errors.InputError(
       f'the checkpoint of step {meta["step"]} was trained with another config: '
@@ -244,13 +260,8 @@ def meta(cfg: config.Config, corpus: corpus_lib.Corpus) -> dict[str, Any]:
   return {
     'config': config.to_dict(cfg),
     'data_fingerprint': corpus.fingerprint,
-    'tokenizer': digest(corpus.tokenizer),
+    'tokenizer': run_load.digest(corpus.tokenizer),
   }
-
-
-def digest(tokenizer: tokenizer_lib.Tokenizer) -> str:
-  """What tells one tokenizer from another in `meta`."""
-  return hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
 
 
 def _fit(
@@ -261,14 +272,19 @@ def _fit(
   state: train.TrainState,
   checkpointer: checkpoint.Checkpointer,
   stop: train.StopSignal,
-  say: Say,
-) -> train.TrainState:
-  """The loop with its periodic actions; returns the last state, which is saved."""
+  say: run_load.Say,
+) -> tuple[train.TrainState, str]:
+  """The loop with its periodic actions.
+
+  All processes do the same, step by step; only writing is left to the first.
+
+  Returns:
+    (the last state, which is saved; the name of the signal that ended the run early, or '').
+  """
   start, total = int(state.step), cfg.train.num_steps
-  first = jax.process_index() == 0
-  flops_per_token = flops.train_flops_per_token(cfg.model)
-  peak = metrics.matmul_peak(cfg.model.dtype, cache.root(cfg.data.cache_dir))
-  timer = metrics.StepTimer(flops_per_token, peak)
+  first = processes.is_first()
+  timer = _timer(cfg, first)
+  agreement = processes.StopAgreement(mesh)
   batches = pipeline.train_batches(
     corpus,
     seed=cfg.train.seed,
@@ -276,19 +292,21 @@ def _fit(
     batch_size_at=lambda step: optim.batch_size_at(cfg.train, step),
     start_step=start,
     num_steps=total,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    shards=partitioning.row_shards(mesh),
+    num_shards=partitioning.row_ways(mesh),
     prefetch=cfg.data.prefetch,
   )
   writer = metrics.MetricWriter(workdir, resume_step=start, enabled=first)
-  _drop_routing_after(workdir, start)
+  if first:
+    _drop_routing_after(workdir, start)
+  stopped_by = ''
   bar = tqdm.tqdm(total=total, initial=start, unit='step', disable=None if first else True)
   with bar:
     for report in train.steps(cfg, mesh, state, batches, timer):
       step, state = report.step, report.state
       bar.update()
-      stopping = bool(stop.name)  # read once: a signal may come at any line below
-      last = step == total or stopping
+      stopped_by = agreement.after_step(stop.name)  # asked once: signals come at any line below
+      last = step == total or bool(stopped_by)
       if step % cfg.train.log_every == 0 or step == total:
         line = {'step': step, **train.host_metrics(report.metrics), **timer.report()}
         writer.write(line)
@@ -297,19 +315,27 @@ def _fit(
         _check_finite(cfg, step, report.metrics)
       with timer.paused():
         every = cfg.train.routing_every
-        if cfg.model.is_moe and first and (step == total or every and step % every == 0):
+        if cfg.model.is_moe and (step == total or every and step % every == 0):
           _write_routing(cfg, workdir, report)
         if cfg.train.eval_every and step % cfg.train.eval_every == 0 and step < total:
           _evaluate_midway(cfg, step, state.variables, corpus, mesh, writer, say)
         if last or checkpointer.is_due(step):
           _check_finite(cfg, step, report.metrics)
           checkpointer.save(step, state, meta(cfg, corpus), force=last)
-      if stopping:
+      if stopped_by:
         break
   writer.close()
   batches.close()
   checkpointer.wait()
-  return state
+  return state, stopped_by if int(state.step) < total else ''
+
+
+def _timer(cfg: config.Config, first: bool) -> metrics.StepTimer:
+  """The clock of the first process; the others' is never looked at, so it measures no peak."""
+  peak = math.inf
+  if first:
+    peak = metrics.matmul_peak(cfg.model.dtype, cache.root(cfg.data.cache_dir))
+  return metrics.StepTimer(flops.train_flops_per_token(cfg.model), peak)
 
 
 def _drop_routing_after(workdir: pathlib.Path, step: int):
@@ -321,7 +347,8 @@ def _drop_routing_after(workdir: pathlib.Path, step: int):
 
 def _write_routing(cfg: config.Config, workdir: pathlib.Path, report: train.StepReport):
   figures = evaluate.routing_figures(cfg.model, report.state.variables, report.metrics.stats)
-  router_metrics.write(workdir / 'routing' / f'{report.step}.npz', figures)
+  if processes.is_first():
+    router_metrics.write(workdir / 'routing' / f'{report.step}.npz', figures)
 
 
 def with_tables(
@@ -360,7 +387,7 @@ def _evaluate_midway(
   corpus: corpus_lib.Corpus,
   mesh: jax.sharding.Mesh,
   writer: metrics.MetricWriter,
-  say: Say,
+  say: run_load.Say,
 ):
   figures = evaluate.evaluate(cfg, variables, corpus, mesh)
   scalars = {'heldout_loss': figures.loss, 'heldout_bits_per_byte': figures.bits_per_byte}
@@ -377,89 +404,3 @@ def _check_finite(cfg: config.Config, step: int, step_metrics: train.StepMetrics
       f'config.optim.peak_lr={cfg.optim.peak_lr} and clip_norm={cfg.optim.clip_norm}; lower the '
       'rate or lengthen config.optim.warmup_steps, and start in a new --workdir'
     )
-
-
-def read_meta(
-  workdir: str | os.PathLike[str], step: int | None = None, flag: str = '--workdir'
-) -> dict[str, Any]:
-  """The `meta` of the newest checkpoint, or of that of `step`; restores no arrays.
-
-  `flag` is what the user calls the directory.
-
-  Raises:
-    errors.InputError: there is none, or it is damaged.
-  """
-  workdir = pathlib.Path(workdir)
-  if not (workdir / 'checkpoints').is_dir():
-    raise errors.InputError(
-      f'{flag}={workdir} holds no checkpoints; train first: python -m experiments.train '
-      f'--config=configs/quickstart.py --workdir={workdir}'
-    )
-  with _reader(workdir) as checkpointer:
-    found = checkpointer.read_meta(step)
-  if found is None:
-    raise errors.InputError(
-      f'{flag}={workdir} holds no finished checkpoint yet; wait for step '
-      'config.checkpoint.save_every, or for the end of the run'
-    )
-  return found
-
-
-def read_config(workdir: str | os.PathLike[str], step: int | None = None) -> config.Config:
-  """The config of a checkpoint, see `read_meta`."""
-  return config.from_dict(read_meta(workdir, step)['config'])
-
-
-def _reader(workdir: pathlib.Path) -> checkpoint.Checkpointer:
-  return checkpoint.Checkpointer(workdir / 'checkpoints', None, read_only=True)
-
-
-def load(workdir: str | os.PathLike[str], step: int | None = None) -> Run:
-  """Loads a checkpoint of a workdir: the newest whole one, or that of `step`.
-
-  Raises:
-    errors.InputError: there is none, it is damaged, or the tokenizer is not the one trained with.
-  """
-  workdir = pathlib.Path(workdir)
-  cfg = read_config(workdir, step)
-  # Whatever it was trained on, it is used on the devices that are here.
-  cfg = dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, data=-1))
-  mesh = partitioning.make_mesh(cfg.mesh)
-  with _reader(workdir) as checkpointer:
-    # The optimizer's moments, twice the size of the weights, are left on the disk.
-    abstract = train.abstract_state(cfg, mesh).variables
-    restored = checkpointer.restore(abstract, step, partial=True)
-  if not (workdir / 'tokenizer.json').is_file():
-    raise errors.InputError(
-      f'--workdir={workdir} has lost its tokenizer.json, without which its checkpoints mean '
-      'nothing; put the file back'
-    )
-  data = cfg.data
-  tokenizer = tokenizer_lib.load(workdir / 'tokenizer.json', data.bos_token, data.eos_token)
-  tokenizer_lib.check_vocab_size(tokenizer, cfg.model.vocab_size)
-  if digest(tokenizer) != restored.meta['tokenizer']:
-    raise errors.InputError(
-      f'{workdir / "tokenizer.json"} is not the tokenizer that the checkpoint of step '
-      f'{restored.step} was trained with; put the original file back'
-    )
-  return Run(
-    cfg,
-    mesh,
-    restored.state,
-    tokenizer,
-    restored.step,
-    restored.meta['data_fingerprint'],
-  )
-
-
-def heldout_corpus(run: Run, workdir: str | os.PathLike[str], warn: Say) -> corpus_lib.Corpus:
-  """The corpus of a loaded run, tokenised with the run's own tokenizer."""
-  path = str(pathlib.Path(workdir) / 'tokenizer.json')
-  data = dataclasses.replace(run.cfg.data, tokenizer=path)
-  corpus = corpus_lib.load_corpus(data, run.cfg.model.vocab_size, run.cfg.train.seed)
-  if corpus.fingerprint != run.data_fingerprint:
-    warn(
-      'the text at config.data.path has changed since training (another Python version, edited '
-      'files): held-out figures are of the text as it is now'
-    )
-  return corpus

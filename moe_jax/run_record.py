@@ -13,8 +13,8 @@ import pathlib
 import platform
 import subprocess
 import tempfile
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import moe_jax
 from moe_jax import config, errors, files
@@ -29,10 +29,32 @@ PACKAGES = (
   'tokenizers',
   'numpy',
 )
+# Where and how the numbers are computed, not which: another mesh, or another way for tokens to
+# travel, continues the same run. Keys, or sections with all that is in them.
+PLACEMENT = ('mesh', 'model.moe.exchange', 'model.moe.grouped_matmul', 'train.loss_chunk')
 _Path = str | os.PathLike[str]
 
 
-def check_workdir(workdir: _Path, new_config: config.Config, allow_change: bool) -> list[str]:
+class Differences(NamedTuple):
+  """Lines `key: old -> new` of two configs."""
+
+  changes: list[str]
+  placement: list[str]  # of `PLACEMENT`, which any run may change
+
+
+def differences(old: Mapping[str, Any], new_config: config.Config) -> Differences:
+  """In what a recorded config differs from that of this start."""
+  # Through JSON, like the old one: tuples are lists there.
+  lines = config.diff(old, json.loads(json.dumps(config.to_dict(new_config))))
+  placed = [line for line in lines if _is_placement(line.partition(':')[0])]
+  return Differences([line for line in lines if line not in placed], placed)
+
+
+def _is_placement(key: str) -> bool:
+  return any(key == name or key.startswith(f'{name}.') for name in PLACEMENT)
+
+
+def check_workdir(workdir: _Path, new_config: config.Config, allow_change: bool) -> Differences:
   """Makes `workdir` and makes sure that this run may use it; call before anything is compiled.
 
   Args:
@@ -41,17 +63,17 @@ def check_workdir(workdir: _Path, new_config: config.Config, allow_change: bool)
     allow_change: continue a run under another config (`--allow_config_change`).
 
   Returns:
-    Lines `key: old -> new` where `new_config` differs from the config in the workdir.
+    Where `new_config` differs from the config in the workdir.
 
   Raises:
     errors.InputError: the workdir cannot be written, or holds a run of another config and
       `allow_change` is False.
   """
   workdir = pathlib.Path(workdir)
-  changes = _changes(workdir / 'config.json', new_config, allow_change)
-  if changes and not allow_change:
+  found = _changes(workdir / 'config.json', new_config, allow_change)
+  if found.changes and not allow_change:
     raise errors.InputError(
-      f'--workdir={workdir} holds a run of another config: {"; ".join(changes)}. Use another '
+      f'--workdir={workdir} holds a run of another config: {"; ".join(found.changes)}. Use another '
       '--workdir, undo the change, or pass --allow_config_change to go on under the new config'
     )
   try:
@@ -63,7 +85,7 @@ def check_workdir(workdir: _Path, new_config: config.Config, allow_change: bool)
       f'--workdir={workdir} must be a directory that can be written: {e.strerror or e}; choose '
       'another --workdir, or free this one'
     ) from e
-  return changes
+  return found
 
 
 def write(
@@ -117,22 +139,21 @@ def git_state() -> dict[str, Any] | None:
   }
 
 
-def _changes(path: pathlib.Path, new_config: config.Config, allow_change: bool) -> list[str]:
+def _changes(path: pathlib.Path, new_config: config.Config, allow_change: bool) -> Differences:
   try:
     old = json.loads(path.read_text(encoding='utf-8'))['config']
     if not isinstance(old, dict):
       raise ValueError('its config is not a section')
   except (FileNotFoundError, NotADirectoryError):
-    return []
+    return Differences([], [])
   except (OSError, ValueError, KeyError, TypeError) as e:
     if allow_change:
-      return [f'config.json: unreadable ({e}) -> replaced']
+      return Differences([f'config.json: unreadable ({e}) -> replaced'], [])
     raise errors.InputError(
       f'{path} is not the record of a run ({e!r}); restore it, use another --workdir, or pass '
       '--allow_config_change to replace it (it is kept beside the new one)'
     ) from e
-  # Through JSON, like the old one: tuples are lists there.
-  return config.diff(old, json.loads(json.dumps(config.to_dict(new_config))))
+  return differences(old, new_config)
 
 
 def _git(root: pathlib.Path, *args: str) -> str | None:

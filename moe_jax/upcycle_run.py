@@ -20,6 +20,7 @@ from moe_jax import (
   losses,
   optim,
   partitioning,
+  run_load,
   run_record,
   similarity,
   train,
@@ -66,17 +67,17 @@ def create(
     0 <= noise < math.inf, f'--noise={noise} must be a number of at least 0; 0 makes exact copies'
   )
   _check_no_checkpoints(workdir)
-  meta = run_lib.read_meta(source, step)
+  meta = run_load.read_meta(source, step)
   layout = upcycle.plan(config.from_dict(meta['config']).model, cfg.model)
   mesh, corpus = run_lib.prepare(cfg)
   errors.require(
-    run_lib.digest(corpus.tokenizer) == meta['tokenizer'],
+    run_load.digest(corpus.tokenizer) == meta['tokenizer'],
     f'config.data.tokenizer={cfg.data.tokenizer!r} is not the tokenizer of the dense run, whose '
     f'embedding is copied; pass --config.data.tokenizer={pathlib.Path(source) / "tokenizer.json"}',
   )
   # A record without a checkpoint is of a run that never was; it is kept beside the new one.
   run_record.check_workdir(workdir, cfg, allow_change=True)
-  dense = run_lib.load(source, step)
+  dense = run_load.load(source, step)
   state = _state(dense, cfg, mesh, corpus, noise)
   summary = _summary(dense, cfg, state, layout, noise, _difference(dense, cfg, mesh, corpus, state))
   first = jax.process_index() == 0
@@ -102,7 +103,7 @@ def _check_no_checkpoints(workdir: pathlib.Path):
 
 
 def _state(
-  dense: run_lib.Run,
+  dense: run_load.Run,
   cfg: config.Config,
   mesh: jax.sharding.Mesh,
   corpus: corpus_lib.Corpus,
@@ -145,7 +146,7 @@ def _compare(
 
 
 def _difference(
-  dense: run_lib.Run,
+  dense: run_load.Run,
   cfg: config.Config,
   mesh: jax.sharding.Mesh,
   corpus: corpus_lib.Corpus,
@@ -183,7 +184,7 @@ def _fewest_rows(model: config.ModelConfig, ways: int) -> int:
 
 
 def _summary(
-  dense: run_lib.Run,
+  dense: run_load.Run,
   cfg: config.Config,
   state: train.TrainState,
   layout: upcycle.Layout,

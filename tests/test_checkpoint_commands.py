@@ -8,7 +8,7 @@ import pytest
 from configs import smoke
 from experiments import evaluate, leakage
 from experiments import routing as routing_command
-from moe_jax import config, errors, partitioning, run
+from moe_jax import config, errors, partitioning, run, run_load
 
 MAKE_MESH = partitioning.make_mesh
 
@@ -83,7 +83,7 @@ def test_capacity_can_be_enforced_at_evaluation(workdir, capsys):
 def test_bad_input_shows_before_anything_is_loaded(
   workdir, command, arguments, message, monkeypatch
 ):
-  monkeypatch.setattr(run, 'load', lambda *unused: pytest.fail('loaded'))
+  monkeypatch.setattr(run_load, 'load', lambda *unused: pytest.fail('loaded'))
   with pytest.raises(errors.InputError, match=message):
     in_process.run(command, f'--workdir={workdir}', *arguments)
 

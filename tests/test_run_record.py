@@ -26,6 +26,9 @@ CHANGED = dataclasses.replace(
 )
 
 
+NOTHING = ([], [])
+
+
 def write(workdir, cfg=CONFIG, argv=('train.py', '--x')):
   return run_record.write(workdir, cfg, argv=argv, data_fingerprint={'sha256': 'ab'})
 
@@ -47,9 +50,9 @@ def test_record_holds_config_versions_and_origin(tmp_path):
 
 def test_the_same_run_may_go_on(tmp_path):
   workdir = tmp_path / 'deep/run'
-  assert run_record.check_workdir(workdir, CONFIG, allow_change=False) == []
+  assert run_record.check_workdir(workdir, CONFIG, allow_change=False) == NOTHING
   write(workdir)
-  assert run_record.check_workdir(workdir, CONFIG, allow_change=False) == []
+  assert run_record.check_workdir(workdir, CONFIG, allow_change=False) == NOTHING
   write(workdir)
   assert names(workdir) == ['config.json'], 'an equal record is not written again'
 
@@ -65,9 +68,33 @@ def test_another_config_is_refused_by_key(tmp_path):
   assert (tmp_path / 'config.json').read_bytes() == before
 
 
+def test_another_mesh_is_the_same_run(tmp_path):
+  write(tmp_path)
+  moe = dataclasses.replace(CONFIG.model.moe, grouped_matmul='ragged_dot')
+  moved = dataclasses.replace(
+    CONFIG,
+    mesh=dataclasses.replace(CONFIG.mesh, data=7, expert=3),
+    model=dataclasses.replace(CONFIG.model, moe=moe),
+    train=dataclasses.replace(CONFIG.train, loss_chunk=64),
+  )
+  changes, placement = run_record.check_workdir(tmp_path, moved, allow_change=False)
+  assert changes == []
+  assert [line.partition(':')[0] for line in placement] == [
+    *('mesh.data', 'mesh.expert', 'model.moe.grouped_matmul', 'train.loss_chunk')
+  ]
+
+
+def test_placement_names_exist():
+  values = config.to_dict(CONFIG)
+  for name in run_record.PLACEMENT:
+    found = values
+    for key in name.split('.'):
+      found = found[key]
+
+
 def test_an_allowed_change_keeps_the_older_records(tmp_path):
   write(tmp_path)
-  changes = run_record.check_workdir(tmp_path, CHANGED, allow_change=True)
+  changes, _ = run_record.check_workdir(tmp_path, CHANGED, allow_change=True)
   assert [line.split(':')[0] for line in changes] == ['optim.peak_lr', 'train.batch_ramp']
   write(tmp_path, CHANGED)
   write(tmp_path, CHANGED, argv=['other'])
@@ -82,7 +109,7 @@ def test_a_broken_record_is_refused_or_kept(tmp_path, text):
   (tmp_path / 'config.json').write_text(text)
   with pytest.raises(errors.InputError, match='not the record of a run.*--workdir'):
     run_record.check_workdir(tmp_path, CONFIG, allow_change=False)
-  assert run_record.check_workdir(tmp_path, CONFIG, allow_change=True)
+  assert run_record.check_workdir(tmp_path, CONFIG, allow_change=True).changes
   write(tmp_path)
   assert (tmp_path / 'config.1.json').read_text() == text
 
@@ -94,7 +121,7 @@ def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
       run_record.check_workdir(workdir, CONFIG, allow_change=False)
   with pytest.raises(errors.InputError, match='must be a directory'):
     run_record.check_workdir('/proc/self', CONFIG, allow_change=False)
-  assert run_record.check_workdir(tmp_path / 'run', CONFIG, allow_change=False) == []
+  assert run_record.check_workdir(tmp_path / 'run', CONFIG, allow_change=False) == NOTHING
   assert names(tmp_path / 'run') == [], 'the probe leaves nothing behind'
 
 

@@ -21,6 +21,7 @@ from moe_jax import (
   partitioning,
   router_metrics,
   run,
+  run_load,
   similarity,
   upcycle,
   upcycle_run,
@@ -246,7 +247,7 @@ def dense(cache, tmp_path_factory):
   return workdir
 
 
-def first_loss(loaded: run.Run, cfg: config.Config) -> float:
+def first_loss(loaded: run_load.Run, cfg: config.Config) -> float:
   """Loss of a model on the first training batch of `cfg`."""
   _, corpus = run.prepare(cfg)
   size = cfg.train.batch_size
@@ -276,7 +277,7 @@ def test_training_goes_on_from_the_dense_models_loss(cache, dense, tmp_path):
   assert 'resuming after step 0 of 2' in lines
   points = metrics.read_metrics(tmp_path)
   assert [p['step'] for p in points] == [1, 2]
-  want = first_loss(run.load(dense), cfg)
+  want = first_loss(run_load.load(dense), cfg)
   assert points[0]['loss'] == pytest.approx(want, abs=1e-5)
   assert want < metrics.read_metrics(dense)[0]['loss'] - 0.5  # it has been trained
   figures = router_metrics.read(tmp_path / 'routing/1.npz')

@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from moe_jax import config, config_moe, errors, optim, partitioning, router_metrics
-from moe_jax import run as run_lib
+from moe_jax import config, config_moe, errors, optim, partitioning, router_metrics, run_load
 from moe_jax.analysis import virtual_devices
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import pipeline
@@ -76,7 +75,7 @@ def _choices(model: config.ModelConfig, variables: Any, batch: dict[str, jax.Arr
   return apply(model, variables, batch)[1]
 
 
-def collect(run: run_lib.Run, corpus: corpus_lib.Corpus, num_batches: int) -> Recording:
+def collect(run: run_load.Run, corpus: corpus_lib.Corpus, num_batches: int) -> Recording:
   """Records the choices for the training batches 0 .. num_batches - 1.
 
   Batches are those that training saw, in micro-batches of the same rows; the model is the
@@ -103,7 +102,7 @@ def collect(run: run_lib.Run, corpus: corpus_lib.Corpus, num_batches: int) -> Re
   return Recording(*arrays)
 
 
-def _record(batch: dict[str, np.ndarray], run: run_lib.Run) -> np.ndarray:
+def _record(batch: dict[str, np.ndarray], run: run_load.Run) -> np.ndarray:
   """[layers, B, L, K] of a whole batch; micro-batch i has rows i, i + n, ... as in training."""
   num_rows = len(batch['row'])
   num_micro = num_rows // (run.cfg.train.micro_batch_size or num_rows)

@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import config, errors, evaluate, overrides, partitioning
-from moe_jax import run as run_lib
+from moe_jax import config, errors, evaluate, overrides, partitioning, run_load
 from moe_jax.analysis import assignments, leakage
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import packing
@@ -32,7 +31,7 @@ class Probe:
   log_likelihood_change: float  # nats, mean absolute over the targets predicted there
 
 
-def probe(run: run_lib.Run, corpus: corpus_lib.Corpus) -> Probe:
+def probe(run: run_load.Run, corpus: corpus_lib.Corpus) -> Probe:
   """Runs all whole rows of the held-out split in both forms.
 
   Raises:
@@ -97,7 +96,7 @@ def splice(row: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[str
 
 
 def _compare(
-  run: run_lib.Run, before: dict[str, np.ndarray], after: dict[str, np.ndarray]
+  run: run_load.Run, before: dict[str, np.ndarray], after: dict[str, np.ndarray]
 ) -> tuple[list[np.ndarray], float]:
   """Choices [layers, B, L, K] of both runs, and the summed absolute change of log-likelihoods."""
   targets = np.where(_first_half(before['targets'] >= 0), before['targets'], -1)
@@ -143,7 +142,7 @@ def theory(model: config.ModelConfig) -> dict[str, float] | None:
   }
 
 
-def heldout_losses(run: run_lib.Run, corpus: corpus_lib.Corpus) -> dict[str, float]:
+def heldout_losses(run: run_load.Run, corpus: corpus_lib.Corpus) -> dict[str, float]:
   """Held-out loss in nats per target, `as_trained` and, for 'expert_choice', `shuffled`.
 
   Shuffling deals the tokens to chunks at random; the loss that it costs was leakage, or the habit

@@ -2,14 +2,14 @@
 
 The training rows form one endless stream with random access: each component's rows, shuffled anew
 in every epoch, interleaved by weight. Step n takes the rows after those of all earlier steps, and
-each process a contiguous slice of them. So resuming needs only n, and any number of processes sees
-the same global batch. Threads read ahead of the device; they change when a batch is made, never
-which.
+each process those parts of them that its devices hold. So resuming needs only n, and any mesh and
+number of processes sees the same global batch. Threads read ahead of the device; they change when a
+batch is made, never which.
 
-Legend: B global batch size, L max_seq_len, P process_count.
+Legend: B global batch size, L max_seq_len, S equal parts of B, s of them here.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -28,26 +28,26 @@ def check_corpus(
   *,
   max_seq_len: int,
   batch_sizes: Iterable[int],
-  process_count: int = 1,
+  num_shards: int = 1,
 ):
-  """Checks that every batch can be filled with distinct rows and divided among the processes.
+  """Checks that every batch can be filled with distinct rows and divided into parts.
 
   Args:
     corpus: the text.
     max_seq_len: L.
     batch_sizes: every global batch size that the run will use.
-    process_count: P.
+    num_shards: S.
 
   Raises:
     errors.InputError: names the numbers and the ways out.
   """
   sizes = set(batch_sizes)
   for size in sorted(sizes):
-    if size % process_count:
+    if size % num_shards:
       raise errors.InputError(
-        f'config.train.batch_size={size} (or a size of train.batch_ramp) must be divisible by the '
-        f'{process_count} processes; choose {-(-size // process_count) * process_count}, or change '
-        'the number of processes'
+        f'config.train.batch_size={size} (or a size of train.batch_ramp) must be divisible by '
+        f'{num_shards}, the parts that devices take it in; choose '
+        f'{-(-size // num_shards) * num_shards}, or change config.mesh'
       )
   largest = max(sizes, default=0)
   for i, (split, weight) in enumerate(zip(corpus.train, corpus.weights)):
@@ -65,7 +65,7 @@ def check_corpus(
 
 
 class TrainBatches:
-  """This process's slices of the global batches, by step: a source with random access for grain."""
+  """This process's parts of the global batches, by step: a source with random access for grain."""
 
   def __init__(
     self,
@@ -75,8 +75,8 @@ class TrainBatches:
     max_seq_len: int,
     batch_size_at: Callable[[int], int],
     num_steps: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    shards: Sequence[int] = (0,),
+    num_shards: int = 1,
   ):
     """Lays out the row stream; arguments as in `train_batches`."""
     sizes = np.fromiter((batch_size_at(n) for n in range(num_steps)), np.int64, num_steps)
@@ -84,21 +84,21 @@ class TrainBatches:
       corpus,
       max_seq_len=max_seq_len,
       batch_sizes=np.unique(sizes).tolist(),
-      process_count=process_count,
+      num_shards=num_shards,
     )
     self._starts = np.concatenate([[0], np.cumsum(sizes)])  # [num_steps + 1] first row of each step
     self._rows = _row_stream(corpus, seed, max_seq_len)
-    self._process_index, self._process_count = process_index, process_count
+    self._shards, self._num_shards = tuple(shards), num_shards
 
   def __len__(self) -> int:
     return len(self._starts) - 1
 
   def __getitem__(self, step: int) -> Batch:
-    """Returns the batch of `step`: int32 [B / P, L] arrays, see `packing.Packing`."""
+    """Returns the batch of `step`: int32 [B s / S, L] arrays, see `packing.Packing`."""
     start, size = int(self._starts[step]), int(self._starts[step + 1] - self._starts[step])
-    share = size // self._process_count
-    begin = start + self._process_index * share
-    return packing.stack([self._rows[i] for i in range(begin, begin + share)])
+    share = size // self._num_shards
+    begins = [start + shard * share for shard in self._shards]
+    return packing.stack([self._rows[i] for begin in begins for i in range(begin, begin + share)])
 
 
 def _row_stream(corpus: corpus_lib.Corpus, seed: int, max_seq_len: int) -> grain.MapDataset:
@@ -123,8 +123,8 @@ def train_batches(
   batch_size_at: Callable[[int], int],
   start_step: int,
   num_steps: int,
-  process_index: int = 0,
-  process_count: int = 1,
+  shards: Sequence[int] = (0,),
+  num_shards: int = 1,
   prefetch: int = 8,
 ) -> Iterator[Batch]:
   """Yields this process's batches of the steps start_step, ..., num_steps - 1.
@@ -136,13 +136,13 @@ def train_batches(
     batch_size_at: step -> B, the global batch size; must be a pure function.
     start_step: first step to yield.
     num_steps: length of the whole run.
-    process_index: which slice of the global batch.
-    process_count: P; must divide every batch size.
+    shards: which parts of the global batch, see `partitioning.row_shards`.
+    num_shards: S; must divide every batch size.
     prefetch: batches made ahead.
 
   Returns:
-    An iterator of dicts of int32 [B / P, L], see `packing.Packing`. Closing it, or leaving it, ends
-    its threads.
+    An iterator of dicts of int32 [B s / S, L], see `packing.Packing`. Closing it, or leaving it,
+    ends its threads.
 
   Raises:
     errors.InputError: at once, see `check_corpus`.
@@ -153,8 +153,8 @@ def train_batches(
     max_seq_len=max_seq_len,
     batch_size_at=batch_size_at,
     num_steps=num_steps,
-    process_index=process_index,
-    process_count=process_count,
+    shards=shards,
+    num_shards=num_shards,
   )
   return _prefetched(source, start_step, prefetch)
 

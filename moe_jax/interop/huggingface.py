@@ -1,6 +1,6 @@
 """Hugging Face checkpoints of the DeepSeek families in and out of workdirs, a tensor at a time.
 
-`import_checkpoint` makes a workdir with a checkpoint of step 0, which `run.load` and
+`import_checkpoint` makes a workdir with a checkpoint of step 0, which `run_load.load` and
 `config.init_from` read like any other; `export_checkpoint` makes a directory that transformers (or
 a released model's own code) reads. Both write beside their target and rename at the end. `load` and
 `save` are the same with all weights in memory.
@@ -21,8 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import checkpoint_stream, config, errors, files, run_record
-from moe_jax import run as run_lib
+from moe_jax import checkpoint_stream, config, errors, files, run_load, run_record
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.interop import (
   export_plan,
@@ -136,7 +135,7 @@ def import_checkpoint(
   meta = {
     'config': config.to_dict(cfg),
     'data_fingerprint': _NO_DATA,
-    'tokenizer': run_lib.digest(tokenizer),
+    'tokenizer': run_load.digest(tokenizer),
   }
   leaves = source_lib.abstract_leaves(cfg.model)
   total = sum(tensor.num_bytes for tensor in found.tensors.values())
@@ -188,7 +187,7 @@ def export_checkpoint(
   """
   began = time.monotonic()
   workdir, directory = pathlib.Path(workdir), pathlib.Path(directory)
-  meta = run_lib.read_meta(workdir, step)
+  meta = run_load.read_meta(workdir, step)
   cfg = config.from_dict(meta['config'])
   record = sidecar.read_record(workdir)
   kept = workdir / sidecar.DIRECTORY

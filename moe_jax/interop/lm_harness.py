@@ -18,8 +18,7 @@ from lm_eval import evaluator, tasks
 from lm_eval import utils as harness_utils
 from lm_eval.api import model as harness_model
 
-from moe_jax import config, errors, generate, partitioning
-from moe_jax import run as run_lib
+from moe_jax import config, errors, generate, partitioning, run_load
 from moe_jax import sampling as sampling_lib
 from moe_jax.models import transformer
 
@@ -29,7 +28,7 @@ _DEFAULT_NEW_TOKENS = 256  # the harness's own default where a task names none
 
 
 def evaluate_tasks(
-  run: run_lib.Run,
+  run: run_load.Run,
   names: Sequence[str],
   *,
   include_path: str = '',
@@ -110,7 +109,7 @@ def _continuation(
 class Harness(harness_model.TemplateLM):
   """A loaded run as a language model of the harness."""
 
-  def __init__(self, run: run_lib.Run, batch_size: int):
+  def __init__(self, run: run_load.Run, batch_size: int):
     super().__init__()
     self._run, self._rows = run, batch_size
     self._ways = partitioning.row_ways(run.mesh)
@@ -139,7 +138,7 @@ class Harness(harness_model.TemplateLM):
   @property
   def tokenizer_name(self) -> str:
     """Names the tokenizer in the harness's caches."""
-    return run_lib.digest(self._run.tokenizer)
+    return run_load.digest(self._run.tokenizer)
 
   def tok_encode(
     self, string: str, add_special_tokens: bool | None = None, **unused: Any

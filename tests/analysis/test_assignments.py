@@ -18,6 +18,7 @@ from moe_jax import (
   partitioning,
   router_metrics,
   run,
+  run_load,
   train,
 )
 from moe_jax.analysis import assignments
@@ -69,7 +70,7 @@ def fresh(cache):
   cfg = make_config(cache)
   mesh, corpus = run.prepare(cfg)
   variables = train.init_state(cfg, mesh).variables
-  return run.Run(cfg, mesh, variables, corpus.tokenizer, 0, corpus.fingerprint), corpus
+  return run_load.Run(cfg, mesh, variables, corpus.tokenizer, 0, corpus.fingerprint), corpus
 
 
 @pytest.fixture(scope='module')

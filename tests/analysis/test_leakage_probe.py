@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from moe_jax import config, errors, partitioning, run, train
+from moe_jax import config, errors, partitioning, run, run_load, train
 from moe_jax.analysis import leakage, leakage_probe
 from moe_jax.data import packing
 
@@ -44,7 +44,7 @@ def fresh(cache, **overrides):
   cfg = config.from_dict(page.to_dict())
   mesh, corpus = run.prepare(cfg)
   variables = train.init_state(cfg, mesh).variables
-  return run.Run(cfg, mesh, variables, corpus.tokenizer, 0, corpus.fingerprint), corpus
+  return run_load.Run(cfg, mesh, variables, corpus.tokenizer, 0, corpus.fingerprint), corpus
 
 
 def test_topk_is_causal(cache):

@@ -16,8 +16,7 @@ from interop import checkpoints
 
 from configs import base
 from experiments import convert
-from moe_jax import checkpoint, checkpoint_stream, config, errors, partitioning, train
-from moe_jax import run as run_lib
+from moe_jax import checkpoint, checkpoint_stream, config, errors, partitioning, run_load, train
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.interop import huggingface, source
 
@@ -103,7 +102,7 @@ def test_dtypes(tmp_path):
   hf = checkpoints.config('deepseek_v3')
   original = checkpoints.write(tmp_path / 'in', hf, checkpoints.tensors(hf))
   import_(original, tmp_path / 'run', '--param_dtype=float32')
-  assert run_lib.read_config(tmp_path / 'run').model.param_dtype == 'float32'
+  assert run_load.read_config(tmp_path / 'run').model.param_dtype == 'float32'
   export(tmp_path / 'run', tmp_path / 'same')
   assert checkpoints.read(tmp_path / 'same') == checkpoints.read(original)
   export(tmp_path / 'run', tmp_path / 'wide', '--dtype=float32', '--step=0')
@@ -127,7 +126,7 @@ def imported(tmp_path_factory):
 
 def test_the_workdir_is_a_run(imported):
   original, workdir = imported
-  run = run_lib.load(workdir)
+  run = run_load.load(workdir)
   assert run.step == 0 and run.tokenizer.bos_id == 0 and run.tokenizer.eos_id == 1
   data = run.cfg.data
   assert (data.bos_token, data.eos_token) == ('<s>', '</s>')
@@ -155,7 +154,7 @@ def rewritten(imported, tmp_path, cfg, **arrays):
 
 @pytest.mark.parametrize('newer', [False, True])
 def test_only_what_has_changed_is_changed_in_config_json(imported, tmp_path, newer):
-  values = config.to_dict(run_lib.read_config(imported[1]))
+  values = config.to_dict(run_load.read_config(imported[1]))
   values['model']['max_seq_len'] = 128
   values['model']['attention']['rope']['theta'] = 5000.0
   workdir = rewritten(imported, tmp_path, config.from_dict(values))
@@ -183,7 +182,7 @@ def test_a_tied_head_that_was_trained_is_untied(tmp_path, capsys):
   hf = checkpoints.config('llama', tie_word_embeddings=True)
   original = checkpoints.write(tmp_path / 'in', hf, checkpoints.tensors(hf))
   huggingface.import_checkpoint(original, tiny.values(), tmp_path / 'run')
-  cfg = run_lib.read_config(tmp_path / 'run')
+  cfg = run_load.read_config(tmp_path / 'run')
   head = np.full((checkpoints.D, checkpoints.V), 2.0, ml_dtypes.bfloat16)
   workdir = rewritten((original, tmp_path / 'run'), tmp_path, cfg, **{'params/head': head})
   export(workdir, tmp_path / 'out')
@@ -235,7 +234,7 @@ def test_an_export_of_a_run_that_was_not_imported(imported, tmp_path):
   tokens = json.loads((tmp_path / 'out/tokenizer_config.json').read_text())
   assert (tokens['bos_token'], tokens['eos_token']) == ('<s>', '</s>')
   cfg, _ = huggingface.load(tmp_path / 'out', tiny.values())
-  assert cfg.model == run_lib.read_config(imported[1]).model
+  assert cfg.model == run_load.read_config(imported[1]).model
 
 
 def changed(name: str, function):
@@ -356,7 +355,7 @@ def test_tokens_by_id(imported, tmp_path):
   hf = json.loads((directory / 'config.json').read_text())
   (directory / 'config.json').write_text(json.dumps(hf | {'eos_token_id': [2, 1]}))
   import_(directory, tmp_path / 'run')
-  data = run_lib.read_config(tmp_path / 'run').data
+  data = run_load.read_config(tmp_path / 'run').data
   assert (data.bos_token, data.eos_token) == ('<s>', 'a')
   (directory / 'config.json').write_text(json.dumps(hf | {'eos_token_id': None}))
   with pytest.raises(errors.InputError, match='says which token is eos_token'):
@@ -423,7 +422,7 @@ def test_what_a_killed_import_left_is_cleared(imported, tmp_path):
   (tmp_path / 'run').mkdir()  # an empty workdir is well
   import_(imported[0], tmp_path / 'run')
   assert [path.name for path in tmp_path.iterdir()] == ['run']
-  assert run_lib.read_meta(tmp_path / 'run')['step'] == 0
+  assert run_load.read_meta(tmp_path / 'run')['step'] == 0
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import tiny
 
 pytest.importorskip('lm_eval')
 
-from moe_jax import errors, generate, run
+from moe_jax import errors, generate, run_load
 from moe_jax import sampling as sampling_lib
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.interop import lm_harness
@@ -64,7 +64,7 @@ def loaded():
   tokenizer = tokenizer_lib.byte_tokenizer(CFG.data.bos_token, CFG.data.eos_token)
   whole = jax.NamedSharding(mesh, jax.P())
   variables = jax.device_put({'params': tiny.params(CFG.model), 'router_state': {}}, whole)
-  return run.Run(CFG, mesh, variables, tokenizer, 7, 'none')
+  return run_load.Run(CFG, mesh, variables, tokenizer, 7, 'none')
 
 
 def logp(loaded, context, target):

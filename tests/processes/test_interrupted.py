@@ -1,0 +1,74 @@
+"""Real processes that are stopped and killed; all of them go on as if nothing had been."""
+
+import signal
+import time
+
+import launch
+import pytest
+
+NUM_STEPS = 60
+SETTINGS = {'train.num_steps': NUM_STEPS, 'checkpoint.save_every': 10}
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory):
+  return tmp_path_factory.mktemp('cache')
+
+
+@pytest.fixture(scope='module')
+def unbroken(cache, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('unbroken')
+  launch.run(workdir, cache, 2, 2, settings=SETTINGS)
+  figures = launch.figures(workdir)
+  assert [f[0] for f in figures] == list(range(1, NUM_STEPS + 1))
+  return figures
+
+
+@pytest.mark.parametrize('victim', [0, 1])
+def test_a_killed_process_ends_the_others_and_all_go_on(unbroken, cache, tmp_path, victim):
+  processes = launch.start(tmp_path, cache, 2, 2, settings=SETTINGS)
+  launch.wait_for_step(tmp_path, 25, processes)
+  processes[victim].send_signal(signal.SIGKILL)
+  begin = time.monotonic()
+  (status, _, error), (killed, _, _) = sorted(
+    launch.join(processes), key=lambda found: found[0] == -signal.SIGKILL
+  )
+  assert killed == -signal.SIGKILL and status != 0
+  # Sockets close at once, the grace is 2 s, and a heartbeat would take 20.
+  assert time.monotonic() - begin < 15
+  assert f'error: process {victim} (' in error and 'was killed or has crashed' in error
+  assert 'start all processes again' in error
+  out = launch.run(tmp_path, cache, 2, 2, settings=SETTINGS)[0]
+  assert 'resuming after step' in out
+  assert launch.figures(tmp_path) == unbroken
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(unbroken, cache, tmp_path):
+  processes = launch.start(tmp_path, cache, 2, 2, settings=SETTINGS)
+  launch.wait_for_step(tmp_path, 5, processes)
+  processes[1].send_signal(signal.SIGTERM)
+  (status, out, _), (other, said, _) = launch.join(processes)
+  assert (status, other, said) == (0, 0, '')
+  done = len(launch.figures(tmp_path))
+  assert 5 <= done < NUM_STEPS
+  assert f'stopped by SIGTERM after step {done}, which is saved' in out
+  assert 'resume on every process with: python -m experiments.train' in out
+  assert '--process_id' not in out
+  assert (tmp_path / 'checkpoints' / str(done)).is_dir()
+  out = launch.run(tmp_path, cache, 2, 2, settings=SETTINGS)[0]
+  assert f'resuming after step {done} of {NUM_STEPS}' in out
+  assert launch.figures(tmp_path) == unbroken
+
+
+def test_bad_input_of_one_process_ends_all_with_its_words(cache, tmp_path):
+  """The second process alone cannot write its cache."""
+  (tmp_path / 'file').touch()
+  first = launch.start(tmp_path / 'run', cache, 2, 1, only=range(1))
+  address = next(argument for argument in first[0].args if argument.startswith('--coordinator='))
+  second = launch.start(tmp_path / 'run', tmp_path / 'file', 2, 1, address, only=range(1, 2))
+  (status, _, error), (other, _, words) = launch.join(first + second)
+  assert (status, other) == (2, 2)
+  assert words.startswith('error: config.data.cache_dir: cannot write')
+  assert error.startswith('error: process 1: config.data.cache_dir: cannot write')
