@@ -78,7 +78,7 @@ def collectives(text: str, mesh: Any) -> list[Collective]:
   """
   module = hlo_text.parse(text)
   groups = _Groups(mesh, module.num_partitions)
-  found = []
+  found, chains = [], {}
   for run in module.runs():
     scatters = _scatters(run.computation) if run.in_fusion else False
     for instruction in run.computation.instructions.values():
@@ -91,17 +91,33 @@ def collectives(text: str, mesh: Any) -> list[Collective]:
       operand = _operand_bytes(run.computation, instruction, kind)
       if kind == 'all-reduce' and scatters:
         kind = 'reduce-scatter'
-      found.append(
-        Collective(
-          kind=kind,
-          axes=groups.axes(group),
-          bytes=operand * on_the_wire(kind, len(group)),
-          count=run.count,
-          op_name=instruction.op_name,
-          is_known=run.is_known,
-        )
+      one = Collective(
+        kind=kind,
+        axes=groups.axes(group),
+        bytes=operand * on_the_wire(kind, len(group)),
+        count=run.count,
+        op_name=instruction.op_name,
+        is_known=run.is_known,
       )
+      chain = _chain(instruction)
+      if chain is None:
+        found.append(one)
+      elif chain not in chains:
+        chains[chain] = len(found)
+        found.append(one)
+      elif one.count < found[chains[chain]].count:
+        found[chains[chain]] = one
   return found
+
+
+def _chain(instruction: hlo_text.Instruction) -> tuple[str, ...] | None:
+  """What the pieces of one collective share that TPUs spread over fusions, to run beside them.
+
+  Some of the fusions stand in a loop of their own: it runs as often as the piece that runs least.
+  """
+  chain = re.search(r'chain_id="(\d+)"', instruction.attributes)
+  channel = re.search(r'channel_id=(\d+)', instruction.attributes)
+  return (instruction.opcode, channel[1], chain[1]) if chain and channel else None
 
 
 def summary(text: str, mesh: Any) -> str:

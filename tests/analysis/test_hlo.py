@@ -166,6 +166,18 @@ ENTRY %main (x: f32[8,4]) -> f32[4,4] {
   assert (found.kind, found.axes, found.bytes) == ('reduce-scatter', ('fsdp',), 64)
 
 
+def test_pieces_of_one_collective_are_counted_once():
+  piece = 'replica_groups=[4,2]<=[8], to_apply=%add'
+  chained = 'channel_id=5, ' + piece + ', frontend_attributes={chain_id="3"}'
+  text = LOOP.replace(piece, chained)
+  # Its start, before the loop.
+  text = text.replace(
+    '  %first = s32[]', f'  %begun = f32[8,4]{{1,0}} all-reduce(%x), {chained}\n  %first = s32[]'
+  )
+  (found,) = hlo.collectives('HloModule test, num_partitions=8\n' + text, MESH)
+  assert (found.count, found.bytes) == (1, 128.0)
+
+
 def test_a_loop_is_multiplied_out_from_its_condition():
   text = 'HloModule test, num_partitions=8\n' + LOOP
   (found,) = hlo.collectives(text, MESH)

@@ -13,17 +13,22 @@ from moe_jax.models.dispatch import DISPATCHES, gather, grouped, plan
 
 T, K, E, D, F = 21, 2, 5, 12, 10  # 42 choices: not a multiple of the block of 64
 ARGS = ('x', 'gates', 'gate_up', 'down')
-KERNELS = (('dropless', 'blocks'), ('dropless', 'ragged_dot'), ('capacity', ''), ('gather', ''))
+KERNELS = (
+  *(('dropless', name) for name in ('blocks', 'ragged_dot', 'megablox_text')),
+  ('capacity', ''),
+  ('gather', ''),
+)
 # Two float32 sums in another order, of at most a few hundred terms of magnitude about 1.
 CLOSE = dict(rtol=1e-4, atol=2e-5)
 
 
 @pytest.fixture(scope='module', autouse=True)
 def tokamax_on_cpu():
-  """The backend 'tokamax_xla': our tokamax calls with the only implementation a CPU has."""
+  """What a CPU has of other platforms' backends: tokamax's XLA products, and megablox's text."""
   grouped.BACKENDS['tokamax_xla'] = lambda: grouped.tokamax_backend(('xla',), ('xla',))
+  grouped.BACKENDS['megablox_text'] = lambda: grouped.megablox_backend(interpret=True)
   yield
-  del grouped.BACKENDS['tokamax_xla']
+  del grouped.BACKENDS['tokamax_xla'], grouped.BACKENDS['megablox_text']
 
 
 def operands(t=T, k=K, e=E, dtype=jnp.float32):

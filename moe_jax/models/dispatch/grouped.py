@@ -9,8 +9,9 @@ A backend is three legs over the same layout (see `plan.Plan`), R rows in E grou
 `group_sizes` [E] are multiples of `align`. Rows past their sum are zeros on the way in; what comes
 back there is undefined.
 
-`jax.lax.ragged_dot` lowers to a grouped kernel on TPU but to a masked dense product (E times the
-work) on CPU and GPU, so the table never chooses it there.
+`jax.lax.ragged_dot` lowers to a grouped kernel on TPU for the rows, but to a masked dense product
+(E times the work) for the weights, and for everything on CPU and GPU. So the table never chooses it
+there, and on TPU takes JAX's megablox kernel for the weights.
 """
 
 import functools
@@ -21,6 +22,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from absl import flags
+from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm as megablox_tgmm
 
 from moe_jax import errors
 from moe_jax.models import target
@@ -28,6 +30,7 @@ from moe_jax.models import target
 Array = jax.Array
 Leg = Callable[[Array, Array, Array], Array]
 
+LANES = 128  # of a TPU's registers
 BLOCK = 64  # rows per block on CPU: best of 32, 64 and 128 for both 128- and 512-wide models
 
 
@@ -101,6 +104,33 @@ def _ragged_tgmm(x: Array, g: Array, group_sizes: Array) -> Array:
   return jax.lax.ragged_dot_general(x, g, group_sizes, _TGMM_DIMS)
 
 
+# Largest tiles of megablox: rows, and both sides of a weight (2 MiB of float32 sums on the chip).
+MEGABLOX_TILES = (256, 512, 1024)
+
+
+def megablox_backend(interpret: bool = False) -> Backend:
+  """TPU: XLA's grouped kernel for the rows, JAX's megablox for the weights.
+
+  `interpret` runs the latter's text without a TPU, for tests.
+  """
+
+  def tgmm(x: Array, g: Array, group_sizes: Array) -> Array:
+    rows, *sides = MEGABLOX_TILES
+    rows = min(rows, len(x) + -len(x) % LANES)
+    tiles = [_tile(size, most) for size, most in zip((x.shape[1], g.shape[1]), sides)]
+    pad = lambda a: jnp.pad(a, ((0, -len(a) % rows), (0, 0)))
+    return megablox_tgmm(
+      pad(x).T, pad(g), group_sizes, x.dtype, (rows, *tiles), interpret=interpret
+    )
+
+  return Backend('megablox', 1, jax.lax.ragged_dot, _ragged_gmm_t, tgmm)
+
+
+def _tile(size: int, most: int) -> int:
+  """The largest multiple of 128 that divides `size`, at most `most`; 128 if there is none."""
+  return next((tile for tile in range(most, 0, -LANES) if size % tile == 0), LANES)
+
+
 def tokamax_backend(row_legs: tuple[str, ...], weight_leg: tuple[str, ...]) -> Backend:
   """tokamax kernels: `row_legs` serve gmm and gmm_t, `weight_leg` serves tgmm, first choice first.
 
@@ -135,9 +165,10 @@ def tokamax_backend(row_legs: tuple[str, ...], weight_leg: tuple[str, ...]) -> B
 BACKENDS: dict[str, Callable[[], Backend]] = {
   'blocks': lambda: Backend('blocks', BLOCK, _blocks_gmm, _blocks_gmm_t, _blocks_tgmm),
   'ragged_dot': lambda: Backend('ragged_dot', 1, jax.lax.ragged_dot, _ragged_gmm_t, _ragged_tgmm),
+  'megablox': megablox_backend,
   'tokamax': lambda: tokamax_backend(('mosaic', 'triton'), ('triton', 'mosaic')),
 }
-PLATFORM_DEFAULT = {'cpu': 'blocks', 'tpu': 'ragged_dot', 'gpu': 'tokamax'}
+PLATFORM_DEFAULT = {'cpu': 'blocks', 'tpu': 'megablox', 'gpu': 'tokamax'}
 
 
 def choose(name: str) -> Backend:
