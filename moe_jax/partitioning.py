@@ -239,9 +239,12 @@ def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str
 
 
 def put_global_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-  """Puts a batch [B, L] that every process holds whole onto the mesh."""
-  sharding = jax.NamedSharding(mesh, BATCH_SPEC)
-  put = lambda v: jax.make_array_from_callback(v.shape, sharding, lambda index: v[index])
+  """Puts arrays [B, L] and [B] that every process holds whole onto the mesh."""
+
+  def put(x: np.ndarray) -> jax.Array:
+    sharding = jax.NamedSharding(mesh, jax.P(*BATCH_SPEC[: x.ndim]))
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
   return {k: put(v) for k, v in batch.items()}
 
 

@@ -197,7 +197,10 @@ class MoE(nn.Module):
     if len(kernels) == 1:  # laid out
       out = gather.apply(*flat, *kernels)
     else:
-      gate_up = partitioning.gather_shards(kernels[0], GATE_UP_AXES.index('expert_embed'))
+      # Flat while it travels: a TPU would pad an axis of 2, and copy what it has gathered.
+      gate_up = kernels[0].reshape(*kernels[0].shape[:2], -1)
+      gate_up = partitioning.gather_shards(gate_up, GATE_UP_AXES.index('expert_embed'))
+      gate_up = gate_up.reshape(*gate_up.shape[:2], *kernels[0].shape[2:])
       down = partitioning.gather_shards(kernels[1], DOWN_AXES.index('expert_embed'))
       out, overflow = self._travel(whole, x.shape, flat, gate_up, down)
       if partitioning.axis_size('tensor') > 1:

@@ -14,6 +14,8 @@ import pytest
 from configs import smoke
 from moe_jax import config, evaluate, partitioning, run, run_load
 
+pytestmark = pytest.mark.slow
+
 MAKE_MESH = partitioning.make_mesh
 # The losses of one process and two differ in the order of float32 sums over eight devices: by 1e-7
 # of a loss of 5, as far as seen.
@@ -57,7 +59,6 @@ def test_two_processes_train_as_one(two, one):
   assert want[-1, 1] < want[0, 1] - 0.5  # it learns, so equal losses mean equal updates
 
 
-@pytest.mark.slow
 def test_four_processes_train_as_one(one, cache, tmp_path):
   """Tokens travel between the processes, to one expert per device."""
   launch.run(tmp_path, cache, 4, 2, settings={'mesh.data': 1, 'mesh.expert': 8})

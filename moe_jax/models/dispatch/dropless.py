@@ -58,11 +58,6 @@ def _token(plan: plan_lib.Plan) -> Array:
   return plan.row_choice // plan.choice_row.shape[1]
 
 
-def _sum_choices(rows: Array, plan: plan_lib.Plan) -> Array:
-  """[R, D] -> [T, D]: gathers each token's K rows and adds them in float32."""
-  return plan_lib.take(rows, plan.choice_row).sum(axis=1, dtype=jnp.float32).astype(rows.dtype)
-
-
 def _row_gates(gates: Array, plan: plan_lib.Plan) -> Array:
   return plan_lib.take(gates.reshape(-1), plan.row_choice)[:, None]
 
@@ -97,7 +92,7 @@ def _forward(backend, limited, x, gates, w13, w2, plan):
   with jax.named_scope('w2'):
     y = kernel.gmm(a, w2, plan.group_sizes)
   with jax.named_scope('combine'):
-    out = _sum_choices(y, plan)
+    out = plan_lib.sum_rows(y, plan.choice_row)
   return out, (x, gates, w13, w2, plan, h)
 
 
@@ -119,7 +114,7 @@ def _backward(backend, limited, residuals, d_out):
     d_w2 = kernel.tgmm(gated, d_rows, sizes)
   with jax.named_scope('w13'):
     d_w13 = kernel.tgmm(plan_lib.take(x, _token(plan)), d_h, sizes)
-    d_x = _sum_choices(kernel.gmm_t(d_h, w13, sizes), plan)
+    d_x = plan_lib.sum_rows(kernel.gmm_t(d_h, w13, sizes), plan.choice_row)
   no_gradient = jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), plan)
   return d_x, d_gates, d_w13, d_w2, no_gradient
 

@@ -34,6 +34,14 @@ def take(a: Array, index: Array) -> Array:
   return a.at[index].get(mode='fill', fill_value=0)
 
 
+def sum_rows(rows: Array, index: Array) -> Array:
+  """rows [R, ...], index [T, S] -> [T, ...]: the sum of each token's S rows, in float32.
+
+  The S terms are the first axis: a TPU would pad a short second one to 8.
+  """
+  return take(rows, index.T).sum(axis=0, dtype=jnp.float32).astype(rows.dtype)
+
+
 def num_rows(num_choices: int, num_experts: int, align: int) -> int:
   """R: the rows that any assignment of M choices to E experts fits into at this alignment."""
   most = num_choices + min(num_experts, num_choices) * (align - 1)

@@ -96,8 +96,7 @@ def spread(x: Array, plan: SendPlan) -> Array:
 @jax.custom_vjp
 def collect(rows: Array, plan: SendPlan) -> Array:
   """[R, ...] -> [T, ...]: the sum over each token's copies, in float32."""
-  found = dispatch_plan.take(rows, plan.token_row)
-  return found.sum(axis=1, dtype=jnp.float32).astype(rows.dtype)
+  return dispatch_plan.sum_rows(rows, plan.token_row)
 
 
 # Each is the transpose of the other: gathers in both directions, never a scatter of activations.
