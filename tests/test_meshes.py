@@ -83,7 +83,7 @@ CASES = {
     exchange('all_gather', **{f'{PREFIX}dispatch': 'dense', 'model__remat': 'offload'}),
   ),
 }
-QUICK = ('data_fsdp_expert', 'fsdp_expert_sequence', 'expert_tensor')
+QUICK = ('data_fsdp_expert',)
 ALL = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 
 
