@@ -33,7 +33,8 @@ cfg = config.from_dict(page.to_dict())
 chips = topologies.get_topology_desc(platform='tpu', topology_name=sys.argv[2]).devices
 mesh = partitioning.make_mesh(cfg.mesh, chips)
 rows = jax.NamedSharding(mesh, partitioning.BATCH_SPEC)
-batch = {k: jax.ShapeDtypeStruct((16, 256), jnp.int32, sharding=rows) for k in train.BATCH_KEYS}
+shape = jax.ShapeDtypeStruct((cfg.train.batch_size, 256), jnp.int32, sharding=rows)
+batch = dict.fromkeys(train.BATCH_KEYS, shape)
 with partitioning.activate(mesh):
   state = train.abstract_state(cfg, mesh)
   compiled = train.make_train_step(cfg, mesh).lower(state, batch).compile()
@@ -45,7 +46,8 @@ for one in hlo.collectives(text, mesh):
 meanwhile = [
   part.split('all-to-all-done(', 1)[0] for part in text.split(' all-to-all-start(')[1:]
 ]
-model_flops = flops.train_flops_per_token(cfg.model) * 16 * 256 / mesh.size
+model_flops = flops.train_flops_per_token(cfg.model) * cfg.train.batch_size * 256
+model_flops /= mesh.size
 print(json.dumps({
   'row_kernels': len(re.findall(r'%ragged-dot-none[.\\w]* =', text)),
   'weight_kernels': len(re.findall(r'%tgmm[.\\w]* =', text)),
@@ -95,11 +97,20 @@ def test_data_parallel_steps_exchange_gradients_only():
 @pytest.mark.slow
 @needs_libtpu
 def test_expert_parallel_steps_send_tokens_while_they_compute():
-  found = compile_step({'mesh.data': 1, 'mesh.fsdp': 2, 'mesh.expert': 2}, 'v5e:2x2')
+  found = compile_step({'mesh.data': 1, 'mesh.fsdp': 2, 'mesh.expert': 4}, 'v5e:2x4')
   assert 'all-to-all' in found['along']['expert']
   assert 'all-gather' not in found['along']['expert']
   assert {'all-gather', 'reduce-scatter'} <= set(found['along']['fsdp'])
   assert found['shared_meanwhile'] > 0  # forward or backward, in one of the layers
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_expert_parallel_steps_compile_for_a_large_v5e():
+  """Its compiler refuses asynchronous and ragged all-to-alls there."""
+  mesh = {'mesh.data': 1, 'mesh.fsdp': 4, 'mesh.expert': 16, 'train.micro_batch_size': 0}
+  found = compile_step(mesh | {'train.batch_size': 64}, 'v5e:8x8')
+  assert 'all-to-all' in found['along']['expert'] and not found['shared_meanwhile']
 
 
 @pytest.mark.slow
