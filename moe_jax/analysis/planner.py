@@ -26,6 +26,7 @@ from moe_jax.analysis import (
   hlo_memory,
   roofline,
 )
+from moe_jax.models import exchange
 
 COMPILED, ESTIMATED = 'compiled', 'estimated from shapes'
 _GIB = 2**30
@@ -108,12 +109,12 @@ def plan(request: Request, *, progress: bool = False) -> Plan:
   mesh = estimate.abstract_mesh(cfg.mesh, request.topology.num_devices)
   partitioning.check(cfg, mesh)
   rows = request.rows or partitioning.row_ways(mesh)
-  exchange = exchange_kind(cfg, request.topology)
+  way = exchange_kind(cfg, request.topology)
   if request.decode:
     counted = estimate_decode.estimate(cfg, mesh, rows)
     tokens, flops = rows, estimate_decode.flops_per_token(cfg.model) * rows / mesh.size
   else:
-    counted = estimate.estimate(cfg, mesh, request.max_vio or 0.0, exchange)
+    counted = estimate.estimate(cfg, mesh, request.max_vio or 0.0, way)
     tokens = cfg.train.batch_size * cfg.model.max_seq_len
     flops = estimate.work(cfg).model * tokens / mesh.size
   found = _Facts(request, cfg, mesh, flops, tokens, notes)
@@ -134,20 +135,16 @@ def _prepared(request: Request) -> tuple[config.Config, tuple[str, ...]]:
     cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, batch_ramp=()))
   if request.max_vio is not None and cfg.model.is_moe:
     moe = cfg.model.moe
-    exchange = dataclasses.replace(moe.exchange, buffer_factor=1.0 + request.max_vio)
-    moe = dataclasses.replace(moe, exchange=exchange)
+    bounded = dataclasses.replace(moe.exchange, buffer_factor=1.0 + request.max_vio)
+    moe = dataclasses.replace(moe, exchange=bounded)
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, moe=moe))
   return cfg, tuple(notes)
 
 
 def exchange_kind(cfg: config.Config, topology: chips.Topology) -> str:
   """How tokens travel between the devices of the expert axis, where the config leaves it open."""
-  kind = cfg.model.moe.exchange.kind
-  if kind != 'auto':
-    return kind
-  if topology.chip.kind == 'gpu':
-    return 'all_gather'
-  return 'ragged_all_to_all' if topology.chip.torus == 3 else 'all_to_all'
+  kind, chip = cfg.model.moe.exchange.kind, topology.chip
+  return kind if kind != 'auto' else exchange.default(chip.kind, chip.torus == 3)
 
 
 @dataclasses.dataclass(frozen=True)
