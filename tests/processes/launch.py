@@ -6,6 +6,7 @@ Compiling without optimisation is a third of the time; the programs are tiny.
 import json
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -13,6 +14,10 @@ import time
 
 ROOT = pathlib.Path(__file__).parents[2]
 TIMEOUT = 240
+# What gloo's threads print on connecting, word by word and at the same time.
+GLOO = re.compile(
+  r'\[Gloo\]|Rank|is connected to|peer ranks\.|Expected number of connected peer ranks is :|\d|\s'
+)
 # One MoE layer of the smoke page on few documents.
 SETTINGS = {
   'model.num_layers': 1,
@@ -66,12 +71,12 @@ def start(
 
 
 def join(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
-  """(exit status, stdout, stderr) of each; gloo's own chatter is left out."""
+  """(exit status, stdout, stderr) of each; empty lines and gloo's chatter are left out."""
   found, deadline = [], time.monotonic() + TIMEOUT
   try:
     for process in processes:
       out, err = process.communicate(timeout=max(deadline - time.monotonic(), 1))
-      lines = [line for line in out.splitlines() if not line.startswith('[Gloo]')]
+      lines = [line for line in out.splitlines() if GLOO.sub('', line)]
       found.append((process.returncode, '\n'.join(lines), err))
   finally:
     for process in processes:
