@@ -202,7 +202,7 @@ def matmul_peak(dtype: Any, cache_dir: _Path) -> float:
   path = pathlib.Path(cache_dir) / 'matmul_peak.json'
   cache = _read_peaks(path)
   if key not in cache:
-    cache[key] = _measure_peak(dtype, device.platform)
+    cache[key] = measure_peak(dtype, device.platform)
     try:
       path.parent.mkdir(parents=True, exist_ok=True)
       files.write_text(path, json.dumps(cache, indent=2) + '\n')
@@ -211,8 +211,8 @@ def matmul_peak(dtype: Any, cache_dir: _Path) -> float:
   return cache[key] * count
 
 
-def _measure_peak(dtype: jnp.dtype, platform: str) -> float:
-  """Best rate over a few sizes; each is tried for a fraction of a second."""
+def measure_peak(dtype: jnp.dtype, platform: str) -> float:
+  """FLOP/s of one device, the best over a few sizes; each is tried for a fraction of a second."""
   sizes, seconds, launches = (4096, 8192), 0.5, 8
   if platform == 'cpu':
     sizes, seconds, launches = (512, 1024, 1536), 0.25, 1

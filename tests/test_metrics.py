@@ -158,7 +158,7 @@ def test_matmul_peak_is_measured_and_cached(tmp_path, monkeypatch, caplog):
   assert 1e8 < peak < 1e16
   (key,) = json.loads((cache / 'matmul_peak.json').read_text())
   assert jax.devices()[0].device_kind in key and 'float32' in key and jax.__version__ in key
-  monkeypatch.setattr(metrics, '_measure_peak', lambda *_: 7e9)
+  monkeypatch.setattr(metrics, 'measure_peak', lambda *_: 7e9)
   assert metrics.matmul_peak('float32', cache) == peak, 'eight virtual devices count once'
   assert metrics.matmul_peak('bfloat16', cache) == 7e9
   assert len(json.loads((cache / 'matmul_peak.json').read_text())) == 2
@@ -170,7 +170,7 @@ def test_matmul_peak_is_measured_and_cached(tmp_path, monkeypatch, caplog):
 
 
 def test_matmul_peak_without_a_writable_cache(tmp_path, monkeypatch, caplog):
-  monkeypatch.setattr(metrics, '_measure_peak', lambda *_: 7e9)
+  monkeypatch.setattr(metrics, 'measure_peak', lambda *_: 7e9)
   (tmp_path / 'file').write_text('')
   assert metrics.matmul_peak('float32', tmp_path / 'file' / 'cache') == 7e9
   assert 'not cached' in caplog.text

@@ -74,7 +74,7 @@ ROWS = (
   ),
   Row('deepseek_v3', 'v5p:8x8x8', 'fsdp=64,expert=8', 512),
   Row(
-    *('deepseek_v3', 'v6e:16x16*4', 'dcn_fsdp=4,fsdp=32,expert=8', 1024, 1),
+    *('deepseek_v3', 'v6e:16x16*4', 'dcn_fsdp=4,fsdp=16,expert=8,tensor=2', 512, 1),
     remat='offload',
     moments='bfloat16',
     loss_chunk=1024,

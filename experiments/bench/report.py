@@ -1,0 +1,103 @@
+"""What a benchmark leaves behind: JSON, a table in the README, and a picture of the ratios."""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib import figure
+from matplotlib.backends import backend_agg
+
+from experiments.bench import harness
+from moe_jax import errors, files, plots
+
+BEGIN, END = '<!-- {name}: written by the command -->', '<!-- end of {name} -->'
+HEADER = (
+  '| what | variant | ms, median (min-max) | / dense twin | of peak | x transformers | temporaries '
+  '| more |'
+)
+
+
+def table(results: Sequence[harness.Result]) -> str:
+  """Markdown; `more` is what only this suite knows."""
+  lines = [HEADER, '|' + ' --- |' * (HEADER.count('|') - 1)]
+  return '\n'.join([*lines, *map(_line, results)])
+
+
+def _line(r: harness.Result) -> str:
+  ms = [1000 * s for s in (r.seconds_median, r.seconds_min, r.seconds_max)]
+  cells = [
+    *(r.name, r.variant, '{:.4g} ({:.4g}-{:.4g})'.format(*ms)),
+    _number(r.ratio_to_dense, '{:.2f}'),
+    '' if r.ratio_to_peak is None else f'{r.ratio_to_peak:.0%}',
+    _number(r.ratio_to_transformers, '{:.2f}'),
+    '' if r.peak_bytes is None else f'{r.peak_bytes / 2**20:.1f} MiB',
+    ', '.join(f'{key} {_value(value)}' for key, value in r.detail.items()),
+  ]
+  return f'| {" | ".join(cells)} |'
+
+
+def _number(value: float | None, form: str) -> str:
+  return '' if value is None else form.format(value)
+
+
+def _value(value: Any) -> str:
+  return f'{value:.4g}' if isinstance(value, float) else str(value)
+
+
+def write(out: pathlib.Path, name: str, head: Mapping[str, Any], results: Sequence[harness.Result]):
+  """Writes NAME.json and NAME.png, and the table of that name in README.md one level up.
+
+  Lines of an earlier run that this one did not measure stay, with the head of their own run.
+  """
+  out.mkdir(parents=True, exist_ok=True)
+  path = out / f'{name}.json'
+  known = read(path) if path.exists() else []
+  runs = {(r.name, r.variant): (r, h) for r, h in known}
+  runs |= {(r.name, r.variant): (r, dict(head)) for r in results}
+  entries = [r.to_json() | {'run': h} for r, h in runs.values()]
+  files.write_text(path, json.dumps(entries, indent=1) + '\n')
+  merged = [r for r, _ in runs.values()]
+  plots.save(picture(name, merged), out / f'{name}.png')
+  readme = out.parent / 'README.md'
+  if readme.exists():
+    files.write_text(readme, with_table(readme.read_text(encoding='utf-8'), name, table(merged)))
+
+
+def read(path: pathlib.Path) -> list[tuple[harness.Result, dict[str, Any]]]:
+  """Results and the heads of their runs."""
+  try:
+    pairs = [(entry, entry.pop('run')) for entry in json.loads(path.read_text(encoding='utf-8'))]
+    return [(harness.Result(**entry), head) for entry, head in pairs]
+  except (ValueError, TypeError, KeyError, AttributeError) as e:
+    raise errors.InputError(f'{path} holds no results ({e}); remove it to start anew') from e
+
+
+def with_table(text: str, name: str, body: str) -> str:
+  """README text with the table of that name replaced, where it has a place for it."""
+  begin, end = BEGIN.format(name=name), END.format(name=name)
+  if begin not in text:
+    return text
+  before, _, rest = text.partition(begin)
+  return f'{before}{begin}\n\n{body}\n\n{end}{rest.partition(end)[2]}'
+
+
+def picture(name: str, results: Sequence[harness.Result]) -> figure.Figure:
+  """Time over the dense twin's where there is one, else milliseconds."""
+  ratios = [r for r in results if r.ratio_to_dense is not None]
+  shown = ratios or list(results)
+  values = [r.ratio_to_dense if ratios else 1000 * r.seconds_median for r in shown]
+  fig = figure.Figure(figsize=(9, 1.2 + 0.24 * len(shown)), layout='constrained')
+  backend_agg.FigureCanvasAgg(fig)
+  ax = fig.add_subplot()
+  ax.barh(range(len(shown)), values, color=plots.BLUE)
+  ax.set_yticks(range(len(shown)), [f'{r.name}, {r.variant}' for r in shown], fontsize=7)
+  ax.invert_yaxis()
+  if ratios:
+    ax.axvline(1.0, color=plots.ORANGE, lw=1)
+    ax.set_xlabel('time / time of the dense twin with the same activated FLOPs')
+  else:
+    ax.set_xlabel('milliseconds, median')
+    ax.set_xscale('log')
+  ax.set_title(name.replace('_', ', '))
+  return fig
