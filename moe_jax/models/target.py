@@ -1,6 +1,7 @@
 """What the program that is being traced will run on."""
 
 import jax
+from jax.extend import backend
 
 
 def platform() -> str:
@@ -23,7 +24,7 @@ def is_3d_torus() -> bool:
 
 
 def compute_capability() -> tuple[int, ...]:
-  """Version of this host's NVIDIA GPU, (9, 0) for Hopper; () without one."""
-  version = getattr(jax.local_devices()[0], 'compute_capability', '')
+  """Version of the default device if it is an NVIDIA GPU, (9, 0) for Hopper; else ()."""
+  version = getattr(backend.get_default_device(), 'compute_capability', '')
   parts = str(version).split('.')
   return tuple(map(int, parts)) if all(part.isdigit() for part in parts) else ()

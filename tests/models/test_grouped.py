@@ -1,4 +1,4 @@
-"""Every backend's three legs against a loop over experts in numpy.
+"""Grouped products, three legs each, against a loop over experts in numpy.
 
 tokamax runs through its XLA implementation: its GPU kernels do not run on a CPU.
 """
@@ -13,20 +13,19 @@ import pytest
 from absl import flags
 
 from moe_jax import config_moe, errors
-from moe_jax.models.dispatch import grouped
+from moe_jax.models.dispatch import grouped, kernels
 
 A, B = 6, 5
 BACKENDS = {
-  'blocks': grouped.BACKENDS['blocks'],
-  'ragged_dot': grouped.BACKENDS['ragged_dot'],
-  'tokamax': lambda: grouped.tokamax_backend(('xla',), ('xla',)),
+  'ragged_dot': kernels.ragged_dot_backend,
+  'tokamax': lambda: kernels.tokamax_backend(('xla',), ('xla',)),
 }
 SIZES = {
   'first and last empty': (0, 3, 1, 0),
   'two in the middle empty': (2, 0, 0, 2),
   'all on one': (0, 0, 4, 0),
   'even': (1, 1, 1, 1),
-}  # in blocks of the backend's alignment; all sum to 4
+}  # times 8 rows; all sum to 4
 # Both round inputs and outputs alike, so what is left is the output's rounding, half a unit of the
 # dtype's epsilon, and the order of float32 sums of up to 256 terms.
 RTOL = {'float32': 2e-5, 'bfloat16': 2**-8}
@@ -54,13 +53,13 @@ def operands(rows, num_experts, dtype):
 
 @pytest.fixture(scope='module')
 def legs():
-  """name -> (alignment, jitted (x, g, w, sizes) -> the three legs); one compile per dtype."""
+  """name -> jitted (x, g, w, sizes) -> the three legs; one compile per dtype."""
   made = {}
   for name, make in BACKENDS.items():
     backend = make()
     assert backend.name == name
     run = lambda x, g, w, n, b=backend: (b.gmm(x, w, n), b.gmm_t(g, w, n), b.tgmm(x, g, n))
-    made[name] = backend.align, jax.jit(run)
+    made[name] = jax.jit(run)
   return made
 
 
@@ -68,11 +67,9 @@ def legs():
 @pytest.mark.parametrize('groups', SIZES)
 @pytest.mark.parametrize('name', BACKENDS)
 def test_legs_equal_a_loop_over_experts(legs, name, groups, dtype):
-  align, run = legs[name]
-  unit = max(align, 8)
-  sizes = np.array(SIZES[groups], np.int32) * unit
-  x, g, w = operands(4 * unit, 4, dtype)
-  got = run(x, g, w, jnp.array(sizes))
+  sizes = np.array(SIZES[groups], np.int32) * 8
+  x, g, w = operands(32, 4, dtype)
+  got = legs[name](x, g, w, jnp.array(sizes))
   want = numpy_legs(*(np.asarray(a, np.float64) for a in (x, g, w)), sizes)
   for leg, a, b in zip(('gmm', 'gmm_t', 'tgmm'), got, want):
     assert a.dtype == dtype
@@ -87,35 +84,14 @@ def test_legs_equal_a_loop_over_experts(legs, name, groups, dtype):
   assert not np.asarray(got[2])[sizes == 0].any()  # exactly 0, not small
 
 
-@pytest.mark.parametrize('name', ['ragged_dot', 'tokamax'])
-def test_groups_need_no_alignment_without_blocks(legs, name):
-  align, run = legs[name]
-  assert align == 1
+@pytest.mark.parametrize('name', BACKENDS)
+def test_groups_need_no_alignment(legs, name):
   sizes = np.array([5, 0, 1, 26], np.int32)
   x, g, w = operands(32, 4, 'float32')
-  got = run(x, g, w, jnp.array(sizes))
+  got = legs[name](x, g, w, jnp.array(sizes))
   want = numpy_legs(*(np.asarray(a, np.float64) for a in (x, g, w)), sizes)
   for a, b in zip(got, want):
     np.testing.assert_allclose(a, b, 2e-5, 2e-5)
-
-
-def test_blocks_leave_zeros_past_the_groups(legs):
-  align, run = legs['blocks']
-  sizes = np.array([1, 0, 2, 0], np.int32) * align
-  x, g, w = operands(4 * align, 4, 'float32')
-  # What the rows past the sum hold is of no account, not even NaN.
-  x, g = x.at[3 * align :].set(jnp.nan), g.at[3 * align :].set(jnp.nan)
-  gmm, gmm_t, tgmm = (np.asarray(a) for a in run(x, g, w, jnp.array(sizes)))
-  assert not gmm[3 * align :].any() and not gmm_t[3 * align :].any()
-  assert gmm[: 3 * align].all() and gmm_t[: 3 * align].all()
-  assert np.isfinite(tgmm).all() and not tgmm[[1, 3]].any()
-
-
-def test_blocks_with_nothing_routed(legs):
-  align, run = legs['blocks']
-  x, g, w = operands(4 * align, 4, 'float32')
-  for leg in run(x, g, w, jnp.zeros(4, jnp.int32)):
-    assert not np.asarray(leg).any()
 
 
 def test_backends_are_those_of_the_config():
@@ -126,7 +102,6 @@ def test_backends_are_those_of_the_config():
 def test_auto_is_blocks_on_cpu():
   assert jax.default_backend() == 'cpu'
   assert grouped.choose('auto').name == 'blocks'
-  assert grouped.choose('auto').align == grouped.BLOCK
 
 
 def test_missing_tokamax_says_how_to_install_it(monkeypatch):
@@ -140,5 +115,5 @@ def test_tokamax_works_outside_of_an_absl_command(monkeypatch):
   monkeypatch.setattr(sys, 'argv', ['ipykernel', '-f', 'kernel.json'])
   x, _, w = operands(32, 4, 'float32')
   flags.FLAGS.unparse_flags()
-  backend = grouped.tokamax_backend(('xla',), ('xla',))
+  backend = kernels.tokamax_backend(('xla',), ('xla',))
   jax.eval_shape(backend.gmm, x, w, jnp.full(4, 8, jnp.int32))

@@ -6,10 +6,13 @@ integers, in both directions; the one scatter is the int32 inverse permutation.
 Legend: T tokens, K choices per token, M = T*K choices, E experts, R rows.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from moe_jax.models import target
 
 Array = jax.Array
 
@@ -34,11 +37,19 @@ def take(a: Array, index: Array) -> Array:
   return a.at[index].get(mode='fill', fill_value=0)
 
 
+UNROLLED = 16  # terms of a sum up to which a CPU adds one gather after the other
+
+
 def sum_rows(rows: Array, index: Array) -> Array:
   """rows [R, ...], index [T, S] -> [T, ...]: the sum of each token's S rows, in float32.
 
-  The S terms are the first axis: a TPU would pad a short second one to 8.
+  On a CPU a sum over the axis S reads its operands one number at a time: S gathers that are added
+  up in one pass take a fortieth of the time. Elsewhere the S terms are the first axis: a TPU would
+  pad a short second one to 8.
   """
+  if target.platform() == 'cpu' and index.shape[1] <= UNROLLED:
+    terms = (take(rows, index[:, s]).astype(jnp.float32) for s in range(index.shape[1]))
+    return functools.reduce(jnp.add, terms).astype(rows.dtype)
   return take(rows, index.T).sum(axis=0, dtype=jnp.float32).astype(rows.dtype)
 
 

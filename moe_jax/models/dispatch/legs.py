@@ -1,0 +1,96 @@
+"""Experts out of grouped products: every product over all experts at once, as kernels want it.
+
+The gate multiplies before the second product, so that the combine is a plain gather and sum; the
+backward pass needs neither the sorted copy of the input nor the experts' outputs: it keeps the
+pre-activation h and recomputes the rest (the gate's gradient comes from the cotangent of the
+activation, SonicMoE, arXiv 2512.14080).
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from moe_jax.models import layers
+from moe_jax.models.dispatch import kernels
+from moe_jax.models.dispatch import plan as plan_lib
+
+Array = jax.Array
+
+
+def _token(plan: plan_lib.Plan) -> Array:
+  """[R]: the token that a row works for, T (out of bounds) on padding rows."""
+  return plan.row_choice // plan.choice_row.shape[1]
+
+
+def _row_gates(gates: Array, plan: plan_lib.Plan) -> Array:
+  return plan_lib.take(gates.reshape(-1), plan.row_choice)[:, None]
+
+
+def _used(rows: Array, plan: plan_lib.Plan, limited: bool) -> Array:
+  """Zeros on the rows [R, F] that no choice sits on, where a kernel may have left anything."""
+  if not limited:
+    return rows
+  return jnp.where((plan.row_choice < plan.choice_row.size)[:, None], rows, 0)
+
+
+def forward(
+  legs: kernels.Backend,
+  limited: bool,
+  x: Array,
+  gates: Array,
+  w13: Array,
+  w2: Array,
+  plan: plan_lib.Plan,
+) -> tuple[Array, Array]:
+  """The gated sum of each token's experts [T, D], and the pre-activation h [R, G].
+
+  Args:
+    legs: grouped products.
+    limited: whether the plan has rows behind its groups.
+    x: [T, D].
+    gates: [T, K] float32.
+    w13: [E, D, G], gate before up.
+    w2: [E, F, D].
+    plan: its groups cover all rows, unless limited.
+  """
+  with jax.named_scope('w13'):
+    h = checkpoint_name(legs.gmm(plan_lib.take(x, _token(plan)), w13, plan.group_sizes), 'moe_h')
+  with jax.named_scope('swiglu'):
+    pair = h.reshape(len(h), 2, -1).astype(jnp.float32)
+    a = _used(layers.swiglu(pair) * _row_gates(gates, plan), plan, limited).astype(x.dtype)
+  with jax.named_scope('w2'):
+    y = legs.gmm(a, w2, plan.group_sizes)
+  with jax.named_scope('combine'):
+    return plan_lib.sum_rows(y, plan.choice_row), h
+
+
+def backward(
+  legs: kernels.Backend,
+  limited: bool,
+  x: Array,
+  gates: Array,
+  w13: Array,
+  w2: Array,
+  plan: plan_lib.Plan,
+  h: Array,
+  d_out: Array,
+) -> tuple[Array, Array, Array, Array]:
+  """Gradients of x, gates, w13 and w2; arguments as `forward` has and gives them, d_out [T, D]."""
+  sizes = plan.group_sizes
+  d_rows = plan_lib.take(d_out, _token(plan))
+  with jax.named_scope('w2'):
+    d_act = legs.gmm_t(d_rows, w2, sizes).astype(jnp.float32)  # cotangent of gate * activation
+  with jax.named_scope('swiglu'):
+    pair = h.reshape(len(h), 2, -1).astype(jnp.float32)
+    act, swiglu_vjp = jax.vjp(layers.swiglu, pair)
+    gate = _row_gates(gates, plan)
+    d_gates = plan_lib.take((d_act * act).sum(axis=-1), plan.choice_row)
+    (d_pair,) = swiglu_vjp(d_act * gate)
+    d_h = _used(d_pair.reshape(h.shape), plan, limited).astype(h.dtype)
+    gated = _used(act * gate, plan, limited).astype(x.dtype)
+  with jax.named_scope('w2'):
+    d_w2 = legs.tgmm(gated, d_rows, sizes)
+  with jax.named_scope('w13'):
+    d_w13 = legs.tgmm(plan_lib.take(x, _token(plan)), d_h, sizes)
+    d_x = plan_lib.sum_rows(legs.gmm_t(d_h, w13, sizes), plan.choice_row)
+  return d_x, d_gates, d_w13, d_w2
