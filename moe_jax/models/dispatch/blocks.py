@@ -1,13 +1,14 @@
-"""Experts on a CPU, one after the other: every product of an expert while its rows are in cache.
+"""Experts on a CPU, block by block: every product of an expert while its rows are in cache.
 
-XLA's grouped products are dense on a CPU, so this is a loop over experts. What it saves against one
-loop per product over blocks of equal height (experiments/bench has the figures):
+XLA's grouped products are dense on a CPU, so these are loops over blocks of rows. What they save
+against one loop per product over blocks of equal height (experiments/bench has the figures):
 
-* An expert's weights are cut out of the stack once. A product packs them anew, so an expert's rows
-  go into one block if they can: its height is the smallest of a ladder that holds them.
+* A block cuts its expert's weights out of the stack, and every product packs them anew: so an
+  expert's rows go into one block if they can. Its height is the smallest of a ladder that holds it.
 * Rows of x and of the cotangent are gathered into the block, results are added to the tokens' sums
   as they come: nothing of size R D stands in memory, whose pages a process would touch for the
-  first time in every step. The loop adds in the order of experts, so sums are the same every time.
+  first time in every step. The loops add in an order that the plan decides, so that sums are the
+  same every time.
 
 Legend: T tokens, K choices per token, E experts, R rows of the plan, D, F, G = 2 F.
 """
@@ -54,14 +55,26 @@ def _cut(tree: Any, start: Array, height: int) -> Any:
 
 
 def _own(rows: _Rows, first: Array, height: int, end: Array, num_tokens: int) -> _Rows:
-  """The rows of a block; those from `end` on are the next experts', here they are padding."""
+  """The rows of a block; those from `end` on are other experts' and get no token here.
+
+  Their gates and pre-activations need no mask: rows without a token are zeros in x and in the
+  cotangent, and what they give is dropped. (A mask of integers would be computed anew for every
+  number that it is fused with.)
+  """
   token, gate = _cut(rows, first, height)
   own = first + jnp.arange(height, dtype=jnp.int32) < end
-  return _Rows(jnp.where(own, token, num_tokens), jnp.where(own, gate, 0))
+  return _Rows(jnp.where(own, token, num_tokens), gate)
 
 
 def _put(whole: Array, part: Array, start: Array) -> Array:
   return jax.lax.dynamic_update_slice_in_dim(whole, part.astype(whole.dtype), start, 0)
+
+
+def _put_rows(whole: Array, part: Array, first: Array, end: Array) -> Array:
+  """`whole` with a block's rows before `end`; the others keep what their own experts wrote."""
+  own = first + jnp.arange(len(part), dtype=jnp.int32) < end
+  own = own.reshape(-1, *[1] * (part.ndim - 1))
+  return _put(whole, jnp.where(own, part.astype(whole.dtype), _cut(whole, first, len(part))), first)
 
 
 def _added(sums: Array, own: _Rows, part: Array) -> Array:
@@ -70,33 +83,40 @@ def _added(sums: Array, own: _Rows, part: Array) -> Array:
 
 
 def _for_each_block(
-  heights: tuple[int, ...], start: Array, size: Array, body: Callable, carry: Any
+  heights: tuple[int, ...], plan: plan_lib.Plan, body: Callable, carry: Any
 ) -> Any:
-  """Runs body(height, first row, carry): tallest blocks, then one that holds the rest."""
+  """Runs body(height, expert, first row, end of the expert's rows, carry), tallest blocks first.
+
+  An expert's rows are tallest blocks, and one that holds the rest. One loop per height, over the
+  blocks that have it: a loop costs some microseconds even where it has nothing to do, and XLA would
+  copy what passes through a conditional.
+  """
   *lower, tallest = heights
-  least = lower[-1] if lower else 0  # what needs no tall block
-  tall = jnp.maximum(size - least + tallest - 1, 0) // tallest
-  carry = jax.lax.fori_loop(0, tall, lambda i, c: body(tallest, start + i * tallest, c), carry)
-  start, rest = start + tall * tallest, size - tall * tallest
-  for below, height in zip((0, *lower), lower):
-    here = (rest > below) & (rest <= height)
-    # Were nothing here to depend on i, XLA would move the products out of the loop, and run all.
-    once = lambda i, c, height=height: body(height, start + i * height, c)
-    carry = jax.lax.fori_loop(0, here.astype(jnp.int32), once, carry)
-  return carry
-
-
-def _for_each_expert(plan: plan_lib.Plan, body: Callable, carry: Any) -> Any:
-  """Runs body(expert, first row, rows, carry) over the experts that have rows, in their order."""
   sizes = plan.group_sizes
-  start = jnp.cumsum(sizes) - sizes
-  busy = jnp.argsort(sizes == 0, stable=True)  # those first
+  end = jnp.cumsum(sizes)
+  most = lower[-1] if lower else 0  # what needs no tallest block
+  tall = jnp.maximum(sizes - most + tallest - 1, 0) // tallest
+  rest = sizes - tall * tallest
+  tall_end = jnp.cumsum(tall)
 
-  def step(i: Array, carry: Any) -> Any:
-    expert = busy[i]
-    return body(expert, start[expert], sizes[expert], carry)
+  def tall_block(i: Array, carry: Any) -> Any:
+    e = jnp.searchsorted(tall_end, i, side='right', method='compare_all')
+    first = end[e] - sizes[e] + (i - tall_end[e] + tall[e]) * tallest
+    return body(tallest, e, first, end[e], carry)
 
-  return jax.lax.fori_loop(0, (sizes > 0).sum(), step, carry)
+  carry = jax.lax.fori_loop(0, tall_end[-1], tall_block, carry)
+  # Which height the rest has: 0 for none, else a number from 1.
+  rung = jnp.where(rest > 0, 1 + jnp.searchsorted(jnp.array(lower, jnp.int32), rest), 0)
+  order, counts = jnp.argsort(rung, stable=True), jnp.bincount(rung, length=len(heights))
+  from_ = jnp.cumsum(counts) - counts
+  for number, height in enumerate(lower, start=1):
+
+    def low_block(i: Array, carry: Any, number=number, height=height) -> Any:
+      e = order[from_[number] + i]
+      return body(height, e, end[e] - rest[e], end[e], carry)
+
+    carry = jax.lax.fori_loop(0, counts[number], low_block, carry)
+  return carry
 
 
 def forward(
@@ -118,29 +138,23 @@ def forward(
   heights = ladder(gates.size, len(w13))
   rows = _rows(gates, plan, heights[-1])
 
-  def expert(e: Array, start: Array, size: Array, carry: tuple[Array, ...]):
-    up, down = w13[e], w2[e]
-
-    def block(height: int, first: Array, carry: tuple[Array, ...]):
-      own = _own(rows, first, height, start + size, len(x))
-      with jax.named_scope('w13'):
-        h = plan_lib.take(x, own.token) @ up
-      with jax.named_scope('swiglu'):
-        pair = h.reshape(height, 2, -1).astype(jnp.float32)
-        a = (layers.swiglu(pair) * own.gate[:, None]).astype(x.dtype)
-      with jax.named_scope('w2'):
-        y = a @ down
-      with jax.named_scope('combine'):
-        sums = _added(carry[0], own, y)
-      # What stands behind the expert's rows the next one overwrites.
-      return (sums, _put(carry[1], h, first)) if keep else (sums,)
-
-    return _for_each_block(heights, start, size, block, carry)
+  def block(height: int, e: Array, first: Array, end: Array, carry: tuple[Array, ...]):
+    own = _own(rows, first, height, end, len(x))
+    with jax.named_scope('w13'):
+      h = plan_lib.take(x, own.token) @ w13[e]
+    with jax.named_scope('swiglu'):
+      pair = h.reshape(height, 2, -1).astype(jnp.float32)
+      a = (layers.swiglu(pair) * own.gate[:, None]).astype(x.dtype)
+    with jax.named_scope('w2'):
+      y = a @ w2[e]
+    with jax.named_scope('combine'):
+      sums = _added(carry[0], own, y)
+    return (sums, _put_rows(carry[1], h, first, end)) if keep else (sums,)
 
   carry = (jnp.zeros(x.shape, jnp.float32),)
   if keep:
     carry += (jnp.zeros((len(rows.token), w13.shape[2]), x.dtype),)
-  sums, *h = _for_each_expert(plan, expert, carry)
+  sums, *h = _for_each_block(heights, plan, block, carry)
   return sums.astype(x.dtype), checkpoint_name(h[0], 'moe_h') if keep else None
 
 
@@ -151,41 +165,32 @@ def backward(
   heights = ladder(gates.size, len(w13))
   rows = _rows(gates, plan, heights[-1])
   product = lambda form, a, b: jnp.einsum(form, a, b, preferred_element_type=jnp.float32)
+  add_to = lambda whole, part, e: _put(whole, _cut(whole, e, 1) + part[None], e)
 
-  def expert(e: Array, start: Array, size: Array, carry: tuple[Array, ...]):
-    up, down = w13[e], w2[e]
-
-    def block(height: int, first: Array, carry: tuple[Array, ...]):
-      d_x, d_gate, d_up, d_down = carry
-      own = _own(rows, first, height, start + size, len(x))
-      d_rows = plan_lib.take(d_out, own.token)
-      with jax.named_scope('w2'):
-        d_act = jnp.einsum('RD,FD->RF', d_rows, down).astype(jnp.float32)
-      with jax.named_scope('swiglu'):
-        # Rows behind the expert's are another's, and were drawn with other weights.
-        pair = jnp.where((own.token < len(x))[:, None], _cut(h, first, height), 0)
-        pair = pair.reshape(height, 2, -1).astype(jnp.float32)
-        act, swiglu_vjp = jax.vjp(layers.swiglu, pair)
-        d_gate = _put(d_gate, (d_act * act).sum(axis=-1), first)
-        (d_pair,) = swiglu_vjp(d_act * own.gate[:, None])
-        d_h = d_pair.reshape(height, -1).astype(x.dtype)
-        gated = (act * own.gate[:, None]).astype(x.dtype)
-      with jax.named_scope('w2'):
-        d_down += product('RF,RD->FD', gated, d_rows)
-      with jax.named_scope('w13'):
-        d_up += product('RD,RG->DG', plan_lib.take(x, own.token), d_h)
-        d_x_rows = jnp.einsum('RG,DG->RD', d_h, up)
-      with jax.named_scope('combine'):
-        d_x = _added(d_x, own, d_x_rows)
-      return d_x, d_gate, d_up, d_down
-
+  def block(height: int, e: Array, first: Array, end: Array, carry: tuple[Array, ...]):
     d_x, d_gate, d_w13, d_w2 = carry
-    sums = jnp.zeros(up.shape, jnp.float32), jnp.zeros(down.shape, jnp.float32)
-    carry = (d_x, d_gate, *sums)
-    d_x, d_gate, d_up, d_down = _for_each_block(heights, start, size, block, carry)
-    return d_x, d_gate, _put(d_w13, d_up[None], e), _put(d_w2, d_down[None], e)
+    own = _own(rows, first, height, end, len(x))
+    d_rows = plan_lib.take(d_out, own.token)
+    with jax.named_scope('w2'):
+      d_act = jnp.einsum('RD,FD->RF', d_rows, w2[e]).astype(jnp.float32)
+    with jax.named_scope('swiglu'):
+      pair = _cut(h, first, height).reshape(height, 2, -1).astype(jnp.float32)
+      act, swiglu_vjp = jax.vjp(layers.swiglu, pair)
+      d_gate = _put_rows(d_gate, (d_act * act).sum(axis=-1), first, end)
+      (d_pair,) = swiglu_vjp(d_act * own.gate[:, None])
+      d_h = d_pair.reshape(height, -1).astype(x.dtype)
+      gated = (act * own.gate[:, None]).astype(x.dtype)
+    with jax.named_scope('w2'):
+      d_w2 = add_to(d_w2, product('RF,RD->FD', gated, d_rows), e)
+    with jax.named_scope('w13'):
+      d_w13 = add_to(d_w13, product('RD,RG->DG', plan_lib.take(x, own.token), d_h), e)
+      d_x_rows = jnp.einsum('RG,DG->RD', d_h, w13[e])
+    with jax.named_scope('combine'):
+      d_x = _added(d_x, own, d_x_rows)
+    return d_x, d_gate, d_w13, d_w2
 
-  by_token = jnp.zeros(x.shape, jnp.float32), jnp.zeros(len(rows.token), jnp.float32)
-  carry = (*by_token, jnp.zeros_like(w13), jnp.zeros_like(w2))
-  d_x, d_gate, d_w13, d_w2 = _for_each_expert(plan, expert, carry)
-  return d_x.astype(x.dtype), plan_lib.take(d_gate, plan.choice_row), d_w13, d_w2
+  shapes = x.shape, rows.gate.shape, w13.shape, w2.shape
+  carry = tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
+  d_x, d_gate, d_w13, d_w2 = _for_each_block(heights, plan, block, carry)
+  d_gates = plan_lib.take(d_gate, plan.choice_row)
+  return d_x.astype(x.dtype), d_gates, d_w13.astype(w13.dtype), d_w2.astype(w2.dtype)
