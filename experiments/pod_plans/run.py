@@ -67,7 +67,7 @@ ROWS = (
     loss_chunk=1024,
   ),
   Row(
-    *('deepseek_v3', 'v5e:16x16*8', 'dcn_fsdp=8,fsdp=16,expert=4,tensor=4', 512, 1),
+    *('deepseek_v3', 'v5e:16x16*8', 'dcn_fsdp=8,fsdp=16,expert=2,tensor=8', 256, 1),
     remat='offload',
     moments='bfloat16',
     loss_chunk=512,
