@@ -17,6 +17,7 @@ setuptools.setup(
   license='Apache-2.0',
   python_requires='>=3.11',
   packages=setuptools.find_packages(include=['moe_jax*', 'configs*', 'experiments*']),
+  package_data={'configs': ['tuned/*.json']},
   install_requires=[
     'absl-py>=2.1',
     'etils[epath]>=1.9',

@@ -1,7 +1,7 @@
 """Trains a config page on its corpus; the same command again resumes.
 
 python -m experiments.train --config=configs/quickstart.py --workdir=runs/quickstart \
-  [--config.optim.peak_lr=1e-3 ...] [--allow_config_change]
+  [--config.optim.peak_lr=1e-3 ...] [--allow_config_change] [--profile_steps=10,13]
 
 On many processes the same command runs on each, with --coordinator=HOST:PORT --num_processes=P
 --process_id=I where they cannot find that out themselves; see docs/launch/.
@@ -17,7 +17,7 @@ import tqdm
 from absl import flags
 
 from experiments import cli
-from moe_jax import config, processes, report, run
+from moe_jax import config, errors, processes, report, run
 
 
 def define_flags():
@@ -25,7 +25,17 @@ def define_flags():
   cli.config_flag()
   cli.workdir_flag('directory of the run; made if absent')
   flags.DEFINE_bool('allow_config_change', False, 'continue a run of another config')
+  flags.DEFINE_list('profile_steps', None, 'first and last step to profile, into WORKDIR/profile')
   cli.distributed_flags()
+
+
+def _profile_steps() -> tuple[int, int] | None:
+  given = flags.FLAGS.profile_steps
+  errors.require(
+    given is None or len(given) == 2 and all(word.isdecimal() for word in given),
+    f'--profile_steps={",".join(given or ())} must be two numbers; give for example 10,13',
+  )
+  return given and (int(given[0]), int(given[1]))
 
 
 def _say(line: str):
@@ -42,7 +52,12 @@ def main(unused_argv: Sequence[str]):
     {'config': config.to_dict(cfg), 'workdir': str(workdir), 'allow_config_change': allow}
   )
   trained, corpus = run.run_training(
-    cfg, workdir, allow_config_change=allow, argv=sys.argv, say=_say
+    cfg,
+    workdir,
+    allow_config_change=allow,
+    argv=sys.argv,
+    say=_say,
+    profile_steps=_profile_steps(),
   )
   if not trained.interrupted_by:
     report.finish(trained, corpus, workdir, _say)

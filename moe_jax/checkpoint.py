@@ -12,6 +12,7 @@ Layout: `<directory>/<step>/{state,meta}`. Moved aside, where orbax does not loo
 slice, for weights that do not fit into memory.
 """
 
+import concurrent.futures
 import dataclasses
 import itertools
 import json
@@ -85,6 +86,7 @@ class Checkpointer:
       ),
     )
     self._reader = _reader()
+    self._prepared: concurrent.futures.Future[None] | None = None
 
   def steps(self) -> list[int]:
     """Steps on disk or being written, oldest first; whether they are whole is not checked."""
@@ -93,6 +95,16 @@ class Checkpointer:
   def is_due(self, step: int) -> bool:
     """Whether `step` is one at which the schedule saves."""
     return self._cfg is not None and step % self._cfg.save_every == 0
+
+  def prepare(self, abstract_state: Any):
+    """Compiles in the background what a save runs, so that the first one does not stall training.
+
+    Args:
+      abstract_state: pytree of `jax.ShapeDtypeStruct` with the shardings of what will be saved.
+    """
+    worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='checksums')
+    self._prepared = worker.submit(_compile_checksums, abstract_state)
+    worker.shutdown(wait=False)
 
   def save(self, step: int, state: Any, meta: Mapping[str, Any], *, force: bool = False) -> bool:
     """Starts writing `state` and `meta` as one step and returns once the state may be donated.
@@ -115,6 +127,8 @@ class Checkpointer:
     self._may_save = True
     if not (force or self.is_due(step)) or step in self.steps():
       return False
+    if self._prepared is not None:
+      self._prepared.result()
     json_item = record(step, _leaf_records(state), meta)
     arrays = ocp.args.StandardSave(state, save_args=jax.tree.map(_save_args, state))
     items = ocp.args.Composite(state=arrays, meta=ocp.args.JsonSave(json_item))
@@ -323,6 +337,13 @@ def checksums(tree: Any) -> dict[str, int]:
   # One small program per distinct array type: parameters and both moments share theirs. One after
   # the other, because sums over devices that run side by side can starve each other on the CPU.
   return {leaf_name(path): int(_checksum(leaf)) for path, leaf in leaves}
+
+
+def _compile_checksums(abstract_state: Any):
+  """Compiles `_checksum` once per distinct kind of array; its calls find what was compiled."""
+  leaves = jax.tree.leaves(abstract_state)
+  for leaf in {(leaf.shape, leaf.dtype, leaf.sharding): leaf for leaf in leaves}.values():
+    _checksum.lower(leaf).compile()
 
 
 @jax.jit

@@ -7,12 +7,19 @@ and the real one are the same. An unknown name is an error of the compiler, not 
 import jax
 
 
-def for_step(mesh: jax.sharding.Mesh) -> dict[str, str]:
-  """Options for a program on this mesh; none for CPUs and GPUs."""
-  options, device = {}, mesh.devices.flat[0]
+def for_step(mesh: jax.sharding.Mesh) -> dict[str, str | bool]:
+  """Options for a program on this mesh; none for CPUs and for a single device."""
+  device = mesh.devices.flat[0]
+  if mesh.size == 1:
+    return {}
+  if device.platform in ('gpu', 'cuda'):
+    # Collectives run beside products. One GPU has none, and would only pay with memory for the
+    # order that hides them. To pipeline them over layers needed options of their own up to JAX
+    # 0.10, which 0.11 no longer knows.
+    return {'xla_gpu_enable_latency_hiding_scheduler': True}
   # The compiler for v5e ('TPU v5 lite') refuses it beyond one host: not on 64 chips, yes on 8.
   can = device.platform == 'tpu' and ('v5 lite' not in device.device_kind.lower() or mesh.size <= 8)
   if can and mesh.shape['expert'] > 1:
     # By default it blocks: with this, shared experts are computed while tokens travel.
-    options['xla_tpu_enable_async_all_to_all'] = 'true'
-  return options
+    return {'xla_tpu_enable_async_all_to_all': 'true'}
+  return {}

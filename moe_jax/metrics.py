@@ -35,6 +35,7 @@ KEYS = (
   'aux_loss',
   'mtp_loss',
   'data_wait_share',
+  'save_stall_share',
 )
 _Path = str | os.PathLike[str]
 
@@ -149,6 +150,7 @@ class StepTimer:
     self, flops_per_token: float, peak: float, *, clock: Callable[[], float] = time.perf_counter
   ):
     self._flops_per_token, self._peak, self._clock = flops_per_token, peak, clock
+    self._trained, self._saved = 0.0, 0.0
     self._restart()
 
   def add_tokens(self, tokens: int):
@@ -165,8 +167,18 @@ class StepTimer:
       self._waited += self._clock() - start
 
   @contextlib.contextmanager
+  def saving(self) -> Iterator[None]:
+    """Around saving, once the steps in flight are done: like `paused`, and it is reported."""
+    start = self._clock()
+    try:
+      with self.paused():
+        yield
+    finally:
+      self._saved += self._clock() - start
+
+  @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
-    """Around compilation, evaluation and saving: the time inside does not count at all."""
+    """Around compilation and evaluation: the time inside does not count at all."""
     start = self._clock()
     try:
       yield
@@ -174,13 +186,18 @@ class StepTimer:
       self._paused += self._clock() - start
 
   def report(self) -> dict[str, float]:
-    """`tokens_per_second`, `mfu` and `data_wait_share` since the last report; starts anew."""
+    """`tokens_per_second`, `mfu` and `data_wait_share` since the last report; starts anew.
+
+    Saves are many reports apart: `save_stall_share` is of all training and saving so far.
+    """
     seconds = max(self._clock() - self._start - self._paused, 1e-9)
+    self._trained += seconds
     tokens_per_second = self._tokens / seconds
     report = {
       'tokens_per_second': tokens_per_second,
       'mfu': tokens_per_second * self._flops_per_token / self._peak,
       'data_wait_share': min(self._waited / seconds, 1.0),
+      'save_stall_share': self._saved / (self._trained + self._saved),
     }
     self._restart()
     return report

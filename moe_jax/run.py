@@ -1,7 +1,7 @@
 """One run and its directory: train from a config, on one process or many. See `run_load` for use.
 
 Layout of a workdir: config.json (resolved config, versions, commit), tokenizer.json, metrics.jsonl,
-tensorboard/, routing/<step>.npz, checkpoints/<step>/, plots/, evaluation.json.
+tensorboard/, profile/, routing/<step>.npz, checkpoints/<step>/, plots/, evaluation.json.
 """
 
 import contextlib
@@ -33,6 +33,7 @@ from moe_jax import (
   train,
   warm_start,
 )
+from moe_jax.analysis import profile
 from moe_jax.data import cache, pipeline
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.models import transformer
@@ -47,6 +48,7 @@ def run_training(
   allow_config_change: bool = False,
   argv: Sequence[str] = (),
   say: run_load.Say = print,
+  profile_steps: tuple[int, int] | None = None,
 ) -> tuple[run_load.Run, corpus_lib.Corpus]:
   """Trains `cfg` in `workdir`, resuming from the newest whole checkpoint there.
 
@@ -58,6 +60,7 @@ def run_training(
     allow_config_change: continue a run of another config.
     argv: command line, for the record.
     say: prints one line.
+    profile_steps: the first and the last of the steps that are profiled, into workdir/profile.
 
   Returns:
     The trained (or interrupted) run and its corpus.
@@ -68,6 +71,12 @@ def run_training(
   workdir = pathlib.Path(workdir)
   first = processes.is_first()
   say = say if first else _say_nothing
+  errors.require(
+    profile_steps is None or profile_steps[1] <= cfg.train.num_steps,
+    f'--profile_steps={profile_steps} (first, last) must end by config.train.num_steps='
+    f'{cfg.train.num_steps}; profile earlier steps',
+  )
+  window = profile.Window(workdir / 'profile', *profile_steps, say) if profile_steps else None
   with processes.together():
     changes, moved = run_record.check_workdir(workdir, cfg, allow_config_change)
     source = _source(cfg)
@@ -83,7 +92,8 @@ def run_training(
       checkpoint.Checkpointer(workdir / 'checkpoints', cfg.checkpoint)
     )
     stop = stack.enter_context(train.StopSignal())
-    restored = checkpointer.restore(train.abstract_state(cfg, mesh))
+    abstract_state = train.abstract_state(cfg, mesh)
+    restored = checkpointer.restore(abstract_state)
     if restored is not None:
       _check_continues(cfg, restored.meta, corpus, allow_config_change)
     with processes.together():
@@ -98,7 +108,10 @@ def run_training(
     else:
       state = restored.state
       say(f'resuming after step {restored.step} of {cfg.train.num_steps}')
-    state, stopped_by = _fit(cfg, workdir, corpus, mesh, state, checkpointer, stop, say)
+    checkpointer.prepare(abstract_state)
+    state, stopped_by = _fit(
+      cfg, workdir, corpus, mesh, state, checkpointer, stop, say, window if first else None
+    )
     step = int(state.step)
   run = run_load.Run(
     cfg, mesh, state.variables, corpus.tokenizer, step, corpus.fingerprint, stopped_by
@@ -273,6 +286,7 @@ def _fit(
   checkpointer: checkpoint.Checkpointer,
   stop: train.StopSignal,
   say: run_load.Say,
+  window: profile.Window | None,
 ) -> tuple[train.TrainState, str]:
   """The loop with its periodic actions.
 
@@ -302,7 +316,7 @@ def _fit(
   stopped_by = ''
   bar = tqdm.tqdm(total=total, initial=start, unit='step', disable=None if first else True)
   with bar:
-    for report in train.steps(cfg, mesh, state, batches, timer):
+    for report in train.steps(cfg, mesh, state, batches, timer, window):
       step, state = report.step, report.state
       bar.update()
       stopped_by = agreement.after_step(stop.name)  # asked once: signals come at any line below
@@ -319,8 +333,10 @@ def _fit(
           _write_routing(cfg, workdir, report)
         if cfg.train.eval_every and step % cfg.train.eval_every == 0 and step < total:
           _evaluate_midway(cfg, step, state.variables, corpus, mesh, writer, say)
-        if last or checkpointer.is_due(step):
-          _check_finite(cfg, step, report.metrics)
+      if last or checkpointer.is_due(step):
+        _check_finite(cfg, step, report.metrics)
+        jax.block_until_ready(state)  # the steps in flight are training, what follows is not
+        with timer.saving():
           checkpointer.save(step, state, meta(cfg, corpus), force=last)
       if stopped_by:
         break

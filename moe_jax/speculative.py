@@ -150,7 +150,7 @@ def _generate(
   draw = lambda logits, key: judge(logits, jnp.full(len(logits), -1), sampling, key)[1]
   module = functools.partial(_modules, cfg, variables)
   guess = lambda normed, i: (
-    transformer.logits_of(normed[row, i][:, None], weights.head)[:, 0].argmax(-1).astype(jnp.int32)
+    decode.head(weights, normed[row, i][:, None])[:, 0].argmax(-1).astype(jnp.int32)
   )
   row = jnp.arange(batch_size)
 

@@ -10,7 +10,7 @@ import collections
 import functools
 import signal
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -308,9 +308,9 @@ def make_train_step(cfg: config.Config, mesh: jax.sharding.Mesh) -> Any:
       grads, params = as_moments(grads), as_moments(state.params)
       updates, opt_state = optimizer.update(grads, state.opt_state, params)
       params = as_moments(optax.apply_updates(params, updates))
+      norm = optax.tree.norm(grads)
     with jax.named_scope('router_state'):
       router_state = next_router_state(cfg, state.router_state, loss.stats, state.step)
-    norm = optax.tree.norm(grads)
     metrics = StepMetrics(
       loss.cross_entropy, loss.mtp, loss.aux, schedule(state.step), norm, loss.stats
     )
@@ -347,6 +347,19 @@ class StopSignal:
     self.name = signal.Signals(number).name
 
 
+class Profile(Protocol):
+  """Watches the steps from `first` to `last`; see `analysis.profile.Window`."""
+
+  first: int
+  last: int
+
+  def start(self, hlo_text_of_program: str):
+    """Called before the first one is launched."""
+
+  def stop(self):
+    """Called when the last one is done."""
+
+
 class StepReport(NamedTuple):
   """What the loop hands to its caller after each step."""
 
@@ -361,11 +374,13 @@ def steps(
   state: TrainState,
   batches: Iterator[dict[str, np.ndarray]],
   timer: metrics_lib.StepTimer,
+  profile: Profile | None = None,
 ) -> Iterator[StepReport]:
   """Runs one optimizer step per batch, a few steps ahead of the device, and yields after each.
 
   The yielded state is donated to the next step: use it before asking for the next report. Each
-  batch size of a ramp is compiled when it first comes, and `timer` leaves that time out.
+  batch size of a ramp is compiled when it first comes, and `timer` leaves that time out, as
+  it does that of starting and reading a profile.
   """
   train_step = make_train_step(cfg, mesh)
   compiled = {}
@@ -382,8 +397,15 @@ def steps(
       if shape not in compiled:
         with timer.paused():
           compiled[shape] = train_step.lower(state, batch).compile()
+      if profile is not None and step + 1 == profile.first:
+        with timer.paused():
+          profile.start(compiled[shape].as_text())
       state, metrics = compiled[shape](state, batch)
     step += 1
+    if profile is not None and step == profile.last:
+      jax.block_until_ready((state, metrics))  # these steps' time counts, that of reading does not
+      with timer.paused():
+        profile.stop()
     in_flight.append(metrics.loss)
     if len(in_flight) > MAX_IN_FLIGHT:
       in_flight.popleft().block_until_ready()

@@ -23,6 +23,7 @@ def line(step: int, **changes):
     'aux_loss': 0.01,
     'mtp_loss': None,
     'data_wait_share': 0.001,
+    'save_stall_share': 0.004,
   }
   return {**values, **changes}
 
@@ -38,7 +39,7 @@ def test_lines_have_exactly_the_promised_keys_and_all_digits(tmp_path):
   write(tmp_path, [1, 2])
   lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
   keys = 'step loss lr grad_norm tokens_per_second mfu max_vio drop_rate overflow_rate '
-  keys += 'aux_loss mtp_loss data_wait_share'
+  keys += 'aux_loss mtp_loss data_wait_share save_stall_share'
   assert [list(json.loads(text)) for text in lines] == [keys.split()] * 2
   assert np.float32(json.loads(lines[1])['loss']) == np.float32(10 / 3)
   assert metrics.read_metrics(tmp_path) == [line(1), line(2)]
@@ -145,10 +146,15 @@ def test_step_timer():
   timer.add_tokens(400)
   spend(5)
   # 1000 tokens in 10 s that count; 100 tokens/s * 50 FLOPs of 10000 FLOP/s.
-  assert timer.report() == {'tokens_per_second': 100.0, 'mfu': 0.5, 'data_wait_share': 0.1}
+  rates = {'tokens_per_second': 100.0, 'mfu': 0.5, 'data_wait_share': 0.1}
+  assert timer.report() == {**rates, 'save_stall_share': 0.0}
   timer.add_tokens(30)
+  with timer.saving():
+    spend(2)
   spend(3)
-  assert timer.report() == {'tokens_per_second': 10.0, 'mfu': 0.05, 'data_wait_share': 0.0}
+  # 2 s of saving do not count as training; they are 2 of the 10 + 3 + 2 s so far.
+  rates = {'tokens_per_second': 10.0, 'mfu': 0.05, 'data_wait_share': 0.0}
+  assert timer.report() == {**rates, 'save_stall_share': pytest.approx(2 / 15)}
   assert timer.report()['tokens_per_second'] == 0.0
 
 

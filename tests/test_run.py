@@ -91,6 +91,8 @@ def test_a_run_writes_what_it_promises(finished):
   assert [p['step'] for p in points] == list(range(1, 13))
   assert all(set(p) == set(metrics.KEYS) for p in points)
   assert points[-1]['loss'] < points[0]['loss'] - 0.5  # 5.6 at the start
+  stalls = [p['save_stall_share'] for p in points]  # saves follow the lines of steps 4, 8 and 12
+  assert stalls[:4] == [0] * 4 and all(0 < share < 1 for share in stalls[4:])
   assert sum(line.startswith('step=') and 'max_vio=' in line for line in lines) == 12
   assert sum('heldout_bits_per_byte=' in line for line in lines) == 2  # steps 5 and 10
   assert 'grouped_matmul=blocks' in lines[0]
@@ -98,6 +100,45 @@ def test_a_run_writes_what_it_promises(finished):
   assert 'gzip -9' in said and 'xz -9' in said and 'max_vio_global=' in said
   record = json.loads((workdir / 'config.json').read_text())
   assert record['config']['train']['num_steps'] == 12
+
+
+class Untouchable:
+  """Stands for what the host must not look at: any look would wait for the device."""
+
+  def __getattr__(self, name):
+    raise AssertionError(f'{name} was read between two log lines')
+
+
+def test_a_run_reads_nothing_from_the_device_between_log_lines(cache, tmp_path, monkeypatch):
+  overrides = {'train__log_every': 5, 'train__eval_every': 0, 'train__routing_every': 0}
+  cfg = make_config(cache, checkpoint__save_every=12, **overrides)
+  steps, hidden = train.steps, []
+
+  def guarded(*args):
+    for done in steps(*args):
+      if done.step in (5, 10, 12):
+        yield done
+      else:
+        hidden.append(done.step)
+        yield train.StepReport(done.step, Untouchable(), Untouchable())
+
+  monkeypatch.setattr(train, 'steps', guarded)
+  said = []
+  trained, _ = run.run_training(cfg, tmp_path / 'run', say=said.append, profile_steps=(7, 8))
+  assert trained.step == 12 and len(hidden) == 9
+  shares = json.loads((tmp_path / 'run/profile/shares.json').read_text())
+  assert sum(shares.values()) == pytest.approx(1) and shares['attention'] > 0
+  assert sum(line.startswith('profile of steps 7 to 8') for line in said) == 1
+  points = metrics.read_metrics(tmp_path / 'run')
+  assert [p['step'] for p in points] == [5, 10, 12]
+  assert all(p['save_stall_share'] == 0 for p in points)  # the only save came last
+
+
+@pytest.mark.parametrize('steps', [(0, 1), (5, 4), (12, 13)])
+def test_steps_that_cannot_be_profiled_are_refused(cache, tmp_path, steps):
+  with pytest.raises(errors.InputError, match='profile_steps'):
+    run.run_training(make_config(cache), tmp_path / 'run', profile_steps=steps)
+  assert not (tmp_path / 'run').exists()
 
 
 def test_routing_figures_of_the_run_are_kept_as_arrays(finished):

@@ -148,6 +148,38 @@ def test_loop_does_one_step_per_batch(dense_run):
     assert np.isfinite(values['loss']) and values['grad_norm'] > 0
 
 
+class OnDevice:
+  """A number that is still being computed: it can be waited for, and reading it is an error."""
+
+  def __init__(self, step, waits):
+    self._step, self._waits = step, waits
+
+  def block_until_ready(self):
+    self._waits.append(self._step)
+    return self
+
+
+def test_steps_are_not_waited_for_but_a_few_steps_behind(monkeypatch):
+  launched, waits = [], []
+
+  class Step:  # in place of the jitted one; what it returns has no value that the host could read
+    lower = lambda self, state, batch: self
+    compile = lambda self: self
+
+    def __call__(self, state, batch):
+      launched.append(len(launched) + 1)
+      assert waits == launched[: -1 - train.MAX_IN_FLIGHT]
+      loss = OnDevice(launched[-1], waits)
+      return object(), train.StepMetrics(loss, *[object()] * 5)
+
+  monkeypatch.setattr(train, 'make_train_step', lambda cfg, mesh: Step())
+  timer = metrics.StepTimer(flops_per_token=1.0, peak=1.0)
+  rows, state = tiny.batch(((16,), (9,))), types.SimpleNamespace(step=0)
+  loop = train.steps(tiny.make(**DENSE), one_device(), state, iter([rows] * 6), timer)
+  assert [report.step for report in loop] == [1, 2, 3, 4, 5, 6]
+  assert waits == [1, 2, 3, 4]
+
+
 def test_seed_decides_the_start(dense_run):
   cfg, mesh, start, *_ = dense_run
   init = lambda seed: train.init_state(tiny.make(**DENSE, train__seed=seed), mesh)

@@ -30,7 +30,8 @@ class Weights:
   embedding: Array  # [V, D]
   layers: tuple[dict[str, Any], ...]  # variables of one `transformer.Block` each
   final_norm: dict[str, Array]
-  head: Array  # [D, V]
+  head: Array | None  # [D, V]; None where `head_rows` is in its place
+  head_rows: layers.Rows | None = None  # [V, D]
 
 
 class Decoded(NamedTuple):
@@ -44,8 +45,10 @@ def unstack(cfg: config.ModelConfig, variables: Mapping[str, Any]) -> Weights:
   """Takes the stacks of layers apart: every weight of a layer is copied once.
 
   Weights wider than the compute dtype are rounded to it, as every application of the model would.
-  The up-projection of latent attention is laid out as its absorbed form reads it, and on a CPU the
-  experts' kernels as `gather.apply` does.
+  The up-projection of latent attention is laid out as its absorbed form reads it. On a CPU all
+  matrices are laid out with their input axis last (`layers.product`, `gather.apply`), and those
+  that multiply the same input in attention are joined. No weight is kept twice; `variables` can be
+  let go.
   """
   params, state = variables['params'], variables.get('router_state', {})
   dtype = jnp.dtype(cfg.dtype)
@@ -54,23 +57,47 @@ def unstack(cfg: config.ModelConfig, variables: Mapping[str, Any]) -> Weights:
     keep = path[-1].key in ('scale', 'router') or leaf.dtype.itemsize <= dtype.itemsize
     return leaf if keep else leaf.astype(dtype)
 
-  experts_for = jax.jit(gather.lay_out)
-  latent_for = jax.jit(lambda kv_b: mla.lay_out(kv_b, cfg.attention))
+  lay_out = jax.jit(_lay_out, static_argnums=(0, 1))
   found = []
   for kind in transformer.stacks(cfg):
     for i in range(kind.length):
       own = jax.tree.map(lambda a: a[i], params[kind.name])  # noqa: B023
       own = jax.tree_util.tree_map_with_path(narrow, own)
+      own, kernels = lay_out(cfg, kind.is_moe, own)
       layer = {'router_state': jax.tree.map(lambda a: a[i], state.get(kind.name, {}))}  # noqa: B023
-      kernels = {}
-      if cfg.attention.kind == 'mla':
-        kernels['attention'] = {'absorbed': latent_for(own['attention'].pop('kv_b'))}
-      if kind.is_moe and target.platform() == 'cpu' and cfg.moe.dispatch != 'dense':
-        pair = experts_for(own['moe'].pop('gate_up'), own['moe'].pop('down'))
-        kernels['moe'] = {'kernels': pair}
       found.append({'params': own, 'kernels': kernels, **layer})
   outside = {k: params[k] for k in ('embedding', 'final_norm', 'head')}
-  return Weights(layers=tuple(found), **jax.tree_util.tree_map_with_path(narrow, outside))
+  outside = jax.tree_util.tree_map_with_path(narrow, outside)
+  if target.platform() == 'cpu':
+    outside |= {'head': None, 'head_rows': jax.jit(lambda w: layers.in_rows(w.T))(outside['head'])}
+  return Weights(layers=tuple(found), **outside)
+
+
+def _lay_out(
+  cfg: config.ModelConfig, is_moe: bool, params: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """A block's parameters that stay as they are, and what is made of the others."""
+  params = {name: dict(inner) for name, inner in params.items()}
+  own, kernels = params['attention'], {}
+  latent, on_cpu = cfg.attention.kind == 'mla', target.platform() == 'cpu'
+  if latent:
+    kernels['absorbed'] = mla.lay_out(own.pop('kv_b'), cfg.attention)
+  if on_cpu:
+    first = 'q_a' if 'q_a' in own else 'q'
+    names = (first, 'kv_a', 'o') if latent else ('q', 'k', 'v', 'o')
+    kernels['projections'] = attention.lay_out(*map(own.pop, names))
+  kernels = {'attention': kernels} if kernels else {}
+  if on_cpu and is_moe:
+    moe, kernels['moe'] = params['moe'], {}
+    if 'shared' in moe:
+      shared = moe.pop('shared')
+      kernels['moe']['shared'] = {'ffn': layers.lay_out(shared['gate_up'], shared['down'])}
+    if cfg.moe.dispatch != 'dense':
+      kernels['moe']['kernels'] = gather.lay_out(moe.pop('gate_up'), moe.pop('down'))
+  elif on_cpu:
+    mlp = params.pop('mlp')
+    kernels['mlp'] = {'ffn': layers.lay_out(mlp['gate_up'], mlp['down'])}
+  return params, kernels
 
 
 def _embed(cfg: config.ModelConfig, weights: Weights, tokens: Array) -> Array:
@@ -85,7 +112,15 @@ def normed(cfg: config.ModelConfig, weights: Weights, hidden: Array) -> Array:
 
 def logits_of(cfg: config.ModelConfig, weights: Weights, hidden: Array) -> Array:
   """hidden [B, L, D] of `Decoded` -> logits [B, L, V] float32."""
-  return transformer.logits_of(normed(cfg, weights, hidden), weights.head)
+  return head(weights, normed(cfg, weights, hidden))
+
+
+def head(weights: Weights, x: Array) -> Array:
+  """x [B, L, D] behind the final norm, or a norm of its own, -> logits [B, L, V] float32."""
+  if weights.head_rows is None:
+    return transformer.logits_of(x, weights.head)
+  with jax.named_scope('head'):
+    return layers.product(x, weights.head_rows, jnp.float32)
 
 
 def _apply(

@@ -16,6 +16,7 @@ Letters: R kv_lora_rank, Q q_lora_rank, N heads, Hn, Hr, Hv sizes of a head's un
 part and of its value.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -120,14 +121,19 @@ def absorbed(
   Returns:
     [B, L, N, Hv].
   """
-  q_latent = jnp.einsum('BLNH,NHR->BLNR', q.nope, up.uk)
-  f32 = dict(preferred_element_type=jnp.float32)
-  scores = jnp.einsum('BLNR,BSR->BNLS', q_latent, cache.latent, **f32)
-  scores += jnp.einsum('BLNH,BSH->BNLS', q.rope, cache.rope_key, **f32)
-  scores = jnp.where(mask[:, None], scores * cfg.softmax_scale, jnp.finfo(jnp.float32).min)
+  batch, length, num_heads, _ = q.nope.shape
+  # One batch of matrices after the other, the heads of all queries as rows: nothing is transposed.
+  rows = lambda a: a.reshape(batch, length * num_heads, -1)
+  q_latent = rows(jnp.einsum('BLNH,NHR->BLNR', q.nope, up.uk))
+  dot = lambda a, b, axis: jax.lax.dot_general(
+    a, b, (((2,), (axis,)), ((0,), (0,))), preferred_element_type=jnp.float32
+  )
+  scores = dot(q_latent, cache.latent, 2) + dot(rows(q.rope), cache.rope_key, 2)
+  scores = scores.reshape(batch, length, num_heads, -1) * cfg.softmax_scale
+  scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
   probs = jax.nn.softmax(scores, axis=-1).astype(cache.latent.dtype)
-  mixed = jnp.einsum('BNLS,BSR->BLNR', probs, cache.latent)
-  return jnp.einsum('BLNR,NRH->BLNH', mixed, up.uv)
+  mixed = dot(rows(probs), cache.latent, 1).astype(cache.latent.dtype)
+  return jnp.einsum('BLNR,NRH->BLNH', mixed.reshape(batch, length, num_heads, -1), up.uv)
 
 
 class MLA(nn.Module):
@@ -145,9 +151,11 @@ class MLA(nn.Module):
   ) -> tuple[Array, LatentCache, None]:
     """Applies the layer; arguments and results as of `attention.Attention`, no mixture."""
     mla, d = self.cfg.mla, x.shape[-1]
+    laid_out = self.get_variable('kernels', 'projections')
     with jax.named_scope('mla_proj'):
       angle = rope.angles(ctx.positions, mla.qk_rope_head_dim, self.cfg.rope)
-      q, own = self._queries(x, angle), self._latent(x, angle)
+      from_x = self._from_x(x, laid_out)
+      q, own = self._queries(next(from_x), angle), self._latent(next(from_x), angle)
     with jax.named_scope('mla_core'):
       if cache is None:
         cache, out = own, expanded(q, own, self._kv_b(), ctx, self.cfg)
@@ -156,6 +164,8 @@ class MLA(nn.Module):
         mask = attention.seen_slots(ctx.positions, cache.latent.shape[1])
         up = self.get_variable('kernels', 'absorbed') or lay_out(self._kv_b(), self.cfg)
         out = absorbed(q, cache, up, mask, self.cfg)
+    if laid_out:
+      return attention.project_out(out, laid_out.o), cache, None
     o = self._weight('o', (self.num_heads, mla.v_head_dim, d), 'heads', 'head_dim', 'embed')
     return attention.project_out(out, o), cache, None
 
@@ -167,26 +177,36 @@ class MLA(nn.Module):
     shape = (mla.kv_lora_rank, self.num_heads, mla.qk_nope_head_dim + mla.v_head_dim)
     return self._weight('kv_b', shape, 'kv_lora', 'heads', 'head_dim')
 
-  def _queries(self, x: Array, angle: Array) -> Queries:
+  def _from_x(self, x: Array, laid_out: attention.Projections | None) -> Iterator[Array]:
+    """The input's projections: queries [B, L, N (Hn + Hr)] or their latent, then [B, L, R + Hr]."""
     mla, d = self.cfg.mla, x.shape[-1]
+    width = mla.kv_lora_rank + mla.qk_rope_head_dim
+    if laid_out:
+      yield from jnp.split(layers.product(x, laid_out.x), [laid_out.x.num - width], axis=-1)
+    elif mla.q_lora_rank:
+      down = self._weight('q_a', (d, mla.q_lora_rank), 'embed', 'q_lora')
+      yield jnp.einsum('BLD,DQ->BLQ', x, down)
+    else:
+      shape = (d, self.num_heads, self.cfg.qk_head_dim)
+      q = jnp.einsum('BLD,DNH->BLNH', x, self._weight('q', shape, 'embed', 'heads', 'head_dim'))
+      yield q
+    if not laid_out:
+      down = self._weight('kv_a', (d, width), 'embed', 'kv_lora')
+      yield jnp.einsum('BLD,DR->BLR', x, down)
+
+  def _queries(self, from_x: Array, angle: Array) -> Queries:
+    mla = self.cfg.mla
     heads = (self.num_heads, self.cfg.qk_head_dim)
     if mla.q_lora_rank:
-      down = self._weight('q_a', (d, mla.q_lora_rank), 'embed', 'q_lora')
-      latent = self._norm('q_a_norm', jnp.einsum('BLD,DQ->BLQ', x, down))
+      latent = self._norm('q_a_norm', from_x)
       up = self._weight('q_b', (mla.q_lora_rank, *heads), 'q_lora', 'heads', 'head_dim')
-      q = jnp.einsum('BLQ,QNH->BLNH', checkpoint_name(latent, 'latent'), up)
-    else:
-      q = jnp.einsum(
-        'BLD,DNH->BLNH', x, self._weight('q', (d, *heads), 'embed', 'heads', 'head_dim')
-      )
+      from_x = jnp.einsum('BLQ,QNH->BLNH', checkpoint_name(latent, 'latent'), up)
+    q = from_x.reshape(*from_x.shape[:2], *heads)
     nope, rotated = jnp.split(q, [mla.qk_nope_head_dim], axis=-1)
     return Queries(nope, rope.rotate(rotated, angle, self.cfg.rope))
 
-  def _latent(self, x: Array, angle: Array) -> LatentCache:
-    mla = self.cfg.mla
-    width = mla.kv_lora_rank + mla.qk_rope_head_dim
-    down = self._weight('kv_a', (x.shape[-1], width), 'embed', 'kv_lora')
-    latent, key = jnp.split(jnp.einsum('BLD,DR->BLR', x, down), [mla.kv_lora_rank], axis=-1)
+  def _latent(self, from_x: Array, angle: Array) -> LatentCache:
+    latent, key = jnp.split(from_x, [self.cfg.mla.kv_lora_rank], axis=-1)
     latent = self._norm('kv_a_norm', latent)
     key = rope.rotate(key[:, :, None], angle, self.cfg.rope)[:, :, 0]
     return jax.tree.map(lambda a: checkpoint_name(a, 'latent'), LatentCache(latent, key))

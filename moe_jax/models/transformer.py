@@ -330,7 +330,8 @@ def embedded(ids: Array, embedding: Array) -> Array:
     return whole.reshape(*ids.shape, -1)
 
   axes = ('act_batch', 'act_len'), ('vocab', 'embed')
-  return partitioning.per_shard(part, axes, axes[0])(ids, embedding)
+  with jax.named_scope('embedding'):
+    return partitioning.per_shard(part, axes, axes[0])(ids, embedding)
 
 
 def tokens_ahead(targets: Array, segment_ids: Array, num: int) -> Array:

@@ -1,6 +1,7 @@
 """Every implementation against attention and its gradients written out in float64 numpy.
 
 `splash` runs in Pallas' interpreter here, and compiles for chips that are not there in a slow test.
+`tokamax` runs through its XLA forms; its kernels compile for a GPU in tests/test_gpu_aot.py.
 """
 
 import functools
@@ -18,13 +19,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax.extend import backend
 
 from moe_jax import config_attention, errors, partitioning
 from moe_jax.models import attend, target
-from moe_jax.models.attend import chunked, dot_product, reference, splash
+from moe_jax.models.attend import chunked, dot_product, reference, splash, tokamax
 
 ROOT = pathlib.Path(__file__).parents[2]
-ATTENDS = attend.ATTENDS | {'splash': functools.partial(splash.attend, interpret=True)}
+ATTENDS = attend.ATTENDS | {
+  'splash': functools.partial(splash.attend, interpret=True),
+  'tokamax': functools.partial(tokamax.attend, kernels=('xla',)),
+  'tokamax_chunked': functools.partial(tokamax.attend, kernels=('xla_chunked',)),
+}
 L = 150  # no multiple of the blocks below
 # One document; three and padding inside and across blocks; padding only; a document of one token.
 LENGTHS = ((150,), (40, 70, 20), (), (1, 33, 64, 52))
@@ -272,6 +278,39 @@ def test_what_cudnn_is_given(monkeypatch, length, head_dims):
   assert given == [('cudnn', q, kv, kv, (1, 1, 16, 16))]
 
 
+# tokamax
+
+
+def test_tokamax_without_a_gpu_says_what_to_do(monkeypatch):
+  arrays = operands(SHAPES['MHA'])[:3]
+  with pytest.raises(
+    errors.InputError, match=r"attention\.impl='tokamax' .*'cpu'.*'auto'.*chunked"
+  ):
+    attend.ATTENDS['tokamax'](*arrays, *batch(), 1.0)
+  on(monkeypatch, 'gpu', (9, 0))
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(errors.InputError, match=r"attention\.impl='tokamax' .*moe_jax\[cuda\]"):
+    choose('tokamax')
+
+
+def test_document_starts_by_hand():
+  ids = jnp.array([[3, 3, 5, 5, 5, 0, 0], [1, 2, 2, 2, 2, 2, 2]])
+  np.testing.assert_array_equal(
+    tokamax.document_starts(ids), [[0, 0, 2, 2, 2, 5, 6], [0, 1, 1, 1, 1, 1, 1]]
+  )
+
+
+@pytest.mark.parametrize('kernels', [('xla',), ('xla_chunked',)])
+def test_tokamax_for_a_part_of_the_queries_is_that_part(kernels):
+  """The last 100 tokens against keys of whole rows; sums of up to 150 float32 terms."""
+  shape, (positions, ids) = SHAPES['MLA'], batch()
+  q, k, v, _ = operands(shape)
+  run = tiny.jit(functools.partial(tokamax.attend, scale=shape.scale, kernels=kernels))
+  whole, part = run(q, k, v, positions, ids), run(q[:, 50:], k, v, positions, ids, first=50)
+  real = np.asarray(ids[:, 50:]) > 0
+  np.testing.assert_allclose(np.asarray(part)[real], np.asarray(whole[:, 50:])[real], **CLOSE)
+
+
 # splash
 
 
@@ -312,24 +351,31 @@ def test_auto_on_a_tpu_is_splash(monkeypatch):
 
 
 @pytest.mark.parametrize(
-  'capability, dims, dtype, served',
+  'capability, dims, dtype, short, long',
   [
-    ((9, 0), (128, 128), 'bfloat16', True),
-    ((9, 0), (192, 128), 'float16', True),
-    ((10, 0), (256, 256), 'bfloat16', True),
-    ((9, 0), (264, 128), 'bfloat16', False),
-    ((9, 0), (128, 128), 'float32', False),
-    ((8, 0), (128, 128), 'bfloat16', True),
-    ((8, 9), (192, 128), 'bfloat16', False),
-    ((8, 0), (64, 136), 'bfloat16', False),  # the values are too wide
-    ((7, 5), (64, 64), 'bfloat16', False),
-    ((), (64, 64), 'bfloat16', False),  # no NVIDIA GPU
+    ((9, 0), (128, 128), 'bfloat16', 'dot_product', 'tokamax'),  # no mask of a long row
+    ((9, 0), (192, 128), 'float16', 'tokamax', 'tokamax'),  # nothing is padded
+    ((10, 0), (256, 256), 'bfloat16', 'dot_product', 'tokamax'),
+    ((9, 0), (264, 264), 'bfloat16', 'reference', 'tokamax'),  # too wide for cuDNN
+    ((9, 0), (128, 128), 'float32', 'reference', 'chunked'),
+    ((8, 0), (128, 128), 'bfloat16', 'dot_product', 'tokamax'),
+    ((8, 9), (136, 136), 'bfloat16', 'reference', 'tokamax'),
+    ((8, 0), (64, 136), 'bfloat16', 'tokamax', 'tokamax'),
+    ((7, 5), (64, 64), 'bfloat16', 'reference', 'chunked'),
+    ((), (64, 64), 'bfloat16', 'reference', 'chunked'),  # no NVIDIA GPU
   ],
 )
-def test_auto_on_a_gpu_is_cudnn_where_it_serves(monkeypatch, capability, dims, dtype, served):
+def test_auto_on_a_gpu(monkeypatch, capability, dims, dtype, short, long):
   on(monkeypatch, 'gpu', capability)
-  short, long = (choose(dims=dims, dtype=dtype, length=length) for length in (256, 4096))
-  assert (short, long) == (('dot_product',) * 2 if served else ('reference', 'chunked'))
+  assert choose(dims=dims, dtype=dtype, length=256) == short
+  assert choose(dims=dims, dtype=dtype, length=4096) == long
+
+
+def test_auto_on_a_gpu_without_tokamax_is_cudnn_where_it_serves(monkeypatch):
+  on(monkeypatch, 'gpu', (9, 0))
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  assert choose(dims=(192, 128), length=4096) == 'dot_product'
+  assert choose(dims=(264, 128), length=4096) == 'chunked'
 
 
 def test_a_named_implementation_is_taken_where_it_runs(monkeypatch):
@@ -373,7 +419,7 @@ def test_the_platform_without_a_mesh_and_under_one_of_this_host():
 )
 def test_compute_capability(monkeypatch, version, want):
   device = type('Device', (), {'compute_capability': version} if version else {})
-  monkeypatch.setattr(jax, 'local_devices', lambda: [device])
+  monkeypatch.setattr(backend, 'get_default_device', lambda: device)
   assert target.compute_capability() == want
 
 

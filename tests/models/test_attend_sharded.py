@@ -146,7 +146,8 @@ def test_an_implementation_that_cannot_split_rows_is_refused_and_auto_takes_anot
       attend.choose('dot_product', **sizes)
     monkeypatch.setattr(target, 'platform', lambda: 'gpu')
     monkeypatch.setattr(target, 'compute_capability', lambda: (9, 0))
-    assert attend.choose('auto', **sizes) == 'chunked'
+    assert attend.choose('auto', **sizes) == 'tokamax'
+    assert attend.choose('auto', **sizes | {'dtype': 'float32'}) == 'chunked'
     monkeypatch.setattr(target, 'platform', lambda: 'tpu')
     assert attend.choose('auto', **sizes) == attend.choose('splash', **sizes) == 'splash'
     sizes['length'] = 4096 + 4 * 64

@@ -11,7 +11,7 @@ import tiny
 
 from moe_jax import errors, generate
 from moe_jax import sampling as sampling_lib
-from moe_jax.models import decode, transformer
+from moe_jax.models import decode, layers, transformer
 
 B, L, SLOTS = 3, 12, 16
 LENGTHS = np.array([3, 8, 1], np.int32)  # prompts of different lengths in one batch
@@ -156,19 +156,20 @@ def test_two_tokens_at_once_equal_one_after_the_other(name):
 def test_weights_are_rounded_to_the_compute_dtype_only_when_they_are_wider():
   model = dataclasses.replace(make('mla'), dtype='bfloat16')
   weights = decode.unstack(model, variables(model))
-  assert weights.head.dtype == weights.layers[0]['params']['attention']['o'].dtype == jnp.bfloat16
+  projections = weights.layers[0]['kernels']['attention']['projections']
+  assert weights.head_rows.dtype == projections.o.dtype == jnp.bfloat16
   assert weights.layers[1]['kernels']['moe']['kernels'].down.dtype == jnp.bfloat16
   assert weights.layers[1]['params']['moe']['router'].dtype == jnp.float32
   assert weights.final_norm['scale'].dtype == jnp.float32
   narrow = dataclasses.replace(make('mla'), param_dtype='bfloat16')
-  assert decode.unstack(narrow, variables(narrow)).head.dtype == jnp.bfloat16
+  assert decode.unstack(narrow, variables(narrow)).head_rows.dtype == jnp.bfloat16
 
 
-def test_no_expert_s_weights_are_kept_twice():
+def test_no_weights_are_kept_twice():
   model = make('v3')
   weights = decode.unstack(model, variables(model))
   total = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
-  assert total((weights.embedding, weights.head, weights.final_norm)) + sum(
+  assert total((weights.embedding, weights.head_rows, weights.final_norm)) + sum(
     total((layer['params'], layer['kernels'])) for layer in weights.layers
   ) == total(variables(model)['params'])
 
@@ -213,3 +214,22 @@ def test_expert_choice_is_refused():
   model = tiny.make(**{f'{MOE}router': 'expert_choice', f'{MOE}dispatch': 'capacity'}).model
   with pytest.raises(errors.InputError, match="router='expert_choice' has no causal decoding"):
     generate.Generator(model, {}, (0,))
+
+
+@pytest.mark.parametrize('rows', [1, 2, 8, 17])
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize('height, parts', [(7, 1), (129, 1), (128, 2)])
+def test_product_with_a_matrix_laid_out_for_decoding(monkeypatch, rows, dtype, height, parts):
+  """Few rows, many, and widths that are no multiples of a vector register."""
+  monkeypatch.setattr(layers.os, 'cpu_count', lambda: 2)
+  rng = np.random.default_rng(rows)
+  x, w = (jnp.array(rng.normal(size=shape), dtype) for shape in ((rows, 1, 19), (height, 19)))
+  matrix = layers.in_rows(w)
+  assert len(matrix.parts) == parts and matrix.num == height
+  got = layers.product(x, matrix)
+  assert got.shape == (rows, 1, height) and got.dtype == dtype
+  want = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
+  # bfloat16: 8 bits of mantissa in the result.
+  tolerance = CLOSE if dtype == jnp.float32 else dict(rtol=0.01, atol=0.02)
+  np.testing.assert_allclose(np.asarray(got, np.float64), want, **tolerance)
+  assert layers.product(x, matrix, jnp.float32).dtype == jnp.float32

@@ -8,6 +8,7 @@ mesh its part.
   reference    all scores at once; short rows anywhere
   chunked      memory linear in L, in plain JAX; long rows on CPU, and where no kernel serves
   dot_product  `jax.nn.dot_product_attention`; cuDNN on an NVIDIA GPU, whole rows
+  tokamax      Mosaic and Triton kernels; NVIDIA GPU only
   splash       a Pallas kernel; TPU only
 """
 
@@ -18,13 +19,14 @@ import jax.numpy as jnp
 
 from moe_jax import errors, partitioning
 from moe_jax.models import target
-from moe_jax.models.attend import chunked, dot_product, reference, splash
+from moe_jax.models.attend import chunked, dot_product, reference, splash, tokamax
 
 ATTENDS: dict[str, Callable[..., jax.Array]] = {
   'reference': reference.attend,
   'chunked': chunked.attend,
   'dot_product': dot_product.attend,
   'splash': splash.attend,
+  'tokamax': tokamax.attend,
 }
 # Row lengths from which 'auto' prefers `chunked` to `reference`. On two CPU cores with gradients,
 # one document per row: as fast at 256 tokens, 1.9 times at 512, 4 times at 1024 and 2048. On a GPU
@@ -39,8 +41,9 @@ def choose(
 
   Platform and axes are those of the mesh in force; without one it is the default device. 'auto'
   takes `splash` on a TPU, unless the axis `sequence` splits rows into parts that are no multiples
-  of its blocks, and `dot_product` where cuDNN runs it and nothing splits rows; else `chunked` for
-  long rows, `reference` for short ones.
+  of its blocks. On a GPU in 16 bits it takes `tokamax` where cuDNN would have to pad values to the
+  width of keys, or hold a mask of a long row, and where rows are split; `dot_product` where cuDNN
+  runs it otherwise. Else `chunked` for long rows, `reference` for short ones.
 
   Args:
     name: a key of `ATTENDS`, or 'auto'.
@@ -58,12 +61,17 @@ def choose(
     splash.require_split(length)
   if name == 'dot_product':
     dot_product.require_whole_rows()
+  if name == 'tokamax':
+    tokamax.require_gpu()
   if name != 'auto':
     return name
   platform = target.platform()
   if platform == 'tpu' and splash.splits(length):
     return 'splash'
   whole = partitioning.axis_size('sequence') == 1
+  spares = head_dim != v_head_dim or length >= LONG_ELSEWHERE or not whole
+  if spares and tokamax.runs(dtype):
+    return 'tokamax'
   if whole and dot_product.cudnn_runs(head_dim, v_head_dim, dtype):
     return 'dot_product'
   long = LONG_ON_CPU if platform == 'cpu' else LONG_ELSEWHERE

@@ -140,8 +140,10 @@ def forward(
 
   def block(height: int, e: Array, first: Array, end: Array, carry: tuple[Array, ...]):
     own = _own(rows, first, height, end, len(x))
+    with jax.named_scope('gather'):
+      x_rows = plan_lib.take(x, own.token)
     with jax.named_scope('w13'):
-      h = plan_lib.take(x, own.token) @ w13[e]
+      h = x_rows @ w13[e]
     with jax.named_scope('swiglu'):
       pair = h.reshape(height, 2, -1).astype(jnp.float32)
       a = (layers.swiglu(pair) * own.gate[:, None]).astype(x.dtype)
@@ -170,7 +172,8 @@ def backward(
   def block(height: int, e: Array, first: Array, end: Array, carry: tuple[Array, ...]):
     d_x, d_gate, d_w13, d_w2 = carry
     own = _own(rows, first, height, end, len(x))
-    d_rows = plan_lib.take(d_out, own.token)
+    with jax.named_scope('gather'):
+      x_rows, d_rows = plan_lib.take(x, own.token), plan_lib.take(d_out, own.token)
     with jax.named_scope('w2'):
       d_act = jnp.einsum('RD,FD->RF', d_rows, w2[e]).astype(jnp.float32)
     with jax.named_scope('swiglu'):
@@ -183,7 +186,7 @@ def backward(
     with jax.named_scope('w2'):
       d_w2 = add_to(d_w2, product('RF,RD->FD', gated, d_rows), e)
     with jax.named_scope('w13'):
-      d_w13 = add_to(d_w13, product('RD,RG->DG', plan_lib.take(x, own.token), d_h), e)
+      d_w13 = add_to(d_w13, product('RD,RG->DG', x_rows, d_h), e)
       d_x_rows = jnp.einsum('RG,DG->RD', d_h, w13[e])
     with jax.named_scope('combine'):
       d_x = _added(d_x, own, d_x_rows)

@@ -32,6 +32,10 @@ def dispatch(
   token = jnp.arange(len(x))[:, None]
   gate_matrix = jnp.zeros((len(x), len(gate_up)), jnp.float32)
   gate_matrix = gate_matrix.at[token, expert_idx].add(gates, mode='drop').astype(x.dtype)
-  activation = layers.swiglu(jnp.einsum('TD,EDGF->TEGF', x, gate_up))
-  out = jnp.einsum('TE,TEF,EFD->TD', gate_matrix, activation, down)
+  with jax.named_scope('w13'):
+    h = jnp.einsum('TD,EDGF->TEGF', x, gate_up)
+  with jax.named_scope('swiglu'):
+    activation = layers.swiglu(h)
+  with jax.named_scope('w2'):
+    out = jnp.einsum('TE,TEF,EFD->TD', gate_matrix, activation, down)
   return jnp.where(routed, out, 0)

@@ -9,7 +9,7 @@ product whose operand is picked at run time; but a sum of picked elements is one
 memory: the input axis is cut into J pieces of LANES, and J terms are added lane by lane. Beyond, it
 takes the rows sorted by expert, in blocks about as high as an expert has rows. Both want the input
 axis of a weight last, so that it is read in order: `lay_out` brings the kernels there once, before
-decoding (experiments/generation_speed has the figures).
+decoding (experiments/bench has the figures).
 """
 
 import functools
@@ -91,20 +91,30 @@ def _streamed(x: Array, gates: Array, expert_idx: Array, kernels: Kernels) -> Ar
   """One row per choice, its weights read where they are."""
   (num_tokens, d), k = x.shape, gates.shape[1]
   num_experts, _, f, _ = kernels.gate_up.shape
-  flat = expert_idx.reshape(-1)
-  # Choices of one expert follow each other: its weights come from memory once.
-  order = jnp.argsort(flat) if num_tokens > 1 else jnp.arange(k)
-  expert = jnp.minimum(flat[order], num_experts - 1)
+  flat, gate = expert_idx.reshape(-1), gates.reshape(-1)
+  if num_tokens == 1:
+    rows, chosen = x[jnp.zeros_like(flat)], flat
+  else:
+    # Choices of one expert follow each other: its weights come from memory once.
+    choice = jnp.arange(flat.size, dtype=jnp.int32)
+    chosen, order = jax.lax.sort((flat, choice), num_keys=1)
+    rows, gate = x[order // k], gate[order]
+  expert = jnp.minimum(chosen, num_experts - 1)
   with jax.named_scope('w13'):
     w13 = kernels.gate_up.reshape(num_experts, 2 * f, d)
-    h = _picked_product(x[order // k], expert, w13)
+    h = _picked_product(rows, expert, w13)
   with jax.named_scope('swiglu'):
-    a = layers.swiglu(h.reshape(-1, 2, f)) * gates.reshape(-1)[order, None]
+    # SwiGLU times gate with a quotient as its last step: any other would be computed within the
+    # next loop, anew for each of its D outputs.
+    h = h.reshape(-1, 2, f)
+    a = h[:, 0] * h[:, 1] * gate[:, None] / (1 + jnp.exp(-h[:, 0]))
   with jax.named_scope('w2'):
     y = _picked_product(a.astype(x.dtype), expert, kernels.down)
   with jax.named_scope('combine'):
-    y = jnp.where((flat[order] < num_experts)[:, None], y, 0)
-    y = y[jnp.argsort(order)] if num_tokens > 1 else y
+    y = jnp.where((chosen < num_experts)[:, None], y, 0)
+    if num_tokens > 1:
+      before = (flat < flat[:, None]) | ((flat == flat[:, None]) & (choice < choice[:, None]))
+      y = y[before.sum(axis=1, dtype=jnp.int32)]  # the inverse of `order`
     return y.reshape(num_tokens, k, d).sum(axis=1).astype(x.dtype)
 
 

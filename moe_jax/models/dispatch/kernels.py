@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm as megablox_tgmm
 
+from moe_jax import errors
 from moe_jax.models import tuned
 
 Array = jax.Array
@@ -106,12 +107,19 @@ def tokamax_backend(row_legs: tuple[str, ...], weight_leg: tuple[str, ...]) -> B
   because tokamax's own default ends in the dense XLA product without a word.
 
   Raises:
-    errors.InputError: tokamax is not installed.
+    errors.InputError: tokamax, or what its Triton kernels need, is not installed.
   """
   library = functools.partial(
     tuned.library, "config.model.moe.grouped_matmul='tokamax' (the default on a GPU)"
   )
   library()  # missing packages are told of now, not in the middle of a model
+  from tokamax._src.ops.ragged_dot import api
+
+  errors.require(
+    'triton' in api.IMPLEMENTATIONS or 'triton' not in {*row_legs, *weight_leg},
+    "config.model.moe.grouped_matmul='tokamax' needs Triton kernels, which this tokamax leaves out "
+    "without the packages jax-triton and triton; install the extra: pip install 'moe_jax[cuda]'",
+  )
 
   def product(a, b, group_sizes, dims, legs):
     legs = _serving(legs, (*a.shape[1:], *b.shape[1:]))

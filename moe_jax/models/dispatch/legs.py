@@ -10,16 +10,16 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.models import layers
 from moe_jax.models.dispatch import kernels
 from moe_jax.models.dispatch import plan as plan_lib
 
 Array = jax.Array
 
 
-def _token(plan: plan_lib.Plan) -> Array:
-  """[R]: the token that a row works for, T (out of bounds) on padding rows."""
-  return plan.row_choice // plan.choice_row.shape[1]
+def _rows(tokens: Array, plan: plan_lib.Plan) -> Array:
+  """tokens [T, D] -> [R, D], each row's own; zeros on padding rows."""
+  with jax.named_scope('gather'):
+    return plan_lib.take(tokens, plan.row_choice // plan.choice_row.shape[1])
 
 
 def _row_gates(gates: Array, plan: plan_lib.Plan) -> Array:
@@ -31,6 +31,12 @@ def _used(rows: Array, plan: plan_lib.Plan, limited: bool) -> Array:
   if not limited:
     return rows
   return jnp.where((plan.row_choice < plan.choice_row.size)[:, None], rows, 0)
+
+
+def _swiglu(h: Array) -> Array:
+  """[R, 2 F] -> [R, F] float32; halves, for a TPU would copy h to make it [R, 2, F]."""
+  gate, up = (half.astype(jnp.float32) for half in jnp.split(h, 2, axis=-1))
+  return jax.nn.silu(gate) * up
 
 
 def forward(
@@ -53,11 +59,11 @@ def forward(
     w2: [E, F, D].
     plan: its groups cover all rows, unless limited.
   """
+  rows = _rows(x, plan)
   with jax.named_scope('w13'):
-    h = checkpoint_name(legs.gmm(plan_lib.take(x, _token(plan)), w13, plan.group_sizes), 'moe_h')
+    h = checkpoint_name(legs.gmm(rows, w13, plan.group_sizes), 'moe_h')
   with jax.named_scope('swiglu'):
-    pair = h.reshape(len(h), 2, -1).astype(jnp.float32)
-    a = _used(layers.swiglu(pair) * _row_gates(gates, plan), plan, limited).astype(x.dtype)
+    a = _used(_swiglu(h) * _row_gates(gates, plan), plan, limited).astype(x.dtype)
   with jax.named_scope('w2'):
     y = legs.gmm(a, w2, plan.group_sizes)
   with jax.named_scope('combine'):
@@ -77,20 +83,24 @@ def backward(
 ) -> tuple[Array, Array, Array, Array]:
   """Gradients of x, gates, w13 and w2; arguments as `forward` has and gives them, d_out [T, D]."""
   sizes = plan.group_sizes
-  d_rows = plan_lib.take(d_out, _token(plan))
+  d_rows = _rows(d_out, plan)
   with jax.named_scope('w2'):
     d_act = legs.gmm_t(d_rows, w2, sizes).astype(jnp.float32)  # cotangent of gate * activation
   with jax.named_scope('swiglu'):
-    pair = h.reshape(len(h), 2, -1).astype(jnp.float32)
-    act, swiglu_vjp = jax.vjp(layers.swiglu, pair)
+    act, swiglu_vjp = jax.vjp(_swiglu, h)
     gate = _row_gates(gates, plan)
     d_gates = plan_lib.take((d_act * act).sum(axis=-1), plan.choice_row)
-    (d_pair,) = swiglu_vjp(d_act * gate)
-    d_h = _used(d_pair.reshape(h.shape), plan, limited).astype(h.dtype)
+    (d_h,) = swiglu_vjp(d_act * gate)
+    d_h = _used(d_h, plan, limited)
     gated = _used(act * gate, plan, limited).astype(x.dtype)
   with jax.named_scope('w2'):
     d_w2 = legs.tgmm(gated, d_rows, sizes)
+  # One thing after the other: rows of x and of d_out are never held at the same time.
+  x, d_h, d_w2 = jax.lax.optimization_barrier((x, d_h, d_w2))
+  rows = _rows(x, plan)
   with jax.named_scope('w13'):
-    d_w13 = legs.tgmm(plan_lib.take(x, _token(plan)), d_h, sizes)
-    d_x = plan_lib.sum_rows(legs.gmm_t(d_h, w13, sizes), plan.choice_row)
-  return d_x, d_gates, d_w13, d_w2
+    d_w13 = legs.tgmm(rows, d_h, sizes)
+    d_h, d_w13 = jax.lax.optimization_barrier((d_h, d_w13))
+    d_x = legs.gmm_t(d_h, w13, sizes)
+  with jax.named_scope('combine'):
+    return plan_lib.sum_rows(d_x, plan.choice_row), d_gates, d_w13, d_w2
