@@ -13,7 +13,7 @@ from moe_jax.models import target
 Array = jax.Array
 
 FEW_ROWS = 16  # of a product with a matrix that a CPU computes better the other way round
-MOST_PARTS, LEAST_ROWS = 8, 64  # of a matrix that a CPU's cores share, and of each part
+MOST_PARTS, LEAST_SIZE = 8, 2**17  # of a matrix that a CPU's cores share, and numbers in a part
 
 
 def init_weight(std: float, *axes: str) -> nn.initializers.Initializer:
@@ -46,9 +46,12 @@ class Rows(NamedTuple):
 
 
 def in_rows(w: Array) -> Rows:
-  """w [N, A] in as many parts as there are cores, if N divides and they are not too small."""
+  """w [N, A] in as many parts as there are cores, if N divides and they are not too small.
+
+  Small ones are not worth the microseconds that every further operation costs.
+  """
   most = min(os.cpu_count() or 1, MOST_PARTS)
-  fits = (p for p in range(most, 1, -1) if len(w) % p == 0 and len(w) >= p * LEAST_ROWS)
+  fits = (p for p in range(most, 1, -1) if len(w) % p == 0 and w.size >= p * LEAST_SIZE)
   return Rows(tuple(jnp.split(w, next(fits, 1))))
 
 

@@ -222,6 +222,7 @@ def test_expert_choice_is_refused():
 def test_product_with_a_matrix_laid_out_for_decoding(monkeypatch, rows, dtype, height, parts):
   """Few rows, many, and widths that are no multiples of a vector register."""
   monkeypatch.setattr(layers.os, 'cpu_count', lambda: 2)
+  monkeypatch.setattr(layers, 'LEAST_SIZE', 64 * 19)
   rng = np.random.default_rng(rows)
   x, w = (jnp.array(rng.normal(size=shape), dtype) for shape in ((rows, 1, 19), (height, 19)))
   matrix = layers.in_rows(w)
