@@ -12,6 +12,7 @@ Axis letters: B batch, L length, E experts, K experts per token, D virtual devic
 expert index E (one past the last) is not routed and not counted.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -73,9 +74,21 @@ def expert_load(expert_idx: Array, num_experts: int) -> Array:
   return chosen(expert_idx, num_experts).sum(axis=-2, dtype=jnp.int32)
 
 
+UNROLLED = 16  # choices per token up to which they are compared one after the other
+
+
 def chosen(expert_idx: Array, num_experts: int) -> Array:
-  """Which experts a token uses: expert_idx [..., K] int32 -> [..., E] bool."""
-  return (expert_idx[..., None] == jnp.arange(num_experts)).any(axis=-2)
+  """Which experts a token uses: expert_idx [..., K] int32 -> [..., E] bool.
+
+  A CPU reduces an axis that is not the last number by number; K comparisons in a row are one pass.
+  """
+  experts, k = jnp.arange(num_experts), expert_idx.shape[-1]
+  if k > UNROLLED:
+    return (expert_idx[..., None] == experts).any(axis=-2)
+  none = jnp.zeros((*expert_idx.shape[:-1], num_experts), bool)
+  return functools.reduce(
+    jnp.logical_or, (expert_idx[..., i, None] == experts for i in range(k)), none
+  )
 
 
 def by_device(values: Array, num_devices: int, fill: float) -> Array:

@@ -38,6 +38,7 @@ SIZES = decode.Sizes(
 PEAKS = harness.Peaks(1e9, 1e9)
 
 
+@pytest.mark.slow
 def test_steps_and_prefill_of_both_kinds_of_attention():
   results = decode.run(harness.Options(repeats=1, transformers=False), PEAKS, SIZES)
   found = {(r.name.split()[0], r.variant): r for r in results}

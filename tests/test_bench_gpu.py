@@ -46,6 +46,7 @@ def check_parts(results, parts):
   assert not [r for r in results if 'failed' in r or 'skipped' in r]
 
 
+@pytest.mark.slow
 def test_parts_run_and_are_written_down(journal):
   assert set(PART_OF) >= set(gpu.PARTS) - {'decode_suite'}
   check_parts(journal, set(PART_OF) - set(MODELS))
@@ -58,6 +59,7 @@ def test_parts_with_whole_models_run(tmp_path):
   check_parts(made.results, MODELS)
 
 
+@pytest.mark.slow
 def test_results_have_the_fields_of_all_suites(journal):
   timed = [r for r in journal if r.get('suite')]
   assert len(timed) > 25
@@ -69,6 +71,7 @@ def test_results_have_the_fields_of_all_suites(journal):
   assert all(r['ratio_to_dense'] > 0 for r in experts)
 
 
+@pytest.mark.slow
 def test_checks_find_a_wrong_kernel(journal):
   checks = [r for r in journal if r['part'] == 'checks']
   assert len(checks) > 10 and all(r['passed'] for r in checks)

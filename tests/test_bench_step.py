@@ -64,6 +64,7 @@ def test_a_dense_model_has_no_twin():
     twins.dense_twin(twins.dense_twin(tiny.make()))
 
 
+@pytest.mark.slow
 def test_step_suite_at_toy_size():
   cases = [step.Case('toy', page, steps=2), step.Case('other', page)]
   options = dataclasses.replace(ONCE, only=('toy',))
@@ -157,6 +158,7 @@ def test_first_step_is_seen(tmp_path):
   assert 0 < compile_suite.first_step('configs/smoke.py', tmp_path, arguments) < 300
 
 
+@pytest.mark.slow
 def test_scale_suite_at_toy_size(monkeypatch):
   monkeypatch.setattr(scale, 'page', lambda **overrides: _toy(overrides))
   monkeypatch.setattr(scale, 'EXPERTS', (4, 8))

@@ -97,25 +97,23 @@ def _for_each_block(
   most = lower[-1] if lower else 0  # what needs no tallest block
   tall = jnp.maximum(sizes - most + tallest - 1, 0) // tallest
   rest = sizes - tall * tallest
-  tall_end = jnp.cumsum(tall)
+  # Blocks of each height per expert, and the rows that they follow.
+  blocks = [(tallest, tall, jnp.zeros_like(tall))]
+  for below, height in zip((0, *lower), lower):
+    holds = (rest > below) & (rest <= height)
+    blocks.append((height, holds.astype(jnp.int32), tall * tallest))
+  for height, count, after in blocks:
+    count_end = jnp.cumsum(count)
 
-  def tall_block(i: Array, carry: Any) -> Any:
-    e = jnp.searchsorted(tall_end, i, side='right', method='compare_all')
-    first = end[e] - sizes[e] + (i - tall_end[e] + tall[e]) * tallest
-    return body(tallest, e, first, end[e], carry)
+    def block(
+      i: Array, carry: Any, height=height, count=count, after=after, count_end=count_end
+    ) -> Any:
+      e = jnp.searchsorted(count_end, i, side='right', method='compare_all')
+      number = i - count_end[e] + count[e]  # among the expert's blocks of this height
+      first = end[e] - sizes[e] + after[e] + number * height
+      return body(height, e, first, end[e], carry)
 
-  carry = jax.lax.fori_loop(0, tall_end[-1], tall_block, carry)
-  # Which height the rest has: 0 for none, else a number from 1.
-  rung = jnp.where(rest > 0, 1 + jnp.searchsorted(jnp.array(lower, jnp.int32), rest), 0)
-  order, counts = jnp.argsort(rung, stable=True), jnp.bincount(rung, length=len(heights))
-  from_ = jnp.cumsum(counts) - counts
-  for number, height in enumerate(lower, start=1):
-
-    def low_block(i: Array, carry: Any, number=number, height=height) -> Any:
-      e = order[from_[number] + i]
-      return body(height, e, end[e] - rest[e], end[e], carry)
-
-    carry = jax.lax.fori_loop(0, counts[number], low_block, carry)
+    carry = jax.lax.fori_loop(0, count_end[-1], block, carry)
   return carry
 
 
