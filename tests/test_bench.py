@@ -59,6 +59,7 @@ def test_peaks_are_measured_here():
   assert peaks.bound(0, 2 * peaks.bytes) == pytest.approx(2.0)
 
 
+@pytest.mark.slow
 def test_command_measures_prints_and_keeps_what_it_did_not_measure(toy, capsys):
   arguments = ('--suite=layer', '--repeats=1', f'--out={toy}', '--notransformers')
   results = in_process.run_json(capsys, command, *arguments)

@@ -5,12 +5,13 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib import figure
+from matplotlib import figure, ticker
 from matplotlib.backends import backend_agg
 
 from experiments.bench import harness
 from moe_jax import errors, files, plots
 
+MARKERS = 'osD^v'
 BEGIN, END = '<!-- {name}: written by the command -->', '<!-- end of {name} -->'
 HEADER = (
   '| what | variant | ms, median (min-max) | / dense twin | of peak | x transformers | temporaries '
@@ -83,21 +84,29 @@ def with_table(text: str, name: str, body: str) -> str:
 
 
 def picture(name: str, results: Sequence[harness.Result]) -> figure.Figure:
-  """Time over the dense twin's where there is one, else milliseconds."""
+  """One line per name, one dot per variant: time over the dense twin's, or milliseconds."""
   ratios = [r for r in results if r.ratio_to_dense is not None]
-  shown = ratios or list(results)
-  values = [r.ratio_to_dense if ratios else 1000 * r.seconds_median for r in shown]
-  fig = figure.Figure(figsize=(9, 1.2 + 0.24 * len(shown)), layout='constrained')
+  shown = [r for r in ratios if r.ratio_to_dense != 1.0] or list(results)
+  names = list(dict.fromkeys(r.name for r in shown))
+  fig = figure.Figure(figsize=(8, 1.6 + 0.26 * len(names)), layout='constrained')
   backend_agg.FigureCanvasAgg(fig)
   ax = fig.add_subplot()
-  ax.barh(range(len(shown)), values, color=plots.BLUE)
-  ax.set_yticks(range(len(shown)), [f'{r.name}, {r.variant}' for r in shown], fontsize=7)
-  ax.invert_yaxis()
+  for i, variant in enumerate(dict.fromkeys(r.variant for r in shown)):
+    own = [r for r in shown if r.variant == variant]
+    values = [r.ratio_to_dense if ratios else 1000 * r.seconds_median for r in own]
+    lines = [names.index(r.name) for r in own]
+    ax.scatter(values, lines, label=variant, marker=MARKERS[i % len(MARKERS)], s=36, zorder=2)
+  ax.set_yticks(range(len(names)), names, fontsize=8)
+  ax.set_ylim(len(names) - 0.5, -0.5)
+  ax.grid(axis='y', color='0.9')
+  ax.set_xscale('log')
+  ax.xaxis.set_major_formatter(ticker.FormatStrFormatter('%g'))
+  ax.xaxis.set_minor_formatter(ticker.FormatStrFormatter('%g'))
+  ax.tick_params(axis='x', which='both', labelsize=8)
   if ratios:
-    ax.axvline(1.0, color=plots.ORANGE, lw=1)
-    ax.set_xlabel('time / time of the dense twin with the same activated FLOPs')
-  else:
-    ax.set_xlabel('milliseconds, median')
-    ax.set_xscale('log')
+    ax.axvline(1.0, color=plots.ORANGE, lw=1, zorder=1)
+  what = 'time / time of the dense twin (line)' if ratios else 'milliseconds, median'
+  ax.set_xlabel(f'{what}, logarithmic')
   ax.set_title(name.replace('_', ', '))
+  fig.legend(loc='outside lower center', ncols=4, fontsize=8)
   return fig
