@@ -19,7 +19,7 @@ from experiments.bench import (
   torch_threads,
   twins,
 )
-from moe_jax import config, errors, flops, losses, partitioning
+from moe_jax import config, errors, flops, host_memory, losses, partitioning
 from moe_jax.models import transformer
 
 PEAKS = harness.Peaks(flops=1e11, bytes=1e10)
@@ -120,7 +120,7 @@ def test_transformers_starts_from_the_same_loss(monkeypatch):
 
 def test_compile_is_measured_without_the_cache(monkeypatch):
   calls = iter([0, 1000])
-  monkeypatch.setattr(compile_case, '_peak_bytes', lambda: next(calls))
+  monkeypatch.setattr(host_memory, 'peak', lambda: next(calls))
   monkeypatch.setattr(jax, 'clear_caches', lambda: None)  # the other tests would compile anew
   before = jax.config.jax_enable_compilation_cache
   cfg = tiny.make(mesh__data=1, model__num_layers=1, model__moe__num_experts=0)

@@ -4,13 +4,12 @@ python -m experiments.bench.compile_case < config.json
 """
 
 import json
-import resource
 import sys
 import time
 
 import jax
 
-from moe_jax import config, partitioning
+from moe_jax import config, host_memory, partitioning
 from moe_jax.analysis import aot
 
 
@@ -26,7 +25,7 @@ def measure(cfg: config.Config, warm_up: config.Config) -> dict[str, float]:
     mesh = partitioning.make_mesh(cfg.mesh)
     aot.lower_train(warm_up, mesh, None)
     jax.clear_caches()
-    before, start = _peak_bytes(), time.perf_counter()
+    before, start = host_memory.peak(), time.perf_counter()
     lowered = aot.lower_train(cfg, mesh, None)[1]
     traced = time.perf_counter()
     lowered.compile()
@@ -36,15 +35,8 @@ def measure(cfg: config.Config, warm_up: config.Config) -> dict[str, float]:
   return {
     'trace_seconds': traced - start,
     'compile_seconds': compiled - traced,
-    'host_bytes': _peak_bytes() - before,
+    'host_bytes': host_memory.peak() - before,
   }
-
-
-def _peak_bytes() -> int:
-  # In KiB on Linux, in bytes on macOS.
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-    1 if sys.platform == 'darwin' else 1024
-  )
 
 
 def main():

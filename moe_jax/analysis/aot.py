@@ -14,7 +14,6 @@ import importlib.util
 import json
 import os
 import pathlib
-import resource
 import subprocess
 import sys
 import time
@@ -27,7 +26,7 @@ import numpy as np
 import tqdm
 
 import moe_jax
-from moe_jax import config, errors, partitioning, train
+from moe_jax import config, errors, host_memory, partitioning, train
 from moe_jax.analysis import chips
 from moe_jax.data import cache
 from moe_jax.models import decode
@@ -99,7 +98,7 @@ def compile_for(cfg: config.Config, mesh: jax.sharding.Mesh, job: Job) -> Compil
     lower_seconds=lowered_at - start,
     compile_seconds=time.perf_counter() - lowered_at,
     cpu_seconds=time.process_time() - cpu,
-    host_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    host_memory_bytes=host_memory.peak(),
     text=text,
   )
 

@@ -10,9 +10,7 @@ import contextlib
 import json
 import os
 import pathlib
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import checkpoint_stream, config, errors, files, run_load, run_record
+from moe_jax import checkpoint_stream, config, errors, files, host_memory, run_load, run_record
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.interop import (
   export_plan,
@@ -288,18 +286,8 @@ def _num_parameters(leaves: Mapping[str, Any]) -> int:
 def _closing_line(done: str, family: str, parameters: int, tensors: int, began: float) -> str:
   return (
     f'{done} {family}: {parameters:,} parameters, {tensors:,} tensors, '
-    f'{time.monotonic() - began:.1f} s, peak host memory {_peak_memory() / 2**30:.2f} GiB'
+    f'{time.monotonic() - began:.1f} s, peak host memory {host_memory.peak() / 2**30:.2f} GiB'
   )
-
-
-def _peak_memory() -> int:
-  """Bytes of this process; its resource usage would count that of a parent before the exec too."""
-  status = pathlib.Path('/proc/self/status')
-  if status.exists():
-    line = next(line for line in status.read_text().splitlines() if line.startswith('VmHWM:'))
-    return int(line.split()[1]) * 1024
-  unit = 1 if sys.platform == 'darwin' else 1024
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _write_json(path: pathlib.Path, content: Mapping[str, Any]):
