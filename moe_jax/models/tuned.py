@@ -23,7 +23,7 @@ from moe_jax import errors
 DIRECTORY = pathlib.Path(moe_jax.__file__).parents[1] / 'configs' / 'tuned'
 
 
-def library(who: str) -> types.ModuleType:
+def load(who: str) -> types.ModuleType:
   """The module tokamax, ready for use.
 
   Args:

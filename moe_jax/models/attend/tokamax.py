@@ -48,7 +48,7 @@ def attend(
   del positions  # row order says the same
   if set(kernels) <= set(KERNELS):
     require_gpu()
-  library = tuned.library("config.model.attention.impl='tokamax'")
+  library = tuned.load("config.model.attention.impl='tokamax'")
 
   length, total = q.shape[1], k.shape[1]
   start = document_starts(segment_ids)
@@ -102,7 +102,7 @@ def require_gpu():
     f"config.model.attention.impl='tokamax' is a kernel for NVIDIA GPUs, and the platform is "
     f"{platform!r}; set it to 'auto', or to 'chunked' for long rows",
   )
-  tuned.library("config.model.attention.impl='tokamax'")
+  tuned.load("config.model.attention.impl='tokamax'")
 
 
 def _kernel(name: str, bounds: dict[str, Array]) -> Callable[..., Array]:

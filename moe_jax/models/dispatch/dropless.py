@@ -1,7 +1,7 @@
 """Dropless dispatch: tokens sorted by expert, grouped products, nothing dropped, static shapes.
 
-One custom VJP around the whole expert computation, see `legs` and, on a CPU, `blocks`. No
-activation is ever scatter-added, so the result does not depend on the order of atomics.
+One custom VJP around the whole expert computation: `legs`, which scatter-add no activation, so that
+no result depends on the order of atomics; on a CPU `blocks`, whose loops add in a fixed order.
 """
 
 import functools

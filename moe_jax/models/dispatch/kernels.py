@@ -110,7 +110,7 @@ def tokamax_backend(row_legs: tuple[str, ...], weight_leg: tuple[str, ...]) -> B
     errors.InputError: tokamax, or what its Triton kernels need, is not installed.
   """
   library = functools.partial(
-    tuned.library, "config.model.moe.grouped_matmul='tokamax' (the default on a GPU)"
+    tuned.load, "config.model.moe.grouped_matmul='tokamax' (the default on a GPU)"
   )
   library()  # missing packages are told of now, not in the middle of a model
   from tokamax._src.ops.ragged_dot import api
