@@ -35,18 +35,9 @@ def _heads(config: base.Page, queries: int, keys: int):
   config.model.attention.num_kv_heads = keys
 
 
-def _mla(config: base.Page):
-  attention = config.model.attention
-  attention.kind = 'mla'
-  attention.mla.kv_lora_rank = 32
-  attention.mla.qk_nope_head_dim = 16
-  attention.mla.qk_rope_head_dim = 8
-  attention.mla.v_head_dim = 16
-
-
 VARIANTS: base.Variants = {
   'mha': lambda config: _heads(config, queries=4, keys=4),
   'gqa': lambda config: _heads(config, queries=6, keys=2),
   'mqa': lambda config: _heads(config, queries=7, keys=1),
-  'mla': _mla,
+  'mla': lambda config: base.multi_latent(config, kv_lora_rank=32),
 }

@@ -323,6 +323,22 @@ def latent_attention(config: Page, q_lora_rank: int) -> Page:
   return config
 
 
+def multi_head(config: Page) -> Page:
+  """Every query head with keys and values of its own."""
+  config.model.attention.num_kv_heads = config.model.num_heads
+  return config
+
+
+def multi_latent(config: Page, kv_lora_rank: int) -> Page:
+  """MLA in V2's proportions: a rotated part of half a head; without query compression."""
+  attention = config.model.attention
+  attention.kind = 'mla'
+  attention.mla.kv_lora_rank = kv_lora_rank
+  attention.mla.qk_nope_head_dim = attention.mla.v_head_dim = attention.head_dim
+  attention.mla.qk_rope_head_dim = attention.head_dim // 2
+  return config
+
+
 def long_context(
   config: Page, length: int, batch_size: int, learning_rate: float, mscale: float
 ) -> Page:

@@ -95,7 +95,7 @@ def run_training(
     abstract_state = train.abstract_state(cfg, mesh)
     restored = checkpointer.restore(abstract_state)
     if restored is not None:
-      _check_continues(cfg, restored.meta, corpus, allow_config_change)
+      check_continues(cfg, restored.meta, corpus, allow_config_change)
     with processes.together():
       if first:
         run_record.write(workdir, cfg, argv=argv, data_fingerprint=corpus.fingerprint)
@@ -242,10 +242,14 @@ def _check_plan(cfg: config.Config, mesh: jax.sharding.Mesh):
     )
 
 
-def _check_continues(
+def check_continues(
   cfg: config.Config, meta: Mapping[str, Any], corpus: corpus_lib.Corpus, allow: bool
 ):
-  """Refuses to continue on other token ids and, unless allowed, under other settings."""
+  """Refuses to continue on other token ids and, unless allowed, under other settings.
+
+  Raises:
+    errors.InputError: names what is different.
+  """
   if meta['tokenizer'] != run_load.digest(corpus.tokenizer):
     raise errors.InputError(
       f'config.data.tokenizer: the checkpoint of step {meta["step"]} was trained with another '
@@ -297,7 +301,7 @@ def _fit(
   """
   start, total = int(state.step), cfg.train.num_steps
   first = processes.is_first()
-  timer = _timer(cfg, first)
+  timer = step_timer(cfg, first)
   agreement = processes.StopAgreement(mesh)
   batches = pipeline.train_batches(
     corpus,
@@ -312,7 +316,7 @@ def _fit(
   )
   writer = metrics.MetricWriter(workdir, resume_step=start, enabled=first)
   if first:
-    _drop_routing_after(workdir, start)
+    drop_routing_after(workdir, start)
   stopped_by = ''
   bar = tqdm.tqdm(total=total, initial=start, unit='step', disable=None if first else True)
   with bar:
@@ -326,15 +330,15 @@ def _fit(
         writer.write(line)
         say(metrics.format_line(line))
         bar.set_postfix(loss=f'{line["loss"]:.3f}', refresh=False)
-        _check_finite(cfg, step, report.metrics)
+        check_finite(cfg, step, report.metrics)
       with timer.paused():
         every = cfg.train.routing_every
         if cfg.model.is_moe and (step == total or every and step % every == 0):
-          _write_routing(cfg, workdir, report)
+          write_routing(cfg, workdir, report)
         if cfg.train.eval_every and step % cfg.train.eval_every == 0 and step < total:
-          _evaluate_midway(cfg, step, state.variables, corpus, mesh, writer, say)
+          evaluate_midway(cfg, step, state.variables, corpus, mesh, writer, say)
       if last or checkpointer.is_due(step):
-        _check_finite(cfg, step, report.metrics)
+        check_finite(cfg, step, report.metrics)
         jax.block_until_ready(state)  # the steps in flight are training, what follows is not
         with timer.saving():
           checkpointer.save(step, state, meta(cfg, corpus), force=last)
@@ -346,7 +350,7 @@ def _fit(
   return state, stopped_by if int(state.step) < total else ''
 
 
-def _timer(cfg: config.Config, first: bool) -> metrics.StepTimer:
+def step_timer(cfg: config.Config, first: bool = True) -> metrics.StepTimer:
   """The clock of the first process; the others' is never looked at, so it measures no peak."""
   peak = math.inf
   if first:
@@ -354,14 +358,15 @@ def _timer(cfg: config.Config, first: bool) -> metrics.StepTimer:
   return metrics.StepTimer(flops.train_flops_per_token(cfg.model), peak)
 
 
-def _drop_routing_after(workdir: pathlib.Path, step: int):
+def drop_routing_after(workdir: pathlib.Path, step: int):
   """Removes routing figures of steps that will come again."""
   for path in (workdir / 'routing').glob('*.npz'):
     if path.stem.isdigit() and int(path.stem) > step:
       path.unlink()
 
 
-def _write_routing(cfg: config.Config, workdir: pathlib.Path, report: train.StepReport):
+def write_routing(cfg: config.Config, workdir: pathlib.Path, report: train.StepReport):
+  """Writes the routing figures of a step to `routing/<step>.npz`."""
   figures = evaluate.routing_figures(cfg.model, report.state.variables, report.metrics.stats)
   if processes.is_first():
     router_metrics.write(workdir / 'routing' / f'{report.step}.npz', figures)
@@ -396,7 +401,7 @@ def with_tables(
   return state.replace(router_state=transformer.with_moe_state(cfg.model, placed))
 
 
-def _evaluate_midway(
+def evaluate_midway(
   cfg: config.Config,
   step: int,
   variables: Any,
@@ -405,14 +410,19 @@ def _evaluate_midway(
   writer: metrics.MetricWriter,
   say: run_load.Say,
 ):
+  """Writes and says the held-out figures of a run that goes on."""
   figures = evaluate.evaluate(cfg, variables, corpus, mesh)
   scalars = {'heldout_loss': figures.loss, 'heldout_bits_per_byte': figures.bits_per_byte}
   writer.write_scalars(step, scalars)
   say(f'step={step} ' + ' '.join(f'{k}={v:.4f}' for k, v in scalars.items()))
 
 
-def _check_finite(cfg: config.Config, step: int, step_metrics: train.StepMetrics):
-  """Stops a diverged run before its state is saved over a good one."""
+def check_finite(cfg: config.Config, step: int, step_metrics: train.StepMetrics):
+  """Stops a diverged run before its state is saved over a good one.
+
+  Raises:
+    errors.InputError: loss or gradient norm is not a number.
+  """
   loss, norm = float(step_metrics.loss), float(step_metrics.grad_norm)
   if not (math.isfinite(loss) and math.isfinite(norm)):
     raise errors.InputError(

@@ -283,22 +283,17 @@ def next_router_state(
   return transformer.with_moe_state(cfg.model, new)
 
 
-def make_train_step(cfg: config.Config, mesh: jax.sharding.Mesh) -> Any:
-  """The jitted step: (state, batch) -> (state, StepMetrics). The state is donated.
+def step_function(
+  cfg: config.Config, as_moments: Callable[[Any], Any] = lambda tree: tree
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+  """One optimizer step, (state, batch) -> (state, StepMetrics), as a pure function to be compiled.
 
-  Trace and call it under `partitioning.activate(mesh)`.
+  Args:
+    cfg: the run.
+    as_moments: lays out parameters and gradients as the optimizer's moments lie.
   """
   schedule = optim.learning_rate(cfg.optim, cfg.train.num_steps)
   optimizer = optim.optimizer(cfg.optim, cfg.train.num_steps)
-
-  out = jax.tree.map(lambda x: x.sharding, abstract_state(cfg, mesh))
-
-  def as_moments(tree: Any) -> Any:
-    """ZeRO-1: the update is computed where the moments lie, then parameters are gathered."""
-    if not cfg.mesh.zero1:
-      return tree
-    further = lambda x, s: partitioning.split_further(s, x.shape)
-    return jax.lax.with_sharding_constraint(tree, jax.tree.map(further, tree, out.params))
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
     seed = bits.combine(state.seed, state.step)
@@ -317,10 +312,29 @@ def make_train_step(cfg: config.Config, mesh: jax.sharding.Mesh) -> Any:
     state = TrainState(state.step + 1, state.seed, params, router_state, opt_state)
     return state, metrics
 
+  return train_step
+
+
+def make_train_step(cfg: config.Config, mesh: jax.sharding.Mesh) -> Any:
+  """The jitted step: (state, batch) -> (state, StepMetrics). The state is donated.
+
+  Trace and call it under `partitioning.activate(mesh)`.
+  """
+  out = jax.tree.map(lambda x: x.sharding, abstract_state(cfg, mesh))
+
+  def as_moments(tree: Any) -> Any:
+    """ZeRO-1: the update is computed where the moments lie, then parameters are gathered."""
+    if not cfg.mesh.zero1:
+      return tree
+    further = lambda x, s: partitioning.split_further(s, x.shape)
+    return jax.lax.with_sharding_constraint(tree, jax.tree.map(further, tree, out.params))
+
   replicated = jax.NamedSharding(mesh, jax.P())
-  options = compile_options.for_step(mesh)
   return jax.jit(
-    train_step, donate_argnums=0, out_shardings=(out, replicated), compiler_options=options
+    step_function(cfg, as_moments),
+    donate_argnums=0,
+    out_shardings=(out, replicated),
+    compiler_options=compile_options.for_step(mesh),
   )
 
 

@@ -120,7 +120,7 @@ LEAVES = (
   *('distributed', 'lifeline', 'processes', 'roll_call'),
 )
 LOOPS = ('train', 'evaluate', 'generate')
-TOP = ('run', 'run_load', 'report', 'analysis', 'interop', 'warm_start')
+TOP = ('run', 'run_load', 'seeds', 'report', 'analysis', 'interop', 'warm_start')
 FORBIDDEN = [
   (LEAVES, ('models', *LOOPS, *TOP)),
   (('models',), (*LOOPS, *TOP, 'data', 'checkpoint', 'metrics', 'losses', 'optim', 'run_record')),

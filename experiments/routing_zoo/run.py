@@ -9,20 +9,17 @@ machine hits them all; write results.json, the table in README.md and the figure
 """
 
 import json
-import os
 import pathlib
-import subprocess
 import sys
 from collections.abc import Sequence
 
 import jax
-import tqdm
 from absl import flags
 
 from configs import routing as page
-from experiments import cli
+from experiments import cli, shards
 from experiments.routing_zoo import speed, table
-from moe_jax import config, errors, evaluate, files, metrics, run
+from moe_jax import config, evaluate, files, metrics, run
 
 # Without the ablations of gshard and the forced routers; --names takes any variant of the page.
 NAMES = (
@@ -38,44 +35,29 @@ def define_flags():
   """Defines the command's flags."""
   cli.workdir_flag('directory that holds a workdir per router and seed')
   flags.DEFINE_list('names', list(NAMES), 'variants of configs/routing.py')
-  flags.DEFINE_list('seeds', ['0', '1', '2'], 'values of train.seed')
+  flags.DEFINE_list('seeds', ['3'], 'values of train.seed, or how many')
   flags.DEFINE_integer('steps', 0, 'training steps; 0 = as the page says')
-  flags.DEFINE_integer('jobs', 1, 'processes that train at the same time')
-  flags.DEFINE_integer('shard', -1, 'internal: only every jobs-th run, from this one on')
+  shards.define_flags()
   flags.DEFINE_string('out', 'experiments/routing_zoo', 'directory of README.md and results')
 
 
 def main(unused_argv: Sequence[str]):
   """Trains, times, writes."""
   workdir, values = pathlib.Path(cli.required('workdir')), flags.FLAGS
-  configs = {(name, seed): _config(name, seed) for seed in _seeds() for name in values.names}
+  seeds = shards.seeds(values.seeds)
+  configs = {(name, seed): _config(name, seed) for seed in seeds for name in values.names}
   pending = [key for key in configs if not _result_path(workdir, *key).exists()]
-  if values.shard >= 0:
-    _take_cores(values.shard, values.jobs)
-    for name, seed in pending[values.shard :: values.jobs]:
-      _train(configs[name, seed], _result_path(workdir, name, seed))
+  train = lambda key: _train(configs[key], _result_path(workdir, *key))
+  shards.run('experiments.routing_zoo.run', pending, train)
+  if shards.is_shard():
     return
-  if values.jobs > 1 and pending:
-    _in_parallel()
-  else:
-    for name, seed in tqdm.tqdm(pending, desc='runs', unit='run'):
-      _train(configs[name, seed], _result_path(workdir, name, seed))
   results = {
     f'{name}/{seed}': json.loads(_result_path(workdir, name, seed).read_text())
     for name, seed in configs
   }
-  rates = speed.tokens_per_second({name: configs[name, _seeds()[0]] for name in values.names})
+  rates = speed.tokens_per_second({name: configs[name, seeds[0]] for name in values.names})
   written = table.write(pathlib.Path(values.out), page.SUMMARY, configs, results, rates)
   print('wrote: ' + ' '.join(str(path) for path in written))
-
-
-def _seeds() -> list[int]:
-  try:
-    return [int(seed) for seed in flags.FLAGS.seeds]
-  except ValueError as error:
-    raise errors.InputError(
-      f'--seeds={",".join(flags.FLAGS.seeds)} must be whole numbers, as in --seeds=0,1,2'
-    ) from error
 
 
 def _config(name: str, seed: int) -> config.Config:
@@ -87,25 +69,6 @@ def _config(name: str, seed: int) -> config.Config:
 
 def _result_path(workdir: pathlib.Path, name: str, seed: int) -> pathlib.Path:
   return workdir / name / str(seed) / 'result.json'
-
-
-def _in_parallel():
-  """Starts the shards and waits for them.
-
-  Raises:
-    errors.InputError: one of them failed; it has said why.
-  """
-  command = [sys.executable, '-m', 'experiments.routing_zoo.run', *sys.argv[1:]]
-  shards = [subprocess.Popen([*command, f'--shard={i}']) for i in range(flags.FLAGS.jobs)]
-  if any([shard.wait() for shard in shards]):
-    raise errors.InputError('a shard failed, see above; the same command again goes on from there')
-
-
-def _take_cores(shard: int, jobs: int):
-  """Gives this process its share of the cores: small models lose more by waiting than they gain."""
-  if hasattr(os, 'sched_setaffinity'):
-    cores = sorted(os.sched_getaffinity(0))[shard::jobs]
-    os.sched_setaffinity(0, cores or os.sched_getaffinity(0))
 
 
 def _train(cfg: config.Config, path: pathlib.Path):

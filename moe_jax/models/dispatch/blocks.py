@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.models import layers
 from moe_jax.models.dispatch import plan as plan_lib
@@ -155,7 +154,7 @@ def forward(
   if keep:
     carry += (jnp.zeros((len(rows.token), w13.shape[2]), x.dtype),)
   sums, *h = _for_each_block(heights, plan, block, carry)
-  return sums.astype(x.dtype), checkpoint_name(h[0], 'moe_h') if keep else None
+  return sums.astype(x.dtype), h[0] if keep else None
 
 
 def backward(

@@ -7,9 +7,10 @@ tests do, as the reference that is easiest to read.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax import errors
 from moe_jax.models import target
@@ -70,4 +71,28 @@ def choose(name: str) -> Backend:
 
 @functools.cache
 def _made(name: str) -> Backend:
-  return BACKENDS[name]()
+  return _one_by_one(BACKENDS[name]())
+
+
+def _one_by_one(backend: Backend) -> Backend:
+  """The backend, whose batches under `jax.vmap` (seeds as an axis) run one after the other.
+
+  Loops with a batched number of blocks would go on until all are done and select on everything they
+  carry; and kernels know no axis in front of the experts.
+  """
+
+  @functools.cache
+  def forward(*static: bool) -> Callable[..., Any]:
+    return jax.custom_batching.sequential_vmap(functools.partial(backend.forward, *static))
+
+  @functools.cache
+  def backward(limited: bool) -> Callable[..., Any]:
+    return jax.custom_batching.sequential_vmap(functools.partial(backend.backward, limited))
+
+  def forward_named(keep: bool, limited: bool, *args: Any) -> tuple[Array, Array | None]:
+    out, h = forward(keep, limited)(*args)
+    return out, None if h is None else checkpoint_name(h, 'moe_h')  # what remat looks for
+
+  return backend._replace(
+    forward=forward_named, backward=lambda limited, *args: backward(limited)(*args)
+  )

@@ -8,7 +8,6 @@ activation, SonicMoE, arXiv 2512.14080).
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.models.dispatch import kernels
 from moe_jax.models.dispatch import plan as plan_lib
@@ -61,7 +60,7 @@ def forward(
   """
   rows = _rows(x, plan)
   with jax.named_scope('w13'):
-    h = checkpoint_name(legs.gmm(rows, w13, plan.group_sizes), 'moe_h')
+    h = legs.gmm(rows, w13, plan.group_sizes)
   with jax.named_scope('swiglu'):
     a = _used(_swiglu(h) * _row_gates(gates, plan), plan, limited).astype(x.dtype)
   with jax.named_scope('w2'):

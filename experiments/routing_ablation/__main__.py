@@ -1,0 +1,111 @@
+"""GShard against fine-grained routing, and the other claims of the papers, on matched arms.
+
+python -m experiments.routing_ablation --scale=tiny|small|2b --workdir=W [--arms=a,b] [--seeds=5]
+  [--steps=N] [--jobs=2] [--together=N] [--data_source=S --data_path=P] [--dry_run] [--out=DIR]
+
+Prints what the arms cost and refuses pairs that do not match; trains each arm with all seeds, as an
+axis of one compiled step where they fit; evaluates, probes, times; writes the report. The same
+command again goes on where it stopped, and computes no finished arm again.
+"""
+
+import pathlib
+import sys
+import time
+from collections.abc import Mapping, Sequence
+
+import jax
+from absl import flags
+
+from experiments import cli, shards
+from experiments.routing_ablation import arms, matching, measure, report
+from moe_jax import config, errors, run, run_record, seeds
+
+MODULE = 'experiments.routing_ablation'
+
+
+def define_flags():
+  """Flags of this command."""
+  flags.DEFINE_enum('scale', 'tiny', list(arms.SCALES), 'size of the arms')
+  cli.workdir_flag('directory that holds a workdir per arm and seed, and the report')
+  flags.DEFINE_list('arms', [], f'some of {", ".join(arms.ARMS)}; all without')
+  flags.DEFINE_list('seeds', ['5'], 'values of train.seed, or how many')
+  flags.DEFINE_integer('steps', 0, 'training steps; 0 = as the config pages say')
+  flags.DEFINE_integer('together', 0, 'seeds that train as one; 0 = what suits the scale')
+  flags.DEFINE_string('data_source', '', 'data.source of all arms; as the pages say without')
+  flags.DEFINE_string('data_path', '', 'data.path of all arms; as the pages say without')
+  flags.DEFINE_bool(
+    'dry_run', False, 'print what the arms cost and whether they match; no training'
+  )
+  flags.DEFINE_string('out', '', 'directory of the report; WORKDIR/report without')
+  shards.define_flags()
+
+
+def main(unused_argv: Sequence[str]):
+  """Checks, trains, measures, reports."""
+  values = flags.FLAGS
+  found = {
+    arm.name: arms.resolve(arm, values.scale, values.steps, values.data_path, values.data_source)
+    for arm in arms.choose(values.arms)
+  }
+  numbers = shards.seeds(values.seeds)
+  described = matching.describe(found)
+  lines = matching.check(described)
+  if not shards.is_shard():
+    print(matching.text(described, found, len(numbers)), *lines, sep='\n', flush=True)
+  if values.dry_run:
+    return
+  workdir = pathlib.Path(cli.required('workdir'))
+  _check_finished(workdir, found, numbers)
+  size = values.together or min(arms.SCALES[values.scale].together, len(numbers))
+  errors.require(size >= 1, f'--together={values.together} must be at least 1')
+  groups = [numbers[i : i + size] for i in range(0, len(numbers), size)]
+  units = [(name, group) for name in found for group in groups]
+  pending = [
+    (name, group)
+    for name, group in units
+    if not all(measure.path(workdir, name, seed).exists() for seed in group)
+  ]
+  shards.run(MODULE, pending, lambda unit: _train(found[unit[0]], unit[0], unit[1], workdir))
+  if shards.is_shard():
+    return
+  rates = measure.rates(workdir, found)
+  out = pathlib.Path(values.out) if values.out else workdir / 'report'
+  results = measure.read(workdir, list(found), numbers)
+  written = report.write(
+    out,
+    report.Study(values.scale, found, numbers, results, rates, described),
+    command=report.command_of(sys.argv[1:]),
+  )
+  print('wrote: ' + ' '.join(str(path) for path in written))
+
+
+def _check_finished(
+  workdir: pathlib.Path, found: Mapping[str, config.Config], numbers: Sequence[int]
+):
+  """Refuses a workdir whose finished runs had other settings, before anything is trained."""
+  for name, cfg in found.items():
+    for one in seeds.configs(cfg, numbers):
+      where = workdir / name / str(one.train.seed)
+      if (where / 'config.json').exists():
+        run_record.check_workdir(where, one, allow_change=False)
+
+
+def _train(cfg: config.Config, name: str, group: Sequence[int], workdir: pathlib.Path):
+  """Trains one arm with some seeds and writes what is measured of each."""
+  say, start = (lambda line: None), time.perf_counter()
+  if len(group) > 1:
+    runs, corpora = seeds.run_training(cfg, group, workdir / name, argv=sys.argv, say=say)
+  else:
+    (one,) = seeds.configs(cfg, group)
+    trained = run.run_training(one, workdir / name / str(group[0]), argv=sys.argv, say=say)
+    runs, corpora = [trained[0]], [trained[1]]
+  if runs[0].interrupted_by:
+    raise KeyboardInterrupt
+  seconds = (time.perf_counter() - start) / len(group)
+  for trained, corpus in zip(runs, corpora):
+    print(measure.write(workdir, name, trained, corpus, seconds), flush=True)
+  jax.clear_caches()  # dozens of compiled models would fill the memory
+
+
+if __name__ == '__main__':
+  cli.run(main, define_flags)

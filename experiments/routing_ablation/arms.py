@@ -1,0 +1,237 @@
+"""What the study trains and what it asks: arms, claims of the papers, sweeps beyond them.
+
+Arms are the variants of the config pages at one scale. A claim compares two arms in one figure and
+says what must match for the comparison to mean anything; `matching` holds it to that.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import ml_collections
+
+from configs import base
+from experiments import cli
+from moe_jax import config, errors
+
+
+class Scale(NamedTuple):
+  """Where the arms of a scale come from."""
+
+  ladder: str  # page
+  loss_free: str  # size on the page of loss-free balancing
+  kv_lora_rank: int  # of MLA, for attention weights like those of MHA, up to 3 %
+  together: int  # seeds that train as an axis of one step; 1 = one run after the other
+
+
+SCALES = {
+  'tiny': Scale('configs/deepseekmoe_tiny.py', 'tiny', 32, together=8),
+  'small': Scale('configs/deepseekmoe_small.py', 'small', 192, together=1),
+  # Loss-free balancing as its paper trained it.
+  '2b': Scale('configs/deepseekmoe_2b.py', '1b', 640, together=1),
+}
+SEGMENTS = (1, 2, 4, 8, 16)  # m: parts that a conventional expert is cut into
+EXPERTS = (15, 31, 63, 127, 255)  # routed, 7 of them active
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+  """One thing that is trained, with every seed."""
+
+  name: str
+  label: str  # what it is, for people
+  values: Callable[[str], ml_collections.ConfigDict]  # of a scale
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+  """`figure` of `arm` against that of `baseline`, as a paper has it."""
+
+  arm: str
+  baseline: str
+  figure: str  # key of `FIGURES`
+  direction: str  # see `paired.verdict`
+  paper: str  # what it says, with its numbers
+  matched: tuple[str, ...] = ()  # keys of `matching.quantities`
+  tolerance: float = 0.005  # relative, of what must match
+
+  @property
+  def name(self) -> str:
+    return f'{self.arm} against {self.baseline}: {self.figure}'
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+  """Arms along one quantity, with a fitted curve."""
+
+  name: str
+  title: str
+  axis: str
+  points: Mapping[str, float]  # arm -> value of the axis
+  matched: tuple[str, ...]
+
+
+def _variant(name: str) -> Callable[[str], ml_collections.ConfigDict]:
+  return lambda scale: cli.page_values(f'{SCALES[scale].ladder}{":" if name else ""}{name}')
+
+
+def _loss_free(method: str) -> Callable[[str], ml_collections.ConfigDict]:
+  return lambda scale: cli.page_values(f'configs/loss_free.py:{SCALES[scale].loss_free}_{method}')
+
+
+def _mha(scale: str) -> ml_collections.ConfigDict:
+  return base.multi_head(_variant('')(scale))
+
+
+def _mla(scale: str) -> ml_collections.ConfigDict:
+  return base.multi_latent(_variant('')(scale), SCALES[scale].kv_lora_rank)
+
+
+def _normalised(routed: int, per_tok: int, segments: int) -> Callable[[str], Any]:
+  """1 + per_tok of `routed` experts, 1 / segments wide, gates divided by their sum.
+
+  Raw softmax gates get smaller the more experts there are, and a short run does not make up for it:
+  sweeps normalise them, so that they vary what they say and nothing else.
+  """
+
+  def values(scale: str) -> ml_collections.ConfigDict:
+    page = _variant('')(scale)
+    whole = 4 * (page.paper.moe_mlp_dim or page.model.moe.moe_mlp_dim)
+    base.experts(page, shared=1, routed=routed, per_tok=per_tok, width=whole / segments)
+    page.model.moe.norm_topk_prob = True
+    return page
+
+  return values
+
+
+def _arms() -> dict[str, Arm]:
+  ladder = {
+    'gshard': ('gshard', '0 shared + 2 of 16: GShard, gates divided by their sum'),
+    '1_15': ('1_15', '1 shared + 1 of 15'),
+    '1_31': ('1_31', '1 shared + 3 of 31, half as wide'),
+    'deepseekmoe': ('', '1 shared + 7 of 63, a quarter as wide: DeepSeekMoE'),
+    'switch': ('switch', '0 shared + 1 of 16: Switch'),
+    'hash': ('hash', '0 shared + 1 of 16 by token id: Hash Layer'),
+    'gshard_x1.5': ('gshard_x1.5', 'GShard, experts 1.5 times as wide'),
+    'dense': ('dense', 'one whole FFN'),
+    'dense_x16': ('dense_x16', 'an FFN 16 times as wide'),
+    'shared_2': ('shared_2', '2 shared + 6 of 62'),
+    'shared_4': ('shared_4', '4 shared + 4 of 60'),
+    'half': ('half', '1 shared + 3 of 63: half of it active'),
+  }
+  found = {name: Arm(name, label, _variant(v)) for name, (v, label) in ladder.items()}
+  others = (
+    Arm('aux', '2 shared + 6 of 64, sigmoid, balanced by a loss', _loss_free('aux')),
+    Arm('loss_free', '2 shared + 6 of 64, sigmoid, balanced by a bias', _loss_free('loss_free')),
+    Arm('mha', 'DeepSeekMoE with multi-head attention', _mha),
+    Arm('mla', 'DeepSeekMoE with latent attention', _mla),
+    *(
+      Arm(
+        f'm{m}',
+        f'1 shared + {2 * m - 1} of {16 * m - 1}, 1/{m} as wide as a whole FFN, gates divided by '
+        'their sum',
+        _normalised(16 * m - 1, 2 * m - 1, m),
+      )
+      for m in SEGMENTS
+    ),
+    *(
+      Arm(
+        f'e{n}',
+        f'1 shared + 7 of {n}, a quarter as wide, gates divided by their sum',
+        _normalised(n, 7, 4),
+      )
+      for n in EXPERTS
+      if n != 63  # that is m4
+    ),
+  )
+  return found | {arm.name: arm for arm in others}
+
+
+ARMS = _arms()
+SIZES = ('total', 'activated')
+BITS, VIO = 'bits_per_byte', 'max_vio'
+DISABLED, FEWER, UNSHARED = 'rise_without_top_experts', 'bits_with_4_of_7', 'rise_without_shared'
+FIGURES = {  # key of an arm's results -> (what it is, digits)
+  BITS: ('held-out bits per byte', 4),
+  VIO: ('MaxVio over the held-out text', 2),
+  DISABLED: ('rise of held-out bits per byte when the best 1/16 of the experts are disabled', 3),
+  FEWER: ('held-out bits per byte, with 4 in place of 7 routed experts in deepseekmoe', 4),
+  UNSHARED: ('rise of held-out bits per byte when a routed expert stands in for the shared one', 3),
+}
+EQUAL_MARGIN = 0.005  # share of the baseline within which two losses count as equal
+
+CLAIMS = (
+  Claim('1_15', 'gshard', BITS, 'lower', 'isolating a shared expert helps (Figure 3)', SIZES),
+  Claim('1_31', '1_15', BITS, 'lower', 'experts half as wide help (Figure 3)', SIZES),
+  Claim('deepseekmoe', '1_31', BITS, 'lower', 'a quarter as wide helps again (Figure 3)', SIZES),
+  Claim('deepseekmoe', 'gshard', BITS, 'lower', 'Pile loss 1.808 against 1.867', SIZES),
+  Claim('m4', 'gshard', BITS, 'lower', 'the same, with gates divided by their sum in both', SIZES),
+  Claim('deepseekmoe', 'gshard_x1.5', BITS, 'equal', '1.808 and 1.808: 1.5 times the experts'),
+  Claim('deepseekmoe', 'dense_x16', BITS, 'equal', '1.808 and 1.806: the bound', ('total',)),
+  Claim('gshard', 'switch', BITS, 'lower', '1.867 against 1.881', ('total',)),
+  Claim('switch', 'hash', BITS, 'lower', '1.881 against 1.932', SIZES),
+  Claim('hash', 'dense', BITS, 'lower', '1.932 against 2.060', ('activated',)),
+  Claim('half', 'gshard', BITS, 'lower', 'better with half the experts active', ('total',)),
+  Claim('shared_2', 'deepseekmoe', BITS, 'equal', '1.806 and 1.808', SIZES),
+  Claim('shared_4', 'deepseekmoe', BITS, 'equal', '1.811 and 1.808', SIZES),
+  Claim('loss_free', 'aux', BITS, 'lower', 'perplexity 9.50 against 9.56 (2408.15664)', SIZES),
+  Claim('loss_free', 'aux', VIO, 'lower', 'MaxVio 0.04 against 0.72 (2408.15664)', SIZES),
+  Claim('mla', 'mha', BITS, 'lower', 'MLA is better than MHA (2405.04434)', SIZES, 0.03),
+  Claim('deepseekmoe', 'gshard_x1.5', DISABLED, 'higher', 'less redundant experts (Figure 4)'),
+  Claim('deepseekmoe', 'gshard', FEWER, 'equal', '4 routed experts match GShard (Figure 5)'),
+)
+SWEEPS = (
+  Sweep(
+    'granularity',
+    'Granularity at equal parameters and FLOPs',
+    'm: parts of a conventional expert',
+    {f'm{m}': float(m) for m in SEGMENTS},
+    SIZES,
+  ),
+  Sweep(
+    'experts',
+    'Number of experts at equal activation (1 + 7 active)',
+    'routed experts',
+    {'m4' if n == 63 else f'e{n}': float(n) for n in EXPERTS},
+    ('activated',),
+  ),
+)
+# What `probes` measures after training: arm -> the interventions that its claims need.
+PROBED = ('deepseekmoe', 'gshard', 'gshard_x1.5')
+
+
+def choose(names: list[str]) -> list[Arm]:
+  """The arms of these names; all of them for an empty list.
+
+  Raises:
+    errors.InputError: an unknown name.
+  """
+  for name in names:
+    hint = errors.did_you_mean(name, ARMS)
+    errors.require(name in ARMS, f'--arms: {name!r} is none of the arms {", ".join(ARMS)}{hint}')
+  return [ARMS[name] for name in dict.fromkeys(names or ARMS)]
+
+
+def resolve(
+  arm: Arm, scale: str, steps: int = 0, data_path: str = '', source: str = ''
+) -> config.Config:
+  """The run of an arm at a scale.
+
+  Args:
+    arm: what to train.
+    scale: key of `SCALES`.
+    steps: training steps; 0 = as the page says.
+    data_path: of the text; '' = as the page says.
+    source: kind of the text, `data.source`; '' = as the page says.
+  """
+  values = arm.values(scale)
+  if steps:
+    # Warm-up, and what is done every so many steps, keep their share of a shorter run.
+    share = min(steps / values.train.num_steps, 1.0)
+    values.optim.warmup_steps = round(share * values.optim.warmup_steps)
+    values.train.num_steps = steps
+  if data_path:
+    values.data.path = data_path
+  if source:
+    values.data.source = source
+  return cli.resolve(values)

@@ -1,0 +1,107 @@
+"""Do the arms that are compared cost the same? Asked before anything is trained."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from experiments.routing_ablation import arms
+from moe_jax import config, errors
+from moe_jax.analysis import accounting, matched
+
+# Routers grow with the number of experts, and the papers count them nowhere.
+LABELS = {
+  'total': 'parameters without routers',
+  'activated': 'activated parameters without routers',
+}
+
+
+def quantities(described: accounting.Description) -> dict[str, int]:
+  """What comparisons hold equal, by the keys of `LABELS`."""
+  return {
+    'total': described.parameters.total - described.parameters.router,
+    'activated': described.activated.total - described.activated.router,
+  }
+
+
+def describe(configs: Mapping[str, config.Config]) -> dict[str, accounting.Description]:
+  """What `experiments.describe` says of every arm."""
+  return {name: accounting.describe(cfg, name) for name, cfg in configs.items()}
+
+
+def rows(described: Mapping[str, accounting.Description]) -> list[list[str]]:
+  """One row per arm, `HEADER` above."""
+  return [
+    [
+      name,
+      *(f'{value:,}' for value in quantities(d).values()),
+      f'{d.parameters.router:,}',
+      f'{d.train_flops_per_token:,}',
+      f'{d.all_to_all_bytes_per_token:,.0f}',
+      f'{d.kv_cache_bytes_per_token:,}',
+    ]
+    for name, d in described.items()
+  ]
+
+
+HEADER = [
+  'arm',
+  *LABELS.values(),
+  'routers',
+  'training FLOPs / token',
+  'all-to-all bytes / token',
+  'KV cache bytes / token',
+]
+
+
+def check(described: Mapping[str, accounting.Description]) -> list[str]:
+  """One line per quantity that a claim or a sweep needs to match.
+
+  Raises:
+    errors.InputError: some do not match; names them all.
+  """
+  lines, wrong = [], []
+  for arm, baseline, keys, tolerance in _pairs(list(described)):
+    first, second = (quantities(described[name]) for name in (baseline, arm))
+    for key in keys:
+      line = (
+        f'{arm} against {baseline}: {LABELS[key]}: {matched.difference(first[key], second[key])}'
+      )
+      lines.append(line)
+      if not math.isclose(first[key], second[key], rel_tol=tolerance):
+        wrong.append(f'{line}, at most {tolerance:.1%} is fair')
+  errors.require(
+    not wrong,
+    f'--arms: these arms are compared and must match: {"; ".join(wrong)}. Correct their config '
+    'pages, or leave one of each pair out with --arms',
+  )
+  return lines
+
+
+def _pairs(present: Sequence[str]) -> list[tuple[str, str, tuple[str, ...], float]]:
+  """(arm, baseline, what must match, tolerance) of all comparisons between these arms."""
+  found = [(c.arm, c.baseline, c.matched, c.tolerance) for c in arms.CLAIMS]
+  for sweep in arms.SWEEPS:
+    first, *others = [name for name in sweep.points if name in present] or ['']
+    found += [(name, first, sweep.matched, 0.005) for name in others]
+  both = [pair for pair in found if pair[0] in present and pair[1] in present and pair[2]]
+  return list(dict.fromkeys(both))
+
+
+def text(
+  described: Mapping[str, accounting.Description],
+  configs: Mapping[str, config.Config],
+  num_seeds: int,
+) -> str:
+  """The table for a terminal, and what training all of it takes."""
+  table = [HEADER, *rows(described)]
+  widths = [max(map(len, column)) for column in zip(*table)]
+  lines = ['  '.join(cell.rjust(w) for cell, w in zip(row, widths)) for row in table]
+  tokens = {
+    name: cfg.train.num_steps * cfg.train.batch_size * cfg.model.max_seq_len
+    for name, cfg in configs.items()
+  }
+  flops = num_seeds * sum(d.train_flops_per_token * tokens[name] for name, d in described.items())
+  total = (
+    f'{len(described)} arms x {num_seeds} seeds, {min(tokens.values()):,} to '
+    f'{max(tokens.values()):,} tokens each: {flops:.2e} FLOPs'
+  )
+  return '\n'.join([*lines, total])

@@ -1,0 +1,95 @@
+"""What is kept of every run: held-out figures, curves, the probes that claims need; and the speed.
+
+Everything lies in the workdir, so that the report can be written again without training.
+"""
+
+import json
+import pathlib
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.routing_zoo import speed
+from moe_jax import config, evaluate, files, metrics, run_load
+from moe_jax.data import corpus as corpus_lib
+
+TAIL = 0.2  # share of the run, at its end, over which the training drop rate is averaged
+Results = Mapping[str, Mapping[int, Mapping[str, Any]]]  # arm -> seed -> figures
+
+
+def path(workdir: pathlib.Path, arm: str, seed: int) -> pathlib.Path:
+  """Where the figures of a run lie; the file is there when the run is finished."""
+  return workdir / arm / str(seed) / 'result.json'
+
+
+def write(
+  workdir: pathlib.Path,
+  arm: str,
+  trained: run_load.Run,
+  corpus: corpus_lib.Corpus,
+  seconds: float,
+) -> str:
+  """Evaluates and probes a run, writes its figures, and returns a line about it.
+
+  Args:
+    workdir: of the study.
+    arm: its name.
+    trained: the run.
+    corpus: its text.
+    seconds: that its training took.
+  """
+  start = time.perf_counter()
+  cfg = trained.cfg
+  figures = evaluate.evaluate(cfg, trained.variables, corpus, trained.mesh)
+  where = path(workdir, arm, cfg.train.seed)
+  curve = metrics.read_metrics(where.parent)
+  tail = [m['drop_rate'] for m in curve if m['step'] > (1 - TAIL) * cfg.train.num_steps]
+  result = {
+    **figures.as_dict(trained.step),
+    'train_drop_rate': None if figures.routing is None else statistics.fmean(tail),
+    'curve': {key: [m[key] for m in curve] for key in ('step', 'loss', 'max_vio', 'drop_rate')},
+  }
+  result['seconds'] = seconds + time.perf_counter() - start
+  files.write_text(where, json.dumps(result) + '\n')
+  return f'{arm} seed={cfg.train.seed}: {figures}'
+
+
+def read(workdir: pathlib.Path, names: Sequence[str], seeds: Sequence[int]) -> Results:
+  """The figures of all runs."""
+  return {
+    name: {seed: json.loads(path(workdir, name, seed).read_text()) for seed in seeds}
+    for name in names
+  }
+
+
+def rates(workdir: pathlib.Path, configs: Mapping[str, config.Config]) -> dict[str, float]:
+  """Training tokens per second by arm, one seed, all arms timed in turns; measured once."""
+  where = workdir / 'speed.json'
+  found = json.loads(where.read_text()) if where.exists() else {}
+  if set(configs) - set(found):
+    found = speed.tokens_per_second(configs)
+    files.write_text(where, json.dumps(found, indent=2) + '\n')
+  return {name: found[name] for name in configs}
+
+
+def hours(results: Results) -> float:
+  """Of one process, that training and measuring took since each run's last start."""
+  return sum(run['seconds'] for runs in results.values() for run in runs.values()) / 3600
+
+
+def column(results: Results, arm: str, figure: str) -> list[float] | None:
+  """A figure of an arm, one per seed in order; None where the arm has no such figure."""
+  values = [run.get(figure) for run in results.get(arm, {}).values()]
+  return None if not values or None in values else values
+
+
+def curves(results: Results, arm: str, key: str) -> tuple[np.ndarray, np.ndarray] | None:
+  """(steps [N], values [S, N]) of a quantity of training; None for a dense arm's routing."""
+  runs = [run['curve'] for run in results[arm].values()]
+  values = [run[key] for run in runs]
+  if any(None in value for value in values):
+    return None
+  return np.asarray(runs[0]['step']), np.asarray(values, np.float64)

@@ -1,0 +1,171 @@
+"""The pictures of the report: verdicts, loss curves with bands, balance over time, sweeps."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import matplotlib.ticker
+import numpy as np
+from matplotlib import figure
+from scipy import stats
+
+from experiments import page
+from experiments.routing_ablation import arms, measure
+from moe_jax import plots
+from moe_jax.analysis import paired
+
+COLOURS = {
+  paired.CONFIRMED: '#2b8a3e',
+  paired.CONTRADICTED: plots.ORANGE,
+  paired.UNDECIDED: '0.55',
+}
+LADDER = ('dense', 'hash', 'switch', 'gshard', '1_15', '1_31', 'deepseekmoe', 'm4', 'dense_x16')
+BALANCE = ('gshard', 'deepseekmoe', 'aux', 'loss_free')
+
+
+def draw(
+  out: pathlib.Path,
+  results: measure.Results,
+  graded: Sequence[Any],
+  fits: Sequence[tuple[arms.Sweep, Any]],
+) -> list[page.Picture]:
+  """Draws what the trained arms allow.
+
+  Args:
+    out: directory of the pictures.
+    results: of all runs.
+    graded: `report.Graded` of the claims.
+    fits: every sweep with its `report.slope`, None where it was not trained.
+  """
+  drawn = []
+  with matplotlib.rc_context(plots.STYLE):
+    if graded:
+      drawn.append(_claims(out / 'claims.png', results, graded))
+    names = [name for name in LADDER if name in results]
+    if names:
+      drawn.append(_curves(out / 'curves.png', results, names))
+    names = [name for name in BALANCE if name in results]
+    if names:
+      drawn.append(_balance(out / 'balance.png', results, names))
+    for sweep, found in fits:
+      if found is not None:
+        drawn.append(_sweep(out / f'{sweep.name}.png', results, sweep, found))
+  return drawn
+
+
+def _claims(path: pathlib.Path, results: measure.Results, graded: Sequence[Any]) -> page.Picture:
+  """Differences with intervals, in percent of the baseline, so that figures share an axis."""
+  fig = figure.Figure(figsize=(9, 1.4 + 0.38 * len(graded)), layout='constrained')
+  axes = fig.subplots()
+  for y, one in enumerate(reversed(graded)):
+    base = abs(np.mean(measure.column(results, one.claim.baseline, one.claim.figure)))
+    scale, found = 100 / base, one.difference
+    colour = COLOURS[one.verdict]
+    if found.num_seeds > 1:
+      axes.plot([found.low * scale, found.high * scale], [y, y], color=colour, lw=2)
+    axes.plot([found.mean * scale], [y], 'o', color=colour, ms=6)
+    axes.annotate(
+      one.verdict, (1.01, y), xycoords=('axes fraction', 'data'), va='center', color=colour
+    )
+  labels = [f'{g.claim.arm} − {g.claim.baseline}{_short(g.claim)}' for g in reversed(graded)]
+  axes.set_yticks(range(len(graded)), labels)
+  axes.axvline(0, color='0.3', lw=1)
+  axes.set_xscale('symlog', linthresh=5)
+  axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter('%g'))
+  axes.set_xlabel('difference, % of the baseline (linear within ±5); bar: 95 % interval over seeds')
+  axes.grid(True, axis='x')
+  plots.save(fig, path)
+  return page.Picture(path, 'Every claim: paired difference over seeds, and its verdict')
+
+
+def _short(claim: arms.Claim) -> str:
+  """What is compared, where it is not the loss, and the paper's direction."""
+  sign = {'lower': '< 0', 'higher': '> 0', 'equal': '= 0'}[claim.direction]
+  what = {
+    arms.BITS: '',
+    arms.VIO: ', MaxVio',
+    arms.DISABLED: ', best experts off',
+    arms.FEWER: ', 4 of 7',
+    arms.UNSHARED: ', shared off',
+  }
+  return f'{what[claim.figure]}  (paper: {sign})'
+
+
+def _band(axes: Any, steps: np.ndarray, values: np.ndarray, label: str, colour: Any):
+  """Mean [N] of values [S, N] and its 95 % interval."""
+  mean, num = values.mean(axis=0), len(values)
+  (line,) = axes.plot(steps, mean, label=label, color=colour, lw=1.5)
+  if num > 1:
+    half = stats.t.ppf(0.975, num - 1) * values.std(axis=0, ddof=1) / np.sqrt(num)
+    axes.fill_between(steps, mean - half, mean + half, color=line.get_color(), alpha=0.2, lw=0)
+
+
+def _palette(names: Sequence[str]) -> dict[str, Any]:
+  colours = matplotlib.colormaps['viridis_r'](np.linspace(0.12, 1, len(names)))
+  return dict(zip(names, colours))
+
+
+def _curves(path: pathlib.Path, results: measure.Results, names: Sequence[str]) -> page.Picture:
+  fig = figure.Figure(figsize=(9, 4.5), layout='constrained')
+  left, right = fig.subplots(1, 2)
+  for name, colour in _palette(names).items():
+    steps, loss = measure.curves(results, name, 'loss')
+    for axes in (left, right):
+      _band(axes, steps, loss, name, colour)
+  from_step = 0.6 * steps[-1]
+  late = [m[1][:, steps >= from_step] for n in names if (m := measure.curves(results, n, 'loss'))]
+  right.set_xlim(from_step, steps[-1])
+  right.set_ylim(min(a.mean(0).min() for a in late) - 0.1, max(a.mean(0).max() for a in late) + 0.1)
+  left.set_title('training loss, nats per token')
+  right.set_title('the last 40 % of training')
+  for axes in (left, right):
+    axes.set_xlabel('step')
+    axes.grid(True)
+  right.legend(frameon=False, fontsize=8, ncols=2)
+  plots.save(fig, path)
+  return page.Picture(path, 'Training loss: mean over seeds, band of its 95 % interval')
+
+
+def _balance(path: pathlib.Path, results: measure.Results, names: Sequence[str]) -> page.Picture:
+  fig = figure.Figure(figsize=(9, 3.8), layout='constrained')
+  left, right = fig.subplots(1, 2)
+  for i, name in enumerate(names):
+    for axes, key in ((left, 'max_vio'), (right, 'drop_rate')):
+      found = measure.curves(results, name, key)
+      if found is not None:
+        _band(axes, *found, name, f'C{i}')
+  left.set_title('MaxVio of the batch, mean over layers')
+  right.set_title('share of dropped assignments')
+  left.set_ylim(bottom=0)
+  right.set_ylim(bottom=-0.01)
+  for axes in (left, right):
+    axes.set_xlabel('step')
+    axes.grid(True)
+  left.legend(frameon=False)
+  plots.save(fig, path)
+  return page.Picture(
+    path, 'Balance over training; 0 is perfect. No arm of the ladder drops tokens'
+  )
+
+
+def _sweep(
+  path: pathlib.Path, results: measure.Results, sweep: arms.Sweep, found: tuple[Any, np.ndarray]
+) -> page.Picture:
+  slope, parabola = found
+  fig = figure.Figure(figsize=(6.5, 4.2), layout='constrained')
+  axes = fig.subplots()
+  points = {x: n for n, x in sweep.points.items() if n in results}
+  for x, name in points.items():
+    bits = measure.column(results, name, arms.BITS)
+    axes.plot([x] * len(bits), bits, 'o', color=plots.BLUE, ms=4, alpha=0.6)
+  fine = np.geomspace(min(points), max(points), 100)
+  axes.plot(fine, np.polyval(parabola, np.log2(fine)), color=plots.ORANGE)
+  axes.set_xscale('log', base=2)
+  axes.set_xticks(list(points), [f'{x:g}' for x in points])
+  axes.set_xlabel(sweep.axis)
+  axes.set_ylabel('held-out bits per byte')
+  axes.set_title(f'{slope.text(4)} per doubling', fontsize=10)
+  axes.grid(True)
+  plots.save(fig, path)
+  return page.Picture(path, f'{sweep.title}: a dot per seed, and a parabola through the means')

@@ -1,0 +1,226 @@
+"""The study as a report: verdicts first, then figures, tables, and how to do it again."""
+
+import csv
+import io
+import os
+import pathlib
+import platform
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from experiments import page
+from experiments.routing_ablation import arms, matching, measure, pictures
+from moe_jax import config, files, run_record
+from moe_jax.analysis import accounting, paired
+
+MODULE = 'experiments.routing_ablation'
+
+
+class Study(NamedTuple):
+  """Everything that was found."""
+
+  scale: str
+  configs: Mapping[str, config.Config]  # by arm
+  seeds: Sequence[int]
+  results: measure.Results
+  rates: Mapping[str, float]  # training tokens per second, by arm
+  described: Mapping[str, accounting.Description]
+
+
+class Graded(NamedTuple):
+  """A claim and what the runs say of it."""
+
+  claim: arms.Claim
+  difference: paired.Interval
+  verdict: str
+
+
+def command_of(argv: Sequence[str]) -> str:
+  """The command of this call, without the machine's own paths."""
+  words = [word for word in argv if not word.startswith(('--out=', '--workdir=', '--shard='))]
+  return shlex.join(['python', '-m', MODULE, '--workdir=W', *words])
+
+
+def grade(results: measure.Results) -> list[Graded]:
+  """All claims whose two arms were trained and have the figure."""
+  found = []
+  for claim in arms.CLAIMS:
+    values = measure.column(results, claim.arm, claim.figure)
+    baseline = measure.column(results, claim.baseline, claim.figure)
+    if values is None or baseline is None:
+      continue
+    margin = arms.EQUAL_MARGIN * float(np.mean(baseline))
+    difference = paired.difference(values, baseline)
+    found.append(Graded(claim, difference, paired.verdict(difference, claim.direction, margin)))
+  return found
+
+
+def sentence(graded: Graded) -> str:
+  """A claim's verdict for people."""
+  claim, found = graded.claim, graded.difference
+  what, digits = arms.FIGURES[claim.figure]
+  return (
+    f'**{graded.verdict.capitalize()}**: `{claim.arm}` against `{claim.baseline}`, {what}: '
+    f'{found.text(digits)}. The paper: {claim.paper}.'
+  )
+
+
+def slope(results: measure.Results, sweep: arms.Sweep) -> tuple[paired.Interval, np.ndarray] | None:
+  """(bits per byte per doubling, coefficients of the parabola through the means) of a sweep.
+
+  The slope is fitted seed by seed, on the logarithm to base 2 of the axis. None with fewer than
+  three arms.
+  """
+  points = {
+    x: bits
+    for name, x in sweep.points.items()
+    if (bits := measure.column(results, name, arms.BITS)) is not None
+  }
+  if len(points) < 3:
+    return None
+  x, bits = np.log2(list(points)), np.asarray(list(points.values()))  # [P], [P, S]
+  slopes = np.polyfit(x, bits, 1)[0]
+  return paired.interval(slopes.tolist()), np.polyfit(x, bits.mean(axis=1), 2)
+
+
+def write(out: pathlib.Path, study: Study, command: str) -> list[pathlib.Path]:
+  """Writes report.md, report.html, results.csv and the pictures; returns the paths."""
+  out.mkdir(parents=True, exist_ok=True)
+  graded = grade(study.results)
+  drawn = pictures.draw(
+    out, study.results, graded, [(s, slope(study.results, s)) for s in arms.SWEEPS]
+  )
+  files.write_text(out / 'results.csv', csv_text(study))
+  written = page.write([*_verdicts(study, graded), *_figures(drawn), *_tables(study, command)], out)
+  return [*written, out / 'results.csv', *(picture.path for picture in drawn)]
+
+
+def _verdicts(study: Study, graded: Sequence[Graded]) -> list[page.Block]:
+  cfg = next(iter(study.configs.values()))
+  tokens = cfg.train.num_steps * cfg.train.batch_size * cfg.model.max_seq_len
+  counts = {v: sum(g.verdict == v for g in graded) for v in _VERDICTS}
+  lines = [sentence(g) for verdict in _VERDICTS for g in graded if g.verdict == verdict]
+  for sweep in arms.SWEEPS:
+    if (found := slope(study.results, sweep)) is not None:
+      lines.append(
+        f'{sweep.title}: {found[0].text(4)} bits per byte per doubling of the {sweep.axis}.'
+      )
+  blocks: list[page.Block] = [
+    page.Heading(f'Routing ablation, scale {study.scale}', 1),
+    page.Heading('Verdict'),
+  ]
+  if graded:
+    parts = ', '.join(f'{count} {verdict}' for verdict, count in counts.items() if count)
+    blocks.append(
+      page.Text(
+        f'Of {len(graded)} claims of the papers, runs of {tokens:,} tokens with '
+        f'{len(study.seeds)} seed(s) give: **{parts}**. This is what runs of this size show, not '
+        "what the papers' do."
+      )
+    )
+  blocks.append(page.Bullets(lines or ['No two arms of a claim were trained.']))
+  blocks.append(
+    page.Text(
+      'Differences are paired by seed (same start, same batches): mean [95 % confidence interval, '
+      "Student's t]. An interval that covers zero is *not distinguishable*, whatever its sign; "
+      f'claims of equality are confirmed within {arms.EQUAL_MARGIN:.1%} of the baseline. Nothing '
+      f'is corrected for their number: of {len(graded)} intervals at 95 %, about '
+      f'{0.05 * len(graded):.1f} would miss their mean by chance.'
+    )
+  )
+  return blocks
+
+
+_VERDICTS = (paired.CONFIRMED, paired.CONTRADICTED, paired.UNDECIDED)
+
+
+def _figures(drawn: Sequence[page.Picture]) -> list[page.Block]:
+  return [page.Heading('Figures'), *drawn] if drawn else []
+
+
+def _tables(study: Study, command: str) -> list[page.Block]:
+  first = study.rates.get('gshard') or next(iter(study.rates.values()))
+  base = 'gshard' if 'gshard' in study.rates else next(iter(study.rates))
+  cfg = next(iter(study.configs.values()))
+  return [
+    page.Heading('Arms'),
+    page.Table(
+      [
+        *('arm', 'what', 'bits per byte', 'MaxVio', 'dropped in training, %', 'tokens/s'),
+        f'x {base}',
+      ],
+      [
+        [
+          f'`{name}`',
+          arms.ARMS[name].label,
+          _mean(study.results, name, arms.BITS, 4),
+          _mean(study.results, name, arms.VIO, 2),
+          _mean(study.results, name, 'train_drop_rate', 1, 100.0),
+          f'{study.rates[name]:,.0f}',
+          f'{study.rates[name] / first:.2f}',
+        ]
+        for name in sorted(study.configs, key=lambda n: _sort_key(study.results, n))
+      ],
+    ),
+    page.Text(
+      'Mean ± sample standard deviation over seeds, best first; MaxVio is of the whole held-out '
+      'text, mean over layers; dropped is over the last fifth of training; tokens/s is the '
+      'training step of one seed, all arms timed in turns on the machine below.'
+    ),
+    page.Heading('Do the arms match?'),
+    page.Table(matching.HEADER, matching.rows(study.described)),
+    page.Bullets(matching.check(study.described)),
+    page.Heading('Do it again'),
+    page.Code([command]),
+    page.Bullets(
+      [
+        f'seeds {", ".join(map(str, study.seeds))}; {cfg.train.num_steps} steps of '
+        f'{cfg.train.batch_size} x {cfg.model.max_seq_len} tokens; data `{cfg.data.source}`',
+        f'{measure.hours(study.results):.1f} hours of one process on {_hardware()}',
+        ', '.join(f'{k} {v}' for k, v in run_record.versions().items() if v),
+        f'commit {_commit()}',
+      ]
+    ),
+  ]
+
+
+def _sort_key(results: measure.Results, name: str) -> float:
+  return float(np.mean(measure.column(results, name, arms.BITS)))
+
+
+def _mean(results: measure.Results, name: str, figure: str, digits: int, scale: float = 1.0) -> str:
+  values = measure.column(results, name, figure)
+  if values is None:
+    return '-'
+  scaled = scale * np.asarray(values)
+  text = f'{scaled.mean():.{digits}f}'
+  return f'{text} ± {scaled.std(ddof=1):.{digits}f}' if len(values) > 1 else text
+
+
+def _hardware() -> str:
+  device = jax.devices()[0]
+  return (
+    f'{jax.device_count()} x {device.device_kind} ({os.cpu_count()} cores, {platform.machine()})'
+  )
+
+
+def _commit() -> str:
+  state = run_record.git_state()
+  return 'unknown' if state is None else state['commit'] + (' (changed)' if state['dirty'] else '')
+
+
+def csv_text(study: Study) -> str:
+  """A line per arm and seed."""
+  keys = [*arms.FIGURES, 'loss', 'train_drop_rate', 'step']
+  text = io.StringIO()
+  writer = csv.writer(text, lineterminator='\n')
+  writer.writerow(['arm', 'seed', *keys, 'tokens_per_second'])
+  for name, runs in study.results.items():
+    for seed, figures in runs.items():
+      row = ['' if figures.get(key) is None else figures[key] for key in keys]
+      writer.writerow([name, seed, *row, round(study.rates[name])])
+  return text.getvalue()

@@ -1,0 +1,74 @@
+"""A command that trains many runs, split over processes of one machine: --jobs=2.
+
+Every process takes each jobs-th of the runs that are left and its share of the cores; small models
+lose more by waiting for another core than they gain from it.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tqdm
+from absl import flags
+
+from moe_jax import errors
+
+
+def define_flags():
+  """Defines `--jobs` and, for the processes that it starts, `--shard`."""
+  flags.DEFINE_integer('jobs', 1, 'processes that train at the same time')
+  flags.DEFINE_integer('shard', -1, 'internal: only every jobs-th run, from this one on')
+
+
+def is_shard() -> bool:
+  """Whether this process was started by `run`, to train its part and nothing else."""
+  return flags.FLAGS.shard >= 0
+
+
+def run(module: str, pending: Sequence[Any], train: Callable[[Any], object]):
+  """Trains what is pending: here, or in `--jobs` processes that run `module` with these flags.
+
+  Raises:
+    errors.InputError: one of the processes failed; it has said why.
+  """
+  shard, jobs = flags.FLAGS.shard, flags.FLAGS.jobs
+  errors.require(jobs >= 1, f'--jobs={jobs} must be at least 1')
+  if is_shard():
+    _take_cores(shard, jobs)
+    for one in pending[shard::jobs]:
+      train(one)
+  elif jobs > 1 and len(pending) > 1:
+    command = [sys.executable, '-m', module, *sys.argv[1:]]
+    shards = [subprocess.Popen([*command, f'--shard={i}']) for i in range(jobs)]
+    if any([shard.wait() for shard in shards]):
+      raise errors.InputError(
+        'a shard failed, see above; the same command again goes on from there'
+      )
+  else:
+    for one in tqdm.tqdm(pending, desc='runs', unit='run'):
+      train(one)
+
+
+def seeds(words: Sequence[str]) -> list[int]:
+  """The seeds of `--seeds=0,1,2`, or of a single number N: 0, 1, ..., N - 1.
+
+  Raises:
+    errors.InputError: a word is no whole number, or there is none.
+  """
+  try:
+    found = [int(word) for word in words]
+  except ValueError as error:
+    raise errors.InputError(
+      f'--seeds={",".join(words)} must be whole numbers, as in --seeds=0,1,2, or how many'
+    ) from error
+  found = list(range(found[0])) if len(found) == 1 else found
+  errors.require(bool(found), f'--seeds={",".join(words)} must be at least one seed')
+  return found
+
+
+def _take_cores(shard: int, jobs: int):
+  if hasattr(os, 'sched_setaffinity'):
+    cores = sorted(os.sched_getaffinity(0))[shard::jobs]
+    os.sched_setaffinity(0, cores or os.sched_getaffinity(0))

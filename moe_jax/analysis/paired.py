@@ -1,0 +1,91 @@
+"""Comparisons paired by seed: mean difference, confidence interval, and what it says of a claim.
+
+Two arms that are trained with the same seed share start, data and order, so that their difference
+varies less between seeds than either arm does. Student's t over the seeds' differences; nothing is
+corrected for the number of claims, which the reader is told instead.
+"""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Sequence
+
+from scipy import stats
+
+from moe_jax import errors
+
+CONFIRMED, CONTRADICTED, UNDECIDED = 'confirmed', 'contradicted', 'not distinguishable'
+DIRECTIONS = ('lower', 'higher', 'equal')
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+  """Mean of a quantity over seeds with its confidence interval; without one for a single seed."""
+
+  mean: float
+  low: float
+  high: float
+  num_seeds: int
+
+  @property
+  def covers_zero(self) -> bool:
+    """Whether no difference is as good an account of the figures."""
+    return not (self.low > 0 or self.high < 0)
+
+  def text(self, digits: int = 3, *, sign: bool = True) -> str:
+    """`-0.012 [-0.020, -0.004]`; the mean alone for one seed."""
+    form = f'{"+" if sign else ""}.{digits}f'
+    if self.num_seeds == 1:
+      return f'{self.mean:{form}} (one seed)'
+    return f'{self.mean:{form}} [{self.low:{form}}, {self.high:{form}}]'
+
+
+def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+  """Student's t interval of the mean of independent values; infinitely wide for a single one.
+
+  Args:
+    values: one per seed.
+    confidence: share of intervals that hold the true mean.
+
+  Raises:
+    errors.InputError: there is no value.
+  """
+  errors.require(bool(values), 'an interval needs at least one seed')
+  mean, num = statistics.fmean(values), len(values)
+  if num == 1:
+    return Interval(mean, -math.inf, math.inf, 1)
+  half = stats.t.ppf(0.5 + confidence / 2, num - 1) * statistics.stdev(values) / math.sqrt(num)
+  return Interval(mean, mean - half, mean + half, num)
+
+
+def difference(
+  values: Sequence[float], baseline: Sequence[float], confidence: float = 0.95
+) -> Interval:
+  """Of `values` minus `baseline`, seed by seed.
+
+  Raises:
+    ValueError: their numbers differ, so they are no pairs.
+  """
+  return interval([a - b for a, b in zip(values, baseline, strict=True)], confidence)
+
+
+def verdict(found: Interval, direction: str, margin: float = 0.0) -> str:
+  """What a difference says of the claim that it is 'lower' or 'higher' than 0, or 'equal'.
+
+  A direction is confirmed or contradicted by an interval without zero. Equality is confirmed by an
+  interval within the margin, contradicted by one outside of it, and undecided between.
+
+  Args:
+    found: of the differences.
+    direction: one of `DIRECTIONS`.
+    margin: largest difference, either way, that counts as equal; only for 'equal'.
+  """
+  if direction not in DIRECTIONS:
+    raise ValueError(f'direction={direction!r} must be one of {", ".join(DIRECTIONS)}')
+  if direction == 'equal':
+    if -margin <= found.low and found.high <= margin:
+      return CONFIRMED
+    return CONTRADICTED if found.low > margin or found.high < -margin else UNDECIDED
+  if found.covers_zero:
+    return UNDECIDED
+  return CONFIRMED if (found.mean < 0) == (direction == 'lower') else CONTRADICTED
