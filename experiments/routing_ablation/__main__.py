@@ -63,7 +63,7 @@ def main(unused_argv: Sequence[str]):
   pending = [
     (name, group)
     for name, group in units
-    if not all(measure.path(workdir, name, seed).exists() for seed in group)
+    if not all(measure.finished(workdir, name, seed) for seed in group)
   ]
   shards.run(MODULE, pending, lambda unit: _train(found[unit[0]], unit[0], unit[1], workdir))
   if shards.is_shard():
@@ -91,7 +91,15 @@ def _check_finished(
 
 
 def _train(cfg: config.Config, name: str, group: Sequence[int], workdir: pathlib.Path):
-  """Trains one arm with some seeds and writes what is measured of each."""
+  """Trains one arm with some seeds, if they are not, and writes what is measured of each."""
+  if not all(measure.path(workdir, name, seed).exists() for seed in group):
+    _train_and_evaluate(cfg, name, group, workdir)
+  for seed in group:
+    measure.probe(workdir, name, seed)
+  jax.clear_caches()  # dozens of compiled models would fill the memory
+
+
+def _train_and_evaluate(cfg: config.Config, name: str, group: Sequence[int], workdir: pathlib.Path):
   say, start = (lambda line: None), time.perf_counter()
   if len(group) > 1:
     runs, corpora = seeds.run_training(cfg, group, workdir / name, argv=sys.argv, say=say)
@@ -104,7 +112,6 @@ def _train(cfg: config.Config, name: str, group: Sequence[int], workdir: pathlib
   seconds = (time.perf_counter() - start) / len(group)
   for trained, corpus in zip(runs, corpora):
     print(measure.write(workdir, name, trained, corpus, seconds), flush=True)
-  jax.clear_caches()  # dozens of compiled models would fill the memory
 
 
 if __name__ == '__main__':

@@ -48,7 +48,7 @@ class Claim:
   """`figure` of `arm` against that of `baseline`, as a paper has it."""
 
   arm: str
-  baseline: str
+  baseline: str  # '' = zero
   figure: str  # key of `FIGURES`
   direction: str  # see `paired.verdict`
   paper: str  # what it says, with its numbers
@@ -57,7 +57,7 @@ class Claim:
 
   @property
   def name(self) -> str:
-    return f'{self.arm} against {self.baseline}: {self.figure}'
+    return f'{self.arm} against {self.baseline or "zero"}: {self.figure}'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +178,7 @@ CLAIMS = (
   Claim('loss_free', 'aux', VIO, 'lower', 'MaxVio 0.04 against 0.72 (2408.15664)', SIZES),
   Claim('mla', 'mha', BITS, 'lower', 'MLA is better than MHA (2405.04434)', SIZES, 0.03),
   Claim('deepseekmoe', 'gshard_x1.5', DISABLED, 'higher', 'less redundant experts (Figure 4)'),
+  Claim('deepseekmoe', '', UNSHARED, 'higher', 'the shared expert is irreplaceable (4.4)'),
   Claim('deepseekmoe', 'gshard', FEWER, 'equal', '4 routed experts match GShard (Figure 5)'),
 )
 SWEEPS = (
@@ -196,8 +197,6 @@ SWEEPS = (
     ('activated',),
   ),
 )
-# What `probes` measures after training: arm -> the interventions that its claims need.
-PROBED = ('deepseekmoe', 'gshard', 'gshard_x1.5')
 
 
 def choose(names: list[str]) -> list[Arm]:

@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from experiments.routing_ablation import arms
 from experiments.routing_zoo import speed
 from moe_jax import config, evaluate, files, metrics, run_load
+from moe_jax.analysis import interventions
 from moe_jax.data import corpus as corpus_lib
 
 TAIL = 0.2  # share of the run, at its end, over which the training drop rate is averaged
@@ -21,7 +23,7 @@ Results = Mapping[str, Mapping[int, Mapping[str, Any]]]  # arm -> seed -> figure
 
 
 def path(workdir: pathlib.Path, arm: str, seed: int) -> pathlib.Path:
-  """Where the figures of a run lie; the file is there when the run is finished."""
+  """Where the figures of a run lie; the file is there when the run is trained."""
   return workdir / arm / str(seed) / 'result.json'
 
 
@@ -32,7 +34,7 @@ def write(
   corpus: corpus_lib.Corpus,
   seconds: float,
 ) -> str:
-  """Evaluates and probes a run, writes its figures, and returns a line about it.
+  """Evaluates a run, writes its figures, and returns a line about it.
 
   Args:
     workdir: of the study.
@@ -55,6 +57,55 @@ def write(
   result['seconds'] = seconds + time.perf_counter() - start
   files.write_text(where, json.dumps(result) + '\n')
   return f'{arm} seed={cfg.train.seed}: {figures}'
+
+
+def finished(workdir: pathlib.Path, arm: str, seed: int) -> bool:
+  """Whether a run has every figure that it is to have."""
+  where = path(workdir, arm, seed)
+  return where.exists() and set(PROBES.get(arm, {})) <= set(json.loads(where.read_text()))
+
+
+def _rise_without_top(subject: interventions.Subject, bits: float) -> float:
+  return interventions.without_best(subject, 1 / 16).bits_per_byte - bits
+
+
+def _rise_without_shared(subject: interventions.Subject, bits: float) -> float:
+  return interventions.without_shared(subject, stand_in=True).bits_per_byte - bits
+
+
+def _bits_with_four(subject: interventions.Subject, unused_bits: float) -> float:
+  return interventions.with_fewer(subject, 4).bits_per_byte
+
+
+def _bits(unused_subject: interventions.Subject, bits: float) -> float:
+  return bits
+
+
+# What claims need beyond the held-out figures: arm -> key of `arms.FIGURES` -> how to measure it.
+PROBES = {
+  'deepseekmoe': {
+    arms.DISABLED: _rise_without_top,
+    arms.UNSHARED: _rise_without_shared,
+    arms.FEWER: _bits_with_four,
+  },
+  'gshard': {arms.FEWER: _bits},  # the other side of the comparison, with all its experts
+  'gshard_x1.5': {arms.DISABLED: _rise_without_top},
+}
+
+
+def probe(workdir: pathlib.Path, arm: str, seed: int):
+  """Adds the figures of `PROBES` to those of a trained run, from its checkpoint."""
+  if finished(workdir, arm, seed):
+    return
+  where, start = path(workdir, arm, seed), time.perf_counter()
+  loaded = run_load.load(where.parent)
+  corpus = run_load.heldout_corpus(loaded, where.parent, warn=print)
+  subject = interventions.Subject(loaded.cfg, loaded.variables, corpus, loaded.mesh)
+  result = json.loads(where.read_text())
+  for key, figure in PROBES[arm].items():
+    result[key] = figure(subject, result[arms.BITS])
+  result['seconds'] += time.perf_counter() - start
+  files.write_text(where, json.dumps(result) + '\n')
 
 
 def read(workdir: pathlib.Path, names: Sequence[str], seeds: Sequence[int]) -> Results:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
-import matplotlib.ticker
 import numpy as np
 from matplotlib import figure
 from scipy import stats
@@ -41,7 +40,7 @@ def draw(
   drawn = []
   with matplotlib.rc_context(plots.STYLE):
     if graded:
-      drawn.append(_claims(out / 'claims.png', results, graded))
+      drawn.append(_claims(out / 'claims.png', graded))
     names = [name for name in LADDER if name in results]
     if names:
       drawn.append(_curves(out / 'curves.png', results, names))
@@ -54,13 +53,12 @@ def draw(
   return drawn
 
 
-def _claims(path: pathlib.Path, results: measure.Results, graded: Sequence[Any]) -> page.Picture:
+def _claims(path: pathlib.Path, graded: Sequence[Any]) -> page.Picture:
   """Differences with intervals, in percent of the baseline, so that figures share an axis."""
   fig = figure.Figure(figsize=(9, 1.4 + 0.38 * len(graded)), layout='constrained')
   axes = fig.subplots()
   for y, one in enumerate(reversed(graded)):
-    base = abs(np.mean(measure.column(results, one.claim.baseline, one.claim.figure)))
-    scale, found = 100 / base, one.difference
+    scale, found = 100 / one.base, one.difference
     colour = COLOURS[one.verdict]
     if found.num_seeds > 1:
       axes.plot([found.low * scale, found.high * scale], [y, y], color=colour, lw=2)
@@ -68,15 +66,23 @@ def _claims(path: pathlib.Path, results: measure.Results, graded: Sequence[Any])
     axes.annotate(
       one.verdict, (1.01, y), xycoords=('axes fraction', 'data'), va='center', color=colour
     )
-  labels = [f'{g.claim.arm} − {g.claim.baseline}{_short(g.claim)}' for g in reversed(graded)]
+  labels = [f'{_pair(g.claim)}{_short(g.claim)}' for g in reversed(graded)]
   axes.set_yticks(range(len(graded)), labels)
   axes.axvline(0, color='0.3', lw=1)
   axes.set_xscale('symlog', linthresh=5)
-  axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter('%g'))
+  ticks = [sign * size for size in (2, 5, 10, 20, 50, 100, 500) for sign in (-1, 1)]
+  low, high = axes.get_xlim()
+  shown = sorted([0, *(tick for tick in ticks if low <= tick <= high)])
+  axes.set_xticks(shown, [f'{tick:+g}' if tick else '0' for tick in shown])
+  axes.minorticks_off()
   axes.set_xlabel('difference, % of the baseline (linear within ±5); bar: 95 % interval over seeds')
   axes.grid(True, axis='x')
   plots.save(fig, path)
   return page.Picture(path, 'Every claim: paired difference over seeds, and its verdict')
+
+
+def _pair(claim: arms.Claim) -> str:
+  return f'{claim.arm} − {claim.baseline}' if claim.baseline else claim.arm
 
 
 def _short(claim: arms.Claim) -> str:

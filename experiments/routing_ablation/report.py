@@ -37,6 +37,7 @@ class Graded(NamedTuple):
   claim: arms.Claim
   difference: paired.Interval
   verdict: str
+  base: float  # mean of the baseline; of the arm's own bits per byte, where the baseline is zero
 
 
 def command_of(argv: Sequence[str]) -> str:
@@ -51,11 +52,15 @@ def grade(results: measure.Results) -> list[Graded]:
   for claim in arms.CLAIMS:
     values = measure.column(results, claim.arm, claim.figure)
     baseline = measure.column(results, claim.baseline, claim.figure)
+    if values is not None and not claim.baseline:
+      baseline = [0.0] * len(values)
     if values is None or baseline is None:
       continue
-    margin = arms.EQUAL_MARGIN * float(np.mean(baseline))
+    scale = baseline if claim.baseline else measure.column(results, claim.arm, arms.BITS)
+    base = abs(float(np.mean(scale)))
     difference = paired.difference(values, baseline)
-    found.append(Graded(claim, difference, paired.verdict(difference, claim.direction, margin)))
+    verdict = paired.verdict(difference, claim.direction, arms.EQUAL_MARGIN * base)
+    found.append(Graded(claim, difference, verdict, base))
   return found
 
 
@@ -64,7 +69,8 @@ def sentence(graded: Graded) -> str:
   claim, found = graded.claim, graded.difference
   what, digits = arms.FIGURES[claim.figure]
   return (
-    f'**{graded.verdict.capitalize()}**: `{claim.arm}` against `{claim.baseline}`, {what}: '
+    f'**{graded.verdict.capitalize()}**: `{claim.arm}`'
+    f'{f" against `{claim.baseline}`" if claim.baseline else ""}, {what}: '
     f'{found.text(digits)}. The paper: {claim.paper}.'
   )
 

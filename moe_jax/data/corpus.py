@@ -47,6 +47,21 @@ class TokenSplit:
     """True size of the text, the denominator of bits per byte."""
     return int(self.doc_bytes.sum())
 
+  def sample(self, num_tokens: int) -> 'TokenSplit':
+    """About so many tokens: whole documents from all over the split; all, if it has no more."""
+    if num_tokens >= self.num_tokens:
+      return self
+    # Evenly spaced; as documents differ in length, the number of tokens is not exact.
+    wanted = max(1, self.num_documents * num_tokens // max(self.num_tokens, 1))
+    chosen = np.unique(np.linspace(0, self.num_documents - 1, wanted).astype(np.int64))
+    parts = [self.tokens[self.offsets[d] : self.offsets[d + 1]] for d in chosen]
+    return TokenSplit(
+      np.concatenate(parts),
+      np.concatenate([[0], np.cumsum([len(part) for part in parts])]),
+      self.doc_bytes[chosen],
+      self.doc_domain[chosen],
+    )
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Corpus:

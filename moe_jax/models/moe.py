@@ -24,6 +24,10 @@ from moe_jax.models.routers import state as state_lib
 Array = jax.Array
 
 
+# Collection of what an experiment on a trained model changes, [layers] each: `disabled` int32, how
+# many of a token's best experts it may not use; `shared_scale` float32, times the shared experts.
+INTERVENTION = 'intervention'
+
 TOKEN_AXES = ('act_batch', 'act_len')
 GATE_UP_AXES = ('expert', 'expert_embed', 'gate_up', 'expert_mlp')
 DOWN_AXES = ('expert', 'expert_mlp', 'expert_embed')
@@ -88,11 +92,16 @@ class MoE(nn.Module):
     shared = self._shared(x)
     if self.is_initializing():
       return shared, None
+    if self.has_variable(INTERVENTION, INTERVENTION):  # by `analysis.interventions`
+      intervention = self.get_variable(INTERVENTION, INTERVENTION)
+      state |= {'disabled': intervention['disabled']}
+      shared *= intervention['shared_scale'].astype(shared.dtype)
     with jax.named_scope('router'):
       logits = None if kernel is None else self._logits(x, kernel, tokens, layer)
       selected, selection = self._select(router, logits, tokens, layer, state)
       kept = self._drop(selected, tokens, layer)
     self.sow('intermediates', 'expert_idx', selected.expert_idx)
+    self.sow('intermediates', 'scores', selected.scores)
     routed = partitioning.per_shard(
       functools.partial(self._experts, x.shape[:2]),
       (*[TOKEN_AXES] * 3, *((None,) if laid_out else (GATE_UP_AXES, DOWN_AXES))),

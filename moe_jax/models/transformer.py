@@ -208,7 +208,7 @@ def _over_layers(
     layer = nn.remat(layer, policy=_policy(cfg.remat), prevent_cse=not cfg.scan_layers)
   return nn.scan(
     layer,
-    variable_axes={'params': 0, 'router_state': 0, 'intermediates': 0},
+    variable_axes={'params': 0, 'router_state': 0, 'intermediates': 0, moe.INTERVENTION: 0},
     split_rngs={},
     in_axes=in_axes,
     length=length,

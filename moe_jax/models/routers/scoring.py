@@ -38,12 +38,20 @@ def normalise_logits(logits: Array, scale: float) -> Array:
 
 def selection(scores: Array, state: Mapping[str, Array], cfg: config_moe.MoEConfig) -> Array:
   """What the best K are taken of: [B, L, E] scores moved by the bias, -inf out of reach."""
+  found = scores
   if 'expert_bias' in state:
     bias = state['expert_bias']
-    scores = scores * bias if cfg.expert_bias.form == 'multiplicative' else scores + bias
+    found = found * bias if cfg.expert_bias.form == 'multiplicative' else found + bias
+  if 'disabled' in state:
+    found = jnp.where(_rank(scores) < state['disabled'], -jnp.inf, found)
   if cfg.num_expert_groups > 1:
-    scores = limit_groups(scores, cfg)
-  return jax.lax.stop_gradient(scores)
+    found = limit_groups(found, cfg)
+  return jax.lax.stop_gradient(found)
+
+
+def _rank(scores: Array) -> Array:
+  """[B, L, E] int32, how many of the token's experts score better; of equals, the first do."""
+  return jnp.argsort(jnp.argsort(-scores, axis=-1, stable=True), axis=-1)
 
 
 def limit_groups(scores: Array, cfg: config_moe.MoEConfig) -> Array:

@@ -1,0 +1,66 @@
+"""How sure the routers are."""
+
+import numpy as np
+from matplotlib import figure
+
+from moe_jax.analysis.probes import finding
+from moe_jax.models.routers import ROUTERS
+
+
+def measures(scores: np.ndarray, k: int) -> dict[str, np.ndarray]:
+  """Per token, from scores divided by their sum.
+
+  Args:
+    scores: [..., E], at least 0, not all 0.
+    k: K.
+
+  Returns:
+    best, the highest share; chosen, the sum of the K highest; entropy, over ln E: 0 = certain of
+    one expert, 1 = all alike; each [...] float64.
+  """
+  share = scores.astype(np.float64)
+  share /= share.sum(axis=-1, keepdims=True)
+  ordered = -np.sort(-share, axis=-1)
+  logs = np.log(np.where(share > 0, share, 1.0))
+  return {
+    'best': ordered[..., 0],
+    'chosen': ordered[..., :k].sum(axis=-1),
+    'entropy': -(share * logs).sum(axis=-1) / np.log(max(scores.shape[-1], 2)),
+  }
+
+
+def confidence(context: finding.Context) -> finding.Finding:
+  """The share of the score that the best expert and the best K get, and the entropy."""
+  moe = context.subject.cfg.model.moe
+  if not ROUTERS[moe.router].has_logits:
+    raise finding.NotApplicableError(f'router {moe.router!r} has no scores to be sure by')
+  seen = context.observations
+  found = measures(seen.of_tokens(seen.scores), moe.num_experts_per_tok)  # [layers, T] each
+  names = context.layer_names()
+  means = {key: values.mean(axis=1) for key, values in found.items()}
+  reading = (
+    f'Of the sum of all scores the chosen {moe.num_experts_per_tok} of {moe.num_experts} experts '
+    f'get {finding.per_layer(100 * means["chosen"], names, "{:.0f} %")} '
+    f'(all alike would be {100 * moe.num_experts_per_tok / moe.num_experts:.0f} %), the best one '
+    f'{finding.per_layer(100 * means["best"], names, "{:.0f} %")}. Entropy, as a share of that of '
+    f'scores that are all alike: {finding.per_layer(means["entropy"], names)}.'
+  )
+
+  def draw(fig: figure.Figure):
+    left, right = fig.subplots(1, 2)
+    edges = np.linspace(0, 1, 51)
+    for i, name in enumerate(names):
+      colour = f'C{i % 10}'
+      for axes, key in ((left, 'best'), (right, 'chosen')):
+        share, _ = np.histogram(found[key][i], edges)
+        axes.stairs(share / share.sum(), edges, color=colour, label=name)
+    left.set_title('score of the best expert', fontsize=10)
+    right.set_title(f'score of the chosen {moe.num_experts_per_tok} together', fontsize=10)
+    for axes in (left, right):
+      axes.set_xlabel('share of the sum of scores')
+      axes.set_ylabel('share of the tokens')
+    if len(names) <= 10:
+      right.legend(frameon=False, fontsize=8)
+
+  arrays = {f'mean_{key}': values for key, values in means.items()}
+  return finding.Finding(arrays, reading, draw)
