@@ -43,6 +43,8 @@ setuptools.setup(
       'safetensors>=0.5',
       'tensorboard>=2.18',
       'tokamax>=0.0.12',
+      'nbclient>=0.10',
+      'ipykernel>=6.29',
     ],
     'cuda': [
       'jax[cuda13]>=0.10',
@@ -52,6 +54,7 @@ setuptools.setup(
       "triton; python_version >= '3.12'",
     ],
     'tpu': ['jax[tpu]>=0.10'],
+    'quant': ['qwix>=0.1.8'],
     'hf': [
       'datasets>=3.0',
       'lm-eval>=0.4.9',

@@ -11,12 +11,14 @@ from collections.abc import Mapping
 from moe_jax import errors
 
 ROUTERS = ('topk', 'hash', 'expert_choice', 'ds_moe', 'sinkhorn', 'balanced', 'skewed', 'replay')
+REGISTERED: list[str] = []  # routers from outside of the library, by `models.routers.register`
 SCORE_FUNCS = ('softmax', 'sigmoid')
 GROUP_SCORES = ('max', 'top2_sum')
 HASH_TABLES = ('random', 'balanced')
 INFERENCE_RULES = ('all', 'threshold', 'topk', 'threshold_topk')
 DISPATCHES = ('dense', 'dropless', 'capacity', 'gather')
-GROUPED_MATMULS = ('auto', 'blocks', 'ragged_dot', 'megablox', 'tokamax')
+LOW_PRECISION = ('int8', 'float8_e4m3fn')  # what products of experts may be rounded to
+GROUPED_MATMULS = ('auto', 'blocks', 'ragged_dot', 'megablox', 'tokamax', *LOW_PRECISION)
 BIAS_RULES = ('none', 'sign', 'proportional')
 BIAS_FORMS = ('additive', 'multiplicative')
 LOSS_SCOPES = ('sequence', 'micro_batch', 'global_batch')
@@ -116,7 +118,7 @@ class MoEConfig:
   num_shared_experts: int  # experts that see every token, fused into one FFN
   num_experts_per_tok: int  # K, routed experts that each token visits
   moe_mlp_dim: int  # width F of one expert, shared or routed
-  router: str  # one of ROUTERS: who selects
+  router: str  # one of ROUTERS or REGISTERED: who selects
   score_func: str  # one of SCORE_FUNCS: logits -> scores
   norm_topk_prob: bool  # divide the K gates of a token by their sum
   routed_scaling_factor: float  # factor on every gate, after the division
@@ -125,7 +127,9 @@ class MoEConfig:
   group_score: str  # one of GROUP_SCORES: max (DeepSeek-V2) or sum of the best two (V3)
   num_virtual_devices: int  # D, for device losses, budgets and figures; any number, on any mesh
   dispatch: str  # one of DISPATCHES: how tokens reach their experts
-  grouped_matmul: str  # one of GROUPED_MATMULS: kernel of dropless; 'auto' asks the platform
+  # One of GROUPED_MATMULS: kernel of dropless. 'auto' asks the platform; a number format does too,
+  # and rounds what the experts' products see in training and wherever dropless computes.
+  grouped_matmul: str
   exchange: ExchangeConfig
   options: RouterOptions
   expert_bias: ExpertBiasConfig
@@ -166,7 +170,7 @@ def validate(moe: MoEConfig):
   at_least = lambda minimum, *names: errors.at_least(moe, 'model.moe', minimum, *names)
   at_least(1, 'num_experts_per_tok', 'moe_mlp_dim', 'num_expert_groups', 'num_virtual_devices')
   at_least(0, 'num_shared_experts', 'num_limited_groups')
-  errors.choice('model.moe.router', moe.router, ROUTERS)
+  errors.choice('model.moe.router', moe.router, [*ROUTERS, *REGISTERED])
   errors.choice('model.moe.score_func', moe.score_func, SCORE_FUNCS)
   errors.choice('model.moe.group_score', moe.group_score, GROUP_SCORES)
   errors.choice('model.moe.dispatch', moe.dispatch, DISPATCHES)
@@ -308,6 +312,11 @@ def _validate_capacity(moe: MoEConfig):
   errors.require(
     0 <= capacity.exempt_fraction <= 1,
     f'config.{prefix}.exempt_fraction={capacity.exempt_fraction} must lie between 0 and 1',
+  )
+  errors.require(
+    moe.grouped_matmul not in LOW_PRECISION or moe.dispatch == 'dropless',
+    f'config.model.moe.grouped_matmul={moe.grouped_matmul!r} rounds the products of dispatch '
+    f"'dropless' only, not of {moe.dispatch!r}; set it to 'auto', or change the dispatch",
   )
   per_expert = capacity.policy in ('position', 'score', 'batch_priority')
   errors.require(

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import moe_jax
-from moe_jax import config, errors, files
+from moe_jax import config, config_moe, errors, files
 
 PACKAGES = (
   'jax',
@@ -46,11 +46,15 @@ def differences(old: Mapping[str, Any], new_config: config.Config) -> Difference
   """In what a recorded config differs from that of this start."""
   # Through JSON, like the old one: tuples are lists there.
   lines = config.diff(old, json.loads(json.dumps(config.to_dict(new_config))))
-  placed = [line for line in lines if _is_placement(line.partition(':')[0])]
+  placed = [line for line in lines if _is_placement(line)]
   return Differences([line for line in lines if line not in placed], placed)
 
 
-def _is_placement(key: str) -> bool:
+def _is_placement(line: str) -> bool:
+  """Whether a line `key: old -> new` changes no number but by its last bits."""
+  key, _, values = line.partition(':')
+  if any(qtype in values for qtype in config_moe.LOW_PRECISION):
+    return False
   return any(key == name or key.startswith(f'{name}.') for name in PLACEMENT)
 
 

@@ -85,11 +85,14 @@ GPU_CASES = (
   Case(16384, 1280, 63, 896, 7, 1, 'bfloat16'),
   *(Case(16384, 2048, e, 1408, 6, 2, 'bfloat16') for e in (8, 16, 128, 256)),
 )
-DISPATCHES = ('dropless', 'capacity', 'dense')
+# A dispatch, and the format of its products where it is not the layer's own.
+LOW_PRECISION = tuple(f'dropless {qtype}' for qtype in config_moe.LOW_PRECISION)
+VARIANTS = ('dropless', *LOW_PRECISION, 'capacity', 'dense')
 
 
-def layer_config(case: Case, dispatch: str) -> config_moe.MoEConfig:
+def layer_config(case: Case, variant: str) -> config_moe.MoEConfig:
   """The layer of a case; `capacity` drops what exceeds 1.25 times the mean load."""
+  dispatch, _, qtype = variant.partition(' ')
   page = base.get_config()
   page.model.moe.update(
     num_experts=case.experts,
@@ -97,6 +100,7 @@ def layer_config(case: Case, dispatch: str) -> config_moe.MoEConfig:
     num_experts_per_tok=case.top_k,
     moe_mlp_dim=case.width,
     dispatch=dispatch,
+    grouped_matmul=qtype or 'auto',
   )
   if dispatch == 'capacity':
     page.model.moe.capacity.update(policy='position', factor=1.25, group_rows=0)
@@ -109,11 +113,11 @@ def inputs(case: Case) -> list[jax.Array]:
   return [jax.random.normal(key, case.shape, jnp.dtype(case.dtype)) for key in keys]
 
 
-def make_moe(case: Case, dispatch: str) -> tuple[Callable, Any]:
+def make_moe(case: Case, variant: str) -> tuple[Callable, Any]:
   """(variables, x [B, L, D]) -> [B, L, D], and variables."""
   dtype = jnp.dtype(case.dtype)
   sizes = routing.Sizes(256, case.shape[1])
-  module = moe.MoE(layer_config(case, dispatch), sizes, 0.02, dtype, dtype, train=True)
+  module = moe.MoE(layer_config(case, variant), sizes, 0.02, dtype, dtype, train=True)
   ids = jnp.zeros(case.shape[:2], jnp.int32)
   row = jnp.arange(case.shape[0], dtype=jnp.int32)
   tokens = routing.Tokens(ids, ids == 0, row, jnp.uint32(0))
@@ -218,6 +222,12 @@ def torch_program(
   )
 
 
+def _applies(case: Case, variant: str) -> bool:
+  if variant in LOW_PRECISION:
+    return case in (TARGET, GPU_CASES[0])
+  return variant != 'dense' or case.experts <= MOST_DENSE_EXPERTS
+
+
 def programs(
   case: Case, options: harness.Options, with_torch: bool
 ) -> Iterator[Callable[[], harness.Program]]:
@@ -225,16 +235,11 @@ def programs(
   xs = inputs(case)
   for backward in (False, True):
     name = f'{case.name} {PASSES[backward]}'
-    variants = [
-      dispatch
-      for dispatch in DISPATCHES
-      if options.wants(name, dispatch)
-      and (dispatch != 'dense' or case.experts <= MOST_DENSE_EXPERTS)
-    ]
+    variants = [v for v in VARIANTS if options.wants(name, v) and _applies(case, v)]
     if not variants:
       continue
-    for dispatch in variants:
-      yield lambda d=dispatch, b=backward: program(case, d, b, *make_moe(case, d), xs)
+    for variant in variants:
+      yield lambda v=variant, b=backward: program(case, v, b, *make_moe(case, v), xs)
     yield lambda b=backward: program(case, 'dense twin', b, *make_twin(case), xs)
     if with_torch and case.shared:
       yield lambda b=backward: torch_program(case, make_moe(case, 'dropless')[1], xs, b)

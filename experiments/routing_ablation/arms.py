@@ -5,6 +5,7 @@ says what must match for the comparison to mean anything; `matching` holds it to
 """
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -18,17 +19,17 @@ from moe_jax import config, errors
 class Scale(NamedTuple):
   """Where the arms of a scale come from."""
 
-  ladder: str  # page
+  ladder: str  # page of `configs`
   loss_free: str  # size on the page of loss-free balancing
   kv_lora_rank: int  # of MLA, for attention weights like those of MHA, up to 3 %
   together: int  # seeds that train as an axis of one step; 1 = one run after the other
 
 
 SCALES = {
-  'tiny': Scale('configs/deepseekmoe_tiny.py', 'tiny', 32, together=8),
-  'small': Scale('configs/deepseekmoe_small.py', 'small', 192, together=1),
+  'tiny': Scale('deepseekmoe_tiny.py', 'tiny', 32, together=8),
+  'small': Scale('deepseekmoe_small.py', 'small', 192, together=1),
   # Loss-free balancing as its paper trained it.
-  '2b': Scale('configs/deepseekmoe_2b.py', '1b', 640, together=1),
+  '2b': Scale('deepseekmoe_2b.py', '1b', 640, together=1),
 }
 SEGMENTS = (1, 2, 4, 8, 16)  # m: parts that a conventional expert is cut into
 EXPERTS = (15, 31, 63, 127, 255)  # routed, 7 of them active
@@ -72,11 +73,17 @@ class Sweep:
 
 
 def _variant(name: str) -> Callable[[str], ml_collections.ConfigDict]:
-  return lambda scale: cli.page_values(f'{SCALES[scale].ladder}{":" if name else ""}{name}')
+  return lambda scale: _page(SCALES[scale].ladder, name)
+
+
+def _page(name: str, variant: str) -> ml_collections.ConfigDict:
+  """Of the installed package `configs`, wherever the command is run."""
+  path = pathlib.Path(base.__file__).parent / name
+  return cli.page_values(f'{path}{":" if variant else ""}{variant}')
 
 
 def _loss_free(method: str) -> Callable[[str], ml_collections.ConfigDict]:
-  return lambda scale: cli.page_values(f'configs/loss_free.py:{SCALES[scale].loss_free}_{method}')
+  return lambda scale: _page('loss_free.py', f'{SCALES[scale].loss_free}_{method}')
 
 
 def _mha(scale: str) -> ml_collections.ConfigDict:

@@ -95,7 +95,9 @@ def test_groups_need_no_alignment(legs, name):
 
 
 def test_backends_are_those_of_the_config():
-  assert {'auto', *grouped.BACKENDS} == set(config_moe.GROUPED_MATMULS)
+  known = {'auto', *grouped.BACKENDS, *config_moe.LOW_PRECISION}
+  assert known == set(config_moe.GROUPED_MATMULS)
+  assert set(grouped.PLATFORM_DEFAULT) == set(grouped.LOW_PRECISION)
   assert set(grouped.PLATFORM_DEFAULT.values()) <= set(grouped.BACKENDS)
 
 

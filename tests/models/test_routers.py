@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 from moe_jax import config_moe, errors
+from moe_jax.models import routers, transformer
 from moe_jax.models.routers import ROUTERS, gshard, routing, scoring
 
 PROBS = np.array(
@@ -455,3 +456,29 @@ def test_second_expert_is_kept_with_probability_twice_its_gate(factor):
   again = np.asarray(kept_second(make(routed_scaling_factor=factor), gates, np.uint32(1)))
   # Drawn anew each step: on average 2 p (1 - p) = (.32 + .5 + .32) / 6 = .19 differ.
   assert (again != kept)[..., 1].mean() == pytest.approx(0.19, abs=0.01)
+
+
+def test_a_router_from_outside(monkeypatch):
+  """Its name is refused before it is registered, and never replaces one of the library."""
+
+  def route(inputs, cfg, train):
+    expert_idx = routing.keep_best(-inputs.selection, cfg.num_experts_per_tok)
+    gates = routing.gates_of(inputs.scores, expert_idx, cfg)
+    return routing.Routing(gates, expert_idx, inputs.scores)
+
+  monkeypatch.setattr(config_moe, 'REGISTERED', [])
+  with pytest.raises(errors.InputError, match='model.moe.router'):
+    tiny.make(model__moe__router='worst')
+  routers.register('worst', routing.Router(route))
+  try:
+    model = tiny.make(model__moe__router='worst').model
+    rows = tiny.batch()
+    out = tiny.jit(transformer.Transformer(model).apply)(
+      {'params': tiny.params(model), 'router_state': {}},
+      *(rows[key] for key in ('tokens', 'positions', 'segment_ids')),
+    )
+    assert out.stats.sums.load.sum() == 2 * 2 * (rows['segment_ids'] > 0).sum()  # layers, K
+    with pytest.raises(errors.InputError, match='choose another name'):
+      routers.register('topk', routing.Router(route))
+  finally:
+    del routers.ROUTERS['worst']

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.models import layers
+from moe_jax.models.dispatch import low_precision
 from moe_jax.models.dispatch import plan as plan_lib
 
 Array = jax.Array
@@ -117,7 +118,13 @@ def _for_each_block(
 
 
 def forward(
-  keep: bool, x: Array, gates: Array, w13: Array, w2: Array, plan: plan_lib.Plan
+  keep: bool,
+  x: Array,
+  gates: Array,
+  w13: Array,
+  w2: Array,
+  plan: plan_lib.Plan,
+  rounding: low_precision.Rounding = low_precision.NONE,
 ) -> tuple[Array, Array | None]:
   """The gated sum of each token's experts, and what the backward pass needs.
 
@@ -128,22 +135,24 @@ def forward(
     w13: [E, D, G], gate before up.
     w2: [E, F, D].
     plan: its groups hold no rows but those of their choices.
+    rounding: of what the products see.
 
   Returns:
     ([T, D]; the pre-activation h of all rows and some behind them, if it is to be kept).
   """
   heights = ladder(gates.size, len(w13))
   rows = _rows(gates, plan, heights[-1])
+  w13, w2 = rounding.weights(w13), rounding.weights(w2)
 
   def block(height: int, e: Array, first: Array, end: Array, carry: tuple[Array, ...]):
     own = _own(rows, first, height, end, len(x))
     with jax.named_scope('gather'):
-      x_rows = plan_lib.take(x, own.token)
+      x_rows = rounding.rows(plan_lib.take(x, own.token))
     with jax.named_scope('w13'):
       h = x_rows @ w13[e]
     with jax.named_scope('swiglu'):
       pair = h.reshape(height, 2, -1).astype(jnp.float32)
-      a = (layers.swiglu(pair) * own.gate[:, None]).astype(x.dtype)
+      a = rounding.rows((layers.swiglu(pair) * own.gate[:, None]).astype(x.dtype))
     with jax.named_scope('w2'):
       y = a @ w2[e]
     with jax.named_scope('combine'):
@@ -158,11 +167,19 @@ def forward(
 
 
 def backward(
-  x: Array, gates: Array, w13: Array, w2: Array, plan: plan_lib.Plan, h: Array, d_out: Array
+  x: Array,
+  gates: Array,
+  w13: Array,
+  w2: Array,
+  plan: plan_lib.Plan,
+  h: Array,
+  d_out: Array,
+  rounding: low_precision.Rounding = low_precision.NONE,
 ) -> tuple[Array, Array, Array, Array]:
   """Gradients of x, gates, w13 and w2; arguments as `forward` has and gives them, d_out [T, D]."""
   heights = ladder(gates.size, len(w13))
   rows = _rows(gates, plan, heights[-1])
+  w13, w2 = rounding.weights(w13), rounding.weights(w2)
   product = lambda form, a, b: jnp.einsum(form, a, b, preferred_element_type=jnp.float32)
   add_to = lambda whole, part, e: _put(whole, _cut(whole, e, 1) + part[None], e)
 
@@ -170,7 +187,7 @@ def backward(
     d_x, d_gate, d_w13, d_w2 = carry
     own = _own(rows, first, height, end, len(x))
     with jax.named_scope('gather'):
-      x_rows, d_rows = plan_lib.take(x, own.token), plan_lib.take(d_out, own.token)
+      x_rows, d_rows = rounding.rows(plan_lib.take(x, own.token)), plan_lib.take(d_out, own.token)
     with jax.named_scope('w2'):
       d_act = jnp.einsum('RD,FD->RF', d_rows, w2[e]).astype(jnp.float32)
     with jax.named_scope('swiglu'):
@@ -179,7 +196,7 @@ def backward(
       d_gate = _put_rows(d_gate, (d_act * act).sum(axis=-1), first, end)
       (d_pair,) = swiglu_vjp(d_act * own.gate[:, None])
       d_h = d_pair.reshape(height, -1).astype(x.dtype)
-      gated = (act * own.gate[:, None]).astype(x.dtype)
+      gated = rounding.rows((act * own.gate[:, None]).astype(x.dtype))
     with jax.named_scope('w2'):
       d_w2 = add_to(d_w2, product('RF,RD->FD', gated, d_rows), e)
     with jax.named_scope('w13'):

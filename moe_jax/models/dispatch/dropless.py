@@ -33,7 +33,7 @@ def dispatch(
     expert_idx: [T, K] int32; E = not routed, contributes nothing.
     gate_up: [E, D, 2, F].
     down: [E, F, D].
-    backend: key of `grouped.BACKENDS`, or 'auto'.
+    backend: one of `config_moe.GROUPED_MATMULS`.
     room: choices that the buffer of all experts holds; those beyond, the last experts' last, are
       left out, so the caller counts them. 0 = all T K.
 

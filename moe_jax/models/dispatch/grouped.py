@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax import errors
+from moe_jax import config_moe, errors
 from moe_jax.models import target
-from moe_jax.models.dispatch import blocks, kernels, legs
+from moe_jax.models.dispatch import blocks, kernels, legs, low_precision
 
 Array = jax.Array
 
@@ -36,42 +36,61 @@ def of_legs(products: kernels.Backend) -> Backend:
   return Backend(products.name, True, forward, functools.partial(legs.backward, products))
 
 
-def _blocks() -> Backend:
+def _of_blocks(qtype: str) -> Backend:
   """Loops visit no row behind the last group, so limited or not is the same to them."""
-  forward = lambda keep, limited, *args: blocks.forward(keep, *args)
-  backward = lambda limited, *args: blocks.backward(*args)
-  return Backend('blocks', False, forward, backward)
+  rounding = low_precision.rounding(qtype) if qtype else low_precision.NONE
+  forward = lambda keep, limited, *args: blocks.forward(keep, *args, rounding)
+  backward = lambda limited, *args: blocks.backward(*args, rounding)
+  return Backend(f'blocks {qtype}'.strip(), False, forward, backward)
+
+
+def _tokamax() -> kernels.Backend:
+  return kernels.tokamax_backend(('mosaic', 'triton'), ('triton', 'mosaic'))
 
 
 BACKENDS: dict[str, Callable[[], Backend]] = {
-  'blocks': _blocks,
+  'blocks': lambda: _of_blocks(''),
   'ragged_dot': lambda: of_legs(kernels.ragged_dot_backend()),
   'megablox': lambda: of_legs(kernels.megablox_backend()),
-  'tokamax': lambda: of_legs(kernels.tokamax_backend(('mosaic', 'triton'), ('triton', 'mosaic'))),
+  'tokamax': lambda: of_legs(_tokamax()),
 }
 PLATFORM_DEFAULT = {'cpu': 'blocks', 'tpu': 'megablox', 'gpu': 'tokamax'}
+# By platform, with products of a number format.
+LOW_PRECISION: dict[str, Callable[[str], Backend]] = {
+  'cpu': _of_blocks,
+  'tpu': lambda qtype: of_legs(low_precision.legs(kernels.megablox_backend(), qtype)),
+  'gpu': lambda qtype: of_legs(low_precision.legs(_tokamax(), qtype)),
+}
 
 
 def choose(name: str) -> Backend:
-  """The backend of that name; 'auto' takes the one for the platform, see `target.platform`.
+  """The backend of that name.
+
+  'auto' takes the one for the platform, see `target.platform`; a number format takes it too, with
+  products of that format (`low_precision`).
 
   Raises:
     errors.InputError: the platform has no default, or the backend's package is not installed.
   """
-  if name == 'auto':
-    platform = target.platform()
-    if platform not in PLATFORM_DEFAULT:
-      raise errors.InputError(
-        f"config.model.moe.grouped_matmul='auto' knows no kernel for platform {platform!r}; name "
-        f'one of {", ".join(BACKENDS)}'
-      )
-    name = PLATFORM_DEFAULT[platform]
-  return _made(name)
+  if name != 'auto' and name not in config_moe.LOW_PRECISION:
+    return _made(name)
+  platform = target.platform()
+  errors.require(
+    platform in PLATFORM_DEFAULT,
+    f'config.model.moe.grouped_matmul={name!r} knows no kernel for platform {platform!r}; name one '
+    f'of {", ".join(BACKENDS)}',
+  )
+  return _made(PLATFORM_DEFAULT[platform]) if name == 'auto' else _low(platform, name)
 
 
 @functools.cache
 def _made(name: str) -> Backend:
   return _one_by_one(BACKENDS[name]())
+
+
+@functools.cache
+def _low(platform: str, qtype: str) -> Backend:
+  return _one_by_one(LOW_PRECISION[platform](qtype))
 
 
 def _one_by_one(backend: Backend) -> Backend:

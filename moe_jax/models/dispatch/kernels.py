@@ -38,6 +38,7 @@ class Backend(NamedTuple):
   gmm: Leg
   gmm_t: Leg
   tgmm: Leg
+  quantised: Leg | None = None  # gmm of `qwix.QArray`s; None = XLA's
 
 
 # [R, A] x [E, A, B] -> [R, B].
@@ -130,12 +131,9 @@ def tokamax_backend(row_legs: tuple[str, ...], weight_leg: tuple[str, ...]) -> B
     # Some released Triton kernels leave a neighbour's product in an empty group (tokamax #887).
     return jnp.where((group_sizes > 0)[:, None, None], dw, 0)
 
-  return Backend(
-    'tokamax',
-    lambda x, w, group_sizes: product(x, w, group_sizes, _GMM_DIMS, row_legs),
-    lambda g, w, group_sizes: product(g, w, group_sizes, _GMM_T_DIMS, row_legs),
-    tgmm,
-  )
+  gmm = lambda x, w, group_sizes: product(x, w, group_sizes, _GMM_DIMS, row_legs)
+  gmm_t = lambda g, w, group_sizes: product(g, w, group_sizes, _GMM_T_DIMS, row_legs)
+  return Backend('tokamax', gmm, gmm_t, tgmm, quantised=gmm)
 
 
 def _serving(legs: tuple[str, ...], widths: tuple[int, ...]) -> tuple[str, ...]:
