@@ -18,6 +18,7 @@ from moe_jax.analysis import gpu_targets
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPT = r"""
+import dataclasses
 import json
 import re
 import sys
@@ -59,12 +60,13 @@ def found(fn, *args, **options):
   }
 
 
-def layer(tokens, d, e, f, k):
+def layer(tokens, d, e, f, k, grouped_matmul='auto'):
   # Two programs, since between forward and backward of a layer lies the rest of the model.
   cast = lambda a: a.astype(jnp.bfloat16)
 
   def forward(x, gates, idx, gate_up, down):
-    experts = lambda x, gates, a, b: dropless.dispatch(x, gates, idx, cast(a), cast(b), 'auto', 0)
+    experts = lambda x, gates, a, b: dropless.dispatch(
+      x, gates, idx, cast(a), cast(b), grouped_matmul, 0)
     return jax.vjp(experts, x, gates, gate_up, down)
 
   f32 = dict(dtype=jnp.float32)
@@ -95,11 +97,12 @@ def head(tokens, d, vocab, chunk):
   return found(jax.grad(loss, argnums=(0, 1)), *args)
 
 
-def decode(rows, slots, heads):
+def decode(rows, slots, heads, impl):
+  chosen = dataclasses.replace(cfg.model.attention, impl=impl)
+
   def step(q, cache, own, up, positions):
     cache = attention.write(cache, own, positions)
-    mask = attention.seen_slots(positions, slots)
-    return mla.absorbed(q, cache, up, mask, cfg.model.attention), cache
+    return mla.absorbed(q, cache, up, positions, chosen), cache
 
   token = lambda width: array(rows, 1, heads, width)
   return found(
@@ -167,6 +170,17 @@ def test_experts():
     assert max(math.prod(sizes(array)) for array in program['arrays']) == tokens * k * 2 * f
 
 
+@pytest.mark.parametrize('qtype', ['int8', 'float8_e4m3fn'])
+def test_low_precision_reaches_the_kernels(qtype):
+  """Both forward products take the rounded values as they are; backward is in 16 bits."""
+  made = compile_for_h100(layer=(16384, 2048, 64, 1408, 6, qtype))['layer']
+  forward, backward = made['forward'], made['backward']
+  assert forward['kernels'] == [TRITON] * 2 and not forward['dots']
+  assert sorted(backward['kernels']) == [TRITON] * 2 + [MOSAIC] * 2 and not backward['dots']
+  held = {'int8': 's8', 'float8_e4m3fn': 'f8e4m3fn'}[qtype]
+  assert f'{held}[64,2048,2816]' in forward['arrays']
+
+
 @pytest.mark.parametrize(
   'kernel, targets', [('mosaic_gpu', [MOSAIC] * 3), ('triton', [TRITON] * 2)]
 )
@@ -180,19 +194,30 @@ def test_flash_attention_at_the_head_sizes_of_mla(kernel, targets):
   assert made['temporaries'] < 5 * rows * length * heads * 128 * 2
 
 
-def test_head_loss_and_decoding():
+def test_head_loss():
   tokens, d, vocab, chunk = 16384, 2048, 102400, 4096
-  rows, slots, heads = 64, 8192, 16
-  made = compile_for_h100(head=(tokens, d, vocab, chunk), decode=(rows, slots, heads))
-  loss, step = made['head'], made['decode']
+  loss = compile_for_h100(head=(tokens, d, vocab, chunk))['head']
   assert loss['dots'] == [['bf16', 'bf16']] * 3  # logits, and both gradients
   assert not any(sizes(a)[-2:] == [tokens, vocab] for a in loss['arrays'])
   assert loss['temporaries'] < 1.1 * (chunk * vocab * 6 + d * vocab * 6)
 
+
+@pytest.mark.parametrize('impl', ['auto', 'reference'])
+def test_decoding(impl):
+  rows, slots, heads = 64, 8192, 16
+  step = compile_for_h100(decode=(rows, slots, heads, impl))['decode']
   cache = rows * slots * (512 + 64) * 2
   assert step['aliased'] == cache  # written in place
   assert not any(math.prod(sizes(a)) >= rows * slots * 64 for a in step['copies'])
-  assert step['temporaries'] <= 3 * rows * slots * heads * 4  # scores in float32, a few times
+  if impl == 'reference':
+    assert step['temporaries'] <= 3 * rows * slots * heads * 4  # scores in float32, a few times
+    return
+  # One kernel, and no array as large as the scores: the cache is read once, by the kernel alone.
+  assert step['kernels'].count(TRITON) == 1
+  caches = {(rows, slots, 512), (rows, slots, 64)}
+  large = [a for a in step['arrays'] if math.prod(sizes(a)) >= rows * slots * heads]
+  assert {tuple(sizes(a)) for a in large} <= caches
+  assert step['temporaries'] < 0.05 * cache
 
 
 def test_options_of_steps_on_several_gpus_are_known_to_the_compiler():

@@ -6,6 +6,7 @@ way: probabilities, activations, gradients of scores.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from experiments.bench import gpu_kernels, gpu_sizes, harness
 from moe_jax import losses
-from moe_jax.models.attend import reference
+from moe_jax.models.attend import latent_decode, reference
 from moe_jax.models.dispatch import DISPATCHES, kernels
 
 Array = jax.Array
@@ -34,6 +35,7 @@ def run(sizes: gpu_sizes.Sizes, unused_peaks: harness.Peaks) -> Iterator[dict[st
   yield from _legs(sizes)
   yield from _layer(sizes)
   yield from _attention(sizes)
+  yield from _latent_decode()
   yield _head_loss()
 
 
@@ -113,6 +115,23 @@ def _attention(sizes: gpu_sizes.Sizes) -> Iterator[dict[str, Any]]:
   for variant, fn in gpu_kernels.flash_variants(small).items():
     got = jax.jit(gpu_kernels.forward_and_backward(fn))(*inputs)
     yield verdict(f'attention, forward and backward, {variant}', got, want, CHAIN)
+
+
+def _latent_decode() -> Iterator[dict[str, Any]]:
+  """One token per row against a cache, at positions of all kinds; a GPU's kernel against XLA."""
+  on_gpu, normal = jax.default_backend() == 'gpu', gpu_kernels.normal
+  width, rope = gpu_kernels.LATENT, gpu_kernels.ROPE
+  for heads, slots in ((5, 700), (16, 4096), (128, 1000)):
+    positions = jnp.array([0, 63, 64, slots // 2, slots - 1], jnp.int32)
+    rows = len(positions)
+    args = normal(1, rows, heads, width), normal(2, rows, heads, rope)
+    args += normal(3, rows, slots, width), normal(4, rows, slots, rope), positions
+    scale = (width + rope) ** -0.5
+    fast = functools.partial(latent_decode.attend, scale=scale, interpret=not on_gpu)
+    with jax.default_matmul_precision('highest'):
+      want = jax.jit(functools.partial(latent_decode.reference, scale=scale))(*args)
+    name = f'latent decode, {heads} heads, {slots} slots'
+    yield verdict(name, jax.jit(fast)(*args), want, CHAIN)
 
 
 def _head_loss() -> dict[str, Any]:

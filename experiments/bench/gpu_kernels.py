@@ -12,7 +12,7 @@ import numpy as np
 
 from experiments.bench import gpu_sizes, harness
 from moe_jax import losses
-from moe_jax.models import attend, attention, mla
+from moe_jax.models import attend, mla
 from moe_jax.models.attend import tokamax
 from moe_jax.models.dispatch import kernels
 from moe_jax.models.dispatch import plan as plan_lib
@@ -210,11 +210,14 @@ def head_loss(sizes: gpu_sizes.Sizes, peaks: harness.Peaks) -> Iterator[dict[str
 def cache(sizes: gpu_sizes.Sizes, peaks: harness.Peaks) -> Iterator[dict[str, Any]]:
   """A token's attention against MLA's cache; the bound is reading the cache once."""
   b, s, n, nope = sizes.cache_rows, sizes.cache_slots, sizes.heads, MLA_DIMS[1]
-  only_scale = types.SimpleNamespace(softmax_scale=MLA_DIMS[0] ** -0.5)
 
-  def step(q, rope, cached, up, positions):
-    mask = attention.seen_slots(positions, s)
-    return mla.absorbed(mla.Queries(q, rope), cached, up, mask, only_scale)
+  def step(impl):
+    settings = types.SimpleNamespace(softmax_scale=MLA_DIMS[0] ** -0.5, impl=impl)
+
+    def run(q, rope, cached, up, positions):
+      return mla.absorbed(mla.Queries(q, rope), cached, up, positions, settings)
+
+    return run
 
   up = mla.Absorbed(normal(1, n, nope, LATENT), normal(2, n, LATENT, nope))
   positions = jnp.full((b, 1), s - 1, jnp.int32)
@@ -223,6 +226,9 @@ def cache(sizes: gpu_sizes.Sizes, peaks: harness.Peaks) -> Iterator[dict[str, An
     cached = mla.LatentCache(normal(i, b, s, LATENT), normal(i + 5, b, s, ROPE))
     inputs.append((normal(i, b, 1, n, nope), normal(i, b, 1, n, ROPE), cached, up, positions))
   about = dict(num_bytes=2.0 * b * s * (LATENT + ROPE), flops=2.0 * b * s * n * (2 * LATENT + ROPE))
-  yield from measured(
-    [prepare('MLA cache', 'absorbed', step, inputs, sizes, **about)], sizes, peaks
-  )
+  variants = {'one pass': 'auto', 'XLA': 'reference'}
+  programs = [
+    prepare('MLA cache', name, step(impl), inputs, sizes, **about)
+    for name, impl in variants.items()
+  ]
+  yield from measured(programs, sizes, peaks)

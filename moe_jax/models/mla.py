@@ -26,7 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax import config_attention, partitioning
 from moe_jax.models import attention, layers, rope
-from moe_jax.models.attend import sharded
+from moe_jax.models.attend import latent_decode, sharded
 
 Array = jax.Array
 
@@ -104,19 +104,20 @@ def absorbed(
   q: Queries,
   cache: LatentCache,
   up: Absorbed,
-  mask: Array,
+  positions: Array,
   cfg: config_attention.AttentionConfig,
 ) -> Array:
   """The same against a cache, without ever expanding it; scores in float32.
 
-  The scale stays that of the expanded form, not 1 / sqrt(R + Hr).
+  The scale stays that of the expanded form, not 1 / sqrt(R + Hr). One token per row on a GPU is
+  left to a kernel that reads the cache once (`latent_decode`), unless `cfg.impl` is 'reference'.
 
   Args:
     q: queries.
     cache: latents [B, S, R] and rotated keys [B, S, Hr].
     up: see `lay_out`.
-    mask: [B, L, S] bool, slots that a query sees.
-    cfg: sizes and scale.
+    positions: [B, L] int32, of the queries: they see the slots up to there.
+    cfg: implementation, sizes and scale.
 
   Returns:
     [B, L, N, Hv].
@@ -125,15 +126,24 @@ def absorbed(
   # One batch of matrices after the other, the heads of all queries as rows: nothing is transposed.
   rows = lambda a: a.reshape(batch, length * num_heads, -1)
   q_latent = rows(jnp.einsum('BLNH,NHR->BLNR', q.nope, up.uk))
+  if length == 1 and latent_decode.serves(cfg.impl, *cache):
+    mixed = latent_decode.attend(q_latent, rows(q.rope), *cache, positions[:, 0], cfg.softmax_scale)
+    return _values(mixed.reshape(batch, length, num_heads, -1), up)
   dot = lambda a, b, axis: jax.lax.dot_general(
     a, b, (((2,), (axis,)), ((0,), (0,))), preferred_element_type=jnp.float32
   )
   scores = dot(q_latent, cache.latent, 2) + dot(rows(q.rope), cache.rope_key, 2)
   scores = scores.reshape(batch, length, num_heads, -1) * cfg.softmax_scale
+  mask = attention.seen_slots(positions, cache.latent.shape[1])
   scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
   probs = jax.nn.softmax(scores, axis=-1).astype(cache.latent.dtype)
   mixed = dot(rows(probs), cache.latent, 1).astype(cache.latent.dtype)
-  return jnp.einsum('BLNR,NRH->BLNH', mixed.reshape(batch, length, num_heads, -1), up.uv)
+  return _values(mixed.reshape(batch, length, num_heads, -1), up)
+
+
+def _values(mixed: Array, up: Absorbed) -> Array:
+  """W^UV applied to weighted sums of latents: [B, L, N, R] -> [B, L, N, Hv]."""
+  return jnp.einsum('BLNR,NRH->BLNH', mixed, up.uv)
 
 
 class MLA(nn.Module):
@@ -161,9 +171,8 @@ class MLA(nn.Module):
         cache, out = own, expanded(q, own, self._kv_b(), ctx, self.cfg)
       else:
         cache = attention.write(cache, own, ctx.positions)
-        mask = attention.seen_slots(ctx.positions, cache.latent.shape[1])
         up = self.get_variable('kernels', 'absorbed') or lay_out(self._kv_b(), self.cfg)
-        out = absorbed(q, cache, up, mask, self.cfg)
+        out = absorbed(q, cache, up, ctx.positions, self.cfg)
     if laid_out:
       return attention.project_out(out, laid_out.o), cache, None
     o = self._weight('o', (self.num_heads, mla.v_head_dim, d), 'heads', 'head_dim', 'embed')
