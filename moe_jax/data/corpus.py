@@ -48,18 +48,25 @@ class TokenSplit:
     return int(self.doc_bytes.sum())
 
   def sample(self, num_tokens: int) -> 'TokenSplit':
-    """About so many tokens: whole documents from all over the split; all, if it has no more."""
-    if num_tokens >= self.num_tokens:
+    """The beginnings of all documents, of one length, with about so many tokens; or all there is.
+
+    The bytes of a document that is cut are taken in proportion to its tokens.
+    """
+    lengths = np.diff(self.offsets)
+    if num_tokens >= self.num_tokens or not len(lengths):
       return self
-    # Evenly spaced; as documents differ in length, the number of tokens is not exact.
-    wanted = max(1, self.num_documents * num_tokens // max(self.num_tokens, 1))
-    chosen = np.unique(np.linspace(0, self.num_documents - 1, wanted).astype(np.int64))
-    parts = [self.tokens[self.offsets[d] : self.offsets[d + 1]] for d in chosen]
+    # With the shortest i documents whole, what is left is shared by the others.
+    ordered = np.sort(lengths)
+    before = np.concatenate([[0], np.cumsum(ordered)[:-1]])
+    shares = (num_tokens - before) // (len(ordered) - np.arange(len(ordered)))
+    most = max(1, int(shares[np.argmax(shares <= ordered)]))
+    kept = np.minimum(lengths, most)
+    parts = [self.tokens[start : start + size] for start, size in zip(self.offsets, kept)]
     return TokenSplit(
       np.concatenate(parts),
-      np.concatenate([[0], np.cumsum([len(part) for part in parts])]),
-      self.doc_bytes[chosen],
-      self.doc_domain[chosen],
+      np.concatenate([[0], np.cumsum(kept)]),
+      np.maximum(self.doc_bytes * kept // np.maximum(lengths, 1), 1),
+      self.doc_domain,
     )
 
 

@@ -266,12 +266,13 @@ def test_every_probe_draws_and_reads(subject, tmp_path):
   assert found['coactivation'].arrays['both'].shape == (layers, 8, 8)
 
 
-def test_sample_takes_whole_documents_from_all_over():
-  split = split_of(32, documents=40)
-  part = split.sample(split.num_tokens // 4)
-  assert part.num_documents == 9 and part.num_bytes == part.doc_bytes.sum()
-  first = split.tokens[split.offsets[0] : split.offsets[1]]
-  np.testing.assert_array_equal(part.tokens[: len(first)], first)
-  last = split.tokens[split.offsets[39] : split.offsets[40]]
-  np.testing.assert_array_equal(part.tokens[-len(last) :], last)
-  assert split.sample(10**9) is split
+def test_sample_takes_the_beginnings_of_all_documents():
+  tokens = np.arange(60).astype(np.uint16)
+  offsets, num_bytes = np.array([0, 10, 40, 60]), np.array([20, 90, 20])
+  split = corpus_lib.TokenSplit(tokens, offsets, num_bytes, np.array([0, 1, 2], np.int32))
+  part = split.sample(30)  # 10 of each
+  assert part.offsets.tolist() == [0, 10, 20, 30] and part.num_bytes == 20 + 30 + 10
+  assert part.tokens[[0, 10, 20]].tolist() == [0, 10, 40]
+  part = split.sample(44)  # the first whole, 17 of the two others
+  assert part.offsets.tolist() == [0, 10, 27, 44] and part.doc_domain.tolist() == [0, 1, 2]
+  assert split.sample(60) is split and split.sample(1).num_tokens == 3
