@@ -43,6 +43,7 @@ setuptools.setup(
       'safetensors>=0.5',
       'tensorboard>=2.18',
       'tokamax>=0.0.12',
+      'qwix>=0.1.8',
       'nbclient>=0.10',
       'ipykernel>=6.29',
     ],

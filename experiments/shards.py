@@ -27,8 +27,19 @@ def is_shard() -> bool:
   return flags.FLAGS.shard >= 0
 
 
-def run(module: str, pending: Sequence[Any], train: Callable[[Any], object]):
+def run(
+  module: str,
+  pending: Sequence[Any],
+  train: Callable[[Any], object],
+  more_flags: Sequence[str] = (),
+):
   """Trains what is pending: here, or in `--jobs` processes that run `module` with these flags.
+
+  Args:
+    module: the command.
+    pending: what is to be trained.
+    train: trains one of them.
+    more_flags: for the processes, after the flags of this one.
 
   Raises:
     errors.InputError: one of the processes failed; it has said why.
@@ -40,7 +51,7 @@ def run(module: str, pending: Sequence[Any], train: Callable[[Any], object]):
     for one in pending[shard::jobs]:
       train(one)
   elif jobs > 1 and len(pending) > 1:
-    command = [sys.executable, '-m', module, *sys.argv[1:]]
+    command = [sys.executable, '-m', module, *sys.argv[1:], *more_flags]
     shards = [subprocess.Popen([*command, f'--shard={i}']) for i in range(jobs)]
     if any([shard.wait() for shard in shards]):
       raise errors.InputError(

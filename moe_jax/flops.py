@@ -175,19 +175,62 @@ def train_flops_per_sequence_paper(model: config.ModelConfig, paper: config.Pape
   the router, and the FFN widths of `paper` where they are not 0. Rounded to a whole number, as
   those widths are not. MLA: its own weights, and N (Hn + Hr + Hv) in place of 2 D in the attention.
   """
-  d, length, moe = model.embed_dim, model.max_seq_len, model.moe
+  weights = _paper_weights(model, paper) + model.embed_dim * model.vocab_size
+  length = model.max_seq_len
+  return round(length * (TRAIN_FLOPS_PER_WEIGHT * weights + _paper_attention(model)))
+
+
+def _paper_weights(model: config.ModelConfig, paper: config.PaperConfig) -> float:
+  """Matrices that a token meets in the paper's convention, those of the vocabulary left out."""
+  d, moe = model.embed_dim, model.moe
   dense = _swiglu(d, paper.mlp_dim or model.mlp_dim)
   expert = _swiglu(d, paper.moe_mlp_dim or moe.moe_mlp_dim)
   active = moe.num_shared_experts + active_experts(moe)
-  is_mla = model.attention.kind == 'mla'
-  weights = (
-    model.num_layers * (_attention(model) if is_mla else 4 * d**2)
+  return (
+    model.num_layers * (_attention(model) if model.attention.kind == 'mla' else 4 * d**2)
     + (model.num_layers - model.num_moe_layers) * dense
     + model.num_moe_layers * active * expert
-    + d * model.vocab_size
   )
-  attention = 6 * model.num_layers * (_pair_width(model) if is_mla else 2 * d) * length
-  return round(length * (TRAIN_FLOPS_PER_WEIGHT * weights + attention))
+
+
+def _paper_attention(model: config.ModelConfig) -> int:
+  """Training FLOPs per token of scores and weighted sums over `max_seq_len` keys."""
+  width = _pair_width(model) if model.attention.kind == 'mla' else 2 * model.embed_dim
+  return 6 * model.num_layers * width * model.max_seq_len
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelScale:
+  """How large a model is, in the three measures of DeepSeek LLM (arXiv 2401.02954, Eq. 2).
+
+  The convention is that of `train_flops_per_sequence_paper`: full attention, projections as if MHA,
+  no router. For an MoE all three are of what a token activates, the shared experts and K others,
+  since they stand for compute: C = M D, or 6 N D. Dense models with a SwiGLU of 8/3 D have
+  N1 = 12 num_layers D^2 and M = 72 num_layers D^2 + 12 num_layers D T.
+  """
+
+  non_embedding: float  # N1, parameters without any vocabulary matrix
+  complete: float  # N2, with one of them
+  flops_per_token: float  # M, non-embedding training FLOPs per token, attention included
+
+  @property
+  def flops_by_measure(self) -> dict[str, float]:
+    """What each measure takes for the training FLOPs per token."""
+    return {
+      'M': self.flops_per_token,
+      '6N1': TRAIN_FLOPS_PER_WEIGHT * self.non_embedding,
+      '6N2': TRAIN_FLOPS_PER_WEIGHT * self.complete,
+    }
+
+
+def model_scale(model: config.ModelConfig, paper: config.PaperConfig) -> ModelScale:
+  """N1, N2 and M of a model; `paper` has its FFN widths where these were rounded."""
+  weights = _paper_weights(model, paper)
+  return ModelScale(
+    non_embedding=weights,
+    complete=weights + model.embed_dim * model.vocab_size,
+    flops_per_token=TRAIN_FLOPS_PER_WEIGHT * weights + _paper_attention(model),
+  )
 
 
 def kv_cache_elements_per_token(model: config.ModelConfig) -> int:

@@ -1,0 +1,164 @@
+"""From the rows of a study to its fits; `study.row` says what a row holds."""
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.scaling_laws import study
+from moe_jax.analysis import scaling_laws
+
+SURFACE_REGION = 0.05  # above the best loss; a quadratic knows nothing of diverging runs
+MEASURES = {'M': 1, '6N1': 6, '6N2': 6}
+Row = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+  """Batch and rate at one budget."""
+
+  budget: float
+  rows: list[Row]
+  best: Row
+  near: list[Row]  # near-optimal, the best included
+  at_edge: str  # '' or which of 'rate', 'batch' is best at an end of the grid
+  surface: scaling_laws.Surface | None  # (rate, batch tokens); None with too few points
+
+
+@dataclasses.dataclass(frozen=True)
+class Hyper:
+  """Phases hyper and noise."""
+
+  grids: list[Grid]
+  laws: study.Laws
+  rate_samples: np.ndarray  # [S, 2]
+  batch_samples: np.ndarray
+  noise: float  # standard deviation between seeds over mean
+  seeds: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+  """IsoFLOP profiles of one family in one measure of model size."""
+
+  profiles: list[scaling_laws.Profile]
+  allocation: scaling_laws.Allocation | None  # None if too few budgets have a minimum
+  curve: scaling_laws.LossCurve | None  # of the budgets that have one, at least three
+  prediction: float | None  # of the lowest loss of a held-out run, from its C in this measure
+  prediction_budget: float  # that C
+  measured: float  # that loss
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+  """The larger budget that no fit has seen."""
+
+  profile: scaling_laws.Profile
+  parabola: scaling_laws.Parabola
+  regret: float | None  # loss at the predicted size - lowest, by the held-out parabola
+
+
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+  """Everything that the report says."""
+
+  hyper: Hyper
+  measured: dict[str, dict[str, Measured]]  # by family and measure
+  heldout: dict[str, HeldOut]  # by family
+
+
+def analyse(rows: Sequence[Row]) -> Analysis:
+  """Fits everything."""
+  of = lambda phase, kind: [r for r in rows if r['phase'] == phase and r['kind'] == kind]
+  measured, heldout = {}, {}
+  for kind in study.KINDS:
+    isoflop, unseen = of('isoflop', kind), of('heldout', kind)
+    measured[kind] = {name: _measured(name, isoflop, unseen) for name in MEASURES}
+    heldout[kind] = _held_out(unseen, measured[kind]['M'].allocation)
+  return Analysis(_hyper(of('hyper', 'dense'), of('noise', 'dense')), measured, heldout)
+
+
+def _hyper(rows: Sequence[Row], repeats: Sequence[Row]) -> Hyper:
+  losses = [row['bits_per_byte'] for row in repeats]
+  noise = statistics.stdev(losses) / statistics.mean(losses)
+  column = lambda name: [row[name] for row in rows]
+  samples = [
+    scaling_laws.bootstrap_near_optimal(
+      column('budget'), column(name), column('bits_per_byte'), noise
+    )
+    for name in ('rate', 'batch_tokens')
+  ]
+  grids = [_grid(budget, group) for budget, group in study.by_budget(rows).items()]
+  return Hyper(grids, study.fit_laws(rows), *samples, noise, len(losses))
+
+
+def _grid(budget: float, rows: list[Row]) -> Grid:
+  best = min(rows, key=lambda row: row['bits_per_byte'])
+  ends = {
+    name: {pick(row[key] for row in rows) for pick in (min, max)}
+    for name, key in (('rate', 'rate'), ('batch', 'batch_tokens'))
+  }
+  at_edge = [n for n, key in (('rate', 'rate'), ('batch', 'batch_tokens')) if best[key] in ends[n]]
+  inside = [r for r in rows if r['bits_per_byte'] <= (1 + SURFACE_REGION) * best['bits_per_byte']]
+  surface = None
+  if len(inside) > 6:
+    surface = scaling_laws.fit_surface(
+      *([row[key] for row in inside] for key in ('rate', 'batch_tokens', 'bits_per_byte'))
+    )
+  return Grid(budget, rows, best, study.near_optimal_rows(rows), ' and '.join(at_edge), surface)
+
+
+def _size(row: Row, measure: str) -> float:
+  return MEASURES[measure] * row[measure.removeprefix('6')]
+
+
+def profiles(rows: Sequence[Row]) -> list[scaling_laws.Profile]:
+  """One per budget, sizes in M as they were trained."""
+  found = []
+  for budget, group in study.by_budget(rows).items():
+    group = sorted(group, key=lambda row: row['M'])
+    sizes, losses = (np.array([row[key] for row in group]) for key in ('M', 'bits_per_byte'))
+    found.append(scaling_laws.Profile(budget, sizes, losses))
+  return found
+
+
+def _resized(rows: Sequence[Row], measure: str) -> list[scaling_laws.Profile]:
+  """Profiles in another measure, at as many budgets, shifted by the mean ratio to M."""
+  models = {}
+  for row in sorted(rows, key=lambda row: row['tokens']):
+    models.setdefault(str(row['dial']), []).append(row)
+  ratios = [_size(group[0], measure) / group[0]['M'] for group in models.values()]
+  shift = float(np.exp(np.mean(np.log(ratios))))
+  return scaling_laws.resize_profiles(
+    {name: np.array([row['tokens'] for row in group]) for name, group in models.items()},
+    {name: np.array([row['bits_per_byte'] for row in group]) for name, group in models.items()},
+    {name: _size(group[0], measure) for name, group in models.items()},
+    [shift * budget for budget in study.by_budget(rows)],
+  )
+
+
+def _measured(measure: str, rows: Sequence[Row], unseen: Sequence[Row]) -> Measured:
+  found = profiles(rows) if measure == 'M' else _resized(rows, measure)
+  try:
+    allocation = scaling_laws.fit_allocation(found)
+  except ValueError:  # too few budgets with a minimum; the report lists them
+    allocation = None
+  curve = None
+  if allocation is not None:
+    good = {b: p.lowest for b, p in allocation.parabolas.items() if not p.problem}
+    curve = scaling_laws.fit_loss_curve(*zip(*good.items())) if len(good) >= 3 else None
+  best = min(unseen, key=lambda row: row['bits_per_byte'])
+  budget = _size(best, measure) * best['tokens']
+  prediction = None if curve is None else float(curve(budget))
+  return Measured(found, allocation, curve, prediction, budget, best['bits_per_byte'])
+
+
+def _held_out(rows: Sequence[Row], allocation: scaling_laws.Allocation | None) -> HeldOut:
+  profile = profiles(rows)[0]
+  parabola = scaling_laws.fit_parabola(profile.sizes, profile.losses)
+  regret = None
+  if allocation is not None and not parabola.problem:
+    regret = float(parabola(allocation.optimum(profile.budget)) - parabola.lowest)
+  return HeldOut(profile, parabola, regret)

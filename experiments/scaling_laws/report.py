@@ -1,0 +1,319 @@
+"""The report: verdict first, then tables and figures; and what --dry_run prints."""
+
+import csv
+import io
+import pathlib
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from experiments.scaling_laws import analyse, figures, study
+from moe_jax import config, files, flops, run_record
+from moe_jax.analysis import scaling_laws
+
+_PERCENT = round(100 * (scaling_laws.QUANTILES[1] - scaling_laws.QUANTILES[0]))
+
+
+def plan(scale: study.Scale, points: Sequence[tuple[study.Point, config.Config]]) -> str:
+  """The points of a study with what they cost, and the sum."""
+  points = list({point.key: (point, cfg) for point, cfg in points}.values())
+  lines = [
+    f'Scale {scale.name}: {len(points)} different points. Time at an assumed '
+    f'{scale.flops_per_second:.3g} FLOP/s of all training FLOPs, vocabulary included; compiling '
+    "and evaluating come on top. Rate and batch of isoflop and heldout are the paper's formula "
+    'until the grid is trained, and do not change the cost.',
+    '',
+    f'{"point":44} {"phase":8} {"M":>9} {"tokens":>13} {"steps":>7} {"FLOPs":>9} {"seconds":>8}',
+  ]
+  total = {'tokens': 0, 'flops': 0.0}
+  for point, cfg in points:
+    row = study.row(point, cfg)
+    cost = flops.train_flops_per_token(cfg.model) * row['tokens']
+    total = {'tokens': total['tokens'] + row['tokens'], 'flops': total['flops'] + cost}
+    lines.append(
+      f'{point.key:44} {point.phase:8} {row["M"]:9.3g} {row["tokens"]:13,} {row["steps"]:7,} '
+      f'{cost:9.3g} {cost / scale.flops_per_second:8,.0f}'
+    )
+  seconds = total['flops'] / scale.flops_per_second
+  most = max(study.tokens(point, cfg) for point, cfg in points)
+  lines += [
+    '',
+    f'sum: {total["tokens"]:,} tokens, {total["flops"]:.3g} FLOPs, {seconds / 3600:.2f} hours; the '
+    f'longest point reads {most:,} tokens, so the text must have {most / scale.max_epochs:,.0f}',
+  ]
+  return '\n'.join(lines)
+
+
+def write(out: pathlib.Path, scale: study.Scale, rows: Sequence[Mapping[str, Any]]):
+  """Writes points.csv, optima.csv, the figures and report.md; returns their paths.
+
+  Args:
+    out: directory.
+    scale: the study.
+    rows: `study.row` with `trainer.Outcome` of every point.
+  """
+  out.mkdir(parents=True, exist_ok=True)
+  found = analyse.analyse(rows)
+  tables = {'points.csv': rows, 'optima.csv': optima(found)}
+  for name, table in tables.items():
+    files.write_text(out / name, _csv(table))
+  drawn = figures.draw(out, found)
+  files.write_text(out / 'report.md', markdown(scale, rows, found))
+  return [out / 'report.md', *(out / name for name in tables), *drawn]
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+  text = io.StringIO()
+  writer = csv.DictWriter(text, list(rows[0]), lineterminator='\n')
+  writer.writeheader()
+  writer.writerows(rows)
+  return text.getvalue()
+
+
+def optima(found: analyse.Analysis) -> list[dict[str, Any]]:
+  """One row per family, measure and budget: the parabola, and why it may not count."""
+  rows = []
+  for kind, measures in found.measured.items():
+    profiles = [(name, p) for name, one in measures.items() for p in one.profiles]
+    profiles.append(('M', found.heldout[kind].profile))
+    for name, profile in profiles:
+      parabola = scaling_laws.fit_parabola(profile.sizes, profile.losses)
+      rows.append(
+        {
+          'kind': kind,
+          'measure': name,
+          'budget': f'{profile.budget:.6g}',
+          'held_out': profile is found.heldout[kind].profile,
+          'sizes': len(profile.sizes),
+          'x_opt': f'{parabola.minimum:.6g}',
+          'D_opt': f'{profile.budget / parabola.minimum:.6g}',
+          'lowest': f'{parabola.lowest:.6f}',
+          'curvature': f'{parabola.curvature:.6g}',
+          'problem': parabola.problem,
+        }
+      )
+  return rows
+
+
+def grade(interval: tuple[float, float], value: float) -> str:
+  """What an interval says about a published number."""
+  low, high = interval
+  if not low <= value <= high:
+    return 'differs from'
+  return 'not distinguishable from'
+
+
+def markdown(scale: study.Scale, rows: Sequence[Mapping[str, Any]], found: analyse.Analysis) -> str:
+  """The whole report."""
+  parts = [
+    f'# Scaling laws, scale {scale.name}',
+    'Written by the command; README.md beside `results` has question, method and reading.',
+    '## Verdict',
+    '\n'.join(f'- {line}' for line in verdict(found)),
+    '## How it was made',
+    _made(scale, rows),
+    '## Hyper-parameters',
+    _hyper_text(found.hyper),
+    '![Loss over rate and batch, in per cent above the best; near-optimal points in orange, the '
+    "surface's minimum as a cross](hyper_surfaces.png)",
+    '![eta_opt and B_opt against C](hyper_laws.png)',
+    '## IsoFLOP profiles',
+    _profile_text(found),
+    '![Loss against M at each budget; stars are minima that count](isoflop.png)',
+    '![M_opt and D_opt against C, with bootstrap bands and the held-out budget](allocation.png)',
+    '## Measures of model size',
+    _measure_text(found),
+    '![Lowest loss against C in each measure](loss_curves.png)',
+  ]
+  return '\n\n'.join(parts) + '\n'
+
+
+def verdict(found: analyse.Analysis) -> list[str]:
+  """One line per question."""
+  hyper = found.hyper
+  lines = []
+  for what, law, samples, paper in (
+    ('eta_opt', hyper.laws.rate, hyper.rate_samples, study.PAPER.rate),
+    ('B_opt', hyper.laws.batch, hyper.batch_samples, study.PAPER.batch),
+  ):
+    bounds = scaling_laws.interval(samples[:, 1])
+    lines.append(
+      f'{what}(C): exponent {law.exponent:.3f}, {_PERCENT} % interval {_span(bounds)}; '
+      f"{grade(bounds, paper.exponent)} the paper's {paper.exponent:.4f}"
+      f'{_and_zero(bounds)}.'
+    )
+  for kind in found.measured:
+    lines += _verdict_of(found, kind)
+  return lines
+
+
+def _and_zero(bounds: tuple[float, float]) -> str:
+  return ', nor from 0, no dependence at all' if bounds[0] <= 0 <= bounds[1] else ''
+
+
+def _verdict_of(found: analyse.Analysis, kind: str) -> list[str]:
+  one, held = found.measured[kind]['M'], found.heldout[kind]
+  allocation, budget = one.allocation, held.profile.budget
+  if allocation is None:
+    return [f'{kind}: fewer than two budgets have a minimum among the sampled sizes; no M_opt(C).']
+  used = sum(not p.problem for p in allocation.parabolas.values())
+  bounds, paper = allocation.exponent_interval, study.PAPER_ALLOCATION.exponent
+  lines = [
+    f'{kind}: M_opt exponent {allocation.optimum.exponent:.3f}, {_PERCENT} % interval '
+    f'{_span(bounds)}, from {used} of {len(allocation.parabolas)} budgets; '
+    f"{grade(bounds, paper)} the paper's {paper}. D_opt has 1 minus that, by construction."
+  ]
+  predicted = float(allocation.optimum(budget))
+  low, high = (float(end[0]) for end in allocation.band([budget]))
+  text = (
+    f'{kind}, held-out C = {budget:.3g}: M_opt predicted {predicted:.3g} ({low:.3g} to {high:.3g})'
+  )
+  if held.parabola.problem:
+    text += f', not to be checked: {held.parabola.problem}'
+  else:
+    inside = 'inside' if low <= held.parabola.minimum <= high else 'outside of'
+    text += (
+      f', found {held.parabola.minimum:.3g}, {inside} the interval; the predicted size costs '
+      f'{100 * held.regret / held.parabola.lowest:.2f} % of loss'
+    )
+  if one.prediction is not None:
+    text += (
+      f'. Lowest loss predicted {one.prediction:.4f}, best run {one.measured:.4f} '
+      f'({100 * (one.prediction / one.measured - 1):+.2f} %)'
+    )
+  return [*lines, text + '.']
+
+
+def _span(bounds: tuple[float, float]) -> str:
+  return f'{bounds[0]:.3f} to {bounds[1]:.3f}'
+
+
+def _made(scale: study.Scale, rows: Sequence[Mapping[str, Any]]) -> str:
+  runs = {row['key']: row for row in rows}.values()
+  seconds = sum(row['seconds'] for row in runs)
+  versions = run_record.versions()
+  git = run_record.git_state() or {'commit': 'unknown'}
+  return (
+    f'    python -m experiments.scaling_laws --scale={scale.name} --workdir=W\n\n'
+    f'{len(runs)} runs, {sum(row["tokens"] for row in runs):,} tokens, '
+    f'{sum(row["compute"] for row in runs):.3g} FLOPs (M D); {seconds / 60:.1f} minutes in '
+    f'training steps, compiling and evaluating not counted, on {jax.devices()[0].device_kind}, '
+    f'{platform.machine()}. Python {versions["python"]}, JAX {versions["jax"]}, Flax '
+    f'{versions["flax"]}, Optax {versions["optax"]}; report from commit {git["commit"][:10]}. '
+    'Every run is in points.csv, every parabola in optima.csv.'
+  )
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+  lines = [header, ['---'] * len(header), *rows]
+  return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in lines)
+
+
+def _hyper_text(hyper: analyse.Hyper) -> str:
+  lines = []
+  for grid in hyper.grids:
+    surface = 'too few points'
+    if grid.surface is not None:
+      surface = grid.surface.problem or f'{grid.surface.a:.3g}, {grid.surface.b:,.0f}'
+    lines.append(
+      (
+        f'{grid.budget:.3g}',
+        f'{grid.rows[0]["M"]:.3g}',
+        f'{grid.best["bits_per_byte"]:.4f}',
+        f'{grid.best["rate"]:g}, {grid.best["batch_tokens"]:,}',
+        grid.at_edge or '-',
+        len(grid.near),
+        surface,
+        f'{float(study.PAPER.rate(grid.budget)):.3g}, {float(study.PAPER.batch(grid.budget)):,.0f}',
+      )
+    )
+  table = _table(
+    (
+      'C',
+      'M',
+      'best bpb',
+      'its rate, batch',
+      'at the edge',
+      'within 0.25 %',
+      'surface minimum',
+      "paper's formula",
+    ),
+    lines,
+  )
+  edges = sum(bool(grid.at_edge) for grid in hyper.grids)
+  return (
+    f'{table}\n\n'
+    f'eta_opt = {hyper.laws.rate.coefficient:.4g} C^{hyper.laws.rate.exponent:.4f}, B_opt = '
+    f'{hyper.laws.batch.coefficient:.4g} C^{hyper.laws.batch.exponent:.4f} tokens, through all '
+    f'points within 0.25 % of the best of their budget. {hyper.seeds} seeds of one point scatter '
+    f'by {100 * hyper.noise:.2f} % (standard deviation), so the band of 0.25 % is '
+    f'{"narrower" if hyper.noise > scaling_laws.NEAR_OPTIMAL else "wider"} than luck; the '
+    'intervals come from losses redrawn with this scatter, near-optimal points chosen anew. '
+    f'{edges} of {len(hyper.grids)} optima lie at an edge of the grid and are bounds, not values.'
+  )
+
+
+def _profile_text(found: analyse.Analysis) -> str:
+  lines = []
+  for row in optima(found):
+    if row['measure'] == 'M':
+      lines.append(
+        (
+          row['kind'],
+          row['budget'] + (' (held out)' if row['held_out'] else ''),
+          row['sizes'],
+          f'{float(row["x_opt"]):.3g}' if not row['problem'] else '-',
+          f'{float(row["D_opt"]):.3g}' if not row['problem'] else '-',
+          row['lowest'][:6] if not row['problem'] else '-',
+          row['problem'] or '-',
+        )
+      )
+  table = _table(
+    ('family', 'C', 'models', 'M_opt', 'D_opt', 'lowest bpb', 'left out because'), lines
+  )
+  laws = []
+  for kind, measures in found.measured.items():
+    allocation = measures['M'].allocation
+    if allocation is not None:
+      laws.append(
+        f'{kind}: M_opt = {allocation.optimum.coefficient:.4g} '
+        f'C^{allocation.optimum.exponent:.4f}, D_opt = {allocation.tokens.coefficient:.4g} '
+        f'C^{allocation.tokens.exponent:.4f}; '
+        f'{100 * allocation.rejected:.1f} % of the redrawn profiles had no minimum among their '
+        'sizes and dropped out.'
+      )
+  return table + '\n\n' + '\n'.join(laws)
+
+
+def _measure_text(found: analyse.Analysis) -> str:
+  lines = []
+  for kind, measures in found.measured.items():
+    for name, one in measures.items():
+      exponent = span = error = '-'
+      budgets = f'0 of {len(one.profiles)}'
+      if one.allocation is not None:
+        good = sum(not p.problem for p in one.allocation.parabolas.values())
+        budgets = f'{good} of {len(one.profiles)}'
+        exponent = f'{one.allocation.optimum.exponent:.3f}'
+        span = _span(one.allocation.exponent_interval)
+      if one.prediction is not None:
+        error = f'{100 * (one.prediction / one.measured - 1):+.2f} %'
+      lines.append((kind, name, budgets, exponent, span, error))
+  table = _table(
+    (
+      'family',
+      'x',
+      'budgets',
+      'exponent of x_opt',
+      f'{_PERCENT} % interval',
+      'predicted - best held-out loss',
+    ),
+    lines,
+  )
+  return (
+    f"{table}\n\nC = x D. Runs were laid out in M; for 6N1 and 6N2 each model's loss is "
+    'interpolated between its own runs, never beyond them, so fewer budgets remain. For MoE all '
+    'three are activated quantities.'
+  )

@@ -1,0 +1,360 @@
+"""Fits of scaling laws: pure functions of numpy arrays (DeepSeek LLM, arXiv 2401.02954, section 3).
+
+* Hyper-parameters: of a grid over batch and rate at each budget, the near-optimal points (within
+  0.25 % of the best loss) give power laws eta_opt(C) and B_opt(C) (Eq. 1); a quadratic surface
+  through the grid is the second opinion.
+* IsoFLOP profiles: at each budget a parabola of the loss in ln x, x the model's FLOPs per token;
+  its minimum is x_opt, D_opt = C / x_opt, and both are power laws of C (Eq. 3-4). Hence the
+  exponents of x_opt and D_opt add up to 1 by construction, whatever the data: only one is measured.
+* A minimum that lies outside of the sampled sizes, or a parabola that opens downwards, is no
+  observation. It is reported with its reason and never enters a fit.
+* Intervals come from a bootstrap over residuals: each profile is redrawn around its parabola, and
+  parabolas and power law are fitted anew. They hold what scatter there is around the parabolas, not
+  what all points have in common (one seed, one corpus, hyper-parameters that are off).
+
+Letters: C budget in FLOPs, x FLOPs per token of a model in some measure (M, 6 N1 or 6 N2), D
+tokens, S bootstrap samples.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+NEAR_OPTIMAL = 0.0025  # of the best loss: the paper's band
+MIN_POINTS = 4  # of a profile: a parabola through three has no residuals
+QUANTILES = (0.05, 0.95)  # of every interval
+
+
+@dataclasses.dataclass(frozen=True)
+class PowerLaw:
+  """y = coefficient * x^exponent."""
+
+  coefficient: float
+  exponent: float
+
+  def __call__(self, x):
+    """[...] -> [...]"""
+    return self.coefficient * np.asarray(x, float) ** self.exponent
+
+
+@dataclasses.dataclass(frozen=True)
+class Parabola:
+  """loss = lowest + curvature (ln x - ln minimum)^2 over the sampled sizes."""
+
+  minimum: float  # x at which the loss is lowest (highest, if it opens downwards)
+  lowest: float
+  curvature: float
+  low: float  # smallest sampled x
+  high: float  # largest
+  residuals: np.ndarray  # [n], loss - parabola
+
+  def __call__(self, x):
+    """[...] -> [...]"""
+    return self.lowest + self.curvature * np.log(np.asarray(x, float) / self.minimum) ** 2
+
+  @property
+  def problem(self) -> str:
+    """Why the minimum is no observation; '' if it is one."""
+    if not self.curvature > 0:
+      return 'no minimum: the parabola opens downwards'
+    if self.minimum < self.low:
+      return 'minimum below the smallest model'
+    if self.minimum > self.high:
+      return 'minimum above the largest model'
+    return ''
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+  """The runs of one budget."""
+
+  budget: float  # C
+  sizes: np.ndarray  # [n], x
+  losses: np.ndarray  # [n]
+
+
+@dataclasses.dataclass(frozen=True)
+class Allocation:
+  """How a budget is best divided into model and tokens, and how well that is known."""
+
+  optimum: PowerLaw  # x_opt(C); D_opt(C) = C / x_opt(C)
+  parabolas: Mapping[float, Parabola]  # by budget, also those that were left out
+  samples: np.ndarray  # [S, 2] ln coefficient and exponent of x_opt, refitted
+  rejected: float  # share of the redrawn budgets that had no minimum among the sampled sizes
+
+  @property
+  def tokens(self) -> PowerLaw:
+    """D_opt(C)."""
+    return PowerLaw(1 / self.optimum.coefficient, 1 - self.optimum.exponent)
+
+  @property
+  def exponent_interval(self) -> tuple[float, float]:
+    """Of x_opt; that of D_opt is 1 minus it, the ends swapped."""
+    return interval(self.samples[:, 1])
+
+  def band(self, budgets) -> tuple[np.ndarray, np.ndarray]:
+    """[n] -> interval of x_opt at these budgets, two arrays [n]."""
+    return law_band(self.samples, budgets)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossCurve:
+  """Lowest loss of a budget: floor + coefficient * C^-decay."""
+
+  floor: float
+  coefficient: float
+  decay: float
+
+  def __call__(self, budget):
+    """[...] -> [...]"""
+    return self.floor + self.coefficient * np.asarray(budget, float) ** -self.decay
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+  """The `QUANTILES` of a sample; (nan, nan) of an empty one."""
+  if not len(values):
+    return float('nan'), float('nan')
+  low, high = np.quantile(values, QUANTILES)
+  return float(low), float(high)
+
+
+def law_band(samples: np.ndarray, x) -> tuple[np.ndarray, np.ndarray]:
+  """Interval of redrawn power laws [S, 2] (ln coefficient, exponent) at each of x [n]."""
+  values = np.exp(samples[:, :1] + samples[:, 1:] * np.log(np.asarray(x, float)))
+  low, high = np.quantile(values, QUANTILES, axis=0)
+  return low, high
+
+
+def fit_power_law(x, y) -> PowerLaw:
+  """Least squares of ln y in ln x, both [n] and positive.
+
+  Raises:
+    ValueError: fewer than two different x, which leave the exponent open.
+  """
+  slope, offset = _line(np.log(np.asarray(x, float)), np.log(np.asarray(y, float)))
+  return PowerLaw(float(np.exp(offset)), float(slope))
+
+
+def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+  """Slope and offset of the least-squares line through [n] points."""
+  if len(np.unique(x)) < 2:
+    raise ValueError(f'an exponent needs two different x, not {np.exp(np.unique(x))}')
+  slope, offset = np.polyfit(x, y, 1)
+  return slope, offset
+
+
+# Hyper-parameters
+
+
+def near_optimal(losses, band: float = NEAR_OPTIMAL) -> np.ndarray:
+  """[n] -> [n] bool, the finite losses of at most (1 + band) times the lowest."""
+  losses = np.asarray(losses, float)
+  return losses <= (1 + band) * np.nanmin(losses)
+
+
+@dataclasses.dataclass(frozen=True)
+class Surface:
+  """The quadratic of a loss in (ln a, ln b): its lowest point, and whether it is one."""
+
+  a: float
+  b: float
+  lowest: float
+  problem: str  # why the point is no observation; '' if it is one
+  coefficients: np.ndarray  # [6] of 1, u, v, u^2, u v, v^2 for u = ln a, v = ln b
+  residuals: np.ndarray  # [n], loss - surface
+
+  def __call__(self, a, b):
+    """[...], [...] -> [...]"""
+    return _quadratic(np.log(np.asarray(a, float)), np.log(np.asarray(b, float))) @ (
+      self.coefficients
+    )
+
+
+def _quadratic(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+  """[...], [...] -> [..., 6], the terms of a quadratic."""
+  return np.stack([np.ones_like(u), u, v, u * u, u * v, v * v], axis=-1)
+
+
+def fit_surface(a, b, losses) -> Surface:
+  """Least squares of a quadratic in (ln a, ln b) through [n] points, n > 6."""
+  u, v = (np.log(np.asarray(x, float)) for x in (a, b))
+  losses = np.asarray(losses, float)
+  if len(losses) <= 6:
+    raise ValueError(f'a quadratic surface needs more than 6 points, not {len(losses)}')
+  terms = _quadratic(u, v)
+  c = np.linalg.lstsq(terms, losses, rcond=None)[0]
+  hessian = np.array([[2 * c[3], c[4]], [c[4], 2 * c[5]]])
+  point = np.linalg.lstsq(hessian, -c[1:3], rcond=None)[0]
+  problem = ''
+  if np.linalg.eigvalsh(hessian)[0] <= 0:
+    problem = 'no minimum: the surface is a saddle'
+  elif not all(x.min() <= p <= x.max() for x, p in zip((u, v), point)):
+    problem = 'minimum outside of the grid'
+  lowest = float((_quadratic(*point[:, None]) @ c)[0])
+  return Surface(*np.exp(point).tolist(), lowest, problem, c, losses - terms @ c)
+
+
+def bootstrap_near_optimal(
+  budgets,
+  values,
+  losses,
+  noise: float,
+  *,
+  band: float = NEAR_OPTIMAL,
+  samples: int = 1000,
+  seed: int = 0,
+) -> np.ndarray:
+  """Refits the power law of the near-optimal points to redrawn losses.
+
+  Every loss is redrawn with the scatter between seeds, the near-optimal points are chosen anew and
+  the law refitted: where the band is narrower than the scatter, the choice is luck, and the
+  interval shows it.
+
+  Args:
+    budgets: [n], C of each point of the grid.
+    values: [n], its rate or its batch.
+    losses: [n].
+    noise: standard deviation between seeds, as a share of the loss.
+    band: see `near_optimal`.
+    samples: S.
+    seed: of the draws.
+
+  Returns:
+    [S, 2], ln coefficient and exponent.
+  """
+  budgets, losses = np.asarray(budgets, float), np.asarray(losses, float)
+  values, rng, found = np.asarray(values, float), np.random.default_rng(seed), []
+  groups = [budgets == budget for budget in np.unique(budgets)]
+  for _ in range(samples):
+    redrawn = losses * (1 + noise * rng.standard_normal(len(losses)))
+    chosen = np.zeros(len(losses), bool)
+    for group in groups:
+      chosen[group] = near_optimal(redrawn[group], band)
+    law = fit_power_law(budgets[chosen], values[chosen])
+    found.append((np.log(law.coefficient), law.exponent))
+  return np.array(found)
+
+
+def _widened(residuals: np.ndarray, parameters: int) -> np.ndarray:
+  """Residuals as large as the errors they come from: a fit takes up `parameters` of n.
+
+  `MIN_POINTS` leaves every parabola one free.
+  """
+  return residuals * np.sqrt(len(residuals) / (len(residuals) - parameters))
+
+
+# IsoFLOP profiles
+
+
+def fit_parabola(sizes, losses) -> Parabola:
+  """Least squares of a parabola of the loss in ln x.
+
+  Raises:
+    ValueError: fewer than `MIN_POINTS` sizes.
+  """
+  sizes, losses = np.asarray(sizes, float), np.asarray(losses, float)
+  if len(sizes) < MIN_POINTS:
+    raise ValueError(f'a profile needs {MIN_POINTS} sizes, not {len(sizes)}')
+  centre = np.log(sizes).mean()  # keeps the three columns well apart
+  u = np.log(sizes) - centre
+  curvature, slope, offset = np.polyfit(u, losses, 2)
+  vertex = -slope / (2 * curvature) if curvature else np.inf
+  residuals = losses - np.polyval([curvature, slope, offset], u)
+  with np.errstate(over='ignore'):
+    minimum = float(np.exp(vertex + centre))
+  lowest = float(offset - slope**2 / (4 * curvature)) if curvature else -np.inf
+  return Parabola(
+    minimum, lowest, float(curvature), float(sizes.min()), float(sizes.max()), residuals
+  )
+
+
+def fit_allocation(
+  profiles: Sequence[Profile], *, samples: int = 1000, seed: int = 0
+) -> Allocation:
+  """x_opt(C) from the profiles whose minimum lies among their sizes.
+
+  A redrawn profile without such a minimum drops out of its sample (and is counted); a sample with
+  fewer than two budgets left is no sample.
+
+  Args:
+    profiles: one per budget.
+    samples: how many times everything is redrawn.
+    seed: of the draws.
+
+  Raises:
+    ValueError: fewer than two profiles have a minimum.
+  """
+  parabolas = {p.budget: fit_parabola(p.sizes, p.losses) for p in profiles}
+  used = [p for p in profiles if not parabolas[p.budget].problem]
+  if len(used) < 2:
+    reasons = {f'{budget:.3g}': p.problem for budget, p in parabolas.items()}
+    raise ValueError(f'x_opt(C) needs two budgets with a minimum; problems: {reasons}')
+  optimum = fit_power_law([p.budget for p in used], [parabolas[p.budget].minimum for p in used])
+  rng, found, rejected = np.random.default_rng(seed), [], 0
+  # Budgets have similar scatter and few points each, so that they lend each other residuals.
+  pool = np.concatenate([_widened(parabolas[p.budget].residuals, 3) for p in used])
+  for _ in range(samples):
+    points = []
+    for profile in used:
+      clean = parabolas[profile.budget](profile.sizes)
+      redrawn = fit_parabola(profile.sizes, clean + rng.choice(pool, len(clean)))
+      if redrawn.problem:
+        rejected += 1
+      else:
+        points.append((profile.budget, redrawn.minimum))
+    if len(points) >= 2:
+      law = fit_power_law(*zip(*points))
+      found.append((np.log(law.coefficient), law.exponent))
+  return Allocation(
+    optimum, parabolas, np.array(found).reshape(-1, 2), rejected / (samples * len(used))
+  )
+
+
+def fit_loss_curve(budgets, losses) -> LossCurve:
+  """Least squares of floor + coefficient * C^-decay through [n] points, n >= 3.
+
+  For each of many floors between 0 and the lowest loss the rest is a line in logarithms; the floor
+  with the smallest squared error of the loss itself wins. A floor of 0 is a power law.
+  """
+  budgets, losses = np.asarray(budgets, float), np.asarray(losses, float)
+  if len(np.unique(budgets)) < 3:
+    raise ValueError('three numbers need three budgets')
+
+  def at(floor: float) -> LossCurve:
+    law = fit_power_law(budgets, losses - floor)
+    return LossCurve(float(floor), law.coefficient, -law.exponent)
+
+  curves = [at(floor) for floor in losses.min() * np.linspace(0, 0.999, 1000)]
+  return min(curves, key=lambda curve: float(((curve(budgets) - losses) ** 2).sum()))
+
+
+def resize_profiles(
+  tokens: Mapping[str, np.ndarray],
+  losses: Mapping[str, np.ndarray],
+  measure: Mapping[str, float],
+  budgets: Sequence[float],
+) -> list[Profile]:
+  """IsoFLOP profiles in another measure of model size, from runs that were laid out in M.
+
+  C = x D differs between runs of equal M D, so each model's loss is interpolated, ln L in ln D,
+  between its own runs; never beyond them. Budgets with fewer than `MIN_POINTS` models are left out.
+
+  Args:
+    tokens: by model, [n] rising D of its runs.
+    losses: by model, [n].
+    measure: by model, x.
+    budgets: C, in the new measure.
+  """
+  profiles = []
+  for budget in budgets:
+    points = []
+    for name, x in measure.items():
+      d = budget / x
+      if len(tokens[name]) >= 2 and tokens[name][0] <= d <= tokens[name][-1]:
+        log_loss = np.interp(np.log(d), np.log(tokens[name]), np.log(losses[name]))
+        points.append((x, float(np.exp(log_loss))))
+    if len(points) >= MIN_POINTS:
+      sizes, values = np.array(sorted(points)).T
+      profiles.append(Profile(float(budget), sizes, values))
+  return profiles
