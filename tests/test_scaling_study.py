@@ -103,7 +103,7 @@ def test_report_says_what_the_rows_hold(rows, tmp_path):
   assert all(path.stat().st_size > 0 for path in written)
   text = (tmp_path / 'report.md').read_text()
   assert text.index('## Verdict') < text.index('## IsoFLOP profiles')
-  assert 'eta_opt(C): exponent' in text and 'dense, held-out C = 6.4e+11' in text
+  assert 'eta_opt(C): exponent' in text and 'dense, held-out C = 3.2e+11' in text
   lines = (tmp_path / 'points.csv').read_text().splitlines()
   assert len(lines) == 1 + len(rows)
 

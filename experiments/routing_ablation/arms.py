@@ -32,7 +32,7 @@ SCALES = {
   '2b': Scale('deepseekmoe_2b.py', '1b', 640, together=1),
 }
 SEGMENTS = (1, 2, 4, 8, 16)  # m: parts that a conventional expert is cut into
-EXPERTS = (15, 31, 63, 127, 255)  # routed, 7 of them active
+EXPERTS = (15, 31, 63, 127)  # routed, 7 of them active
 
 
 @dataclasses.dataclass(frozen=True)
