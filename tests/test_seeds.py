@@ -53,7 +53,7 @@ def one_device():
     yield
 
 
-QUICK = ('bias', 'gshard')
+QUICK = ('bias',)
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ SWEEPS = (
   Sweep(
     'granularity',
     'Granularity at equal parameters and FLOPs',
-    'm: parts of a conventional expert',
+    'm, parts of a conventional expert',
     {f'm{m}': float(m) for m in SEGMENTS},
     SIZES,
   ),

@@ -113,7 +113,8 @@ def _verdicts(study: Study, graded: Sequence[Graded]) -> list[page.Block]:
   for sweep in arms.SWEEPS:
     if (found := slope(study.results, sweep)) is not None:
       lines.append(
-        f'{sweep.title}: {found[0].text(4)} bits per byte per doubling of the {sweep.axis}.'
+        f'{sweep.title}: {found[0].text(4)} bits per byte per doubling of {sweep.axis}'
+        f'{_lowest(sweep, found[1])}.'
       )
   blocks: list[page.Block] = [
     page.Heading(f'Routing ablation, scale {study.scale}', 1),
@@ -139,6 +140,14 @@ def _verdicts(study: Study, graded: Sequence[Graded]) -> list[page.Block]:
     )
   )
   return blocks
+
+
+def _lowest(sweep: arms.Sweep, parabola: np.ndarray) -> str:
+  """Where the parabola is lowest, if that lies among the arms."""
+  bend, slope, _ = parabola
+  at = 2 ** (-slope / (2 * bend)) if bend > 0 else 0.0
+  inside = min(sweep.points.values()) < at < max(sweep.points.values())
+  return f'; the parabola through the means is lowest at {at:.1f}' if inside else ''
 
 
 _VERDICTS = (paired.CONFIRMED, paired.CONTRADICTED, paired.UNDECIDED)
