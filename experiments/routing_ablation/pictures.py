@@ -130,7 +130,7 @@ def _curves(path: pathlib.Path, results: measure.Results, names: Sequence[str]) 
   plots.save(fig, path)
   return page.Picture(
     path,
-    'Training loss, mean over seeds and band of its 95 % interval: batches differ between seeds, so '
+    'Training loss, mean over seeds and band of its 95 % interval. Batches differ between seeds: '
     'what tells arms apart is the difference to the same seed and batch, on the right',
   )
 
