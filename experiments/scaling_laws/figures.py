@@ -6,7 +6,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib import figure
+from matplotlib import figure, ticker
 
 from experiments.scaling_laws import analyse, study
 from moe_jax import plots
@@ -24,6 +24,13 @@ def draw(out: pathlib.Path, found: analyse.Analysis) -> list[pathlib.Path]:
     for function, path in zip((_surfaces, _laws, _isoflop, _allocation, _curves), paths):
       plots.save(function(found), path)
   return paths
+
+
+def _log_axis(panel: Any):
+  """Few enough numbers that they never overlap."""
+  panel.set_xscale('log')
+  panel.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 3)))
+  panel.xaxis.set_minor_formatter(ticker.NullFormatter())
 
 
 def _panels(rows: int, columns: int, width: float = 4.4, height: float = 3.6) -> Any:
@@ -107,7 +114,7 @@ def _laws(found: analyse.Analysis) -> figure.Figure:
 
 
 def _log_log(panel: Any, x: str, y: str):
-  panel.set_xscale('log')
+  _log_axis(panel)
   panel.set_yscale('log')
   panel.set_xlabel(x)
   panel.set_ylabel(y)
@@ -131,7 +138,7 @@ def _isoflop(found: analyse.Analysis) -> figure.Figure:
     _profile(
       panel, held.profile, held.parabola, plots.ORANGE, f'{held.profile.budget:.3g}, held out'
     )
-    panel.set_xscale('log')
+    _log_axis(panel)
     panel.set_xlabel('M, non-embedding FLOPs per token' + (' (activated)' * (kind == 'moe')))
     panel.set_ylabel('held-out bits per byte')
     panel.set_title(kind, loc='left')
@@ -224,7 +231,7 @@ def _curves(found: analyse.Analysis) -> figure.Figure:
         markersize=13,
         label='best held-out run',
       )
-      panel.set_xscale('log')
+      _log_axis(panel)
       panel.set_xlabel(f'C = {name} D [FLOPs]')
       panel.set_ylabel('held-out bits per byte')
       panel.set_title(kind, loc='left')
