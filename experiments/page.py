@@ -33,7 +33,7 @@ class Heading:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-  """A paragraph; **bold**, `code` and [links](to) as in Markdown."""
+  """A paragraph; **bold**, *slanted*, `code` and [links](to) as in Markdown."""
 
   text: str
 
@@ -133,4 +133,5 @@ def _inline(text: str) -> str:
   text = html.escape(text, quote=False)
   text = re.sub(r'`([^`]+)`', r'<code>\1</code>', text)
   text = re.sub(r'\*\*([^*]+)\*\*', r'<strong>\1</strong>', text)
+  text = re.sub(r'\*([^*]+)\*', r'<em>\1</em>', text)
   return re.sub(r'\[([^]]+)\]\(([^)]+)\)', r'<a href="\2">\1</a>', text)

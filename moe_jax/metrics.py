@@ -12,7 +12,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -106,6 +106,15 @@ def read_metrics(workdir: _Path) -> list[dict[str, Any]]:
   """
   path = pathlib.Path(workdir) / 'metrics.jsonl'
   return _parse(path) if path.exists() else []
+
+
+TAIL = 0.2  # share of a run, at its end, over which a noisy figure is averaged
+
+
+def tail_mean(lines: Sequence[Mapping[str, Any]], key: str, num_steps: int) -> float | None:
+  """Mean of a figure over the last `TAIL` of a run of `num_steps`; None where there is none."""
+  tail = [line[key] for line in lines if line['step'] > (1 - TAIL) * num_steps]
+  return None if not tail or None in tail else sum(tail) / len(tail)
 
 
 def format_line(metrics: Mapping[str, float | None]) -> str:

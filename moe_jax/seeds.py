@@ -137,17 +137,15 @@ def run_training(
     f'config.init_from={cfg.init_from!r} must be empty for seeds as an axis, which would all start '
     'from the same weights; train them one by one (--together=1)',
   )
-  mesh = None
-  corpora = []
-  for one, seed in zip(cfgs, seeds):
-    run_record.check_workdir(workdir / str(seed), one, allow_change=False)
-    mesh, corpus = run.prepare(one)
-    corpora.append(corpus)
+  mesh = partitioning.make_mesh(cfg.mesh)
   errors.require(
     mesh.size == 1,
     f'seeds as an axis train on one device, and config.mesh has {mesh.size}; train one seed after '
     'the other (--together=1), or show the process a single device',
   )
+  corpora = [run.prepare(one)[1] for one in cfgs]
+  for one in cfgs:
+    run_record.check_workdir(workdir / str(one.train.seed), one, allow_change=False)
   together = workdir / 'together'
   together.mkdir(parents=True, exist_ok=True)
   with contextlib.ExitStack() as stack:
@@ -163,11 +161,11 @@ def run_training(
       fingerprint = corpus.fingerprint
       run_record.write(workdir / str(seed), one, argv=argv, data_fingerprint=fingerprint)
       corpus.tokenizer.save(workdir / str(seed) / 'tokenizer.json')
-    if restored is None:
-      state = init_state(cfgs, mesh, corpora)
-    else:
+    if restored is not None:
       state = restored.state
       say(f'resuming after step {restored.step} of {cfg.train.num_steps}')
+    else:
+      state = _trained(cfgs, workdir, mesh) or init_state(cfgs, mesh, corpora)
     state = _fit(cfgs, workdir, corpora, mesh, state, checkpointer, stop, say)
     step = int(state.step[0])
   stopped_by = stop.name if step < cfg.train.num_steps else ''
@@ -207,6 +205,23 @@ def _check_continues(
     run.check_continues(cfg, saved | {'step': meta['step']}, corpus, allow=False)
 
 
+def _trained(
+  cfgs: Sequence[config.Config], workdir: pathlib.Path, mesh: jax.sharding.Mesh
+) -> train.TrainState | None:
+  """The last states out of the seeds' own workdirs, if all of them were trained to the end."""
+  states = []
+  for cfg in cfgs:
+    own = workdir / str(cfg.train.seed)
+    if not (own / 'checkpoints').is_dir():
+      return None
+    with run_load.reader(own) as checkpointer:
+      if cfg.train.num_steps not in checkpointer.steps():
+        return None
+      found = checkpointer.restore(train.abstract_state(cfg, mesh), cfg.train.num_steps)
+    states.append(found.state)
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+
 def _fit(
   cfgs: Sequence[config.Config],
   workdir: pathlib.Path,
@@ -224,28 +239,20 @@ def _fit(
   writers = [metrics.MetricWriter(d, resume_step=start, enabled=True) for d in directories]
   for directory in directories:
     run.drop_routing_after(directory, start)
-  train_step, compiled = make_train_step(cfg, mesh), {}
   batches = _batches(cfgs, corpora, start)
-  for step in tqdm.trange(start + 1, total + 1, unit='step', initial=start, total=total):
-    with timer.waiting():
-      batch = jax.device_put(next(batches), jax.NamedSharding(mesh, jax.P()))
-    with partitioning.activate(mesh):
-      shape = batch['tokens'].shape
-      if shape not in compiled:
-        with timer.paused():
-          compiled[shape] = train_step.lower(state, batch).compile()
-      state, found = compiled[shape](state, batch)
-    timer.add_tokens(batch['tokens'].size)
+  put = lambda batch, mesh: jax.device_put(batch, jax.NamedSharding(mesh, jax.P()))
+  train_step = make_train_step(cfg, mesh)
+  reports = train.steps(cfg, mesh, state, batches, timer, train_step=train_step, put=put)
+  for report in tqdm.tqdm(reports, unit='step', initial=start, total=total):
+    step, state, found = report
     last = step == total or bool(stop.name)
     if step % cfg.train.log_every == 0 or step == total:
-      jax.block_until_ready(found)
       _log(cfgs, step, found, timer, writers, say)
     with timer.paused():
       every = cfg.train.routing_every
       if cfg.model.is_moe and (step == total or every and step % every == 0):
         for i, one in enumerate(cfgs):
-          report = train.StepReport(step, take(state, i), take(found, i))
-          run.write_routing(one, directories[i], report)
+          run.write_routing(one, directories[i], train.StepReport(step, *take(report[1:], i)))
       if cfg.train.eval_every and step % cfg.train.eval_every == 0 and step < total:
         for i, one in enumerate(cfgs):
           variables = take(state, i).variables

@@ -389,23 +389,27 @@ def steps(
   batches: Iterator[dict[str, np.ndarray]],
   timer: metrics_lib.StepTimer,
   profile: Profile | None = None,
+  *,
+  train_step: Any = None,
+  put: Callable[[Batch, jax.sharding.Mesh], Batch] = partitioning.put_batch,
 ) -> Iterator[StepReport]:
   """Runs one optimizer step per batch, a few steps ahead of the device, and yields after each.
 
   The yielded state is donated to the next step: use it before asking for the next report. Each
   batch size of a ramp is compiled when it first comes, and `timer` leaves that time out, as
-  it does that of starting and reading a profile.
+  it does that of starting and reading a profile. `seeds` has a `train_step` and a `put` of its own:
+  the jitted step, and what lays a batch of this process onto the mesh.
   """
-  train_step = make_train_step(cfg, mesh)
+  train_step = train_step or make_train_step(cfg, mesh)
   compiled = {}
   in_flight = collections.deque()
-  step = int(state.step)
+  step = int(np.ravel(state.step)[0])  # of several seeds all are the same
   while True:
     with timer.waiting():
       host_batch = next(batches, None)
     if host_batch is None:
       return
-    batch = partitioning.put_batch({key: host_batch[key] for key in BATCH_KEYS}, mesh)
+    batch = put({key: host_batch[key] for key in BATCH_KEYS}, mesh)
     shape = batch['tokens'].shape
     with partitioning.activate(mesh):
       if shape not in compiled:

@@ -105,7 +105,7 @@ def study():
   configs = resolved('tiny', results)
   rates = dict.fromkeys(results, 1000.0) | {'dense': 1500.0}
   described = matching.describe(configs)
-  return report.Study('tiny', configs, [0, 1], results, rates, described)
+  return report.Study('tiny', configs, [0, 1], results, rates, described, ['0123456789'])
 
 
 def test_verdicts(study):

@@ -140,6 +140,17 @@ def test_saving_each_seed_goes_on_where_it_was_killed(trained):
   assert run_load.load(workdir / str(SEEDS[1])).step == 6
 
 
+def test_a_trained_arm_is_not_trained_again(trained):
+  """As if the command had been killed after training and before evaluation."""
+  root, cfg, runs = trained
+  lines = []
+  again, _ = seeds.run_training(cfg, SEEDS, root / 'arm', say=lines.append)
+  assert not lines and again[0].step == 6 and not again[0].interrupted_by
+  for one, other in zip(runs, again):
+    jax.tree.map(np.testing.assert_array_equal, one.variables, other.variables)
+  assert len(metrics.read_metrics(root / 'arm' / str(SEEDS[0]))) == 6
+
+
 @pytest.mark.parametrize(
   'wrong, message',
   [
@@ -158,3 +169,4 @@ def test_more_than_one_device_is_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(partitioning, 'make_mesh', lambda cfg: MAKE_MESH(cfg, jax.devices()[:2]))
   with pytest.raises(errors.InputError, match='together=1'):
     seeds.run_training(make_config(tmp_path), SEEDS, tmp_path / 'arm')
+  assert not (tmp_path / 'arm').exists()

@@ -20,7 +20,9 @@ def load(directory: pathlib.Path) -> tuple[dict, Weights]:
   hf = json.loads((directory / 'config.json').read_text())
   weights = {}
   for path in directory.glob('*.safetensors'):
-    weights |= safetensors.torch.load_file(path)
+    # Where a tensor begins in the mapped file depends on the header's length, and products of
+    # unaligned matrices may sum in another order: copies begin where torch puts them.
+    weights |= {name: value.clone() for name, value in safetensors.torch.load_file(path).items()}
   return hf, weights
 
 

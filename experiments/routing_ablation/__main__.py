@@ -73,7 +73,9 @@ def main(unused_argv: Sequence[str]):
   results = measure.read(workdir, list(found), numbers)
   written = report.write(
     out,
-    report.Study(values.scale, found, numbers, results, rates, described),
+    report.Study(
+      values.scale, found, numbers, results, rates, described, measure.commits(workdir, results)
+    ),
     command=report.command_of(sys.argv[1:]),
   )
   print('wrote: ' + ' '.join(str(path) for path in written))

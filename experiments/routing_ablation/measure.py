@@ -5,7 +5,6 @@ Everything lies in the workdir, so that the report can be written again without 
 
 import json
 import pathlib
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +17,6 @@ from moe_jax import config, evaluate, files, metrics, run_load
 from moe_jax.analysis import interventions
 from moe_jax.data import corpus as corpus_lib
 
-TAIL = 0.2  # share of the run, at its end, over which the training drop rate is averaged
 Results = Mapping[str, Mapping[int, Mapping[str, Any]]]  # arm -> seed -> figures
 
 
@@ -48,10 +46,9 @@ def write(
   figures = evaluate.evaluate(cfg, trained.variables, corpus, trained.mesh)
   where = path(workdir, arm, cfg.train.seed)
   curve = metrics.read_metrics(where.parent)
-  tail = [m['drop_rate'] for m in curve if m['step'] > (1 - TAIL) * cfg.train.num_steps]
   result = {
     **figures.as_dict(trained.step),
-    'train_drop_rate': None if figures.routing is None else statistics.fmean(tail),
+    'train_drop_rate': metrics.tail_mean(curve, 'drop_rate', cfg.train.num_steps),
     'curve': {key: [m[key] for m in curve] for key in ('step', 'loss', 'max_vio', 'drop_rate')},
   }
   result['seconds'] = seconds + time.perf_counter() - start
@@ -129,6 +126,16 @@ def rates(workdir: pathlib.Path, configs: Mapping[str, config.Config]) -> dict[s
 def hours(results: Results) -> float:
   """Of one process, that training and measuring took since each run's last start."""
   return sum(run['seconds'] for runs in results.values() for run in runs.values()) / 3600
+
+
+def commits(workdir: pathlib.Path, results: Results) -> list[str]:
+  """The commits at which the runs were trained, as their `config.json` has them."""
+  found = set()
+  for name, runs in results.items():
+    for seed in runs:
+      git = json.loads((path(workdir, name, seed).parent / 'config.json').read_text())['git']
+      found.add('unknown' if git is None else git['commit'][:10] + '+' * git['dirty'])
+  return sorted(found)
 
 
 def column(results: Results, arm: str, figure: str) -> list[float] | None:

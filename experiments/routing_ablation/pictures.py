@@ -152,9 +152,7 @@ def _balance(path: pathlib.Path, results: measure.Results, names: Sequence[str])
     axes.grid(True)
   left.legend(frameon=False)
   plots.save(fig, path)
-  return page.Picture(
-    path, 'Balance over training; 0 is perfect. No arm of the ladder drops tokens'
-  )
+  return page.Picture(path, 'Balance over training; 0 is perfect')
 
 
 def _sweep(

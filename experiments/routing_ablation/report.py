@@ -14,6 +14,7 @@ import numpy as np
 
 from experiments import page
 from experiments.routing_ablation import arms, matching, measure, pictures
+from experiments.routing_zoo import table
 from moe_jax import config, files, run_record
 from moe_jax.analysis import accounting, paired
 
@@ -29,6 +30,7 @@ class Study(NamedTuple):
   results: measure.Results
   rates: Mapping[str, float]  # training tokens per second, by arm
   described: Mapping[str, accounting.Description]
+  commits: Sequence[str]  # at which the runs were trained
 
 
 class Graded(NamedTuple):
@@ -197,7 +199,7 @@ def _tables(study: Study, command: str) -> list[page.Block]:
         f'{cfg.train.batch_size} x {cfg.model.max_seq_len} tokens; data `{cfg.data.source}`',
         f'{measure.hours(study.results):.1f} hours of one process on {_hardware()}',
         ', '.join(f'{k} {v}' for k, v in run_record.versions().items() if v),
-        f'commit {_commit()}',
+        f'trained at commit {", ".join(study.commits)} (+ = with changes)',
       ]
     ),
   ]
@@ -208,12 +210,7 @@ def _sort_key(results: measure.Results, name: str) -> float:
 
 
 def _mean(results: measure.Results, name: str, figure: str, digits: int, scale: float = 1.0) -> str:
-  values = measure.column(results, name, figure)
-  if values is None:
-    return '-'
-  scaled = scale * np.asarray(values)
-  text = f'{scaled.mean():.{digits}f}'
-  return f'{text} ± {scaled.std(ddof=1):.{digits}f}' if len(values) > 1 else text
+  return table.spread(measure.column(results, name, figure), digits, scale)
 
 
 def _hardware() -> str:
@@ -221,11 +218,6 @@ def _hardware() -> str:
   return (
     f'{jax.device_count()} x {device.device_kind} ({os.cpu_count()} cores, {platform.machine()})'
   )
-
-
-def _commit() -> str:
-  state = run_record.git_state()
-  return 'unknown' if state is None else state['commit'] + (' (changed)' if state['dirty'] else '')
 
 
 def csv_text(study: Study) -> str:

@@ -28,7 +28,6 @@ NAMES = (
   *('v3', 'loss_free', 'loss_free_softmax', 'loss_free_multiplicative', 'skywork', 'ds_moe'),
   'dense',
 )
-TAIL = 0.2  # share of the run, at its end, over which the training drop rate is averaged
 
 
 def define_flags():
@@ -78,8 +77,7 @@ def _train(cfg: config.Config, path: pathlib.Path):
     raise KeyboardInterrupt
   figures = evaluate.evaluate(cfg, trained.variables, corpus, trained.mesh)
   lines = metrics.read_metrics(path.parent)
-  tail = [m['drop_rate'] for m in lines if m['step'] > (1 - TAIL) * cfg.train.num_steps]
-  drop_rate = None if figures.routing is None else sum(tail) / len(tail)
+  drop_rate = metrics.tail_mean(lines, 'drop_rate', cfg.train.num_steps)
   result = {**figures.as_dict(trained.step), 'train_drop_rate': drop_rate}
   files.write_text(path, json.dumps(result, indent=2) + '\n')
   print(f'{path.parent}: {figures}', flush=True)

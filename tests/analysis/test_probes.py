@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from matplotlib import figure
 
 from moe_jax import errors, evaluate
 from moe_jax.analysis import information, interventions, observe, probes
@@ -258,7 +257,6 @@ def test_every_probe_draws_and_reads(subject, tmp_path):
   for name, one in found.items():
     assert paths[name].stat().st_size > 2000
     assert one.reading.endswith('.') and 'nan' not in one.reading, one.reading
-    assert isinstance(one.draw(figure.Figure(layout='constrained')), type(None))
     for value in one.arrays.values():
       assert isinstance(value, np.ndarray)
   layers = subject.cfg.model.num_moe_layers
