@@ -22,6 +22,7 @@ from absl import logging
 
 from moe_jax import files
 
+TAIL = 0.2  # share of a run, at its end, over which a noisy figure is averaged
 KEYS = (
   'step',
   'loss',
@@ -106,9 +107,6 @@ def read_metrics(workdir: _Path) -> list[dict[str, Any]]:
   """
   path = pathlib.Path(workdir) / 'metrics.jsonl'
   return _parse(path) if path.exists() else []
-
-
-TAIL = 0.2  # share of a run, at its end, over which a noisy figure is averaged
 
 
 def tail_mean(lines: Sequence[Mapping[str, Any]], key: str, num_steps: int) -> float | None:

@@ -157,15 +157,14 @@ def run_training(
     restored = checkpointer.restore(abstract_state(cfg, mesh, len(seeds)))
     if restored is not None:
       _check_continues(restored.meta, cfgs, corpora, together)
+      state = restored.state
+      say(f'resuming after step {restored.step} of {cfg.train.num_steps}')
+    else:
+      state = _trained(cfgs, corpora, workdir, mesh) or init_state(cfgs, mesh, corpora)
     for one, corpus, seed in zip(cfgs, corpora, seeds):
       fingerprint = corpus.fingerprint
       run_record.write(workdir / str(seed), one, argv=argv, data_fingerprint=fingerprint)
       corpus.tokenizer.save(workdir / str(seed) / 'tokenizer.json')
-    if restored is not None:
-      state = restored.state
-      say(f'resuming after step {restored.step} of {cfg.train.num_steps}')
-    else:
-      state = _trained(cfgs, workdir, mesh) or init_state(cfgs, mesh, corpora)
     state = _fit(cfgs, workdir, corpora, mesh, state, checkpointer, stop, say)
     step = int(state.step[0])
   stopped_by = stop.name if step < cfg.train.num_steps else ''
@@ -206,18 +205,22 @@ def _check_continues(
 
 
 def _trained(
-  cfgs: Sequence[config.Config], workdir: pathlib.Path, mesh: jax.sharding.Mesh
+  cfgs: Sequence[config.Config],
+  corpora: Sequence[corpus_lib.Corpus],
+  workdir: pathlib.Path,
+  mesh: jax.sharding.Mesh,
 ) -> train.TrainState | None:
   """The last states out of the seeds' own workdirs, if all of them were trained to the end."""
   states = []
-  for cfg in cfgs:
+  for cfg, corpus in zip(cfgs, corpora):
     own = workdir / str(cfg.train.seed)
     if not (own / 'checkpoints').is_dir():
       return None
     with run_load.reader(own) as checkpointer:
-      if cfg.train.num_steps not in checkpointer.steps():
-        return None
-      found = checkpointer.restore(train.abstract_state(cfg, mesh), cfg.train.num_steps)
+      found = checkpointer.restore(train.abstract_state(cfg, mesh))
+    if found is None or found.step < cfg.train.num_steps:
+      return None
+    run.check_continues(cfg, found.meta, corpus, allow=False)
     states.append(found.state)
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 

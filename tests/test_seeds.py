@@ -1,5 +1,6 @@
 """Seeds as an axis: what runs of their own would do, the files of each, stopping and going on."""
 
+import dataclasses
 import os
 import pathlib
 import shutil
@@ -149,6 +150,22 @@ def test_a_trained_arm_is_not_trained_again(trained):
   for one, other in zip(runs, again):
     jax.tree.map(np.testing.assert_array_equal, one.variables, other.variables)
   assert len(metrics.read_metrics(root / 'arm' / str(SEEDS[0]))) == 6
+
+
+def test_a_trained_arm_is_not_taken_for_one_of_another_text(trained, monkeypatch):
+  root, cfg, _ = trained
+  records = [root / 'arm' / str(seed) / 'config.json' for seed in SEEDS]
+  before = [path.read_bytes() for path in records]
+  prepare = run.prepare
+
+  def another_text(one):
+    mesh, corpus = prepare(one)
+    return mesh, dataclasses.replace(corpus, fingerprint='another')
+
+  monkeypatch.setattr(run, 'prepare', another_text)
+  with pytest.raises(errors.InputError, match='the corpus has changed'):
+    seeds.run_training(cfg, SEEDS, root / 'arm')
+  assert [path.read_bytes() for path in records] == before
 
 
 @pytest.mark.parametrize(

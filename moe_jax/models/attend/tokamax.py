@@ -111,6 +111,7 @@ def _kernel(name: str, bounds: dict[str, Array]) -> Callable[..., Array]:
 
   def run(q: Array, k: Array, v: Array, *, mask: Any, **options: Any) -> Array:
     if name not in api.IMPLEMENTATIONS:  # newer releases leave Triton out without `jax-triton`
+      # What tokamax's own kernels raise for what they cannot do: the next in the list is tried.
       raise NotImplementedError(f'this tokamax has no {name}')
     return api.IMPLEMENTATIONS[name](q, k, v, mask=mask & type(mask)(**bounds), **options)
 
