@@ -22,12 +22,12 @@ half a head), but for the latent: 2 heads wide where V2's is 4, which would be a
 here. Rotation is in pairs (i, i + H/2) in all four.
 """
 
-from configs import base
+from configs import base, recipes, sizes
 
 
 def get_config(variant: str = '') -> base.Page:
   """One of `VARIANTS`; without a name, mla."""
-  return base.variant(base.tiny(base.get_config()), variant or 'mla', VARIANTS)
+  return recipes.variant(sizes.tiny(base.get_config()), variant or 'mla', VARIANTS)
 
 
 def _heads(config: base.Page, queries: int, keys: int):
@@ -39,5 +39,5 @@ VARIANTS: base.Variants = {
   'mha': lambda config: _heads(config, queries=4, keys=4),
   'gqa': lambda config: _heads(config, queries=6, keys=2),
   'mqa': lambda config: _heads(config, queries=7, keys=1),
-  'mla': lambda config: base.multi_latent(config, kv_lora_rank=32),
+  'mla': lambda config: recipes.multi_latent(config, kv_lora_rank=32),
 }

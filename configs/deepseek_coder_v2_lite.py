@@ -25,7 +25,7 @@ AdamW's eps (1e-8) and the rate of the long stages, that with which the first on
 YaRN's scale of the logits, (0.0707 ln 40 + 1)^2, is V2's: mscale 0.707.
 """
 
-from configs import base
+from configs import base, recipes
 
 TOKENS = 6.0e12
 PEAK_LR = 4.2e-4
@@ -33,15 +33,15 @@ PEAK_LR = 4.2e-4
 
 def get_config(variant: str = '') -> base.Page:
   """The page, or one of `VARIANTS`."""
-  config = base.deepseek(base.get_config())
+  config = recipes.deepseek(base.get_config())
   config.model.embed_dim = 2048
   config.model.mlp_dim = 10_944
   config.model.num_layers = 27
   config.model.num_dense_layers = 1
   config.model.num_heads = 16
-  base.latent_attention(config, q_lora_rank=0)
-  base.experts(config, shared=2, routed=64, per_tok=6, width=1408)
-  base.minimise(config, expert_level=0.001)
+  recipes.latent_attention(config, q_lora_rank=0)
+  recipes.experts(config, shared=2, routed=64, per_tok=6, width=1408)
+  recipes.minimise(config, expert_level=0.001)
 
   config.data.fim_rate = 0.5
 
@@ -50,16 +50,16 @@ def get_config(variant: str = '') -> base.Page:
   config.optim.final_lr_fraction = 0.1
 
   config.train.batch_size = 4608  # 18.9M tokens
-  config.train.num_steps = base.steps_of(config, TOKENS)
-  return base.variant(config, variant, VARIANTS)
+  config.train.num_steps = recipes.steps_of(config, TOKENS)
+  return recipes.variant(config, variant, VARIANTS)
 
 
 def _long_32k(config: base.Page):
-  base.long_context(config, 32_768, 1152, PEAK_LR / 10, mscale=0.707)
+  recipes.long_context(config, 32_768, 1152, PEAK_LR / 10, mscale=0.707)
 
 
 def _long_128k(config: base.Page):
-  base.long_context(config, 131_072, 288, PEAK_LR / 10, mscale=0.707)
+  recipes.long_context(config, 131_072, 288, PEAK_LR / 10, mscale=0.707)
 
 
 VARIANTS = {'long_32k': _long_32k, 'long_128k': _long_128k}

@@ -18,24 +18,24 @@ and to 10 %: 0.1 % apart. The papers' FLOPs count the unaligned width in `config
 key-value heads as if they were 64.
 """
 
-from configs import base
+from configs import base, recipes
 
 TOKENS = 2.0e12
 
 
 def get_config() -> base.Page:
   """The page; it has no variants."""
-  config = base.deepseek(base.get_config())
+  config = recipes.deepseek(base.get_config())
   config.model.embed_dim = 8192
   config.model.num_layers = 95
   config.model.num_heads = 64
   config.model.attention.num_kv_heads = 8
-  base.make_dense(config, 22_016)
+  recipes.make_dense(config, 22_016)
   config.paper.mlp_dim = 8 / 3 * 8192
 
   config.optim.peak_lr = 3.2e-4
   config.optim.multi_step_boundaries = (0.8, 0.9)
 
   config.train.batch_size = 4608  # 18.9M tokens
-  config.train.num_steps = base.steps_of(config, TOKENS)
+  config.train.num_steps = recipes.steps_of(config, TOKENS)
   return config

@@ -17,24 +17,24 @@ the unaligned width, which the papers' FLOPs count.
 `configs/deepseekmoe_16b.py:dense_7b` is the same model and run.
 """
 
-from configs import base
+from configs import base, recipes
 
 TOKENS = 2.0e12
 
 
 def get_config() -> base.Page:
   """The page; it has no variants."""
-  config = base.deepseek(base.get_config())
+  config = recipes.deepseek(base.get_config())
   config.model.embed_dim = 4096
   config.model.num_layers = 30
   config.model.num_heads = 32
   config.model.attention.num_kv_heads = 32
-  base.make_dense(config, 11_008)
+  recipes.make_dense(config, 11_008)
   config.paper.mlp_dim = 8 / 3 * 4096
 
   config.optim.peak_lr = 4.2e-4
   config.optim.multi_step_boundaries = (0.8, 0.9)
 
   config.train.batch_size = 2304  # 9.4M tokens
-  config.train.num_steps = base.steps_of(config, TOKENS)
+  config.train.num_steps = recipes.steps_of(config, TOKENS)
   return config

@@ -29,7 +29,7 @@ of `long`, that with which pre-training ended. routed_scaling_factor is the rele
 YaRN's scale of the logits, (0.0707 ln 40 + 1)^2, is the paper's: mscale 0.707.
 """
 
-from configs import base
+from configs import base, recipes
 
 TOKENS = 8.1e12
 PEAK_LR = 2.4e-4
@@ -37,39 +37,39 @@ PEAK_LR = 2.4e-4
 
 def get_config(variant: str = '') -> base.Page:
   """The page, or one of `VARIANTS`."""
-  config = base.deepseek(base.get_config())
+  config = recipes.deepseek(base.get_config())
   config.model.embed_dim = 5120
   config.model.mlp_dim = 12_288
   config.model.num_layers = 60
   config.model.num_dense_layers = 1
   config.model.num_heads = 128
-  base.latent_attention(config, q_lora_rank=1536)
-  base.experts(config, shared=2, routed=160, per_tok=6, width=1536)
+  recipes.latent_attention(config, q_lora_rank=1536)
+  recipes.experts(config, shared=2, routed=160, per_tok=6, width=1536)
   config.model.moe.routed_scaling_factor = 16.0
   config.model.moe.num_expert_groups = 8
   config.model.moe.num_limited_groups = 3
   config.model.moe.group_score = 'max'
   config.model.moe.num_virtual_devices = 8
-  base.minimise(config, expert_level=0.003, device_level=0.05, communication=0.02)
+  recipes.minimise(config, expert_level=0.003, device_level=0.05, communication=0.02)
   config.model.moe.capacity.policy = 'device'
   config.model.moe.capacity.factor = 1.0
   config.model.moe.capacity.group_rows = 0
   config.model.moe.capacity.exempt_fraction = 0.1
 
   config.train.batch_size = 9216  # 37.7M tokens
-  base.ramp_batch(config, first=2304, tokens=225e9)
-  config.train.num_steps = base.steps_of(config, TOKENS)
+  recipes.ramp_batch(config, first=2304, tokens=225e9)
+  config.train.num_steps = recipes.steps_of(config, TOKENS)
 
   config.optim.peak_lr = PEAK_LR
   config.optim.multi_step_boundaries = (
-    base.step_share(config, 0.6 * TOKENS),
-    base.step_share(config, 0.9 * TOKENS),
+    recipes.step_share(config, 0.6 * TOKENS),
+    recipes.step_share(config, 0.9 * TOKENS),
   )
-  return base.variant(config, variant, VARIANTS)
+  return recipes.variant(config, variant, VARIANTS)
 
 
 def _long(config: base.Page):
-  base.long_context(config, 32_768, 576, PEAK_LR * 0.316**2, mscale=0.707)
+  recipes.long_context(config, 32_768, 576, PEAK_LR * 0.316**2, mscale=0.707)
 
 
 VARIANTS = {'long': _long}

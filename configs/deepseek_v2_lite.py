@@ -23,7 +23,7 @@ for `mha`, which has the page's schedule, everything but its tokens.
 YaRN's scale of the logits, (0.0707 ln 40 + 1)^2, is the paper's: mscale 0.707.
 """
 
-from configs import base
+from configs import base, recipes
 
 TOKENS = 5.7e12
 PEAK_LR = 4.2e-4
@@ -31,31 +31,31 @@ PEAK_LR = 4.2e-4
 
 def get_config(variant: str = '') -> base.Page:
   """The page, or one of `VARIANTS`."""
-  config = base.deepseek(base.get_config())
+  config = recipes.deepseek(base.get_config())
   config.model.embed_dim = 2048
   config.model.mlp_dim = 10_944
   config.model.num_layers = 27
   config.model.num_dense_layers = 1
   config.model.num_heads = 16
-  base.latent_attention(config, q_lora_rank=0)  # queries come straight from the input
-  base.experts(config, shared=2, routed=64, per_tok=6, width=1408)
-  base.minimise(config, expert_level=0.001)  # all experts of a layer are on one device
+  recipes.latent_attention(config, q_lora_rank=0)  # queries come straight from the input
+  recipes.experts(config, shared=2, routed=64, per_tok=6, width=1408)
+  recipes.minimise(config, expert_level=0.001)  # all experts of a layer are on one device
 
   config.optim.peak_lr = PEAK_LR
   config.optim.multi_step_boundaries = (0.8, 0.9)
 
   config.train.batch_size = 4608  # 18.9M tokens
-  config.train.num_steps = base.steps_of(config, TOKENS)
-  return base.variant(config, variant, VARIANTS)
+  config.train.num_steps = recipes.steps_of(config, TOKENS)
+  return recipes.variant(config, variant, VARIANTS)
 
 
 def _long(config: base.Page):
-  base.long_context(config, 32_768, 576, PEAK_LR * 0.316**2, mscale=0.707)
+  recipes.long_context(config, 32_768, 576, PEAK_LR * 0.316**2, mscale=0.707)
 
 
 def _mha(config: base.Page):
   config.model.attention.kind = 'gqa'
-  config.train.num_steps = base.steps_of(config, 1.33e12)
+  config.train.num_steps = recipes.steps_of(config, 1.33e12)
 
 
 VARIANTS = {'long': _long, 'mha': _mha}

@@ -31,14 +31,14 @@ rises; AdamW's eps (1e-8); that the later stages leave the bias as it is. YaRN's
 logits is (0.1 ln 40 + 1)^2: mscale 1.
 """
 
-from configs import base
+from configs import base, recipes
 
 TOKENS = 14.8e12
 
 
 def get_config(variant: str = '') -> base.Page:
   """The page, or one of `VARIANTS`."""
-  config = base.deepseek(base.get_config())
+  config = recipes.deepseek(base.get_config())
   config.model.vocab_size = 129_280
   config.model.embed_dim = 7168
   config.model.mlp_dim = 18_432
@@ -46,8 +46,8 @@ def get_config(variant: str = '') -> base.Page:
   config.model.num_dense_layers = 3
   config.model.num_heads = 128
   config.model.num_mtp_layers = 1
-  base.latent_attention(config, q_lora_rank=1536)
-  base.experts(config, shared=1, routed=256, per_tok=8, width=2048)
+  recipes.latent_attention(config, q_lora_rank=1536)
+  recipes.experts(config, shared=1, routed=256, per_tok=8, width=2048)
   config.model.moe.score_func = 'sigmoid'
   config.model.moe.norm_topk_prob = True
   config.model.moe.routed_scaling_factor = 2.5
@@ -57,25 +57,25 @@ def get_config(variant: str = '') -> base.Page:
   config.model.moe.num_virtual_devices = 8
 
   config.train.batch_size = 15_360  # 62.9M tokens
-  base.ramp_batch(config, first=3072, tokens=469e9)
-  config.train.num_steps = base.steps_of(config, TOKENS)
+  recipes.ramp_batch(config, first=3072, tokens=469e9)
+  config.train.num_steps = recipes.steps_of(config, TOKENS)
   config.train.mtp_loss_weight = 0.1
-  config.train.mtp_loss_ramp = ((base.step_share(config, 10e12), 0.3),)
+  config.train.mtp_loss_ramp = ((recipes.step_share(config, 10e12), 0.3),)
 
   config.model.moe.expert_bias.update_rule = 'sign'
   config.model.moe.expert_bias.update_rate = 1e-3
-  config.model.moe.expert_bias.update_until = base.step_share(config, 14.3e12)
-  base.minimise(config, normalized_expert_level=1e-4)
+  config.model.moe.expert_bias.update_until = recipes.step_share(config, 14.3e12)
+  recipes.minimise(config, normalized_expert_level=1e-4)
 
   config.optim.peak_lr = 2.2e-4
   config.optim.schedule = 'stages'
   config.optim.stages = (
-    (base.step_share(config, 10e12), 1.0, 'constant'),
-    (base.step_share(config, 14.3e12), 0.1, 'cosine'),
-    (base.step_share(config, 14.633e12), 0.1, 'constant'),
+    (recipes.step_share(config, 10e12), 1.0, 'constant'),
+    (recipes.step_share(config, 14.3e12), 0.1, 'cosine'),
+    (recipes.step_share(config, 14.633e12), 0.1, 'constant'),
     (1.0, 7.3 / 220, 'constant'),
   )
-  return base.variant(config, variant, VARIANTS)
+  return recipes.variant(config, variant, VARIANTS)
 
 
 def _long_32k(config: base.Page):
@@ -87,7 +87,7 @@ def _long_128k(config: base.Page):
 
 
 def _long(config: base.Page, length: int, batch_size: int):
-  base.long_context(config, length, batch_size, learning_rate=7.3e-6, mscale=1.0)
+  recipes.long_context(config, length, batch_size, learning_rate=7.3e-6, mscale=1.0)
   config.train.mtp_loss_ramp = ()
   config.model.moe.expert_bias.update_rate = 0.0
 

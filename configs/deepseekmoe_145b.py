@@ -31,7 +31,7 @@ unaligned 8/3 D, and its 8 key-value heads as if they were 64.
 dense_67b's peak rate is DeepSeek LLM's, constant because 245B tokens end inside its first stage.
 """
 
-from configs import base
+from configs import base, recipes
 
 
 def get_config(variant: str = '') -> base.Page:
@@ -55,7 +55,7 @@ def get_config(variant: str = '') -> base.Page:
   config.model.moe.num_experts_per_tok = 12
   config.model.moe.moe_mlp_dim = 1408
   config.model.moe.num_virtual_devices = 4  # the experts of a layer lie on 4 devices
-  base.minimise(config, expert_level=0.003, device_level=0.05)
+  recipes.minimise(config, expert_level=0.003, device_level=0.05)
 
   config.optim.peak_lr = 3.0e-4
   config.optim.schedule = 'constant'
@@ -64,7 +64,7 @@ def get_config(variant: str = '') -> base.Page:
   config.train.num_steps = 13_000
   config.train.batch_size = 4608  # 18.9M tokens
   config.train.eval_every = 1000
-  return base.variant(config, variant, VARIANTS)
+  return recipes.variant(config, variant, VARIANTS)
 
 
 def _half(config: base.Page):
@@ -75,12 +75,12 @@ def _half(config: base.Page):
 
 def _gshard_137b(config: base.Page):
   config.model.mlp_dim = 19_200
-  base.experts(config, shared=0, routed=16, per_tok=2, width=10_944)
+  recipes.experts(config, shared=0, routed=16, per_tok=2, width=10_944)
   config.model.moe.norm_topk_prob = True
 
 
 def _dense_67b(config: base.Page):
-  base.make_dense(config, 22_016)
+  recipes.make_dense(config, 22_016)
   config.paper.mlp_dim = 8 / 3 * 8192
   config.model.embed_dim = 8192
   config.model.num_layers = 95

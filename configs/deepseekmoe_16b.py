@@ -23,7 +23,7 @@ dense_7b drops its learning rate by 0.316 twice, where the DeepSeek LLM paper sa
 (cosine to 10 %, peak 3e-4, eps 1e-5, 4M tokens a step) and otherwise this page's.
 """
 
-from configs import base
+from configs import base, recipes
 
 
 def get_config(variant: str = '') -> base.Page:
@@ -57,11 +57,11 @@ def get_config(variant: str = '') -> base.Page:
   config.train.num_steps = 106_449
   config.train.batch_size = 4608  # 18.9M tokens
   config.train.eval_every = 1000
-  return base.variant(config, variant, VARIANTS)
+  return recipes.variant(config, variant, VARIANTS)
 
 
 def _dense_7b(config: base.Page):
-  base.make_dense(config, 11_008)
+  recipes.make_dense(config, 11_008)
   config.paper.mlp_dim = 8 / 3 * 4096
   config.model.embed_dim = 4096
   config.model.num_layers = 30

@@ -34,7 +34,7 @@ Not stated in the paper, chosen here: norm, RoPE, activation, untied embeddings 
 none), GShard's two gates divided by their sum, a random table for hash, and no dropped tokens.
 """
 
-from configs import base
+from configs import base, recipes
 
 FFN = 8 / 3 * 1280  # width of the paper's standard FFN, unaligned
 
@@ -55,7 +55,7 @@ def get_config(variant: str = '') -> base.Page:
   config.model.remat = 'moe_core'
   config.model.attention.num_kv_heads = 10
   config.model.attention.head_dim = 128
-  base.experts(config, shared=1, routed=63, per_tok=7, width=FFN / 4)
+  recipes.experts(config, shared=1, routed=63, per_tok=7, width=FFN / 4)
   config.model.moe.balance.expert_level.weight = 0.01
 
   config.optim.peak_lr = 1.08e-3
@@ -65,7 +65,7 @@ def get_config(variant: str = '') -> base.Page:
   config.train.num_steps = 25_000
   config.train.batch_size = 2048  # 4M tokens
   config.train.eval_every = 1000
-  return base.variant(config, variant, VARIANTS)
+  return recipes.variant(config, variant, VARIANTS)
 
 
-VARIANTS = base.ladder(FFN)
+VARIANTS = recipes.ladder(FFN)

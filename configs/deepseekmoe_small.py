@@ -26,11 +26,11 @@ length for an hour or less on one GPU, the paper's schedule and optimizer; what 
 the paper's, see configs/deepseekmoe_2b.py.
 """
 
-from configs import base
+from configs import base, recipes, sizes
 
-VARIANTS = base.ladder(base.SMALL_FFN)
+VARIANTS = recipes.ladder(sizes.SMALL_FFN)
 
 
 def get_config(variant: str = '') -> base.Page:
   """The page, or one of `VARIANTS`."""
-  return base.variant(base.small(base.get_config()), variant, VARIANTS)
+  return recipes.variant(sizes.small(base.get_config()), variant, VARIANTS)

@@ -22,11 +22,11 @@ routers (64 weights per routed expert and layer) are counted apart. Sizes and tr
 ours (configs/base.py); what the variants are is the paper's, see configs/deepseekmoe_2b.py.
 """
 
-from configs import base
+from configs import base, recipes, sizes
 
-VARIANTS = base.ladder(base.TINY_FFN)
+VARIANTS = recipes.ladder(sizes.TINY_FFN)
 
 
 def get_config(variant: str = '') -> base.Page:
   """The page, or one of `VARIANTS`."""
-  return base.variant(base.tiny(base.get_config()), variant, VARIANTS)
+  return recipes.variant(sizes.tiny(base.get_config()), variant, VARIANTS)

@@ -34,7 +34,7 @@ DeepSeekMoE. 1b and 3b need a corpus: --config.data.source=parquet
 
 import itertools
 
-from configs import base
+from configs import base, recipes, sizes
 
 UPDATE_RATE = 1e-3  # u of every method that has a bias
 
@@ -42,18 +42,18 @@ UPDATE_RATE = 1e-3  # u of every method that has a bias
 def _experts(config: base.Page, ffn: float, width: float):
   """The paper's layers: the first is dense, with a whole FFN; 2 shared + 6 of 64 experts."""
   config.model.num_dense_layers = 1
-  base.experts(config, shared=2, routed=64, per_tok=6, width=width)
-  base.dense_ffn(config, ffn)
+  recipes.experts(config, shared=2, routed=64, per_tok=6, width=width)
+  recipes.dense_ffn(config, ffn)
 
 
 def _tiny(config: base.Page):
-  base.tiny(config)
-  _experts(config, ffn=base.TINY_FFN, width=base.TINY_FFN / 4)
+  sizes.tiny(config)
+  _experts(config, ffn=sizes.TINY_FFN, width=sizes.TINY_FFN / 4)
 
 
 def _small(config: base.Page):
-  base.small(config)
-  _experts(config, ffn=base.SMALL_FFN, width=base.SMALL_FFN / 4)
+  sizes.small(config)
+  _experts(config, ffn=sizes.SMALL_FFN, width=sizes.SMALL_FFN / 4)
 
 
 def _paper(config: base.Page, embed_dim: int, num_moe_layers: int, granularity: float):
@@ -96,12 +96,12 @@ def _3b(config: base.Page):
 
 def _auxiliary(config: base.Page, score_func: str, alpha: float):
   config.model.moe.score_func = score_func
-  base.minimise(config, expert_level=alpha)
+  recipes.minimise(config, expert_level=alpha)
 
 
 def _bias(config: base.Page, score_func: str, update_rule: str, form: str = 'additive'):
   config.model.moe.score_func = score_func
-  base.minimise(config)
+  recipes.minimise(config)
   config.model.moe.expert_bias.update_rule = update_rule
   config.model.moe.expert_bias.form = form
   config.model.moe.expert_bias.update_rate = UPDATE_RATE
@@ -127,4 +127,4 @@ VARIANTS = {f'{s}_{m}': _combined(s, m) for s, m in itertools.product(SIZES, MET
 
 def get_config(variant: str = '') -> base.Page:
   """One of `VARIANTS`; without a name, tiny_loss_free."""
-  return base.variant(base.get_config(), variant or 'tiny_loss_free', VARIANTS)
+  return recipes.variant(base.get_config(), variant or 'tiny_loss_free', VARIANTS)

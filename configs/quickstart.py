@@ -5,20 +5,20 @@ Takes:  165 s on 2 CPU cores from empty caches (15 s of it tokenising, 125 s tra
 Expect: 2.08 bits per byte on held-out standard library files of Python 3.11 (one seed).
 """
 
-from configs import base
+from configs import base, recipes
 
 WIDTH = 256  # FFN width of the conventional MoE that is being refined; 4 experts make one of its
 
 
 def _gshard(config):
   """Conventional MoE of equal parameters and FLOPs: top-2 of 16 experts, four times as wide."""
-  base.experts(config, shared=0, routed=16, per_tok=2, width=WIDTH)
+  recipes.experts(config, shared=0, routed=16, per_tok=2, width=WIDTH)
   config.model.moe.norm_topk_prob = True
 
 
 VARIANTS = {
   'gshard': _gshard,
-  'dense': lambda config: base.make_dense(config, 2 * WIDTH),  # equal activated parameters
+  'dense': lambda config: recipes.make_dense(config, 2 * WIDTH),  # equal activated parameters
 }
 
 
@@ -34,11 +34,11 @@ def get_config(variant=''):
   config.model.init_std = 0.03
   config.model.attention.num_kv_heads = 4
   config.model.attention.head_dim = 32
-  base.experts(config, shared=1, routed=63, per_tok=7, width=WIDTH / 4)
+  recipes.experts(config, shared=1, routed=63, per_tok=7, width=WIDTH / 4)
   config.optim.peak_lr = 3e-3
   config.optim.schedule = 'cosine'
   config.optim.warmup_steps = 50
   config.train.num_steps = 500
   config.train.batch_size = 4  # small: at this budget more steps beat larger batches
   config.checkpoint.save_every = 100
-  return base.variant(config, variant, VARIANTS)
+  return recipes.variant(config, variant, VARIANTS)

@@ -54,7 +54,7 @@ Where the papers are silent, or their setting does not fit this size:
 * expert_choice* cannot be sampled from: whether a token is taken depends on later ones.
 """
 
-from configs import base
+from configs import base, recipes, sizes
 
 UPDATE_RATE = 1e-3  # u of every scheme that has an expert bias
 EXPERTS = 16  # of the coarse schemes
@@ -62,11 +62,11 @@ EXPERTS = 16  # of the coarse schemes
 
 def get_config(variant: str = '') -> base.Page:
   """One of `VARIANTS`; without a name, deepseekmoe."""
-  return base.variant(base.tiny(base.get_config()), variant or 'deepseekmoe', VARIANTS)
+  return recipes.variant(sizes.tiny(base.get_config()), variant or 'deepseekmoe', VARIANTS)
 
 
 def _deepseekmoe(config: base.Page):
-  base.minimise(config, expert_level=0.01)
+  recipes.minimise(config, expert_level=0.01)
 
 
 def _deepseekmoe_norm(config: base.Page):
@@ -76,13 +76,13 @@ def _deepseekmoe_norm(config: base.Page):
 
 def _sigmoid(config: base.Page):
   config.model.moe.score_func = 'sigmoid'
-  base.minimise(config, expert_level=0.001)
+  recipes.minimise(config, expert_level=0.001)
 
 
 def _coarse(config: base.Page, per_tok: int):
   """16 experts, four times as wide as the fine-grained ones; nothing balances them yet."""
-  base.experts(config, shared=0, routed=EXPERTS, per_tok=per_tok, width=base.TINY_FFN)
-  base.minimise(config)
+  recipes.experts(config, shared=0, routed=EXPERTS, per_tok=per_tok, width=sizes.TINY_FFN)
+  recipes.minimise(config)
 
 
 def _capacity(config: base.Page, policy: str, factor: float):
@@ -97,20 +97,20 @@ def _gshard(config: base.Page, policy: str = 'position'):
   config.model.moe.norm_topk_prob = True
   config.model.moe.options.random_second_expert = True
   _capacity(config, policy, factor=1.0)  # 2 N / E
-  base.minimise(config, gshard=0.01 * EXPERTS**2)
+  recipes.minimise(config, gshard=0.01 * EXPERTS**2)
 
 
 def _gshard_dropless(config: base.Page):
   _coarse(config, per_tok=2)
   config.model.moe.norm_topk_prob = True
-  base.minimise(config, expert_level=0.01)
+  recipes.minimise(config, expert_level=0.01)
 
 
 def _switch(config: base.Page):
   _coarse(config, per_tok=1)
   config.model.moe.options.input_jitter = 1e-2
   _capacity(config, 'position', factor=1.25)
-  base.minimise(config, switch=0.01)
+  recipes.minimise(config, switch=0.01)
 
 
 def _hash(config: base.Page, table: str):
@@ -129,12 +129,12 @@ def _expert_choice(config: base.Page, shuffle: bool):
 
 def _sinkhorn(config: base.Page):
   config.model.moe.router = 'sinkhorn'
-  base.minimise(config)
+  recipes.minimise(config)
 
 
 def _device_limited_v2(config: base.Page):
   _groups(config, num_limited=3, score='max')
-  base.minimise(config, expert_level=0.003, device_level=0.05, communication=0.02)
+  recipes.minimise(config, expert_level=0.003, device_level=0.05, communication=0.02)
 
 
 def _groups(config: base.Page, num_limited: int, score: str):
@@ -156,7 +156,7 @@ def _group_limited_v3(config: base.Page):
   config.model.moe.score_func = 'sigmoid'
   config.model.moe.norm_topk_prob = True
   config.model.moe.routed_scaling_factor = 2.5
-  base.minimise(config, normalized_expert_level=0.01)
+  recipes.minimise(config, normalized_expert_level=0.01)
 
 
 def _bias(config: base.Page, update_rule: str, form: str = 'additive'):
@@ -169,12 +169,12 @@ def _v3(config: base.Page):
   _group_limited_v3(config)
   _bias(config, 'sign')
   config.model.moe.expert_bias.update_until = 14.3 / 14.8  # trillions of tokens
-  base.minimise(config, normalized_expert_level=1e-4)
+  recipes.minimise(config, normalized_expert_level=1e-4)
 
 
 def _loss_free(config: base.Page, score_func: str, update_rule: str, form: str = 'additive'):
   config.model.moe.score_func = score_func
-  base.minimise(config)
+  recipes.minimise(config)
   _bias(config, update_rule, form)
 
 
@@ -185,28 +185,30 @@ def _skywork(config: base.Page):
   _capacity(config, 'position', factor=1.25)
   adaptive = config.model.moe.balance.adaptive
   adaptive.loss = 'squared_deviation'
-  base.minimise(config, squared_deviation=adaptive.max_coefficient)  # where the coefficient starts
+  recipes.minimise(
+    config, squared_deviation=adaptive.max_coefficient
+  )  # where the coefficient starts
 
 
 def _ds_moe(config: base.Page):
-  base.experts(config, shared=0, routed=64, per_tok=8, width=base.TINY_FFN / 4)
+  recipes.experts(config, shared=0, routed=64, per_tok=8, width=sizes.TINY_FFN / 4)
   config.model.attention.num_experts = 2
   config.model.moe.router = 'ds_moe'
   config.model.moe.dispatch = 'dense'
   config.model.moe.options.inference = 'threshold'
   config.model.moe.options.inference_threshold = 0.48
-  base.minimise(config, mutual_information=6.3e-4, attention_mutual_information=3.5e-4)
+  recipes.minimise(config, mutual_information=6.3e-4, attention_mutual_information=3.5e-4)
 
 
 def _balanced(config: base.Page):
   config.model.moe.router = 'balanced'
-  base.minimise(config)
+  recipes.minimise(config)
 
 
 def _skewed(config: base.Page):
   config.model.moe.router = 'skewed'
   config.model.moe.options.skew = 0.5
-  base.minimise(config)
+  recipes.minimise(config)
 
 
 VARIANTS: base.Variants = {
@@ -235,7 +237,7 @@ VARIANTS: base.Variants = {
   ),
   'skywork': _skywork,
   'ds_moe': _ds_moe,
-  'dense': lambda config: base.make_dense(config, 2 * base.TINY_FFN),
+  'dense': lambda config: recipes.make_dense(config, 2 * sizes.TINY_FFN),
   'balanced': _balanced,
   'skewed': _skewed,
 }

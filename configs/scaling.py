@@ -19,7 +19,7 @@ gates to count (experiments/routing_zoo).
 
 import itertools
 
-from configs import base
+from configs import base, recipes
 
 TINY_LAYERS = {1: 2, 2: 2, 3: 2, 4: 2, 5: 2, 6: 2, 8: 3, 10: 3, 12: 4}  # by dial
 SMALL_LAYERS = {1: 2, 2: 2, 3: 3, 4: 4, 5: 5, 6: 6, 8: 8, 10: 10, 12: 12}
@@ -63,14 +63,14 @@ def _small(config: base.Page, dial: int):
 
 
 def _dense(config: base.Page):
-  base.make_dense(config, 8 / 3 * config.model.embed_dim)
+  recipes.make_dense(config, 8 / 3 * config.model.embed_dim)
 
 
 def _moe(config: base.Page):
-  base.experts(config, shared=1, routed=15, per_tok=3, width=2 / 3 * config.model.embed_dim)
+  recipes.experts(config, shared=1, routed=15, per_tok=3, width=2 / 3 * config.model.embed_dim)
   config.model.moe.score_func = 'sigmoid'
   config.model.moe.norm_topk_prob = True
-  base.minimise(config, expert_level=1e-3)
+  recipes.minimise(config, expert_level=1e-3)
 
 
 SCALES = {'tiny': (_tiny, TINY_LAYERS), 'small': (_small, SMALL_LAYERS)}
@@ -90,4 +90,4 @@ VARIANTS = {
 
 def get_config(variant: str = '') -> base.Page:
   """One of `VARIANTS`, `<scale>_<kind>_<dial>`; without a name, tiny_dense_4."""
-  return base.variant(base.get_config(), variant or 'tiny_dense_4', VARIANTS)
+  return recipes.variant(base.get_config(), variant or 'tiny_dense_4', VARIANTS)

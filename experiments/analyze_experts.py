@@ -14,10 +14,12 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from experiments import cli, page
-from moe_jax import errors, router_metrics, run_load
+from experiments.common import cli, html_report
+from moe_jax import errors
 from moe_jax.analysis import assignments, interventions, probes
-from moe_jax.analysis.probes import finding, report
+from moe_jax.analysis.probes import probe_types, report
+from moe_jax.balance import routing_figures
+from moe_jax.runs import trained_run
 
 
 def define_flags():
@@ -44,22 +46,24 @@ def _chosen() -> list[str]:
   return list(dict.fromkeys(names))
 
 
-def _context(workdir: str) -> finding.Context:
+def _context(workdir: str) -> probe_types.Context:
   """The run, and for saturation its other checkpoints."""
   values = flags.FLAGS
   errors.require(values.tokens >= 0, f'--tokens={values.tokens} must be at least 0 (0 = all)')
-  assignments.check(run_load.read_config(workdir, values.step).model)
-  loaded = run_load.load(workdir, values.step)
-  corpus = run_load.heldout_corpus(loaded, workdir, warn=lambda line: print(line, file=sys.stderr))
+  assignments.check(trained_run.read_config(workdir, values.step).model)
+  loaded = trained_run.load(workdir, values.step)
+  corpus = trained_run.heldout_corpus(
+    loaded, workdir, warn=lambda line: print(line, file=sys.stderr)
+  )
   steps = [values.compare_step]
   if values.compare_step is None:
-    with run_load.reader(pathlib.Path(workdir)) as reader:
+    with trained_run.reader(pathlib.Path(workdir)) as reader:
       steps = [step for step in reader.steps() if step != loaded.step]
   others = {}
   if 'saturation' in _chosen():
-    others = {step: run_load.load(workdir, step).variables for step in steps}
+    others = {step: trained_run.load(workdir, step).variables for step in steps}
   subject = interventions.Subject(loaded.cfg, loaded.variables, corpus, loaded.mesh)
-  return finding.Context(subject, values.tokens, others, loaded.step)
+  return probe_types.Context(subject, values.tokens, others, loaded.step)
 
 
 def main(unused_argv: Sequence[str]):
@@ -70,15 +74,15 @@ def main(unused_argv: Sequence[str]):
   out = pathlib.Path(flags.FLAGS.out or pathlib.Path(workdir) / 'experts')
   pictures = report.draw(found, out)
   arrays = {f'{name}.{k}': v for name, one in found.items() for k, v in one.arrays.items()}
-  router_metrics.write(out / 'experts.npz', arrays)
-  blocks = [page.Heading(f'What the experts learned: step {context.step}', 1)]
+  routing_figures.write(out / 'experts.npz', arrays)
+  blocks = [html_report.Heading(f'What the experts learned: step {context.step}', 1)]
   for name, one in found.items():
-    title = page.Heading(name.replace('_', ' ').capitalize())
-    blocks += [title, page.Text(one.reading), page.Picture(pictures[name], name)]
+    title = html_report.Heading(name.replace('_', ' ').capitalize())
+    blocks += [title, html_report.Text(one.reading), html_report.Picture(pictures[name], name)]
   if skipped:
     lines = [f'`{name}`: {reason}' for name, reason in skipped.items()]
-    blocks += [page.Heading('Skipped'), page.Bullets(lines)]
-  written = [*page.write(blocks, out), out / 'experts.npz', *pictures.values()]
+    blocks += [html_report.Heading('Skipped'), html_report.Bullets(lines)]
+  written = [*html_report.write(blocks, out), out / 'experts.npz', *pictures.values()]
   if flags.FLAGS.json:
     readings = {name: one.reading for name, one in found.items()}
     print(json.dumps({'step': context.step, 'readings': readings, 'skipped': skipped}))

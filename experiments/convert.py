@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from configs import base
-from experiments import cli
+from experiments.common import cli
 from moe_jax import errors
 from moe_jax.interop import huggingface
 

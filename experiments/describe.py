@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import jax
 from absl import flags
 
-from experiments import cli
+from experiments.common import cli
 from moe_jax import errors
-from moe_jax.analysis import accounting
+from moe_jax.planning import describe
 
 
 def define_flags():
@@ -32,11 +32,11 @@ def main(argv: Sequence[str]):
   configs = [cli.load_page(spec) for spec in specs]
   # Shapes need no accelerator, and another process may be using it.
   jax.config.update('jax_platforms', 'cpu')
-  descriptions = [accounting.describe(config, spec) for config, spec in zip(configs, specs)]
+  descriptions = [describe.describe(config, spec) for config, spec in zip(configs, specs)]
   if flags.FLAGS.json:
     print(json.dumps([d.to_json() for d in descriptions], indent=2))
   else:
-    print(accounting.table(descriptions))
+    print(describe.table(descriptions))
 
 
 if __name__ == '__main__':

@@ -14,8 +14,11 @@ from collections.abc import Sequence
 import jax
 from absl import flags
 
-from experiments import cli
-from moe_jax import errors, evaluate, overrides, processes, run_load
+from experiments.common import cli
+from moe_jax import errors
+from moe_jax.processes import agreement
+from moe_jax.runs import overrides, trained_run
+from moe_jax.training import evaluate
 
 
 def define_flags():
@@ -44,21 +47,21 @@ def main(unused_argv: Sequence[str]):
   if flags.FLAGS.tasks:
     _check_tasks()
   cli.start_processes({'workdir': workdir, 'step': step, 'override': flags.FLAGS.override})
-  first = processes.is_first()
+  first = agreement.is_first()
   errors.require(
     not flags.FLAGS.tasks or jax.process_count() == 1,
     '--tasks runs in one process; start the command once, with --distributed=off',
   )
-  cfg = run_load.read_config(workdir, step)
+  cfg = trained_run.read_config(workdir, step)
   values = overrides.parse(cfg, flags.FLAGS.override)
   overrides.changed(cfg, values)  # mistakes show before anything is loaded
-  loaded = overrides.apply(run_load.load(workdir, step), values)
+  loaded = overrides.apply(trained_run.load(workdir, step), values)
   if flags.FLAGS.tasks:
     _tasks(loaded, values)
     return
-  with processes.together():
-    corpus = run_load.heldout_corpus(loaded, workdir, warn=_warn)
-  processes.require_same({'the text of config.data': corpus.fingerprint})
+  with agreement.together():
+    corpus = trained_run.heldout_corpus(loaded, workdir, warn=_warn)
+  agreement.require_same({'the text of config.data': corpus.fingerprint})
   figures = evaluate.evaluate(loaded.cfg, loaded.variables, corpus, loaded.mesh, progress=first)
   if not first:
     return
@@ -70,7 +73,7 @@ def main(unused_argv: Sequence[str]):
 
 
 def _warn(line: str):
-  if processes.is_first():
+  if agreement.is_first():
     print(line, file=sys.stderr)
 
 
@@ -82,7 +85,7 @@ def _check_tasks():
   )
 
 
-def _tasks(loaded: run_load.Run, values: dict[str, object]):
+def _tasks(loaded: trained_run.Run, values: dict[str, object]):
   """Runs the harness and prints a line per task, or one JSON object."""
   from moe_jax.interop import lm_harness  # needs the extra, which nobody else does
 

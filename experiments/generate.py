@@ -16,10 +16,12 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from experiments import cli
-from moe_jax import errors, generate, report, run_load, speculative
-from moe_jax import sampling as sampling_lib
+from experiments.common import cli
+from moe_jax import errors
 from moe_jax.data import fim
+from moe_jax.inference import generate, speculative
+from moe_jax.inference import sampling as sampling_lib
+from moe_jax.runs import final_report, trained_run
 
 
 def define_flags():
@@ -55,9 +57,9 @@ def main(unused_argv: Sequence[str]):
   names = ('temperature', 'top_k', 'top_p', 'seed', 'min_p', 'repetition_penalty')
   sampling = sampling_lib.Sampling(**{name: values[name].value for name in names})
   _check(len(texts))
-  loaded = run_load.load(workdir, values.step)
+  loaded = trained_run.load(workdir, values.step)
   if values.prefix is None:
-    prompts = [report.encode_prompt(loaded, text) for text in texts]
+    prompts = [final_report.encode_prompt(loaded, text) for text in texts]
   else:
     prompts = [fim.prompt(loaded.tokenizer, values.prefix, values.suffix)]
   if values.stream:
@@ -111,7 +113,7 @@ def _check(num_prompts: int):
 
 
 def _write(
-  loaded: run_load.Run, prompts: list[list[int]], sampling: sampling_lib.Sampling
+  loaded: trained_run.Run, prompts: list[list[int]], sampling: sampling_lib.Sampling
 ) -> tuple[list[str], list[list[int]], str, float]:
   """(completions, their tokens, a note for the last line, tokens per second)."""
   values, tokenizer = flags.FLAGS, loaded.tokenizer

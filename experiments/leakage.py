@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from experiments import cli
-from moe_jax import run_load
+from experiments.common import cli
 from moe_jax.analysis import assignments, leakage_probe
+from moe_jax.runs import trained_run
 
 _LOSS_NAMES = {'as_trained': 'as trained', 'shuffled': 'with tokens dealt to chunks at random'}
 
@@ -27,9 +27,11 @@ def define_flags():
 def main(unused_argv: Sequence[str]):
   """Prints what changes in the first halves of rows when their second halves are exchanged."""
   workdir, step = cli.required('workdir'), flags.FLAGS.step
-  assignments.check(run_load.read_config(workdir, step).model)
-  loaded = run_load.load(workdir, step)
-  corpus = run_load.heldout_corpus(loaded, workdir, warn=lambda line: print(line, file=sys.stderr))
+  assignments.check(trained_run.read_config(workdir, step).model)
+  loaded = trained_run.load(workdir, step)
+  corpus = trained_run.heldout_corpus(
+    loaded, workdir, warn=lambda line: print(line, file=sys.stderr)
+  )
   found = leakage_probe.probe(loaded, corpus)
   theory = leakage_probe.theory(loaded.cfg.model)
   losses = leakage_probe.heldout_losses(loaded, corpus)

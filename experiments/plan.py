@@ -15,9 +15,10 @@ from collections.abc import Sequence
 import jax
 from absl import flags
 
-from experiments import cli
-from moe_jax import config_mesh, errors
-from moe_jax.analysis import chips, plan_text, planner, planner_search
+from experiments.common import cli
+from moe_jax import errors
+from moe_jax.config import parse
+from moe_jax.planning import chips, plan_text, planner, planner_search
 
 
 def define_flags():
@@ -34,25 +35,6 @@ def define_flags():
   flags.DEFINE_bool('json', False, 'print one JSON object (a list with --search) and nothing else')
 
 
-def mesh_values(text: str) -> dict[str, int]:
-  """'fsdp=64,expert=8' -> the values of config.mesh; axes that are not named are 1.
-
-  Raises:
-    errors.InputError: an axis is unknown, or a size is no number.
-  """
-  found = dict.fromkeys(config_mesh.AXES, 1)
-  for part in filter(None, text.split(',')):
-    axis, _, size = part.partition('=')
-    known = axis in found and size.lstrip('-').isdigit()
-    errors.require(
-      known,
-      f'--mesh={text!r}: {part!r} must be axis=size with an axis of '
-      f'{", ".join(config_mesh.AXES)}{errors.did_you_mean(axis, found)}',
-    )
-    found[axis] = int(size)
-  return found
-
-
 def main(argv: Sequence[str]):
   """Prints the plan."""
   del argv
@@ -61,7 +43,7 @@ def main(argv: Sequence[str]):
   page = args.config
   if page is not None:
     page.train.batch_ramp = ()
-    page.mesh.update(mesh_values(args.mesh) if args.mesh else {})
+    page.mesh.update(parse.mesh_values(args.mesh) if args.mesh else {})
   cfg = cli.resolve(page)
   errors.require(
     args.max_vio is None or args.max_vio >= 0,

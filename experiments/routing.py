@@ -11,9 +11,10 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from experiments import cli
-from moe_jax import errors, run_load
+from experiments.common import cli
+from moe_jax import errors
 from moe_jax.analysis import assignments
+from moe_jax.runs import trained_run
 
 
 def define_flags():
@@ -52,7 +53,7 @@ def main(unused_argv: Sequence[str]):
   errors.require(values.batches >= 1, f'--batches={values.batches} must be at least 1')
   limits = _numbers('limit', int, 1)
   factors = _numbers('capacity_factor', float, 0.01)
-  model = run_load.read_config(workdir, values.step).model
+  model = trained_run.read_config(workdir, values.step).model
   assignments.check(model)
   devices = [model.moe.num_virtual_devices]
   if values.devices is not None:
@@ -62,8 +63,10 @@ def main(unused_argv: Sequence[str]):
   path = pathlib.Path(values.save) if values.save else None
   if path:
     assignments.check_writable(path)
-  loaded = run_load.load(workdir, values.step)
-  corpus = run_load.heldout_corpus(loaded, workdir, warn=lambda line: print(line, file=sys.stderr))
+  loaded = trained_run.load(workdir, values.step)
+  corpus = trained_run.heldout_corpus(
+    loaded, workdir, warn=lambda line: print(line, file=sys.stderr)
+  )
   recording = assignments.collect(loaded, corpus, values.batches)
   found = {d: assignments.device_figures(recording, model, d, limits, factors) for d in devices}
   record = {'step': loaded.step, 'batches': values.batches, 'tokens': int(recording.mask.sum())}

@@ -16,8 +16,11 @@ import jax
 import tqdm
 from absl import flags
 
-from experiments import cli
-from moe_jax import config, errors, processes, report, run
+from experiments.common import cli
+from moe_jax import errors
+from moe_jax.config import parse
+from moe_jax.processes import agreement
+from moe_jax.runs import final_report, train_run
 
 
 def define_flags():
@@ -49,9 +52,9 @@ def main(unused_argv: Sequence[str]):
   workdir = pathlib.Path(cli.required('workdir'))
   allow = flags.FLAGS.allow_config_change
   cli.start_processes(
-    {'config': config.to_dict(cfg), 'workdir': str(workdir), 'allow_config_change': allow}
+    {'config': parse.to_dict(cfg), 'workdir': str(workdir), 'allow_config_change': allow}
   )
-  trained, corpus = run.run_training(
+  trained, corpus = train_run.run_training(
     cfg,
     workdir,
     allow_config_change=allow,
@@ -60,9 +63,9 @@ def main(unused_argv: Sequence[str]):
     profile_steps=_profile_steps(),
   )
   if not trained.interrupted_by:
-    report.finish(trained, corpus, workdir, _say)
+    final_report.finish(trained, corpus, workdir, _say)
     return
-  if not processes.is_first():
+  if not agreement.is_first():
     return
   # Every process has a number of its own, the rest of the command is the same.
   arguments = [a for a in sys.argv[1:] if not a.startswith('--process_id=')]

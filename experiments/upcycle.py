@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from experiments import cli
-from moe_jax import upcycle_run
+from experiments.common import cli
+from moe_jax.runs import upcycle_run
 
 
 def define_flags():

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import base
-from moe_jax import config, partitioning, train
-from moe_jax.models import transformer
+from moe_jax.config import parse, schema
+from moe_jax.devices import partitioning
+from moe_jax.models import model_variables
+from moe_jax.training import loop, objective
 
 SIZES = {
   'model.vocab_size': 32,
@@ -48,9 +50,9 @@ def values(**overrides) -> dict:
   return page.to_dict()
 
 
-def make(**overrides) -> config.Config:
+def make(**overrides) -> schema.Config:
   """The tiny config, checked."""
-  return config.from_dict(values(**overrides))
+  return parse.from_dict(values(**overrides))
 
 
 def mesh(num_devices: int | None = None, **axes: int) -> jax.sharding.Mesh:
@@ -61,7 +63,7 @@ def mesh(num_devices: int | None = None, **axes: int) -> jax.sharding.Mesh:
 
 
 @functools.cache
-def params(model: config.ModelConfig, seed: int = 0):
+def params(model: schema.ModelConfig, seed: int = 0):
   """Weights of a model, large enough (0.3) that routing and attention are far from uniform."""
   rng = np.random.default_rng(seed)
 
@@ -70,7 +72,7 @@ def params(model: config.ModelConfig, seed: int = 0):
     scale = path[-1].key == 'scale'
     return jnp.asarray(1 + 0.1 * noise if scale else 0.3 * noise, leaf.dtype)
 
-  return jax.tree_util.tree_map_with_path(draw, transformer.abstract_params(model))
+  return jax.tree_util.tree_map_with_path(draw, model_variables.abstract_params(model))
 
 
 def row(lengths, length: int = 16, vocab_size: int = 32, seed: int = 0) -> dict[str, np.ndarray]:
@@ -94,7 +96,7 @@ LENGTHS = ((16,), (7, 9), (5, 4, 3), (10,), (), (1, 2), (13,), (8, 8))
 def batch(lengths=LENGTHS) -> dict[str, np.ndarray]:
   """One row per entry of `lengths`."""
   rows = [row(entry, seed=i) for i, entry in enumerate(lengths)]
-  return {key: np.stack([r[key] for r in rows]) for key in train.BATCH_KEYS}
+  return {key: np.stack([r[key] for r in rows]) for key in loop.BATCH_KEYS}
 
 
 def num_targets(rows: dict[str, np.ndarray]) -> int:
@@ -102,10 +104,10 @@ def num_targets(rows: dict[str, np.ndarray]) -> int:
 
 
 @functools.cache
-def router_state(model: config.ModelConfig, seed: int = 0):
+def router_state(model: schema.ModelConfig, seed: int = 0):
   """A router state far from its start: biases that change selections, tables that are random."""
   rng = np.random.default_rng(seed)
-  shapes = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0))['router_state'])
+  shapes = jax.eval_shape(lambda: model_variables.init(model, jax.random.key(0))['router_state'])
 
   def draw(path, leaf):
     if path[-1].key == 'expert_bias':
@@ -121,9 +123,9 @@ def router_state(model: config.ModelConfig, seed: int = 0):
 
 @functools.cache
 def gradients(**overrides):
-  """(params, batch, router_state={}) -> `train.gradients` of the tiny config, compiled once."""
+  """(params, batch, router_state={}) -> `objective.gradients` of the tiny config, compiled once."""
   cfg = make(**overrides)
-  fn = jit(functools.partial(train.gradients, cfg))
+  fn = jit(functools.partial(objective.gradients, cfg))
   return lambda params, rows, state=None: fn(params, state or {}, rows, jnp.uint32(0))
 
 

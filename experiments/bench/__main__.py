@@ -16,8 +16,8 @@ from collections.abc import Sequence
 import jax
 from absl import flags
 
-from experiments import cli
-from experiments.bench import harness, report
+from experiments.bench import report
+from experiments.common import cli, harness
 from moe_jax import errors
 
 SUITES = ('layer', 'step', 'decode', 'compile', 'scale')

@@ -21,9 +21,10 @@ from typing import Any
 
 import tqdm
 
-from configs import base
-from experiments.bench import harness, twins
-from moe_jax import config
+from configs import base, sizes
+from experiments.bench import twins
+from experiments.common import harness
+from moe_jax.config import parse, schema
 
 ROOT = pathlib.Path(__file__).parents[2]
 DEPTHS, EXPERTS = (6, 12, 30, 60), (8, 64, 256)
@@ -43,11 +44,11 @@ class Case:
   experts: int
   dense: bool = False  # its dense twin in its place
 
-  def config(self, layers: int) -> config.Config:
+  def config(self, layers: int) -> schema.Config:
     """Tiny widths: what grows with them is another question."""
-    page = base.tiny(base.get_config())
+    page = sizes.tiny(base.get_config())
     page.model.num_layers, page.model.moe.num_experts = layers, self.experts
-    cfg = config.from_dict(page.to_dict())
+    cfg = parse.from_dict(page.to_dict())
     return twins.dense_twin(cfg) if self.dense else cfg
 
 
@@ -81,8 +82,8 @@ def run(
 
 def _in_process(case: Case) -> dict[str, float]:
   values = {
-    'config': config.to_dict(case.config(case.layers)),
-    'warm_up': config.to_dict(case.config(WARM_UP_LAYERS)),
+    'config': parse.to_dict(case.config(case.layers)),
+    'warm_up': parse.to_dict(case.config(WARM_UP_LAYERS)),
   }
   command = [sys.executable, '-m', 'experiments.bench.compile_case']
   done = subprocess.run(

@@ -9,11 +9,12 @@ import time
 
 import jax
 
-from moe_jax import config, host_memory, partitioning
-from moe_jax.analysis import aot
+from moe_jax.config import parse, schema
+from moe_jax.devices import partitioning
+from moe_jax.planning import compile_ahead, host_memory
 
 
-def measure(cfg: config.Config, warm_up: config.Config) -> dict[str, float]:
+def measure(cfg: schema.Config, warm_up: schema.Config) -> dict[str, float]:
   """Seconds of tracing and of compiling, and by how much they raised the process's peak memory.
 
   A small model is traced first, so that what Python imports on the way is left out; what JAX then
@@ -23,10 +24,10 @@ def measure(cfg: config.Config, warm_up: config.Config) -> dict[str, float]:
   jax.config.update('jax_enable_compilation_cache', False)
   try:
     mesh = partitioning.make_mesh(cfg.mesh)
-    aot.lower_train(warm_up, mesh, None)
+    compile_ahead.lower_train(warm_up, mesh, None)
     jax.clear_caches()
     before, start = host_memory.peak(), time.perf_counter()
-    lowered = aot.lower_train(cfg, mesh, None)[1]
+    lowered = compile_ahead.lower_train(cfg, mesh, None)[1]
     traced = time.perf_counter()
     lowered.compile()
     compiled = time.perf_counter()
@@ -42,7 +43,7 @@ def measure(cfg: config.Config, warm_up: config.Config) -> dict[str, float]:
 def main():
   """Reads the two configs and prints the result."""
   values = json.load(sys.stdin)
-  print(json.dumps(measure(*(config.from_dict(values[key]) for key in ('config', 'warm_up')))))
+  print(json.dumps(measure(*(parse.from_dict(values[key]) for key in ('config', 'warm_up')))))
 
 
 if __name__ == '__main__':

@@ -18,12 +18,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs import base
-from experiments.bench import harness, torch_generate, twins
-from moe_jax import config, generate, partitioning
-from moe_jax import sampling as sampling_lib
+from configs import base, recipes
+from experiments.bench import torch_generate, twins
+from experiments.common import harness
+from moe_jax.config import parse, schema
+from moe_jax.devices import partitioning
+from moe_jax.inference import cached_model, generate
+from moe_jax.inference import sampling as sampling_lib
 from moe_jax.interop import huggingface
-from moe_jax.models import decode, transformer
+from moe_jax.models import model_variables
 
 Array = jax.Array
 GREEDY = sampling_lib.Sampling(temperature=0.0)
@@ -129,7 +132,7 @@ def run(
   return results
 
 
-def page(shape: Mapping[str, Any], attention: str, dtype: str, length: int) -> config.Config:
+def page(shape: Mapping[str, Any], attention: str, dtype: str, length: int) -> schema.Config:
   """The config of a shape of transformers' DeepSeek-V2 in our words.
 
   Args:
@@ -150,10 +153,10 @@ def page(shape: Mapping[str, Any], attention: str, dtype: str, length: int) -> c
   m.moe.moe_mlp_dim = shape['moe_intermediate_size']
   m.attention.head_dim = shape['qk_nope_head_dim']
   if attention == 'mla':
-    base.latent_attention(c, q_lora_rank=shape['q_lora_rank'] or 0)
+    recipes.latent_attention(c, q_lora_rank=shape['q_lora_rank'] or 0)
     for key in ('kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim'):
       m.attention.mla[key] = shape[key]
-  return config.from_dict(c.to_dict())
+  return parse.from_dict(c.to_dict())
 
 
 def _points(
@@ -175,13 +178,13 @@ def _points(
       yield [make(label, v, c.model, batch, context, sizes) for v, c in cfgs.items()]
 
 
-def _weights(cfg: config.ModelConfig) -> decode.Weights:
+def _weights(cfg: schema.ModelConfig) -> cached_model.Weights:
   """Random ones; on a GPU their stacks are gone before the first step."""
-  variables = jax.jit(lambda: partitioning.unbox(transformer.init(cfg, jax.random.key(0))))()
-  return decode.unstack(cfg, variables)
+  variables = jax.jit(lambda: partitioning.unbox(model_variables.init(cfg, jax.random.key(0))))()
+  return cached_model.unstack(cfg, variables)
 
 
-def _tokens(cfg: config.ModelConfig, batch: int, length: int, number: int) -> np.ndarray:
+def _tokens(cfg: schema.ModelConfig, batch: int, length: int, number: int) -> np.ndarray:
   return np.random.default_rng(number).integers(2, cfg.vocab_size, (batch, length), np.int32)
 
 
@@ -190,16 +193,16 @@ def _role(variant: str) -> str:
 
 
 def _prefill(
-  label: str, variant: str, cfg: config.ModelConfig, batch: int, context: int, sizes: Sizes
+  label: str, variant: str, cfg: schema.ModelConfig, batch: int, context: int, sizes: Sizes
 ) -> harness.Program:
   del sizes
   weights, slots = _weights(cfg), generate.in_buckets(context)
 
   @jax.jit
-  def fill(weights: decode.Weights, tokens: Array) -> tuple[Array, decode.Caches]:
+  def fill(weights: cached_model.Weights, tokens: Array) -> tuple[Array, cached_model.Caches]:
     length = jnp.full((batch,), context, jnp.int32)
-    hidden, caches = decode.prefill(cfg, weights, tokens, length, slots)
-    return decode.logits_of(cfg, weights, hidden[:, -1:]), caches
+    hidden, caches = cached_model.prefill(cfg, weights, tokens, length, slots)
+    return cached_model.logits_of(cfg, weights, hidden[:, -1:]), caches
 
   compiled = fill.lower(weights, _tokens(cfg, batch, context, 0)).compile()
   return harness.Program(
@@ -214,7 +217,7 @@ def _prefill(
 
 
 def _step(
-  label: str, variant: str, cfg: config.ModelConfig, batch: int, context: int, sizes: Sizes
+  label: str, variant: str, cfg: schema.ModelConfig, batch: int, context: int, sizes: Sizes
 ) -> harness.Program:
   """`sizes.steps` steps in one program behind a cache of random entries."""
   weights, slots = _weights(cfg), generate.in_buckets(context + sizes.steps)
@@ -246,30 +249,30 @@ def _step(
 
 
 def _advance(
-  weights: decode.Weights,
+  weights: cached_model.Weights,
   token: Array,
-  caches: decode.Caches,
+  caches: cached_model.Caches,
   *,
-  cfg: config.ModelConfig,
+  cfg: schema.ModelConfig,
   context: int,
   steps: int,
-) -> tuple[Array, decode.Caches]:
+) -> tuple[Array, cached_model.Caches]:
   """(the last token [B, 1], caches) after greedy steps from position `context` on."""
 
-  def body(i: Array, state: tuple[Array, decode.Caches]) -> tuple[Array, decode.Caches]:
+  def body(i: Array, state: tuple[Array, cached_model.Caches]) -> tuple[Array, cached_model.Caches]:
     token, caches = state
     at = jnp.full_like(token, context) + i
-    out = decode.step(cfg, weights, token, at, caches)
-    logits = decode.logits_of(cfg, weights, out.hidden)
+    out = cached_model.step(cfg, weights, token, at, caches)
+    logits = cached_model.logits_of(cfg, weights, out.hidden)
     return jnp.argmax(logits, axis=-1).astype(jnp.int32), out.caches
 
   return jax.lax.fori_loop(0, steps, body, (token, caches))
 
 
 def _random_caches(
-  cfg: config.ModelConfig, weights: decode.Weights, batch: int, slots: int
-) -> decode.Caches:
-  fill = lambda w, t, n: decode.prefill(cfg, w, t, n, slots).caches
+  cfg: schema.ModelConfig, weights: cached_model.Weights, batch: int, slots: int
+) -> cached_model.Caches:
+  fill = lambda w, t, n: cached_model.prefill(cfg, w, t, n, slots).caches
   one = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
   shapes = jax.eval_shape(fill, weights, one, jax.ShapeDtypeStruct((batch,), jnp.int32))
   leaves, tree = jax.tree.flatten(shapes)
@@ -277,7 +280,7 @@ def _random_caches(
   return tree.unflatten([jax.random.normal(k, a.shape, a.dtype) for k, a in zip(keys, leaves)])
 
 
-def cache_bytes(cfg: config.ModelConfig) -> int:
+def cache_bytes(cfg: schema.ModelConfig) -> int:
   """Bytes that the caches of all layers hold per token."""
   a = cfg.attention
   if a.kind == 'mla':
@@ -287,7 +290,7 @@ def cache_bytes(cfg: config.ModelConfig) -> int:
   return cfg.num_layers * width * jnp.dtype(cfg.dtype).itemsize
 
 
-def step_bytes(cfg: config.ModelConfig, batch: int, context: int) -> int:
+def step_bytes(cfg: schema.ModelConfig, batch: int, context: int) -> int:
   """Bytes that a step has to read: weights in use, and the caches up to the context.
 
   An expert's weights count once however many tokens choose it; the number of experts in use is its
@@ -297,9 +300,9 @@ def step_bytes(cfg: config.ModelConfig, batch: int, context: int) -> int:
   return round(weights + batch * context * cache_bytes(cfg))
 
 
-def _used_weights(cfg: config.ModelConfig, batch: int, head: bool = True) -> float:
+def _used_weights(cfg: schema.ModelConfig, batch: int, head: bool = True) -> float:
   """Weights that a step with `batch` tokens multiplies with."""
-  params, total = transformer.abstract_params(cfg), 0.0
+  params, total = model_variables.abstract_params(cfg), 0.0
   for path, leaf in jax.tree.leaves_with_path(params):
     names = [entry.key for entry in path]
     if names[0] in ('embedding', 'mtp_layers') or (names[0] == 'head' and not head):
@@ -317,7 +320,7 @@ def _generation(
 ) -> Iterator[list[harness.Program]]:
   """Whole texts, beside transformers where it is asked for and installed."""
   with_theirs = options.transformers and all(map(importlib.util.find_spec, torch_generate.NEEDS))
-  ready: Callable[[], tuple[Any, generate.Generator, config.ModelConfig]]
+  ready: Callable[[], tuple[Any, generate.Generator, schema.ModelConfig]]
   ready = functools.cache(lambda: _models(shape, sizes, with_theirs))
   for batch in sizes.batches:
     label = f'generation {name}, batch {batch}, {sizes.prompt} + {sizes.new} tokens'
@@ -347,12 +350,12 @@ def _generation(
 
 def _models(
   shape: Mapping[str, Any], sizes: Sizes, with_theirs: bool
-) -> tuple[Any, generate.Generator, config.ModelConfig]:
+) -> tuple[Any, generate.Generator, schema.ModelConfig]:
   """(transformers' model or None, ours with the same weights, its config)."""
   if not with_theirs:
     length = generate.in_buckets(sizes.prompt + sizes.new)
     cfg = page(shape, 'mla', sizes.dtype, length).model
-    variables = jax.jit(lambda: partitioning.unbox(transformer.init(cfg, jax.random.key(0))))()
+    variables = jax.jit(lambda: partitioning.unbox(model_variables.init(cfg, jax.random.key(0))))()
     return None, generate.Generator(cfg, variables, ()), cfg
   with tempfile.TemporaryDirectory() as directory:
     model = torch_generate.make_model(shape, sizes.dtype, directory, os.cpu_count())

@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from experiments import cli
-from experiments.bench import gpu_checks, gpu_kernels, gpu_models, gpu_sizes, harness
+from experiments.bench import gpu_checks, gpu_kernels, gpu_models, gpu_sizes
+from experiments.common import cli, harness
 from moe_jax import errors
-from moe_jax.models import tuned
+from moe_jax.devices import tokamax_tiles
 
 HERE = pathlib.Path(__file__).parent
 Part = Callable[[gpu_sizes.Sizes, harness.Peaks], Iterator[dict[str, Any]]]
@@ -141,9 +141,9 @@ def main(unused_argv: Sequence[str]) -> int:
   head = {
     'environment': environment,
     'sizes': dataclasses.asdict(sizes),
-    'measured_tiles': tuned.path_of(kind).is_file(),
+    'measured_tiles': tokamax_tiles.path_of(kind).is_file(),
   }
-  path = tuned.path_of(kind, pathlib.Path(args.out))
+  path = tokamax_tiles.path_of(kind, pathlib.Path(args.out))
   well = run(sizes, Journal(path, head), 60 * args.minutes, args.only)
   print(path)
   return 0 if well else 1

@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench import gpu_kernels, gpu_sizes, harness
-from moe_jax import losses
-from moe_jax.models.attend import latent_decode, reference
-from moe_jax.models.dispatch import DISPATCHES, kernels
+from experiments.bench import gpu_kernels, gpu_sizes
+from experiments.common import harness
+from moe_jax.models.attention.kernels import latent_decode, reference
+from moe_jax.models.dispatch import DISPATCHES
+from moe_jax.models.experts import grouped_kernels
+from moe_jax.training import cross_entropy as cross_entropy_lib
 
 Array = jax.Array
 ROWS, WIDE, NARROW, EXPERTS = 1024, 256, 128, 8
@@ -66,7 +68,7 @@ def _legs(sizes: gpu_sizes.Sizes) -> Iterator[dict[str, Any]]:
   normal = gpu_kernels.normal
   x, g, w = normal(1, ROWS, WIDE), normal(2, ROWS, NARROW), normal(3, EXPERTS, WIDE, NARROW)
   for kernel in sizes.kernels:
-    backend = kernels.tokamax_backend((kernel,), (kernel,))
+    backend = grouped_kernels.tokamax_backend((kernel,), (kernel,))
     legs = jax.jit(
       lambda x, g, w, n, b=backend: (b.gmm(x, w, n), b.gmm_t(g, w, n), b.tgmm(x, g, n))
     )
@@ -139,10 +141,10 @@ def _head_loss() -> dict[str, Any]:
   targets = jnp.asarray(np.random.default_rng(0).integers(-1, 1000, size=(1, 96)), jnp.int32)
 
   def ours(x, head):
-    return losses.head_loss(x, head, targets, chunk=40, z_weight=1e-3).total
+    return cross_entropy_lib.head_loss(x, head, targets, chunk=40, z_weight=1e-3).total
 
   def plain(x, head):
-    cross_entropy, z = losses.next_token(x @ head, targets)
+    cross_entropy, z = cross_entropy_lib.next_token(x @ head, targets)
     return cross_entropy + 1e-3 * z
 
   got = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))(x, head)

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench import gpu_sizes, harness
-from moe_jax import losses
-from moe_jax.models import attend, mla
-from moe_jax.models.attend import tokamax
-from moe_jax.models.dispatch import kernels
-from moe_jax.models.dispatch import plan as plan_lib
+from experiments.bench import gpu_sizes
+from experiments.common import harness
+from moe_jax.models.attention import kernels, latent
+from moe_jax.models.attention.kernels import tokamax
+from moe_jax.models.experts import grouped_kernels, sorted_plan
+from moe_jax.training import cross_entropy
 
 Array = jax.Array
 MLA_DIMS = (192, 128)  # of queries and keys, and of values
@@ -100,7 +100,7 @@ def legs(sizes: gpu_sizes.Sizes, peaks: harness.Peaks) -> Iterator[dict[str, Any
     }.items():
       programs = []
       for kernel in sizes.kernels:
-        backend = kernels.tokamax_backend((kernel,), (kernel,))
+        backend = grouped_kernels.tokamax_backend((kernel,), (kernel,))
         for case, n in counts.items():
           inputs = [(*pair, n.astype(jnp.int32)) for pair in operands]
           variant, fn = f'{kernel}, {case}', getattr(backend, leg)
@@ -113,7 +113,7 @@ def dispatch(sizes: gpu_sizes.Sizes, peaks: harness.Peaks) -> Iterator[dict[str,
   """The plan of a layer, the gather of rows and the sum of each token's rows."""
   t, k, d, e = sizes.tokens, sizes.k, sizes.embed_dim, sizes.num_experts
   idx = [jnp.asarray(gpu_sizes.routing('zipf', t, e, k, seed)) for seed in range(INPUTS)]
-  make = functools.partial(plan_lib.make_plan, num_experts=e, align=1)
+  make = functools.partial(sorted_plan.make_plan, num_experts=e, align=1)
   plans = [jax.jit(make)(i) for i in idx]
   tokens = [(normal(i, t, d), plan) for i, plan in enumerate(plans)]
   rows = [(normal(i, t * k, d), plan) for i, plan in enumerate(plans)]
@@ -123,13 +123,13 @@ def dispatch(sizes: gpu_sizes.Sizes, peaks: harness.Peaks) -> Iterator[dict[str,
       prepare('plan', 'sort, edges, inverse', make, [(i,) for i in idx], sizes),
       prepare(
         *('gather', 'rows of tokens'),
-        lambda x, plan: plan_lib.take(x, plan.row_choice // k),
+        lambda x, plan: sorted_plan.take(x, plan.row_choice // k),
         *(tokens, sizes),
         num_bytes=moved,
       ),
       prepare(
         *('combine', 'sum of rows'),
-        lambda y, plan: plan_lib.sum_rows(y, plan.choice_row),
+        lambda y, plan: sorted_plan.sum_rows(y, plan.choice_row),
         *(rows, sizes),
         num_bytes=moved,
       ),
@@ -143,7 +143,7 @@ def flash_variants(sizes: gpu_sizes.Sizes) -> dict[str, Callable]:
   found = {
     f'tokamax {name}': functools.partial(tokamax.attend, kernels=(name,)) for name in sizes.flash
   }
-  return found | {name: attend.ATTENDS[name] for name in ('dot_product', 'chunked')}
+  return found | {name: kernels.ATTENDS[name] for name in ('dot_product', 'chunked')}
 
 
 def attention_inputs(sizes: gpu_sizes.Sizes, seed: int = 0, dtype: Any = jnp.bfloat16) -> tuple:
@@ -194,7 +194,7 @@ def flash(sizes: gpu_sizes.Sizes, peaks: harness.Peaks) -> Iterator[dict[str, An
 def head_loss(sizes: gpu_sizes.Sizes, peaks: harness.Peaks) -> Iterator[dict[str, Any]]:
   """The loss over the vocabulary with both gradients: three products."""
   t, d, v = sizes.tokens, sizes.embed_dim, sizes.vocab_size
-  loss = lambda x, w, y, chunk: losses.head_loss(x, w, y, chunk=chunk, z_weight=1e-4).total
+  loss = lambda x, w, y, chunk: cross_entropy.head_loss(x, w, y, chunk=chunk, z_weight=1e-4).total
   rng = np.random.default_rng(0)
   targets = [jnp.asarray(rng.integers(v, size=(1, t)), jnp.int32) for _ in range(INPUTS)]
   head = normal(3, d, v, dtype=jnp.float32) / d**0.5
@@ -215,15 +215,15 @@ def cache(sizes: gpu_sizes.Sizes, peaks: harness.Peaks) -> Iterator[dict[str, An
     settings = types.SimpleNamespace(softmax_scale=MLA_DIMS[0] ** -0.5, impl=impl)
 
     def run(q, rope, cached, up, positions):
-      return mla.absorbed(mla.Queries(q, rope), cached, up, positions, settings)
+      return latent.absorbed(latent.Queries(q, rope), cached, up, positions, settings)
 
     return run
 
-  up = mla.Absorbed(normal(1, n, nope, LATENT), normal(2, n, LATENT, nope))
+  up = latent.Absorbed(normal(1, n, nope, LATENT), normal(2, n, LATENT, nope))
   positions = jnp.full((b, 1), s - 1, jnp.int32)
   inputs = []
   for i in range(2):  # each far larger than any cache of the chip
-    cached = mla.LatentCache(normal(i, b, s, LATENT), normal(i + 5, b, s, ROPE))
+    cached = latent.LatentCache(normal(i, b, s, LATENT), normal(i + 5, b, s, ROPE))
     inputs.append((normal(i, b, 1, n, nope), normal(i, b, 1, n, ROPE), cached, up, positions))
   about = dict(num_bytes=2.0 * b * s * (LATENT + ROPE), flops=2.0 * b * s * n * (2 * LATENT + ROPE))
   variants = {'one pass': 'auto', 'XLA': 'reference'}

@@ -12,11 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import deepseek_v2_lite, deepseekmoe_2b, deepseekmoe_tiny
-from experiments.bench import gpu_kernels, gpu_sizes, gpu_torch, harness, step, stepper
-from moe_jax import config, flops, partitioning
-from moe_jax.analysis import profile
-from moe_jax.models import decode, layers, transformer
+from experiments.bench import gpu_kernels, gpu_sizes, gpu_torch, step
+from experiments.common import harness, stepper
+from moe_jax.config import parse, schema
+from moe_jax.devices import partitioning
+from moe_jax.inference import cached_model
+from moe_jax.models import layers, model_variables
 from moe_jax.models.dispatch import dropless
+from moe_jax.planning import flops, profile
 
 Array = jax.Array
 REMATS = ('none', 'moe_core', 'full')
@@ -127,7 +130,7 @@ def _both(fn):
   return run
 
 
-def step_pages(sizes: gpu_sizes.Sizes) -> Iterator[tuple[str, config.Config]]:
+def step_pages(sizes: gpu_sizes.Sizes) -> Iterator[tuple[str, schema.Config]]:
   """(policy, run): the 2B model with aligned experts by what backward keeps, or a tiny one."""
   for remat in REMATS if sizes.models else REMATS[1:2]:
     page = deepseekmoe_2b.get_config() if sizes.models else deepseekmoe_tiny.get_config()
@@ -138,7 +141,7 @@ def step_pages(sizes: gpu_sizes.Sizes) -> Iterator[tuple[str, config.Config]]:
     else:
       page.model.num_layers, page.model.max_seq_len = 2, 32
       page.train.batch_size = max(2, jax.device_count())
-    yield remat, config.from_dict(page.to_dict())
+    yield remat, parse.from_dict(page.to_dict())
 
 
 def train_step(sizes: gpu_sizes.Sizes, peaks: harness.Peaks) -> Iterator[dict[str, Any]]:
@@ -167,7 +170,7 @@ def train_step(sizes: gpu_sizes.Sizes, peaks: harness.Peaks) -> Iterator[dict[st
 def generation(sizes: gpu_sizes.Sizes, peaks: harness.Peaks) -> Iterator[dict[str, Any]]:
   """Tokens per second of MLA and of MHA, each with as many rows as its caches leave room for."""
   for kind in ('mla', 'gqa'):  # with as many key-value heads as heads: MHA
-    cfg = config.from_dict(_generating(sizes, kind).to_dict()).model
+    cfg = parse.from_dict(_generating(sizes, kind).to_dict()).model
     yield _generate(cfg, 'MLA' if kind == 'mla' else 'MHA', sizes, peaks)
 
 
@@ -183,24 +186,24 @@ def _generating(sizes: gpu_sizes.Sizes, kind: str) -> Any:
 
 
 def _generate(
-  cfg: config.ModelConfig, name: str, sizes: gpu_sizes.Sizes, peaks: harness.Peaks
+  cfg: schema.ModelConfig, name: str, sizes: gpu_sizes.Sizes, peaks: harness.Peaks
 ) -> dict[str, Any]:
   context = CONTEXT if sizes.models else 32
   limit = CACHE_SHARE * (jax.devices()[0].memory_stats() or {}).get('bytes_limit', 2e6)
-  variables = partitioning.unbox(transformer.init(cfg, jax.random.key(0)))
-  weights = jax.block_until_ready(decode.unstack(cfg, variables))
+  variables = partitioning.unbox(model_variables.init(cfg, jax.random.key(0)))
+  weights = jax.block_until_ready(cached_model.unstack(cfg, variables))
   del variables
   ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
   lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
-  fill = lambda w, t, n: decode.prefill(cfg, w, t, n, context).caches
+  fill = lambda w, t, n: cached_model.prefill(cfg, w, t, n, context).caches
   one = jax.eval_shape(fill, weights, ids, lengths)
   per_row = sum(int(np.prod(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(one))
   rows = max(1, int(limit // per_row))
   caches = jax.tree.map(lambda a: jnp.zeros((rows, *a.shape[1:]), a.dtype), one)
 
   def next_token(weights, tokens, positions, caches):
-    out = decode.step(cfg, weights, tokens, positions, caches)
-    return jnp.argmax(decode.logits_of(cfg, weights, out.hidden), axis=-1), out.caches
+    out = cached_model.step(cfg, weights, tokens, positions, caches)
+    return jnp.argmax(cached_model.logits_of(cfg, weights, out.hidden), axis=-1), out.caches
 
   tokens = jnp.ones((rows, 1), jnp.int32)
   positions = jnp.full((rows, 1), context - 1, jnp.int32)
@@ -229,8 +232,8 @@ def _generate(
 
 def decode_suite(sizes: gpu_sizes.Sizes, peaks: harness.Peaks) -> Iterator[dict[str, Any]]:
   """The suite of the main command, which chooses its sizes by the platform; not at toy sizes."""
-  from experiments.bench import decode as suite
+  from experiments.bench import decode
 
   options = harness.Options(repeats=sizes.repeats, transformers=False)
-  for result in suite.run(options, peaks) if sizes.models else ():
+  for result in decode.run(options, peaks) if sizes.models else ():
     yield result.to_json()

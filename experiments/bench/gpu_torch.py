@@ -1,6 +1,7 @@
 """transformers' DeepSeek-V2 layer of experts on torch, beside ours; imported where it is used."""
 
-from experiments.bench import gpu_sizes, harness, torch_step
+from experiments.bench import gpu_sizes, torch_step
+from experiments.common import harness
 
 
 def runs(sizes: gpu_sizes.Sizes) -> bool:

@@ -16,9 +16,11 @@ import numpy as np
 import tqdm
 
 from configs import base
-from experiments.bench import harness, torch_threads
-from moe_jax import config, config_moe, partitioning
-from moe_jax.models import layers, moe
+from experiments.bench import torch_threads
+from experiments.common import harness
+from moe_jax.config import moe_config, parse
+from moe_jax.devices import partitioning
+from moe_jax.models import layers, moe_layer
 from moe_jax.models.routers import routing
 
 ROW = 512  # tokens of a row of the batch
@@ -86,11 +88,11 @@ GPU_CASES = (
   *(Case(16384, 2048, e, 1408, 6, 2, 'bfloat16') for e in (8, 16, 128, 256)),
 )
 # A dispatch, and the format of its products where it is not the layer's own.
-LOW_PRECISION = tuple(f'dropless {qtype}' for qtype in config_moe.LOW_PRECISION)
+LOW_PRECISION = tuple(f'dropless {qtype}' for qtype in moe_config.LOW_PRECISION)
 VARIANTS = ('dropless', *LOW_PRECISION, 'capacity', 'dense')
 
 
-def layer_config(case: Case, variant: str) -> config_moe.MoEConfig:
+def layer_config(case: Case, variant: str) -> moe_config.MoEConfig:
   """The layer of a case; `capacity` drops what exceeds 1.25 times the mean load."""
   dispatch, _, qtype = variant.partition(' ')
   page = base.get_config()
@@ -104,7 +106,7 @@ def layer_config(case: Case, variant: str) -> config_moe.MoEConfig:
   )
   if dispatch == 'capacity':
     page.model.moe.capacity.update(policy='position', factor=1.25, group_rows=0)
-  return config.from_dict(page.to_dict()).model.moe
+  return parse.from_dict(page.to_dict()).model.moe
 
 
 def inputs(case: Case) -> list[jax.Array]:
@@ -117,7 +119,7 @@ def make_moe(case: Case, variant: str) -> tuple[Callable, Any]:
   """(variables, x [B, L, D]) -> [B, L, D], and variables."""
   dtype = jnp.dtype(case.dtype)
   sizes = routing.Sizes(256, case.shape[1])
-  module = moe.MoE(layer_config(case, variant), sizes, 0.02, dtype, dtype, train=True)
+  module = moe_layer.MoE(layer_config(case, variant), sizes, 0.02, dtype, dtype, train=True)
   ids = jnp.zeros(case.shape[:2], jnp.int32)
   row = jnp.arange(case.shape[0], dtype=jnp.int32)
   tokens = routing.Tokens(ids, ids == 0, row, jnp.uint32(0))

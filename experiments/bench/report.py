@@ -8,8 +8,9 @@ from typing import Any
 from matplotlib import figure, ticker
 from matplotlib.backends import backend_agg
 
-from experiments.bench import harness
-from moe_jax import errors, files, plots
+from experiments.common import harness
+from moe_jax import atomic_files, errors
+from moe_jax.runs import plots
 
 MARKERS = 'osD^v'
 BEGIN, END = '<!-- {name}: written by the command -->', '<!-- end of {name} -->'
@@ -57,12 +58,14 @@ def write(out: pathlib.Path, name: str, head: Mapping[str, Any], results: Sequen
   runs = {(r.name, r.variant): (r, h) for r, h in known}
   runs |= {(r.name, r.variant): (r, dict(head)) for r in results}
   entries = [r.to_json() | {'run': h} for r, h in runs.values()]
-  files.write_text(path, json.dumps(entries, indent=1) + '\n')
+  atomic_files.write_text(path, json.dumps(entries, indent=1) + '\n')
   merged = [r for r, _ in runs.values()]
   plots.save(picture(name, merged), out / f'{name}.png')
   readme = out.parent / 'README.md'
   if readme.exists():
-    files.write_text(readme, with_table(readme.read_text(encoding='utf-8'), name, table(merged)))
+    atomic_files.write_text(
+      readme, with_table(readme.read_text(encoding='utf-8'), name, table(merged))
+    )
 
 
 def read(path: pathlib.Path) -> list[tuple[harness.Result, dict[str, Any]]]:

@@ -19,10 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs import base
-from experiments.bench import harness, stepper, twins
-from moe_jax import config, flops
-from moe_jax.models import attend
+from configs import base, recipes, sizes
+from experiments.bench import twins
+from experiments.common import harness, stepper
+from moe_jax.config import parse, schema
+from moe_jax.models.attention import kernels
+from moe_jax.planning import flops
 
 ROOT = pathlib.Path(__file__).parents[2]
 EXPERTS, PER_TOK = (16, 64, 128, 256), 6
@@ -36,9 +38,9 @@ DEVICES = (1, 2, 4, 8)
 
 def page(**overrides: Any) -> Any:
   """A toy whose experts are most of it; an override is written section__key=value."""
-  c = base.tiny(base.get_config())
+  c = sizes.tiny(base.get_config())
   c.model.embed_dim, c.model.num_layers, c.model.max_seq_len = 128, 2, 256
-  base.experts(c, shared=2, routed=64, per_tok=PER_TOK, width=128)
+  recipes.experts(c, shared=2, routed=64, per_tok=PER_TOK, width=128)
   c.train.batch_size = 8
   c.update_from_flattened_dict({k.replace('__', '.'): v for k, v in overrides.items()})
   return c
@@ -61,11 +63,11 @@ def run(options: harness.Options, peaks: harness.Peaks) -> list[harness.Result]:
   return results + _flatness(found)
 
 
-def _make(**overrides: Any) -> config.Config:
-  return config.from_dict(page(**overrides).to_dict())
+def _make(**overrides: Any) -> schema.Config:
+  return parse.from_dict(page(**overrides).to_dict())
 
 
-def _step(name: str, variant: str, cfg: config.Config, role: str = '') -> harness.Program:
+def _step(name: str, variant: str, cfg: schema.Config, role: str = '') -> harness.Program:
   one = stepper.Stepper(cfg)
   num_flops = cfg.train.batch_size * flops.train_flops_per_sequence(cfg.model)
   parameters = flops.count_parameters(cfg.model).total
@@ -132,7 +134,7 @@ def _attention(options: harness.Options) -> Iterator[harness.Program]:
   heads, width = 1, 64
   for length in lengths:
     name, dtype = f'attention, 1 head, {length} tokens', jnp.dtype('float32')
-    impl = attend.choose('auto', head_dim=width, v_head_dim=width, length=length, dtype=dtype)
+    impl = kernels.choose('auto', head_dim=width, v_head_dim=width, length=length, dtype=dtype)
     if options.wants(name, impl):
       q = jax.random.normal(jax.random.key(0), (1, length, heads, width), dtype)
       yield _attend_program(name, impl, q)
@@ -141,7 +143,7 @@ def _attention(options: harness.Options) -> Iterator[harness.Program]:
 def _attend_program(name: str, impl: str, q: jax.Array) -> harness.Program:
   length = q.shape[1]
   positions = np.arange(length, dtype=np.int32)[None]
-  fn = functools.partial(attend.ATTENDS[impl], scale=q.shape[-1] ** -0.5)
+  fn = functools.partial(kernels.ATTENDS[impl], scale=q.shape[-1] ** -0.5)
   call = jax.jit(lambda q: fn(q, q, q, positions, np.ones_like(positions)))
   compiled = call.lower(q).compile()
   return harness.Program(
@@ -164,7 +166,7 @@ def _devices(options: harness.Options, stack: contextlib.ExitStack) -> Iterator[
 
 
 def _server_program(
-  name: str, num_devices: int, cfg: config.Config, stack: contextlib.ExitStack
+  name: str, num_devices: int, cfg: schema.Config, stack: contextlib.ExitStack
 ) -> harness.Program:
   """Steps of a process of its own, which lives as long as `stack`."""
   environment = os.environ | {'JAX_NUM_CPU_DEVICES': str(num_devices), 'JAX_PLATFORMS': 'cpu'}
@@ -188,7 +190,7 @@ def _server_program(
       raise RuntimeError(f'{name}, {num_devices} devices: its process ended')
     return answer
 
-  peak_bytes = int(ask(json.dumps(config.to_dict(cfg))))
+  peak_bytes = int(ask(json.dumps(parse.to_dict(cfg))))
   tokens = cfg.train.batch_size * cfg.model.max_seq_len
   return harness.Program(
     name,

@@ -12,9 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from configs import base, deepseekmoe_2b, deepseekmoe_small, deepseekmoe_tiny, quickstart
-from experiments.bench import harness, stepper, torch_step, twins
-from moe_jax import config, flops
+from configs import deepseekmoe_2b, deepseekmoe_small, deepseekmoe_tiny, quickstart, recipes
+from experiments.bench import torch_step, twins
+from experiments.common import harness, stepper
+from moe_jax.config import parse, schema
+from moe_jax.planning import flops
 
 DATASHEET = {'H100': 989e12, 'H200': 989e12}  # dense bfloat16 FLOP/s
 
@@ -33,7 +35,7 @@ class Case:
 
 def tiny_mla() -> Any:
   """The tiny page with latent attention, as DeepSeek-V2 has it, and no heads in common."""
-  page = base.latent_attention(deepseekmoe_tiny.get_config(), q_lora_rank=0)
+  page = recipes.latent_attention(deepseekmoe_tiny.get_config(), q_lora_rank=0)
   mla = page.model.attention.mla
   mla.kv_lora_rank, mla.v_head_dim = 32, 16
   mla.qk_nope_head_dim, mla.qk_rope_head_dim = 16, 8
@@ -80,7 +82,7 @@ def run(
   for case in cases:
     if platform not in case.platforms:
       continue
-    cfg = config.from_dict(case.page().to_dict())
+    cfg = parse.from_dict(case.page().to_dict())
     programs = list(_programs(case, cfg, options))
     if not programs:
       continue
@@ -93,7 +95,7 @@ def run(
 
 
 def _programs(
-  case: Case, cfg: config.Config, options: harness.Options
+  case: Case, cfg: schema.Config, options: harness.Options
 ) -> Iterator[harness.Program]:
   """Ours by dispatch, then what they are compared with, if any of ours is asked for."""
   name = f'{case.name}, {cfg.train.batch_size} x {cfg.model.max_seq_len} tokens'
@@ -113,7 +115,7 @@ def _programs(
     )
 
 
-def _with_dispatch(cfg: config.Config, dispatch: str) -> config.Config:
+def _with_dispatch(cfg: schema.Config, dispatch: str) -> schema.Config:
   """Buffers of a capacity need a policy that bounds them."""
   moe = dataclasses.replace(cfg.model.moe, dispatch=dispatch)
   if dispatch == 'capacity':
@@ -121,12 +123,12 @@ def _with_dispatch(cfg: config.Config, dispatch: str) -> config.Config:
   return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, moe=moe))
 
 
-def _flops(cfg: config.Config) -> int:
+def _flops(cfg: schema.Config) -> int:
   return cfg.train.batch_size * flops.train_flops_per_sequence(cfg.model)
 
 
 def _ours(
-  name: str, variant: str, cfg: config.Config, steps: int, role: str = ''
+  name: str, variant: str, cfg: schema.Config, steps: int, role: str = ''
 ) -> harness.Program:
   one = stepper.Stepper(cfg)
   parameters = flops.count_parameters(cfg.model).total

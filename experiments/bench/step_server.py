@@ -9,15 +9,16 @@ import sys
 
 import jax
 
-from experiments.bench import stepper
-from moe_jax import compile_cache, config
+from experiments.common import stepper
+from moe_jax.config import parse
 from moe_jax.data import cache
+from moe_jax.devices import compile_cache
 
 
 def main():
   """Serves until standard input ends."""
   compile_cache.enable(cache.root(''))
-  one = stepper.Stepper(config.from_dict(json.loads(sys.stdin.readline())))
+  one = stepper.Stepper(parse.from_dict(json.loads(sys.stdin.readline())))
   print(one.peak_bytes, flush=True)
   for line in sys.stdin:
     jax.block_until_ready(one.run(int(line)))

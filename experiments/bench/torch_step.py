@@ -9,17 +9,19 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from experiments.bench import stepper, torch_threads
-from moe_jax import config, partitioning
+from experiments.bench import torch_threads
+from experiments.common import stepper
+from moe_jax.config import schema
+from moe_jax.devices import partitioning
 from moe_jax.interop import huggingface
-from moe_jax.models import transformer
+from moe_jax.models import model_variables
 
 EXPERTS = (
   'grouped_mm'  # the faster of its implementations: its loop over experts takes twice as long
 )
 
 
-def make_step(cfg: config.Config, experts: str = EXPERTS) -> Callable[[int], float]:
+def make_step(cfg: schema.Config, experts: str = EXPERTS) -> Callable[[int], float]:
   """Forward, cross-entropy, backward, clipping and AdamW, all in float32.
 
   Args:
@@ -34,7 +36,7 @@ def make_step(cfg: config.Config, experts: str = EXPERTS) -> Callable[[int], flo
   import transformers
   from torch.nn import functional
 
-  variables = transformer.init(cfg.model, jax.random.key(cfg.train.seed))
+  variables = model_variables.init(cfg.model, jax.random.key(cfg.train.seed))
   variables = jax.tree.map(np.asarray, partitioning.unbox(variables))
   with tempfile.TemporaryDirectory() as directory:
     huggingface.save(cfg, variables, directory)

@@ -2,7 +2,8 @@
 
 python -m experiments.bench.tune [--minutes=60] [--only=words] [--out=configs/tuned]
 
-Writes OUT/<kind of device>.json, which later runs on such a device read (`moe_jax.models.tuned`).
+Writes OUT/<kind of device>.json, which later runs on such a device read
+(`moe_jax.devices.tokamax_tiles`).
 It is whole after each kernel; a kernel that it has already is not measured again, so that the
 command can be repeated until it has nothing to do. Some hundred tile choices are compiled and timed
 per kernel and shape, which takes minutes each; random group sizes stand for those of a router.
@@ -21,11 +22,11 @@ import jax.numpy as jnp
 import tqdm
 from absl import flags
 
-from experiments import cli
+from experiments.common import cli
 from moe_jax import errors
-from moe_jax.models import tuned
-from moe_jax.models.attend import tokamax
-from moe_jax.models.dispatch import kernels
+from moe_jax.devices import tokamax_tiles
+from moe_jax.models.attention.kernels import tokamax
+from moe_jax.models.experts import grouped_kernels
 
 MARK = 'tokamax:{'  # tokamax writes down in the program what a kernel is called with
 KERNELS, FLASH = ('mosaic', 'triton'), ('mosaic_gpu', 'triton')
@@ -63,7 +64,7 @@ def programs(
   for model, s in models.items():
     rows, sizes = s.tokens * s.k, array(s.num_experts, dtype=jnp.int32)
     for kernel in products:
-      backend = kernels.tokamax_backend((kernel,), (kernel,))
+      backend = grouped_kernels.tokamax_backend((kernel,), (kernel,))
       for name, (a, b) in {
         'w13': (s.embed_dim, 2 * s.mlp_dim),
         'w2': (s.mlp_dim, s.embed_dim),
@@ -165,7 +166,7 @@ def define_flags():
   """Flags of this command."""
   flags.DEFINE_float('minutes', 60, 'begin no kernel after them')
   flags.DEFINE_list('only', [], 'words that the name of a program must hold, such as 16b,tgmm')
-  flags.DEFINE_string('out', str(tuned.DIRECTORY), 'directory of the file')
+  flags.DEFINE_string('out', str(tokamax_tiles.DIRECTORY), 'directory of the file')
   flags.DEFINE_bool('toy', False, "toy shapes and tokamax's XLA forms, on any platform")
 
 
@@ -180,7 +181,7 @@ def main(unused_argv: Sequence[str]):
   models, products, flash = (TOY, ('xla',), ()) if args.toy else (MODELS, KERNELS, FLASH)
   wanted = [p for p in programs(models, products, flash) if all(w in p[0] for w in args.only)]
   errors.require(bool(wanted), f'--only={",".join(args.only)} names no program')
-  path = tuned.path_of(jax.devices()[0].device_kind, pathlib.Path(args.out))
+  path = tokamax_tiles.path_of(jax.devices()[0].device_kind, pathlib.Path(args.out))
   done, left = measure(wanted, path, 60 * args.minutes)
   print(f'{done} kernels measured, {left} left: {path}')
 

@@ -2,10 +2,11 @@
 
 import dataclasses
 
-from moe_jax import config, errors
+from moe_jax import errors
+from moe_jax.config import rules, schema
 
 
-def dense_twin(cfg: config.Config) -> config.Config:
+def dense_twin(cfg: schema.Config) -> schema.Config:
   """The same run with a dense FFN in place of every MoE layer, with equal activated FLOPs.
 
   An MoE layer becomes an FFN as wide as its shared experts and the K that a token visits together.
@@ -31,5 +32,5 @@ def dense_twin(cfg: config.Config) -> config.Config:
     moe=dataclasses.replace(moe, num_experts=0, num_shared_experts=0),
   )
   twin = dataclasses.replace(cfg, model=dense)
-  config.validate(twin)
+  rules.validate(twin)
   return twin

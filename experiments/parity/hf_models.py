@@ -21,7 +21,7 @@ import transformers
 
 from configs import base
 from experiments.parity import torch_deepseek
-from moe_jax import config
+from moe_jax.config import schema
 from moe_jax.interop import huggingface
 from moe_jax.models import transformer
 
@@ -274,7 +274,7 @@ def _logits(logits: torch.Tensor, chosen: list[torch.Tensor]) -> Logits:
   return Logits(logits.detach().float().numpy(), experts.numpy())
 
 
-def ours(cfg: config.Config, variables: Mapping[str, Any]) -> Logits:
+def ours(cfg: schema.Config, variables: Mapping[str, Any]) -> Logits:
   """`tokens` through this project's model."""
   ids = tokens()
   positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), ids.shape)

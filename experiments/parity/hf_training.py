@@ -16,8 +16,10 @@ from torch.nn import functional
 
 from configs import base
 from experiments.parity import hf_models
-from moe_jax import config, optim, partitioning, train
+from moe_jax.config import schema
+from moe_jax.devices import partitioning
 from moe_jax.interop import huggingface
+from moe_jax.training import optim, optimizer_step, train_state
 
 STEPS, LR, DECAY, CLIP = 3, 1e-2, 0.1, 1.0
 # AdamW divides a gradient by its own size + eps, so that rounding errors of 1e-9 in a gradient that
@@ -67,10 +69,10 @@ def _values() -> dict[str, Any]:
 
 
 def ours(saved: pathlib.Path, into: pathlib.Path) -> Trained:
-  """`STEPS` steps of `train.make_train_step`; the weights go through the exporter."""
+  """`STEPS` steps of `optimizer_step.make_train_step`; the weights go through the exporter."""
   cfg, variables = huggingface.load(saved, _values())
   opt_state = optim.optimizer(cfg.optim, STEPS).init(variables['params'])
-  state = train.TrainState(jnp.int32(0), jnp.uint32(0), opt_state=opt_state, **variables)
+  state = train_state.TrainState(jnp.int32(0), jnp.uint32(0), opt_state=opt_state, **variables)
   step = _compiled_step(cfg, state)
   found = Trained([], [], [], {})
   for _ in range(STEPS):
@@ -82,10 +84,10 @@ def ours(saved: pathlib.Path, into: pathlib.Path) -> Trained:
   return found._replace(weights=_weights(into))
 
 
-def _compiled_step(cfg: config.Config, state: train.TrainState):
+def _compiled_step(cfg: schema.Config, state: train_state.TrainState):
   mesh = partitioning.make_mesh(cfg.mesh, jax.devices()[:1])
   with partitioning.activate(mesh):
-    lowered = train.make_train_step(cfg, mesh).lower(state, _batch())
+    lowered = optimizer_step.make_train_step(cfg, mesh).lower(state, _batch())
   return lowered.compile(compiler_options={'xla_backend_optimization_level': 0})
 
 

@@ -13,8 +13,9 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 from absl import flags
 
-from experiments import cli
-from moe_jax import config_mesh, partitioning
+from experiments.common import cli
+from moe_jax.config import mesh_config
+from moe_jax.devices import partitioning
 
 SIZES = {'data': 2, 'expert': 2, 'tensor': 2}
 # Shape of one array of each kind, its logical axes, and the axis that the picture names.
@@ -33,8 +34,8 @@ def define_flags():
 
 def make_mesh() -> jax.sharding.Mesh:
   """The mesh of the picture, over eight virtual devices."""
-  sizes = dict.fromkeys(config_mesh.AXES, 1) | SIZES
-  return partitioning.make_mesh(config_mesh.MeshConfig(**sizes, zero1=False), jax.devices()[:8])
+  sizes = dict.fromkeys(mesh_config.AXES, 1) | SIZES
+  return partitioning.make_mesh(mesh_config.MeshConfig(**sizes, zero1=False), jax.devices()[:8])
 
 
 def holdings(mesh: jax.sharding.Mesh) -> list[dict[str, str]]:

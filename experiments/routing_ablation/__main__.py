@@ -16,9 +16,11 @@ from collections.abc import Mapping, Sequence
 import jax
 from absl import flags
 
-from experiments import cli, shards
+from experiments.common import cli, local_jobs
 from experiments.routing_ablation import arms, matching, measure, report
-from moe_jax import config, errors, run, run_record, seeds
+from moe_jax import errors
+from moe_jax.config import schema
+from moe_jax.runs import run_record, seeds, train_run
 
 MODULE = 'experiments.routing_ablation'
 
@@ -37,7 +39,7 @@ def define_flags():
     'dry_run', False, 'print what the arms cost and whether they match; no training'
   )
   flags.DEFINE_string('out', '', 'directory of the report; WORKDIR/report without')
-  shards.define_flags()
+  local_jobs.define_flags()
 
 
 def main(unused_argv: Sequence[str]):
@@ -47,10 +49,10 @@ def main(unused_argv: Sequence[str]):
     arm.name: arms.resolve(arm, values.scale, values.steps, values.data_path, values.data_source)
     for arm in arms.choose(values.arms)
   }
-  numbers = shards.seeds(values.seeds)
+  numbers = local_jobs.seeds(values.seeds)
   described = matching.describe(found)
   lines = matching.check(described)
-  if not shards.is_shard():
+  if not local_jobs.is_shard():
     print(matching.text(described, found, len(numbers)), *lines, sep='\n', flush=True)
   if values.dry_run:
     return
@@ -65,8 +67,8 @@ def main(unused_argv: Sequence[str]):
     for name, group in units
     if not all(measure.finished(workdir, name, seed) for seed in group)
   ]
-  shards.run(MODULE, pending, lambda unit: _train(found[unit[0]], unit[0], unit[1], workdir))
-  if shards.is_shard():
+  local_jobs.run(MODULE, pending, lambda unit: _train(found[unit[0]], unit[0], unit[1], workdir))
+  if local_jobs.is_shard():
     return
   rates = measure.rates(workdir, found)
   out = pathlib.Path(values.out) if values.out else workdir / 'report'
@@ -82,7 +84,7 @@ def main(unused_argv: Sequence[str]):
 
 
 def _check_finished(
-  workdir: pathlib.Path, found: Mapping[str, config.Config], numbers: Sequence[int]
+  workdir: pathlib.Path, found: Mapping[str, schema.Config], numbers: Sequence[int]
 ):
   """Refuses a workdir whose finished runs had other settings, before anything is trained."""
   for name, cfg in found.items():
@@ -92,7 +94,7 @@ def _check_finished(
         run_record.check_workdir(where, one, allow_change=False)
 
 
-def _train(cfg: config.Config, name: str, group: Sequence[int], workdir: pathlib.Path):
+def _train(cfg: schema.Config, name: str, group: Sequence[int], workdir: pathlib.Path):
   """Trains one arm with some seeds, if they are not, and writes what is measured of each."""
   if not all(measure.path(workdir, name, seed).exists() for seed in group):
     _train_and_evaluate(cfg, name, group, workdir)
@@ -101,13 +103,13 @@ def _train(cfg: config.Config, name: str, group: Sequence[int], workdir: pathlib
   jax.clear_caches()  # dozens of compiled models would fill the memory
 
 
-def _train_and_evaluate(cfg: config.Config, name: str, group: Sequence[int], workdir: pathlib.Path):
+def _train_and_evaluate(cfg: schema.Config, name: str, group: Sequence[int], workdir: pathlib.Path):
   say, start = (lambda line: None), time.perf_counter()
   if len(group) > 1:
     runs, corpora = seeds.run_training(cfg, group, workdir / name, argv=sys.argv, say=say)
   else:
     (one,) = seeds.configs(cfg, group)
-    trained = run.run_training(one, workdir / name / str(group[0]), argv=sys.argv, say=say)
+    trained = train_run.run_training(one, workdir / name / str(group[0]), argv=sys.argv, say=say)
     runs, corpora = [trained[0]], [trained[1]]
   if runs[0].interrupted_by:
     raise KeyboardInterrupt

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from configs import base
-from experiments import cli
-from moe_jax import config, errors
+from configs import base, recipes
+from experiments.common import cli
+from moe_jax import errors
+from moe_jax.config import schema
 
 
 class Scale(NamedTuple):
@@ -87,11 +88,11 @@ def _loss_free(method: str) -> Callable[[str], ml_collections.ConfigDict]:
 
 
 def _mha(scale: str) -> ml_collections.ConfigDict:
-  return base.multi_head(_variant('')(scale))
+  return recipes.multi_head(_variant('')(scale))
 
 
 def _mla(scale: str) -> ml_collections.ConfigDict:
-  return base.multi_latent(_variant('')(scale), SCALES[scale].kv_lora_rank)
+  return recipes.multi_latent(_variant('')(scale), SCALES[scale].kv_lora_rank)
 
 
 def _normalised(routed: int, per_tok: int, segments: int) -> Callable[[str], Any]:
@@ -104,7 +105,7 @@ def _normalised(routed: int, per_tok: int, segments: int) -> Callable[[str], Any
   def values(scale: str) -> ml_collections.ConfigDict:
     page = _variant('')(scale)
     whole = 4 * (page.paper.moe_mlp_dim or page.model.moe.moe_mlp_dim)
-    base.experts(page, shared=1, routed=routed, per_tok=per_tok, width=whole / segments)
+    recipes.experts(page, shared=1, routed=routed, per_tok=per_tok, width=whole / segments)
     page.model.moe.norm_topk_prob = True
     return page
 
@@ -220,7 +221,7 @@ def choose(names: list[str]) -> list[Arm]:
 
 def resolve(
   arm: Arm, scale: str, steps: int = 0, data_path: str = '', source: str = ''
-) -> config.Config:
+) -> schema.Config:
   """The run of an arm at a scale.
 
   Args:

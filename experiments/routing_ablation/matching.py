@@ -4,8 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 
 from experiments.routing_ablation import arms
-from moe_jax import config, errors
-from moe_jax.analysis import accounting, matched
+from moe_jax import errors
+from moe_jax.config import schema
+from moe_jax.planning import describe as describe_lib
+from moe_jax.planning import matched_budgets
 
 # Routers grow with the number of experts, and the papers count them nowhere.
 LABELS = {
@@ -14,7 +16,7 @@ LABELS = {
 }
 
 
-def quantities(described: accounting.Description) -> dict[str, int]:
+def quantities(described: describe_lib.Description) -> dict[str, int]:
   """What comparisons hold equal, by the keys of `LABELS`."""
   return {
     'total': described.parameters.total - described.parameters.router,
@@ -22,12 +24,12 @@ def quantities(described: accounting.Description) -> dict[str, int]:
   }
 
 
-def describe(configs: Mapping[str, config.Config]) -> dict[str, accounting.Description]:
+def describe(configs: Mapping[str, schema.Config]) -> dict[str, describe_lib.Description]:
   """What `experiments.describe` says of every arm."""
-  return {name: accounting.describe(cfg, name) for name, cfg in configs.items()}
+  return {name: describe_lib.describe(cfg, name) for name, cfg in configs.items()}
 
 
-def rows(described: Mapping[str, accounting.Description]) -> list[list[str]]:
+def rows(described: Mapping[str, describe_lib.Description]) -> list[list[str]]:
   """One row per arm, `HEADER` above."""
   return [
     [
@@ -52,7 +54,7 @@ HEADER = [
 ]
 
 
-def check(described: Mapping[str, accounting.Description]) -> list[str]:
+def check(described: Mapping[str, describe_lib.Description]) -> list[str]:
   """One line per quantity that a claim or a sweep needs to match.
 
   Raises:
@@ -62,9 +64,8 @@ def check(described: Mapping[str, accounting.Description]) -> list[str]:
   for arm, baseline, keys, tolerance in _pairs(list(described)):
     first, second = (quantities(described[name]) for name in (baseline, arm))
     for key in keys:
-      line = (
-        f'{arm} against {baseline}: {LABELS[key]}: {matched.difference(first[key], second[key])}'
-      )
+      difference = matched_budgets.difference(first[key], second[key])
+      line = f'{arm} against {baseline}: {LABELS[key]}: {difference}'
       lines.append(line)
       if not math.isclose(first[key], second[key], rel_tol=tolerance):
         wrong.append(f'{line}, at most {tolerance:.1%} is fair')
@@ -87,8 +88,8 @@ def _pairs(present: Sequence[str]) -> list[tuple[str, str, tuple[str, ...], floa
 
 
 def text(
-  described: Mapping[str, accounting.Description],
-  configs: Mapping[str, config.Config],
+  described: Mapping[str, describe_lib.Description],
+  configs: Mapping[str, schema.Config],
   num_seeds: int,
 ) -> str:
   """The table for a terminal, and what training all of it takes."""

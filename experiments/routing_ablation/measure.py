@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from experiments.common import step_rates
 from experiments.routing_ablation import arms
-from experiments.routing_zoo import speed
-from moe_jax import config, evaluate, files, metrics, run_load
+from moe_jax import atomic_files
 from moe_jax.analysis import interventions
+from moe_jax.config import schema
 from moe_jax.data import corpus as corpus_lib
+from moe_jax.runs import metric_log, trained_run
+from moe_jax.training import evaluate
 
 Results = Mapping[str, Mapping[int, Mapping[str, Any]]]  # arm -> seed -> figures
 
@@ -28,7 +31,7 @@ def path(workdir: pathlib.Path, arm: str, seed: int) -> pathlib.Path:
 def write(
   workdir: pathlib.Path,
   arm: str,
-  trained: run_load.Run,
+  trained: trained_run.Run,
   corpus: corpus_lib.Corpus,
   seconds: float,
 ) -> str:
@@ -45,14 +48,14 @@ def write(
   cfg = trained.cfg
   figures = evaluate.evaluate(cfg, trained.variables, corpus, trained.mesh)
   where = path(workdir, arm, cfg.train.seed)
-  curve = metrics.read_metrics(where.parent)
+  curve = metric_log.read_metrics(where.parent)
   result = {
     **figures.as_dict(trained.step),
-    'train_drop_rate': metrics.tail_mean(curve, 'drop_rate', cfg.train.num_steps),
+    'train_drop_rate': metric_log.tail_mean(curve, 'drop_rate', cfg.train.num_steps),
     'curve': {key: [m[key] for m in curve] for key in ('step', 'loss', 'max_vio', 'drop_rate')},
   }
   result['seconds'] = seconds + time.perf_counter() - start
-  files.write_text(where, json.dumps(result) + '\n')
+  atomic_files.write_text(where, json.dumps(result) + '\n')
   return f'{arm} seed={cfg.train.seed}: {figures}'
 
 
@@ -95,14 +98,14 @@ def probe(workdir: pathlib.Path, arm: str, seed: int):
   if finished(workdir, arm, seed):
     return
   where, start = path(workdir, arm, seed), time.perf_counter()
-  loaded = run_load.load(where.parent)
-  corpus = run_load.heldout_corpus(loaded, where.parent, warn=print)
+  loaded = trained_run.load(where.parent)
+  corpus = trained_run.heldout_corpus(loaded, where.parent, warn=print)
   subject = interventions.Subject(loaded.cfg, loaded.variables, corpus, loaded.mesh)
   result = json.loads(where.read_text())
   for key, figure in PROBES[arm].items():
     result[key] = figure(subject, result[arms.BITS])
   result['seconds'] += time.perf_counter() - start
-  files.write_text(where, json.dumps(result) + '\n')
+  atomic_files.write_text(where, json.dumps(result) + '\n')
 
 
 def read(workdir: pathlib.Path, names: Sequence[str], seeds: Sequence[int]) -> Results:
@@ -113,13 +116,13 @@ def read(workdir: pathlib.Path, names: Sequence[str], seeds: Sequence[int]) -> R
   }
 
 
-def rates(workdir: pathlib.Path, configs: Mapping[str, config.Config]) -> dict[str, float]:
+def rates(workdir: pathlib.Path, configs: Mapping[str, schema.Config]) -> dict[str, float]:
   """Training tokens per second by arm, one seed, all arms timed in turns; measured once."""
   where = workdir / 'speed.json'
   found = json.loads(where.read_text()) if where.exists() else {}
   if set(configs) - set(found):
-    found = speed.tokens_per_second(configs)
-    files.write_text(where, json.dumps(found, indent=2) + '\n')
+    found = step_rates.tokens_per_second(configs)
+    atomic_files.write_text(where, json.dumps(found, indent=2) + '\n')
   return {name: found[name] for name in configs}
 
 

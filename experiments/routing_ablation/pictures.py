@@ -9,10 +9,10 @@ import numpy as np
 from matplotlib import figure
 from scipy import stats
 
-from experiments import page
+from experiments.common import html_report
 from experiments.routing_ablation import arms, measure
-from moe_jax import plots
 from moe_jax.analysis import paired
+from moe_jax.runs import plots
 
 COLOURS = {
   paired.CONFIRMED: '#2b8a3e',
@@ -28,7 +28,7 @@ def draw(
   results: measure.Results,
   graded: Sequence[Any],
   fits: Sequence[tuple[arms.Sweep, Any]],
-) -> list[page.Picture]:
+) -> list[html_report.Picture]:
   """Draws what the trained arms allow.
 
   Args:
@@ -53,7 +53,7 @@ def draw(
   return drawn
 
 
-def _claims(path: pathlib.Path, graded: Sequence[Any]) -> page.Picture:
+def _claims(path: pathlib.Path, graded: Sequence[Any]) -> html_report.Picture:
   """Differences with intervals, in percent of the baseline, so that figures share an axis."""
   fig = figure.Figure(figsize=(9, 1.4 + 0.38 * len(graded)), layout='constrained')
   axes = fig.subplots()
@@ -78,7 +78,7 @@ def _claims(path: pathlib.Path, graded: Sequence[Any]) -> page.Picture:
   axes.set_xlabel('difference, % of the baseline (linear within ±5); bar: 95 % interval over seeds')
   axes.grid(True, axis='x')
   plots.save(fig, path)
-  return page.Picture(path, 'Every claim: paired difference over seeds, and its verdict')
+  return html_report.Picture(path, 'Every claim: paired difference over seeds, and its verdict')
 
 
 def _pair(claim: arms.Claim) -> str:
@@ -112,7 +112,9 @@ def _palette(names: Sequence[str]) -> dict[str, Any]:
   return dict(zip(names, colours))
 
 
-def _curves(path: pathlib.Path, results: measure.Results, names: Sequence[str]) -> page.Picture:
+def _curves(
+  path: pathlib.Path, results: measure.Results, names: Sequence[str]
+) -> html_report.Picture:
   fig = figure.Figure(figsize=(9, 4.5), layout='constrained')
   left, right = fig.subplots(1, 2)
   base = 'gshard' if 'gshard' in names else names[0]
@@ -128,14 +130,16 @@ def _curves(path: pathlib.Path, results: measure.Results, names: Sequence[str]) 
     axes.grid(True)
   right.legend(frameon=False, fontsize=8, ncols=2)
   plots.save(fig, path)
-  return page.Picture(
+  return html_report.Picture(
     path,
     'Training loss, mean over seeds and band of its 95 % interval. Batches differ between seeds: '
     'what tells arms apart is the difference to the same seed and batch, on the right',
   )
 
 
-def _balance(path: pathlib.Path, results: measure.Results, names: Sequence[str]) -> page.Picture:
+def _balance(
+  path: pathlib.Path, results: measure.Results, names: Sequence[str]
+) -> html_report.Picture:
   fig = figure.Figure(figsize=(9, 3.8), layout='constrained')
   left, right = fig.subplots(1, 2)
   for i, name in enumerate(names):
@@ -152,12 +156,12 @@ def _balance(path: pathlib.Path, results: measure.Results, names: Sequence[str])
     axes.grid(True)
   left.legend(frameon=False)
   plots.save(fig, path)
-  return page.Picture(path, 'Balance over training; 0 is perfect')
+  return html_report.Picture(path, 'Balance over training; 0 is perfect')
 
 
 def _sweep(
   path: pathlib.Path, results: measure.Results, sweep: arms.Sweep, found: tuple[Any, np.ndarray]
-) -> page.Picture:
+) -> html_report.Picture:
   slope, parabola = found
   fig = figure.Figure(figsize=(6.5, 4.2), layout='constrained')
   axes = fig.subplots()
@@ -174,4 +178,6 @@ def _sweep(
   axes.set_title(f'{slope.text(4)} per doubling', fontsize=10)
   axes.grid(True)
   plots.save(fig, path)
-  return page.Picture(path, f'{sweep.title}: a dot per seed, and a parabola through the means')
+  return html_report.Picture(
+    path, f'{sweep.title}: a dot per seed, and a parabola through the means'
+  )

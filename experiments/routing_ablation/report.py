@@ -12,11 +12,13 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from experiments import page
+from experiments.common import html_report, spread
 from experiments.routing_ablation import arms, matching, measure, pictures
-from experiments.routing_zoo import table
-from moe_jax import config, files, run_record
-from moe_jax.analysis import accounting, paired
+from moe_jax import atomic_files
+from moe_jax.analysis import paired
+from moe_jax.config import schema
+from moe_jax.planning import describe
+from moe_jax.runs import run_record
 
 MODULE = 'experiments.routing_ablation'
 
@@ -25,11 +27,11 @@ class Study(NamedTuple):
   """Everything that was found."""
 
   scale: str
-  configs: Mapping[str, config.Config]  # by arm
+  configs: Mapping[str, schema.Config]  # by arm
   seeds: Sequence[int]
   results: measure.Results
   rates: Mapping[str, float]  # training tokens per second, by arm
-  described: Mapping[str, accounting.Description]
+  described: Mapping[str, describe.Description]
   commits: Sequence[str]  # at which the runs were trained
 
 
@@ -102,12 +104,14 @@ def write(out: pathlib.Path, study: Study, command: str) -> list[pathlib.Path]:
   drawn = pictures.draw(
     out, study.results, graded, [(s, slope(study.results, s)) for s in arms.SWEEPS]
   )
-  files.write_text(out / 'results.csv', csv_text(study))
-  written = page.write([*_verdicts(study, graded), *_figures(drawn), *_tables(study, command)], out)
+  atomic_files.write_text(out / 'results.csv', csv_text(study))
+  written = html_report.write(
+    [*_verdicts(study, graded), *_figures(drawn), *_tables(study, command)], out
+  )
   return [*written, out / 'results.csv', *(picture.path for picture in drawn)]
 
 
-def _verdicts(study: Study, graded: Sequence[Graded]) -> list[page.Block]:
+def _verdicts(study: Study, graded: Sequence[Graded]) -> list[html_report.Block]:
   cfg = next(iter(study.configs.values()))
   tokens = cfg.train.num_steps * cfg.train.batch_size * cfg.model.max_seq_len
   counts = {v: sum(g.verdict == v for g in graded) for v in _VERDICTS}
@@ -118,22 +122,22 @@ def _verdicts(study: Study, graded: Sequence[Graded]) -> list[page.Block]:
         f'{sweep.title}: {found[0].text(4)} bits per byte per doubling of {sweep.axis}'
         f'{_lowest(sweep, found[1])}.'
       )
-  blocks: list[page.Block] = [
-    page.Heading(f'Routing ablation, scale {study.scale}', 1),
-    page.Heading('Verdict'),
+  blocks: list[html_report.Block] = [
+    html_report.Heading(f'Routing ablation, scale {study.scale}', 1),
+    html_report.Heading('Verdict'),
   ]
   if graded:
     parts = ', '.join(f'{count} {verdict}' for verdict, count in counts.items() if count)
     blocks.append(
-      page.Text(
+      html_report.Text(
         f'Of {len(graded)} claims of the papers, runs of {tokens:,} tokens with '
         f'{len(study.seeds)} seed(s) give: **{parts}**. This is what runs of this size show, not '
         "what the papers' do."
       )
     )
-  blocks.append(page.Bullets(lines or ['No two arms of a claim were trained.']))
+  blocks.append(html_report.Bullets(lines or ['No two arms of a claim were trained.']))
   blocks.append(
-    page.Text(
+    html_report.Text(
       'Differences are paired by seed (same start, same batches): mean [95 % confidence interval, '
       "Student's t]. An interval that covers zero is *not distinguishable*, whatever its sign; "
       f'claims of equality are confirmed within {arms.EQUAL_MARGIN:.1%} of the baseline. Nothing '
@@ -155,17 +159,17 @@ def _lowest(sweep: arms.Sweep, parabola: np.ndarray) -> str:
 _VERDICTS = (paired.CONFIRMED, paired.CONTRADICTED, paired.UNDECIDED)
 
 
-def _figures(drawn: Sequence[page.Picture]) -> list[page.Block]:
-  return [page.Heading('Figures'), *drawn] if drawn else []
+def _figures(drawn: Sequence[html_report.Picture]) -> list[html_report.Block]:
+  return [html_report.Heading('Figures'), *drawn] if drawn else []
 
 
-def _tables(study: Study, command: str) -> list[page.Block]:
+def _tables(study: Study, command: str) -> list[html_report.Block]:
   first = study.rates.get('gshard') or next(iter(study.rates.values()))
   base = 'gshard' if 'gshard' in study.rates else next(iter(study.rates))
   cfg = next(iter(study.configs.values()))
   return [
-    page.Heading('Arms'),
-    page.Table(
+    html_report.Heading('Arms'),
+    html_report.Table(
       [
         *('arm', 'what', 'bits per byte', 'MaxVio', 'dropped in training, %', 'tokens/s'),
         f'x {base}',
@@ -183,17 +187,17 @@ def _tables(study: Study, command: str) -> list[page.Block]:
         for name in sorted(study.configs, key=lambda n: _sort_key(study.results, n))
       ],
     ),
-    page.Text(
+    html_report.Text(
       'Mean ± sample standard deviation over seeds, best first; MaxVio is of the whole held-out '
       'text, mean over layers; dropped is over the last fifth of training; tokens/s is the '
       'training step of one seed, all arms timed in turns on the machine below.'
     ),
-    page.Heading('Do the arms match?'),
-    page.Table(matching.HEADER, matching.rows(study.described)),
-    page.Bullets(matching.check(study.described)),
-    page.Heading('Do it again'),
-    page.Code([command]),
-    page.Bullets(
+    html_report.Heading('Do the arms match?'),
+    html_report.Table(matching.HEADER, matching.rows(study.described)),
+    html_report.Bullets(matching.check(study.described)),
+    html_report.Heading('Do it again'),
+    html_report.Code([command]),
+    html_report.Bullets(
       [
         f'seeds {", ".join(map(str, study.seeds))}; {cfg.train.num_steps} steps of '
         f'{cfg.train.batch_size} x {cfg.model.max_seq_len} tokens; data `{cfg.data.source}`',
@@ -210,7 +214,7 @@ def _sort_key(results: measure.Results, name: str) -> float:
 
 
 def _mean(results: measure.Results, name: str, figure: str, digits: int, scale: float = 1.0) -> str:
-  return table.spread(measure.column(results, name, figure), digits, scale)
+  return spread.spread(measure.column(results, name, figure), digits, scale)
 
 
 def _hardware() -> str:

@@ -9,7 +9,11 @@ from typing import Any
 import matplotlib
 from matplotlib import figure
 
-from moe_jax import config, files, flops, plots
+from experiments.common import spread as spread_lib
+from moe_jax import atomic_files
+from moe_jax.config import schema
+from moe_jax.planning import flops
+from moe_jax.runs import plots
 
 BASELINE = 'deepseekmoe'  # whose difference to the others is taken seed by seed
 SPEED_BASELINE = 'dense'
@@ -19,7 +23,7 @@ START, END = '<!-- table: written by the command -->', '<!-- end of table -->'
 def write(
   out: pathlib.Path,
   summary: Mapping[str, Sequence[str]],
-  configs: Mapping[tuple[str, int], config.Config],
+  configs: Mapping[tuple[str, int], schema.Config],
   results: Mapping[str, Mapping[str, Any]],
   rates: Mapping[str, float],
 ) -> list[pathlib.Path]:
@@ -29,7 +33,7 @@ def write(
     out: directory; its README.md has a place for the table if it exists.
     summary: by router: (what it is, paper).
     configs: by (router, seed).
-    results: by 'router/seed', see `run._train`.
+    results: by 'router/seed', see `__main__._train`.
     rates: training tokens per second by router.
   """
   names = list(dict.fromkeys(name for name, _ in configs))
@@ -37,7 +41,7 @@ def write(
   rows = [_row(name, seeds, configs, results, rates) for name in names]
   paths = [out / 'results.json', out / 'zoo.png']
   record = {'seeds': seeds, 'rows': rows, 'runs': dict(results)}
-  files.write_text(paths[0], json.dumps(record, indent=2) + '\n')
+  atomic_files.write_text(paths[0], json.dumps(record, indent=2) + '\n')
   _draw(rows, paths[1])
   text = markdown(rows, seeds)
   readme = out / 'README.md'
@@ -45,7 +49,7 @@ def write(
     old = readme.read_text(encoding='utf-8')
     if START in old and END in old:
       before, after = old.split(START)[0], old.split(END)[1]
-      files.write_text(readme, f'{before}{START}\n\n{text}\n\n{END}{after}')
+      atomic_files.write_text(readme, f'{before}{START}\n\n{text}\n\n{END}{after}')
       paths.append(readme)
   print(text)
   return paths
@@ -71,15 +75,6 @@ def _row(name, seeds, configs, results, rates) -> dict[str, Any]:
   return row
 
 
-def spread(values: Sequence[float | None] | None, digits: int, scale: float = 1.0) -> str:
-  """`mean ± sample standard deviation`; the mean alone for one value, - for none."""
-  if not values or None in values:
-    return '-'
-  scaled = [scale * v for v in values]
-  text = f'{statistics.mean(scaled):.{digits}f}'
-  return f'{text} ± {statistics.stdev(scaled):.{digits}f}' if len(scaled) > 1 else text
-
-
 def markdown(rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> str:
   """The table, best held-out bits per byte first."""
   header = [
@@ -97,10 +92,10 @@ def markdown(rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> str:
   for row in sorted(rows, key=lambda r: statistics.mean(r['bits_per_byte'])):
     cells = [
       f'`{row["name"]}`',
-      spread(row['bits_per_byte'], 3),
-      '0' if row['name'] == BASELINE else spread(row.get('difference'), 3),
-      spread(row['max_vio'], 2),
-      spread(row['train_drop_rate'], 1, 100.0),
+      spread_lib.spread(row['bits_per_byte'], 3),
+      '0' if row['name'] == BASELINE else spread_lib.spread(row.get('difference'), 3),
+      spread_lib.spread(row['max_vio'], 2),
+      spread_lib.spread(row['train_drop_rate'], 1, 100.0),
       f'{row["tokens_per_second"]:,.0f}',
       f'{row["speed_ratio"]:.2f}' if 'speed_ratio' in row else '-',
       f'{row["total_params"] / 1e6:.3f}',

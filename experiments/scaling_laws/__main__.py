@@ -20,10 +20,12 @@ import jax
 import tqdm
 from absl import flags
 
-from experiments import cli, shards
+from experiments.common import cli, local_jobs
 from experiments.scaling_laws import report, study, trainer
-from moe_jax import config, errors, files, train
+from moe_jax import atomic_files, errors
+from moe_jax.config import schema
 from moe_jax.data import corpus as corpus_lib
+from moe_jax.training import loop
 
 MODULE = 'experiments.scaling_laws'
 
@@ -38,7 +40,7 @@ def define_flags():
   flags.DEFINE_string('data_source', '', "data.source in place of the page's")
   flags.DEFINE_string('data_path', '', "data.path in place of the page's")
   flags.DEFINE_string('out', '', 'directory of the report; default: results/SCALE beside this file')
-  shards.define_flags()
+  local_jobs.define_flags()
 
 
 def main(unused_argv: Sequence[str]):
@@ -59,8 +61,8 @@ def main(unused_argv: Sequence[str]):
     points = [p for phase in phases for p in _points(scale, phase, _laws(scale, workdir, phase))]
     models = [found for found in _models(points) if _unfinished(found, workdir)]
     train_one = lambda found: _train(scale, found, workdir)
-    shards.run(MODULE, models, train_one, [f'--phases={",".join(phases)}'])
-  if not shards.is_shard():
+    local_jobs.run(MODULE, models, train_one, [f'--phases={",".join(phases)}'])
+  if not local_jobs.is_shard():
     _report(scale, workdir)
 
 
@@ -83,7 +85,7 @@ def _report(scale: study.Scale, workdir: pathlib.Path):
   print('wrote: ' + ' '.join(str(path) for path in written))
 
 
-def _page(scale: study.Scale, point: study.Point) -> config.Config:
+def _page(scale: study.Scale, point: study.Point) -> schema.Config:
   given = {'source': flags.FLAGS.data_source, 'path': flags.FLAGS.data_path}
   overrides = {key: value for key, value in given.items() if value}
   return study.page(scale, point.kind, point.dial, overrides)
@@ -125,7 +127,7 @@ def _path(workdir: pathlib.Path, point: study.Point) -> pathlib.Path:
   return workdir / 'points' / f'{point.key}.json'
 
 
-def _row(point: study.Point, cfg: config.Config, workdir: pathlib.Path) -> dict[str, Any]:
+def _row(point: study.Point, cfg: schema.Config, workdir: pathlib.Path) -> dict[str, Any]:
   """A finished point, what it cost and what came of it."""
   outcome = json.loads(_path(workdir, point).read_text())
   return study.row(point, cfg) | outcome
@@ -154,14 +156,14 @@ def _train(scale: study.Scale, points: Sequence[study.Point], workdir: pathlib.P
   cfg = _page(scale, points[0])
   corpus = corpus_lib.load_corpus(cfg.data, cfg.model.vocab_size, 0)
   _check_text(scale, cfg, corpus, points)
-  with train.StopSignal() as stop:
+  with loop.StopSignal() as stop:
     model = trainer.Trainer(cfg, corpus, 2 * scale.rows[-1])
     for point in tqdm.tqdm(_unfinished(points, workdir), unit='point', leave=False):
       outcome = model.run(study.recipe(point, cfg), workdir / 'unfinished' / point.key, stop)
       if outcome is None:
         raise KeyboardInterrupt
       text = json.dumps(dataclasses.asdict(outcome), indent=2) + '\n'
-      files.write_text(_path(workdir, point), text)
+      atomic_files.write_text(_path(workdir, point), text)
       tqdm.tqdm.write(
         f'{point.key}: {outcome.bits_per_byte:.4f} bits per byte, {outcome.seconds:.0f} s'
       )
@@ -170,7 +172,7 @@ def _train(scale: study.Scale, points: Sequence[study.Point], workdir: pathlib.P
 
 def _check_text(
   scale: study.Scale,
-  cfg: config.Config,
+  cfg: schema.Config,
   corpus: corpus_lib.Corpus,
   points: Sequence[study.Point],
 ):

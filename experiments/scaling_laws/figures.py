@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib import figure, ticker
 
 from experiments.scaling_laws import analyse, study
-from moe_jax import plots
 from moe_jax.analysis import scaling_laws
+from moe_jax.runs import plots
 
 _GREY = '0.45'
 _WORST_SHOWN = 5.0  # per cent above the best, where the colour of a grid saturates

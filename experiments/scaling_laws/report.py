@@ -10,13 +10,16 @@ from typing import Any
 import jax
 
 from experiments.scaling_laws import analyse, figures, study
-from moe_jax import config, files, flops, run_record
+from moe_jax import atomic_files
 from moe_jax.analysis import scaling_laws
+from moe_jax.config import schema
+from moe_jax.planning import flops
+from moe_jax.runs import run_record
 
 _PERCENT = round(100 * (scaling_laws.QUANTILES[1] - scaling_laws.QUANTILES[0]))
 
 
-def plan(scale: study.Scale, points: Sequence[tuple[study.Point, config.Config]]) -> str:
+def plan(scale: study.Scale, points: Sequence[tuple[study.Point, schema.Config]]) -> str:
   """The points of a study with what they cost, and the sum."""
   points = list({point.key: (point, cfg) for point, cfg in points}.values())
   lines = [
@@ -58,9 +61,9 @@ def write(out: pathlib.Path, scale: study.Scale, rows: Sequence[Mapping[str, Any
   found = analyse.analyse(rows)
   tables = {'points.csv': rows, 'optima.csv': optima(found)}
   for name, table in tables.items():
-    files.write_text(out / name, _csv(table))
+    atomic_files.write_text(out / name, _csv(table))
   drawn = figures.draw(out, found)
-  files.write_text(out / 'report.md', markdown(scale, rows, found))
+  atomic_files.write_text(out / 'report.md', markdown(scale, rows, found))
   return [out / 'report.md', *(out / name for name in tables), *drawn]
 
 

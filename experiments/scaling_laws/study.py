@@ -17,10 +17,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from configs import scaling
-from experiments import cli
+from experiments.common import cli
 from experiments.scaling_laws import trainer
-from moe_jax import config, flops
 from moe_jax.analysis import scaling_laws
+from moe_jax.config import schema
+from moe_jax.planning import flops
 
 PHASES = ('hyper', 'noise', 'isoflop', 'heldout')
 KINDS = ('dense', 'moe')
@@ -121,19 +122,19 @@ class Point:
     return f'{self.kind}_{self.dial}_c{self.budget:.3g}_lr{self.rate:.4g}_b{self.rows}_s{self.seed}'
 
 
-def page(scale: Scale, kind: str, dial: int, overrides: Mapping[str, Any]) -> config.Config:
+def page(scale: Scale, kind: str, dial: int, overrides: Mapping[str, Any]) -> schema.Config:
   """The config of one model of the family."""
   values = scaling.get_config(f'{scale.name}_{kind}_{dial}')
   values.data.update(overrides)
   return cli.resolve(values)
 
 
-def size(cfg: config.Config) -> flops.ModelScale:
+def size(cfg: schema.Config) -> flops.ModelScale:
   """M, N1 and N2."""
   return flops.model_scale(cfg.model, cfg.paper)
 
 
-def recipe(point: Point, cfg: config.Config) -> trainer.Recipe:
+def recipe(point: Point, cfg: schema.Config) -> trainer.Recipe:
   """Whole steps that come closest to the budget."""
   tokens = point.budget / size(cfg).flops_per_token
   steps = max(round(tokens / (point.rows * cfg.model.max_seq_len)), 2)
@@ -141,12 +142,12 @@ def recipe(point: Point, cfg: config.Config) -> trainer.Recipe:
   return trainer.Recipe(steps, point.rows, point.rate, warmup, point.seed)
 
 
-def tokens(point: Point, cfg: config.Config) -> int:
+def tokens(point: Point, cfg: schema.Config) -> int:
   """D, as whole steps make it."""
   return recipe(point, cfg).num_steps * point.rows * cfg.model.max_seq_len
 
 
-def row(point: Point, cfg: config.Config) -> dict[str, Any]:
+def row(point: Point, cfg: schema.Config) -> dict[str, Any]:
   """A line of the CSV, but for what came of it."""
   scale, seen = size(cfg), tokens(point, cfg)
   return {

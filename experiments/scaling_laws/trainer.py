@@ -1,10 +1,10 @@
 """Trains one model of the study many times, with one compiled step.
 
-`train.make_train_step` has rate, length and batch size in its program, and compiling it takes
-longer than most points of the tiny study. Here the rate and the number of micro-batches are
+`optimizer_step.make_train_step` has rate, length and batch size in its program, and compiling it
+takes longer than most points of the tiny study. Here the rate and the number of micro-batches are
 arguments: AdamW's update is linear in the rate, decay included, and a batch is a sum over
-micro-batches of one shape. The loss is `train.batch_loss`, and `tests/test_scaling_study.py` holds
-the step to `train.make_train_step`. Routing keeps no state in the study's pages, and none is moved.
+micro-batches of one shape. The loss is `objective.batch_loss`, and a test holds the step to
+`optimizer_step.make_train_step`. Routing keeps no state in the study's pages, and none is moved.
 """
 
 import contextlib
@@ -21,9 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from moe_jax import bits, checkpoint, config, errors, evaluate, optim, partitioning, train
+from moe_jax import errors, integer_hash
+from moe_jax.checkpoints import checkpointer as checkpointer_lib
+from moe_jax.config import schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import packing, pipeline
+from moe_jax.devices import partitioning
+from moe_jax.training import evaluate, loop, objective, optim, train_state
 
 Array = jax.Array
 
@@ -53,7 +57,7 @@ class Outcome:
   seconds: float  # of the training steps, over all starts
 
 
-def make_step(cfg: config.Config, mesh: jax.sharding.Mesh) -> Any:
+def make_step(cfg: schema.Config, mesh: jax.sharding.Mesh) -> Any:
   """The jitted step (state, batch, num_micro, rate) -> (state, loss); the state is donated.
 
   `batch` holds arrays [K, R, T] of K micro-batches of R rows, of which the first `num_micro` count;
@@ -63,16 +67,16 @@ def make_step(cfg: config.Config, mesh: jax.sharding.Mesh) -> Any:
   of_rate_one = dataclasses.replace(cfg.optim, peak_lr=1.0, schedule='constant', warmup_steps=0)
   optimizer = optim.optimizer(of_rate_one, 1)
 
-  def step(state: train.TrainState, batch: train.Batch, num_micro: Array, rate: Array):
-    seed = bits.combine(state.seed, state.step)
+  def step(state: train_state.TrainState, batch: loop.Batch, num_micro: Array, rate: Array):
+    seed = integer_hash.combine(state.seed, state.step)
     count = lambda real: jnp.maximum(real.sum(), 1)
-    totals = train.Totals(count(batch['targets'] >= 0), count(batch['segment_ids'] > 0))
+    totals = objective.Totals(count(batch['targets'] >= 0), count(batch['segment_ids'] > 0))
 
     def share(i: Array) -> tuple[Array, Any]:
       micro = jax.tree.map(lambda x: x[i], batch)
       rows = len(micro['tokens'])
       micro['row'] = i * rows + jnp.arange(rows, dtype=jnp.int32)
-      loss_fn = lambda p: train.batch_loss(cfg, p, state.router_state, micro, seed, totals)
+      loss_fn = lambda p: objective.batch_loss(cfg, p, state.router_state, micro, seed, totals)
       (_, loss), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
       return loss.cross_entropy, grads
 
@@ -87,7 +91,7 @@ def make_step(cfg: config.Config, mesh: jax.sharding.Mesh) -> Any:
   return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 
-def rates(cfg: config.OptimConfig, recipe: Recipe) -> np.ndarray:
+def rates(cfg: schema.OptimConfig, recipe: Recipe) -> np.ndarray:
   """[num_steps] float32, the learning rate of every step."""
   cfg = dataclasses.replace(cfg, peak_lr=recipe.peak_lr, warmup_steps=recipe.warmup_steps)
   # A power of two steps, so that jax compiles the schedule's operations for few shapes.
@@ -105,7 +109,7 @@ class Trainer:
     max_rows: largest batch of any recipe.
   """
 
-  def __init__(self, cfg: config.Config, corpus: corpus_lib.Corpus, max_rows: int):
+  def __init__(self, cfg: schema.Config, corpus: corpus_lib.Corpus, max_rows: int):
     self._cfg, self._corpus = cfg, corpus
     self._mesh = partitioning.make_mesh(cfg.mesh, jax.devices()[:1])
     self._micro_rows = cfg.train.micro_batch_size
@@ -114,7 +118,7 @@ class Trainer:
     self._copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state))
     self._starts = {}  # by seed
 
-  def run(self, recipe: Recipe, directory: pathlib.Path, stop: train.StopSignal) -> Outcome | None:
+  def run(self, recipe: Recipe, directory: pathlib.Path, stop: loop.StopSignal) -> Outcome | None:
     """Trains and evaluates one point; goes on from a checkpoint in `directory` if there is one.
 
     Returns:
@@ -124,7 +128,7 @@ class Trainer:
     num_micro = np.int32(recipe.rows // self._micro_rows)
     with contextlib.ExitStack() as stack, partitioning.activate(self._mesh):
       open_one = lambda: stack.enter_context(
-        checkpoint.Checkpointer(directory, self._cfg.checkpoint)
+        checkpointer_lib.Checkpointer(directory, self._cfg.checkpoint)
       )
       # Most points are over before their first save is due, and never make the directory.
       checkpointer = open_one() if directory.exists() else None
@@ -146,11 +150,11 @@ class Trainer:
     shutil.rmtree(directory, ignore_errors=True)
     return Outcome(found.loss, found.bits_per_byte, seconds)
 
-  def _compile(self, state: train.TrainState):
+  def _compile(self, state: train_state.TrainState):
     """Before the clock runs."""
     if self._step is None:
       shape = (self._max_micro, self._micro_rows, self._cfg.model.max_seq_len)
-      batch = {key: np.zeros(shape, np.int32) for key in train.BATCH_KEYS}
+      batch = {key: np.zeros(shape, np.int32) for key in loop.BATCH_KEYS}
       step = make_step(self._cfg, self._mesh)
       self._step = step.lower(state, batch, np.int32(1), np.float32(0)).compile()
 
@@ -167,20 +171,20 @@ class Trainer:
       num_steps=recipe.num_steps,
     ):
       whole = {}
-      for key in train.BATCH_KEYS:
+      for key in loop.BATCH_KEYS:
         fill = np.tile(padding[key], (self._max_micro * rows - recipe.rows, 1))
         whole[key] = np.concatenate([batch[key], fill]).reshape(-1, rows, length)
       yield whole
 
   def _first_state(
-    self, recipe: Recipe, checkpointer: checkpoint.Checkpointer | None
-  ) -> tuple[train.TrainState, int, float]:
+    self, recipe: Recipe, checkpointer: checkpointer_lib.Checkpointer | None
+  ) -> tuple[train_state.TrainState, int, float]:
     """(state, steps done, seconds they took).
 
     A fresh state is made once per seed: compiling what makes it takes longer than a point.
     """
     if checkpointer is not None:
-      found = checkpointer.restore(train.abstract_state(self._cfg, self._mesh))
+      found = checkpointer.restore(train_state.abstract_state(self._cfg, self._mesh))
       if found is not None:
         errors.require(
           found.meta['recipe'] == dataclasses.asdict(recipe),
@@ -191,10 +195,10 @@ class Trainer:
     if recipe.seed not in self._starts:
       settings = dataclasses.replace(self._cfg.train, seed=recipe.seed)
       cfg = dataclasses.replace(self._cfg, train=settings)
-      self._starts[recipe.seed] = train.init_state(cfg, self._mesh)
+      self._starts[recipe.seed] = train_state.init_state(cfg, self._mesh)
     return self._copy(self._starts[recipe.seed]), 0, 0.0
 
-  def _evaluate(self, state: train.TrainState) -> evaluate.Evaluation:
+  def _evaluate(self, state: train_state.TrainState) -> evaluate.Evaluation:
     settings = dataclasses.replace(self._cfg.train, batch_size=EVALUATION_ROWS, micro_batch_size=0)
     cfg = dataclasses.replace(self._cfg, train=settings)
     return evaluate.evaluate(cfg, state.variables, self._corpus, self._mesh)

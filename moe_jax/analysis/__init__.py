@@ -1,0 +1,1 @@
+"""What a trained model learned: assignments, interventions, probes, statistics over seeds."""

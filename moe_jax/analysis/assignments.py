@@ -16,11 +16,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from moe_jax import config, config_moe, errors, optim, partitioning, router_metrics, run_load
-from moe_jax.analysis import virtual_devices
+from moe_jax import errors
+from moe_jax.balance import routing_figures
+from moe_jax.config import moe_config, schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import pipeline
+from moe_jax.devices import partitioning
 from moe_jax.models import transformer
+from moe_jax.planning import virtual_devices
+from moe_jax.runs import trained_run
+from moe_jax.training import optim
 
 _INPUTS = ('tokens', 'positions', 'segment_ids')
 
@@ -34,7 +39,7 @@ class Recording(NamedTuple):
   batch: np.ndarray  # [rows] int32, number of the batch
 
 
-def check(model: config.ModelConfig):
+def check(model: schema.ModelConfig):
   """Refuses a model that routes nothing.
 
   Raises:
@@ -47,20 +52,20 @@ def check(model: config.ModelConfig):
   )
 
 
-def check_devices(moe: config_moe.MoEConfig, num_devices: int):
+def check_devices(moe: moe_config.MoEConfig, num_devices: int):
   """Refuses a number of devices on which one would have no expert.
 
   Raises:
     errors.InputError: names the rule.
   """
   try:
-    config_moe.validate(dataclasses.replace(moe, num_virtual_devices=num_devices))
+    moe_config.validate(dataclasses.replace(moe, num_virtual_devices=num_devices))
   except errors.InputError as e:
     raise errors.InputError(f'--devices={num_devices}: {e}') from e
 
 
 def apply(
-  model: config.ModelConfig, variables: Any, batch: Mapping[str, jax.Array]
+  model: schema.ModelConfig, variables: Any, batch: Mapping[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
   """Logits [B, L, V] and choices [layers, B, L, K] of a batch, outside of training."""
   out, sown = transformer.Transformer(model).apply(
@@ -71,11 +76,11 @@ def apply(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _choices(model: config.ModelConfig, variables: Any, batch: dict[str, jax.Array]) -> jax.Array:
+def _choices(model: schema.ModelConfig, variables: Any, batch: dict[str, jax.Array]) -> jax.Array:
   return apply(model, variables, batch)[1]
 
 
-def collect(run: run_load.Run, corpus: corpus_lib.Corpus, num_batches: int) -> Recording:
+def collect(run: trained_run.Run, corpus: corpus_lib.Corpus, num_batches: int) -> Recording:
   """Records the choices for the training batches 0 .. num_batches - 1.
 
   Batches are those that training saw, in micro-batches of the same rows; the model is the
@@ -102,7 +107,7 @@ def collect(run: run_load.Run, corpus: corpus_lib.Corpus, num_batches: int) -> R
   return Recording(*arrays)
 
 
-def _record(batch: dict[str, np.ndarray], run: run_load.Run) -> np.ndarray:
+def _record(batch: dict[str, np.ndarray], run: trained_run.Run) -> np.ndarray:
   """[layers, B, L, K] of a whole batch; micro-batch i has rows i, i + n, ... as in training."""
   num_rows = len(batch['row'])
   num_micro = num_rows // (run.cfg.train.micro_batch_size or num_rows)
@@ -127,7 +132,7 @@ def pad_rows(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str,
 
 def device_figures(
   recording: Recording,
-  model: config.ModelConfig,
+  model: schema.ModelConfig,
   num_devices: int,
   limits: Sequence[int],
   capacity_factors: Sequence[float],
@@ -230,11 +235,11 @@ def check_writable(path: pathlib.Path):
 
 def save(path: pathlib.Path, recording: Recording):
   """Writes the .npz file that router 'replay' reads."""
-  router_metrics.write(path, {'expert_idx': recording.expert_idx})
+  routing_figures.write(path, {'expert_idx': recording.expert_idx})
 
 
 def replay_overrides(
-  model: config.ModelConfig, path: pathlib.Path, recording: Recording
+  model: schema.ModelConfig, path: pathlib.Path, recording: Recording
 ) -> dict[str, Any]:
   """The settings, by dotted key, under which the same model trains on the recording."""
   moe = model.moe

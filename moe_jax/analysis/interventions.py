@@ -13,17 +13,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax import config, errors, evaluate, overrides
+from moe_jax import errors
 from moe_jax.analysis import assignments
+from moe_jax.config import schema
 from moe_jax.data import corpus as corpus_lib
-from moe_jax.models import moe
+from moe_jax.models import moe_layer
 from moe_jax.models.routers import ROUTERS
+from moe_jax.runs import overrides
+from moe_jax.training import evaluate
 
 
 class Subject(NamedTuple):
   """A trained model and the text it is measured on."""
 
-  cfg: config.Config
+  cfg: schema.Config
   variables: Any  # params and router_state
   corpus: corpus_lib.Corpus
   mesh: jax.sharding.Mesh
@@ -66,8 +69,8 @@ def measure(
       'disabled': jnp.asarray(disabled, jnp.int32),
       'shared_scale': jnp.asarray(shared_scale, jnp.float32),
     }
-    tree = {'moe_layers': {'moe': {moe.INTERVENTION: arrays}}}
-    variables = {**variables, moe.INTERVENTION: tree}
+    tree = {'moe_layers': {'moe': {moe_layer.INTERVENTION: arrays}}}
+    variables = {**variables, moe_layer.INTERVENTION: tree}
   return evaluate.evaluate(cfg, variables, subject.corpus, subject.mesh)
 
 
@@ -89,7 +92,7 @@ def _check(cfg: Any, disabled: Sequence[int], shared_scale: Sequence[float]):
   )
 
 
-def num_disabled(cfg: config.Config, share: float) -> int:
+def num_disabled(cfg: schema.Config, share: float) -> int:
   """How many experts a share of the routed ones is: 1/16 of 63 is 4, as of 64 (Figure 4)."""
   return round(share * cfg.model.moe.num_experts)
 
@@ -122,7 +125,7 @@ def with_fewer(subject: Subject, num_experts_per_tok: int) -> evaluate.Evaluatio
   return measure(subject, num_experts_per_tok=num_experts_per_tok)
 
 
-def of_layer(model: config.ModelConfig, layer: int, value: Any, rest: Any) -> list[Any]:
+def of_layer(model: schema.ModelConfig, layer: int, value: Any, rest: Any) -> list[Any]:
   """`value` for one MoE layer, `rest` for all others."""
   return [value if i == layer else rest for i in range(model.num_moe_layers)]
 

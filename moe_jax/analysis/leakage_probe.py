@@ -16,10 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import config, errors, evaluate, overrides, partitioning, run_load
+from moe_jax import errors
 from moe_jax.analysis import assignments, leakage
+from moe_jax.config import schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import packing
+from moe_jax.devices import partitioning
+from moe_jax.runs import overrides, trained_run
+from moe_jax.training import evaluate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Probe:
   log_likelihood_change: float  # nats, mean absolute over the targets predicted there
 
 
-def probe(run: run_load.Run, corpus: corpus_lib.Corpus) -> Probe:
+def probe(run: trained_run.Run, corpus: corpus_lib.Corpus) -> Probe:
   """Runs all whole rows of the held-out split in both forms.
 
   Raises:
@@ -58,7 +62,7 @@ def _first_half(mask: np.ndarray) -> np.ndarray:
 
 
 def _pairs(
-  cfg: config.Config, corpus: corpus_lib.Corpus, mesh: jax.sharding.Mesh
+  cfg: schema.Config, corpus: corpus_lib.Corpus, mesh: jax.sharding.Mesh
 ) -> Iterator[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
   """Batches of rows as they are, and with another second half; of the size that evaluation uses."""
   length = cfg.model.max_seq_len
@@ -96,7 +100,7 @@ def splice(row: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[str
 
 
 def _compare(
-  run: run_load.Run, before: dict[str, np.ndarray], after: dict[str, np.ndarray]
+  run: trained_run.Run, before: dict[str, np.ndarray], after: dict[str, np.ndarray]
 ) -> tuple[list[np.ndarray], float]:
   """Choices [layers, B, L, K] of both runs, and the summed absolute change of log-likelihoods."""
   targets = np.where(_first_half(before['targets'] >= 0), before['targets'], -1)
@@ -115,7 +119,7 @@ def _compare(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _outcome(
-  model: config.ModelConfig, variables: Any, batch: dict[str, jax.Array]
+  model: schema.ModelConfig, variables: Any, batch: dict[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
   """Choices [layers, B, L, K] and log-likelihoods [B, L] float32, 0 where there is no target."""
   logits, expert_idx = assignments.apply(model, variables, batch)
@@ -125,7 +129,7 @@ def _outcome(
   return expert_idx, jnp.where(targets >= 0, likelihood, 0.0)
 
 
-def theory(model: config.ModelConfig) -> dict[str, float] | None:
+def theory(model: schema.ModelConfig) -> dict[str, float] | None:
   """Bits that the allocation of router 'expert_choice' can carry; None for any other router.
 
   Keys: bits_per_token_per_layer and lower_bound of one layer, bits_per_token of all MoE layers.
@@ -142,7 +146,7 @@ def theory(model: config.ModelConfig) -> dict[str, float] | None:
   }
 
 
-def heldout_losses(run: run_load.Run, corpus: corpus_lib.Corpus) -> dict[str, float]:
+def heldout_losses(run: trained_run.Run, corpus: corpus_lib.Corpus) -> dict[str, float]:
   """Held-out loss in nats per target, `as_trained` and, for 'expert_choice', `shuffled`.
 
   Shuffling deals the tokens to chunks at random; the loss that it costs was leakage, or the habit

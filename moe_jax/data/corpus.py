@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from moe_jax import config, errors
+from moe_jax import errors
+from moe_jax.config import schema
 from moe_jax.data import cache, fim, hashing, sources
 from moe_jax.data import tokenizer as tokenizer_lib
 
@@ -97,7 +98,7 @@ class _Scan:
 
 
 def load_corpus(
-  data: config.DataConfig, vocab_size: int, seed: int, *, progress: bool = True
+  data: schema.DataConfig, vocab_size: int, seed: int, *, progress: bool = True
 ) -> Corpus:
   """Reads, splits and tokenises the configured text, or opens the cached result of having done so.
 
@@ -129,7 +130,7 @@ def load_corpus(
 
 
 def _assemble(
-  data: config.DataConfig,
+  data: schema.DataConfig,
   tokenizer: tokenizer_lib.Tokenizer,
   labels: Sequence[str],
   fingerprints: Sequence[str],
@@ -198,7 +199,7 @@ class _Counter:
 
 
 def _tokenizer(
-  data: config.DataConfig,
+  data: schema.DataConfig,
   vocab_size: int,
   specs: Mapping[str, sources.Spec],
   scans: Mapping[str, _Scan],
@@ -240,7 +241,7 @@ def _build(
   spec: sources.Spec,
   scan: _Scan,
   tokenizer: tokenizer_lib.Tokenizer,
-  data: config.DataConfig,
+  data: schema.DataConfig,
   seed: int,
   progress: bool,
 ):

@@ -19,7 +19,8 @@ from typing import Any
 import tqdm
 from absl import logging
 
-from moe_jax import config, errors
+from moe_jax import errors
+from moe_jax.config import schema
 from moe_jax.data import cache, hashing, synthetic
 
 TEXT_CUT_BYTES = 64 * 1024  # source 'text': files longer than this become several documents
@@ -37,7 +38,7 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-  """What a source needs to know; fields as in `config.DataConfig`."""
+  """What a source needs to know; fields as in `schema.DataConfig`."""
 
   section: (
     str  # where it stands in the config, for error messages: 'config.data' or '...mixture.<label>'
@@ -56,7 +57,7 @@ class Spec:
     return f'{self.section}.path={self.path!r} (source {self.source!r})'
 
 
-def specs(data: config.DataConfig, *, progress: bool = False) -> dict[str, Spec]:
+def specs(data: schema.DataConfig, *, progress: bool = False) -> dict[str, Spec]:
   """One `Spec` per member of the mixture, by domain label; any other source is {'': spec}."""
   members = {'': data}
   if data.source == 'mixture':

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from moe_jax import checkpoint_stream, config, errors
+from moe_jax import errors
+from moe_jax.checkpoints import stream_reader
+from moe_jax.config import parse, schema
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.interop import hf_config, hf_config_export, mapping, safetensors_files, sidecar
 from moe_jax.interop import source as source_lib
@@ -22,7 +24,7 @@ class Plan:
   """What tensors a model becomes, and how they are written."""
 
   def __init__(
-    self, model: config.ModelConfig, leaves: Mapping[str, Any], record: sidecar.Record, dtype: str
+    self, model: schema.ModelConfig, leaves: Mapping[str, Any], record: sidecar.Record, dtype: str
   ):
     errors.require(
       dtype in DTYPES,
@@ -69,14 +71,14 @@ def _is_for_training(name: str) -> bool:
   return name.startswith('router_state/') and not name.endswith('/expert_bias')
 
 
-def own_record(model: config.ModelConfig, layout: mapping.Layout) -> sidecar.Record:
+def own_record(model: schema.ModelConfig, layout: mapping.Layout) -> sidecar.Record:
   """How a model that was never imported is written."""
   return sidecar.Record(layout, _FILE_DTYPE[model.param_dtype], {}, False)
 
 
 def config_json(
   kept: pathlib.Path,
-  cfg: config.Config,
+  cfg: schema.Config,
   plan: Plan,
   record: sidecar.Record | None,
   untied: bool,
@@ -90,8 +92,8 @@ def config_json(
     ids = {'bos_token_id': tokenizer.bos_id, 'eos_token_id': tokenizer.eos_id}
     return made | ids | dtype_key(plan), False
   original = source_lib.read_json(kept / 'config.json')
-  values = hf_config.to_values(original, config.to_dict(cfg), cfg.model.num_mtp_layers)
-  before = hf_config_export.from_config(config.from_dict(values))
+  values = hf_config.to_values(original, parse.to_dict(cfg), cfg.model.num_mtp_layers)
+  before = hf_config_export.from_config(parse.from_dict(values))
   missing = object()
   changed = {k: v for k, v in made.items() if before.get(k, missing) != v}
   changed |= {'tie_word_embeddings': False} if untied else {}
@@ -114,7 +116,7 @@ def dtype_key(plan: Plan) -> dict[str, str]:
   return {'torch_dtype': names[plan.dtype]}
 
 
-def is_tied(reader: checkpoint_stream.Reader, model: config.ModelConfig) -> bool:
+def is_tied(reader: stream_reader.Reader, model: schema.ModelConfig) -> bool:
   """Whether the head is still the embedding, from which it was copied."""
   entries = mapping.entries(model, mapping.Layout(lm_head=False))
   for entry in entries:

@@ -11,7 +11,8 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from moe_jax import config_moe, errors
+from moe_jax import errors
+from moe_jax.config import moe_config
 
 ARCHITECTURES = {
   'llama': 'LlamaForCausalLM',
@@ -312,6 +313,6 @@ def _set_losses(kind: str, hf: Json, moe: dict[str, Any]):
   alpha = hf.get('aux_loss_alpha')
   weight = float(_AUX_LOSS_ALPHA[kind] if alpha is None else alpha)
   scope = 'micro_batch' if hf.get('seq_aux') is False else 'sequence'
-  losses = {key: moe['balance'][key] | {'weight': 0.0} for key in config_moe.LOSSES}
+  losses = {key: moe['balance'][key] | {'weight': 0.0} for key in moe_config.LOSSES}
   losses[name] = {'weight': weight, 'scope': scope}
   moe['balance'] = moe['balance'] | losses

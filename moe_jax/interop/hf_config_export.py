@@ -3,13 +3,14 @@
 from collections.abc import Iterator
 from typing import Any
 
-from moe_jax import config, config_attention, errors
+from moe_jax import errors
+from moe_jax.config import attention_config, schema
 from moe_jax.interop import hf_config
 
 _Rule = tuple[str, Any, bool]  # name of a field, its value, whether the family has it
 
 
-def family_of(cfg: config.ModelConfig) -> str:
+def family_of(cfg: schema.ModelConfig) -> str:
   """The family whose files can hold this model.
 
   Raises:
@@ -33,10 +34,10 @@ def family_of(cfg: config.ModelConfig) -> str:
   return kind
 
 
-def _layer_rules(cfg: config.ModelConfig, kind: str) -> Iterator[_Rule]:
+def _layer_rules(cfg: schema.ModelConfig, kind: str) -> Iterator[_Rule]:
   attention, mla = cfg.attention, cfg.attention.kind == 'mla'
   rope, width = attention.rope, attention.head_dim * cfg.num_heads
-  layouts = {'deepseek_v2': ('interleaved',), 'deepseek_v3': config_attention.ROPE_LAYOUTS}
+  layouts = {'deepseek_v2': ('interleaved',), 'deepseek_v3': attention_config.ROPE_LAYOUTS}
   both = mla and bool(rope.yarn.mscale and rope.yarn.mscale_all_dim)
   yield 'attention.num_experts', attention.num_experts, attention.num_experts == 0
   yield 'attention.rope.layout', rope.layout, rope.layout in layouts.get(kind, ('half',))
@@ -45,7 +46,7 @@ def _layer_rules(cfg: config.ModelConfig, kind: str) -> Iterator[_Rule]:
   yield 'num_mtp_layers', cfg.num_mtp_layers, kind == 'deepseek_v3' or not cfg.num_mtp_layers
 
 
-def _moe_rules(cfg: config.ModelConfig, kind: str) -> Iterator[_Rule]:
+def _moe_rules(cfg: schema.ModelConfig, kind: str) -> Iterator[_Rule]:
   moe, v3, mla = cfg.moe, kind == 'deepseek_v3', cfg.attention.kind == 'mla'
   bias, capacity = moe.expert_bias, moe.capacity
   biased, one_group = bias.update_rule != 'none', moe.num_expert_groups == 1
@@ -66,12 +67,12 @@ def _moe_rules(cfg: config.ModelConfig, kind: str) -> Iterator[_Rule]:
   yield 'moe.routed_scaling_factor', moe.routed_scaling_factor, scales
 
 
-def _plain(yarn: config_attention.YarnConfig) -> bool:
+def _plain(yarn: attention_config.YarnConfig) -> bool:
   """YaRN as its paper has it, which files say by leaving both scales out."""
   return yarn.mscale == 1 and yarn.mscale_all_dim == 0
 
 
-def from_config(cfg: config.Config) -> dict[str, Any]:
+def from_config(cfg: schema.Config) -> dict[str, Any]:
   """A config.json for a model of ours; without the ids of special tokens and the dtype.
 
   Raises:
@@ -104,7 +105,7 @@ def from_config(cfg: config.Config) -> dict[str, Any]:
   return hf | _from_attention(kind, model) | ({} if kind == 'llama' else _from_moe(kind, model))
 
 
-def _from_attention(kind: str, model: config.ModelConfig) -> dict[str, Any]:
+def _from_attention(kind: str, model: schema.ModelConfig) -> dict[str, Any]:
   attention = model.attention
   rope, mla = attention.rope, attention.mla
   hf = {'rope_theta': rope.theta, 'rope_scaling': None}
@@ -136,7 +137,7 @@ def _from_attention(kind: str, model: config.ModelConfig) -> dict[str, Any]:
   return hf | ({'rope_interleave': rope.layout == 'interleaved'} if kind == 'deepseek_v3' else {})
 
 
-def _from_moe(kind: str, model: config.ModelConfig) -> dict[str, Any]:
+def _from_moe(kind: str, model: schema.ModelConfig) -> dict[str, Any]:
   moe = model.moe
   if not model.is_moe:
     return {'n_routed_experts': None, 'n_shared_experts': None}

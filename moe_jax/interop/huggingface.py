@@ -1,6 +1,6 @@
 """Hugging Face checkpoints of the DeepSeek families in and out of workdirs, a tensor at a time.
 
-`import_checkpoint` makes a workdir with a checkpoint of step 0, which `run_load.load` and
+`import_checkpoint` makes a workdir with a checkpoint of step 0, which `trained_run.load` and
 `config.init_from` read like any other; `export_checkpoint` makes a directory that transformers (or
 a released model's own code) reads. Both write beside their target and rename at the end. `load` and
 `save` are the same with all weights in memory.
@@ -19,7 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import checkpoint_stream, config, errors, files, host_memory, run_load, run_record
+from moe_jax import atomic_files, errors
+from moe_jax.checkpoints import stream_reader, stream_writer
+from moe_jax.config import parse, schema
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.interop import (
   export_plan,
@@ -30,6 +32,8 @@ from moe_jax.interop import (
   sidecar,
 )
 from moe_jax.interop import source as source_lib
+from moe_jax.planning import host_memory
+from moe_jax.runs import run_record, trained_run
 
 Say = Callable[[str], None]
 _NO_DATA = 'imported'  # data fingerprint: what it was trained on is not known
@@ -37,13 +41,13 @@ _NO_DATA = 'imported'  # data fingerprint: what it was trained on is not known
 
 def load(
   directory: str | os.PathLike[str], values: Mapping[str, Any], *, param_dtype: str = ''
-) -> tuple[config.Config, dict[str, Any]]:
+) -> tuple[schema.Config, dict[str, Any]]:
   """Reads a checkpoint into memory.
 
   Args:
     directory: config.json and *.safetensors.
     values: nested dicts of a whole config; the model section is replaced.
-    param_dtype: of weights and computation, one of config.DTYPES; '' for that of the files.
+    param_dtype: of weights and computation, one of schema.DTYPES; '' for that of the files.
 
   Returns:
     The config, and {'params', 'router_state'} as nested dicts of arrays.
@@ -61,7 +65,7 @@ def load(
 
 
 def save(
-  cfg: config.Config,
+  cfg: schema.Config,
   variables: Mapping[str, Any],
   directory: str | os.PathLike[str],
   hf: Mapping[str, Any] | None = None,
@@ -113,7 +117,7 @@ def import_checkpoint(
     directory: config.json, tokenizer.json and *.safetensors.
     values: nested dicts of a whole config; model and special tokens are replaced.
     workdir: absent or empty.
-    param_dtype: of weights and computation, one of config.DTYPES; '' for that of the files.
+    param_dtype: of weights and computation, one of schema.DTYPES; '' for that of the files.
     argv: command line, for the record.
     say: prints one line.
 
@@ -131,15 +135,15 @@ def import_checkpoint(
   for note in found.notes:
     say(note)
   meta = {
-    'config': config.to_dict(cfg),
+    'config': parse.to_dict(cfg),
     'data_fingerprint': _NO_DATA,
-    'tokenizer': run_load.digest(tokenizer),
+    'tokenizer': trained_run.digest(tokenizer),
   }
   leaves = source_lib.abstract_leaves(cfg.model)
   total = sum(tensor.num_bytes for tensor in found.tensors.values())
   with _staged(workdir, '--workdir') as staging:
     with (
-      checkpoint_stream.Writer(staging / 'checkpoints', 0, leaves, meta) as writer,
+      stream_writer.Writer(staging / 'checkpoints', 0, leaves, meta) as writer,
       export_plan.progress(total, f'import {found.family}') as bar,
     ):
       for entry, part in found.parts():
@@ -185,15 +189,15 @@ def export_checkpoint(
   """
   began = time.monotonic()
   workdir, directory = pathlib.Path(workdir), pathlib.Path(directory)
-  meta = run_load.read_meta(workdir, step)
-  cfg = config.from_dict(meta['config'])
+  meta = trained_run.read_meta(workdir, step)
+  cfg = parse.from_dict(meta['config'])
   record = sidecar.read_record(workdir)
   kept = workdir / sidecar.DIRECTORY
   errors.require(
     (workdir / sidecar.TOKENIZER).is_file(),
     f'--workdir={workdir} has lost its {sidecar.TOKENIZER}; put the file back',
   )
-  with checkpoint_stream.Reader(workdir / 'checkpoints', meta['step']) as reader:
+  with stream_reader.Reader(workdir / 'checkpoints', meta['step']) as reader:
     names = [name for name in reader.leaves if name.startswith(('params/', 'router_state/'))]
     leaves = {name: jax.ShapeDtypeStruct(*reader.leaves[name]) for name in names}
     tied = record is not None and not record.layout.lm_head
@@ -219,7 +223,7 @@ def export_checkpoint(
 
 
 def _copy_small_files(
-  workdir: pathlib.Path, into: pathlib.Path, cfg: config.Config, imported: bool
+  workdir: pathlib.Path, into: pathlib.Path, cfg: schema.Config, imported: bool
 ):
   """Puts back what an import has kept; of another run, its tokenizer."""
   if imported:
@@ -265,7 +269,7 @@ def _staged(target: pathlib.Path, flag: str) -> Iterator[pathlib.Path]:
     raise errors.InputError(
       f'{flag}={target} cannot be made ({e.strerror or e}); choose another place'
     ) from e
-  with files.lock(staging):
+  with atomic_files.lock(staging):
     try:
       for path in staging.iterdir():
         if path.name != '.lock':

@@ -18,9 +18,13 @@ from lm_eval import evaluator, tasks
 from lm_eval import utils as harness_utils
 from lm_eval.api import model as harness_model
 
-from moe_jax import config, errors, generate, partitioning, run_load
-from moe_jax import sampling as sampling_lib
+from moe_jax import errors
+from moe_jax.config import schema
+from moe_jax.devices import partitioning
+from moe_jax.inference import generate
+from moe_jax.inference import sampling as sampling_lib
 from moe_jax.models import transformer
+from moe_jax.runs import trained_run
 
 Array = jax.Array
 
@@ -28,7 +32,7 @@ _DEFAULT_NEW_TOKENS = 256  # the harness's own default where a task names none
 
 
 def evaluate_tasks(
-  run: run_load.Run,
+  run: trained_run.Run,
   names: Sequence[str],
   *,
   include_path: str = '',
@@ -81,7 +85,7 @@ def evaluate_tasks(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _continuation(
-  cfg: config.ModelConfig, variables: Any, ids: Array, length: Array, start: Array
+  cfg: schema.ModelConfig, variables: Any, ids: Array, length: Array, start: Array
 ) -> tuple[Array, Array]:
   """Log-likelihood of ids[start:length] after ids[:start], and whether each is the most likely.
 
@@ -109,7 +113,7 @@ def _continuation(
 class Harness(harness_model.TemplateLM):
   """A loaded run as a language model of the harness."""
 
-  def __init__(self, run: run_load.Run, batch_size: int):
+  def __init__(self, run: trained_run.Run, batch_size: int):
     super().__init__()
     self._run, self._rows = run, batch_size
     self._ways = partitioning.row_ways(run.mesh)
@@ -138,7 +142,7 @@ class Harness(harness_model.TemplateLM):
   @property
   def tokenizer_name(self) -> str:
     """Names the tokenizer in the harness's caches."""
-    return run_load.digest(self._run.tokenizer)
+    return trained_run.digest(self._run.tokenizer)
 
   def tok_encode(
     self, string: str, add_special_tokens: bool | None = None, **unused: Any

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe_jax import config, errors
+from moe_jax import errors
+from moe_jax.config import schema
 
 WEIGHT, COPY, TIED = 'weight', 'copy', 'tied'  # roles of an `Entry`
 
@@ -144,7 +145,7 @@ _MTP = (
 _MTP_COPIES = {_EMBEDDING.hf: 'embed_tokens.weight', _HEAD.hf: 'shared_head.head.weight'}
 
 
-def entries(cfg: config.ModelConfig, layout: Layout) -> Iterator[Entry]:
+def entries(cfg: schema.ModelConfig, layout: Layout) -> Iterator[Entry]:
   """Every part of every tensor of a checkpoint, tensor by tensor and in a tensor from its start.
 
   Pure: it reads the sizes of `cfg` and allocates nothing.
@@ -169,7 +170,7 @@ def entries(cfg: config.ModelConfig, layout: Layout) -> Iterator[Entry]:
       yield from _vocabulary(row._replace(hf=_MTP_COPIES[row.hf]), axes, prefix, role=COPY)
 
 
-def mtp_prefix(cfg: config.ModelConfig, module: int) -> str:
+def mtp_prefix(cfg: schema.ModelConfig, module: int) -> str:
   """What the names of a prediction module's tensors begin with."""
   return f'model.layers.{cfg.num_layers + module}.'
 
@@ -198,7 +199,7 @@ def check_covers(found: Sequence[Entry], leaves: Mapping[str, Any], family: str)
     )
 
 
-def _axes(cfg: config.ModelConfig) -> dict[str, int]:
+def _axes(cfg: schema.ModelConfig) -> dict[str, int]:
   """Sizes of the axes that the tables name."""
   attention, moe = cfg.attention, cfg.moe
   mla = attention.mla
@@ -222,14 +223,14 @@ def _axes(cfg: config.ModelConfig) -> dict[str, int]:
   }
 
 
-def _attention_rows(cfg: config.ModelConfig) -> tuple[_Row, ...]:
+def _attention_rows(cfg: schema.ModelConfig) -> tuple[_Row, ...]:
   if cfg.attention.kind == 'gqa':
     return _GQA
   return (*(_MLA_LORA_QUERY if cfg.attention.mla.q_lora_rank else _MLA_QUERY), *_MLA)
 
 
 def _block(
-  cfg: config.ModelConfig,
+  cfg: schema.ModelConfig,
   axes: dict[str, int],
   layout: Layout,
   prefix: str,

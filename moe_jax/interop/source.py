@@ -18,9 +18,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax import checkpoint, config, errors, partitioning
+from moe_jax import errors
+from moe_jax.checkpoints import integrity
+from moe_jax.config import parse, schema
+from moe_jax.devices import partitioning
 from moe_jax.interop import float8, hf_config, mapping, safetensors_files
-from moe_jax.models import transformer
+from moe_jax.models import model_variables
 
 LM_HEAD, EMBEDDING = 'lm_head.weight', 'model.embed_tokens.weight'
 _FUSED = re.compile(r'\.mlp\.experts\.gate_up_proj$')
@@ -35,7 +38,7 @@ class Source:
 
   directory: pathlib.Path
   hf: Mapping[str, Any]  # config.json
-  cfg: config.Config
+  cfg: schema.Config
   layout: mapping.Layout
   tensors: Mapping[str, safetensors_files.Tensor]  # scales included
   entries: list[mapping.Entry]
@@ -65,16 +68,16 @@ class Source:
     return entry.to_ours(values.astype(dtype, copy=False))
 
 
-def abstract_leaves(model: config.ModelConfig) -> Any:
+def abstract_leaves(model: schema.ModelConfig) -> Any:
   """{'params', 'router_state'} as nested dicts of ShapeDtypeStruct; allocates nothing."""
-  made = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
+  made = jax.eval_shape(lambda: model_variables.init(model, jax.random.key(0)))
   return partitioning.unbox(made)
 
 
 def by_name(tree: Any) -> dict[str, Any]:
   """The leaves of a nested dict, by the names that checkpoints use."""
   return {
-    checkpoint.leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    integrity.leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
   }
 
 
@@ -92,8 +95,8 @@ def read(
     errors.InputError: see the message.
   """
   errors.require(
-    param_dtype in ('', *config.DTYPES),
-    f'--param_dtype={param_dtype!r} must be one of {", ".join(config.DTYPES)}; leave it out for '
+    param_dtype in ('', *schema.DTYPES),
+    f'--param_dtype={param_dtype!r} must be one of {", ".join(schema.DTYPES)}; leave it out for '
     'that of the files',
   )
   directory = pathlib.Path(directory)
@@ -108,7 +111,7 @@ def read(
   file_dtype = _file_dtype(tensors)
   values['model']['param_dtype'] = param_dtype or file_dtype
   values['model']['dtype'] = param_dtype or file_dtype
-  cfg = config.from_dict(values)
+  cfg = parse.from_dict(values)
   tied = bool(hf.get('tie_word_embeddings'))
   layout = mapping.Layout(
     fused_experts=any(map(_FUSED.search, tensors)), lm_head=LM_HEAD in tensors or not tied

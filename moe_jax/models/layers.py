@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from moe_jax import partitioning
-from moe_jax.models import target
+from moe_jax.devices import hardware, partitioning
 
 Array = jax.Array
 
@@ -58,8 +57,8 @@ def in_rows(w: Array) -> Rows:
 def product(x: Array, w: Rows, dtype: jnp.dtype | None = None) -> Array:
   """x times a matrix whose input axis is the last: x [..., A], w [N, A] -> [..., N].
 
-  For decoding (`decode.unstack` lays weights out so): a CPU reads each row of w in order. It is
-  faster with few rows of x as columns than with few rows, which XLA's kernels are not made for.
+  For decoding (`cached_model.unstack` lays weights out so): a CPU reads each row of w in order. It
+  is faster with few rows of x as columns than with few rows, which XLA's kernels are not made for.
 
   Args:
     x: rows.
@@ -68,7 +67,7 @@ def product(x: Array, w: Rows, dtype: jnp.dtype | None = None) -> Array:
   """
   dtype = x.dtype if dtype is None else dtype
   rows = x.reshape(-1, x.shape[-1])
-  few = 1 < len(rows) <= FEW_ROWS and target.platform() == 'cpu'
+  few = 1 < len(rows) <= FEW_ROWS and hardware.platform() == 'cpu'
   dot = lambda a, b: jax.lax.dot_general(
     a, b, (((1,), (1,)), ((), ())), preferred_element_type=dtype
   )

@@ -9,20 +9,14 @@ import numpy as np
 import pytest
 
 from configs import routing, smoke
-from moe_jax import (
-  config,
-  errors,
-  losses,
-  metrics,
-  optim,
-  partitioning,
-  router_metrics,
-  run,
-  run_load,
-  train,
-)
+from moe_jax import errors
 from moe_jax.analysis import assignments
+from moe_jax.balance import routing_figures
+from moe_jax.config import parse, schema
 from moe_jax.data import pipeline
+from moe_jax.devices import partitioning
+from moe_jax.runs import metric_log, train_run, trained_run
+from moe_jax.training import cross_entropy, optim, train_state
 
 MAKE_MESH = partitioning.make_mesh
 SIZES = {
@@ -58,19 +52,19 @@ def cache(tmp_path_factory):
   return tmp_path_factory.mktemp('cache')
 
 
-def make_config(cache: pathlib.Path, **overrides) -> config.Config:
+def make_config(cache: pathlib.Path, **overrides) -> schema.Config:
   page = smoke.get_config()
   page.update_from_flattened_dict(SIZES | {'data.cache_dir': str(cache)} | overrides)
-  return config.from_dict(page.to_dict())
+  return parse.from_dict(page.to_dict())
 
 
 @pytest.fixture(scope='module')
 def fresh(cache):
   """(an untrained run, its corpus)."""
   cfg = make_config(cache)
-  mesh, corpus = run.prepare(cfg)
-  variables = train.init_state(cfg, mesh).variables
-  return run_load.Run(cfg, mesh, variables, corpus.tokenizer, 0, corpus.fingerprint), corpus
+  mesh, corpus = train_run.prepare(cfg)
+  variables = train_state.init_state(cfg, mesh).variables
+  return trained_run.Run(cfg, mesh, variables, corpus.tokenizer, 0, corpus.fingerprint), corpus
 
 
 @pytest.fixture(scope='module')
@@ -116,14 +110,14 @@ def test_a_recording_can_be_trained_on(fresh, first_batch, recording, cache, tmp
     'train.micro_batch_size': 0
   }  # compiles faster; each row reads its own record all the same
   cfg = make_config(cache, **overrides, **whole)
-  run.run_training(cfg, tmp_path / 'run', say=lambda line: None)
+  train_run.run_training(cfg, tmp_path / 'run', say=lambda line: None)
   # Step 1 starts from the same weights, so it computes the same as the recorded model.
-  found = router_metrics.read(tmp_path / 'run/routing/1.npz')
+  found = routing_figures.read(tmp_path / 'run/routing/1.npz')
   want = [np.bincount(layer[:8].ravel(), minlength=9)[:8] for layer in recording.expert_idx]
   np.testing.assert_array_equal(found['load'], want)
   batch, logits, _ = first_batch
-  loss = losses.next_token(logits, batch['targets'])[0] / (batch['targets'] >= 0).sum()
-  (point,) = metrics.read_metrics(tmp_path / 'run')
+  loss = cross_entropy.next_token(logits, batch['targets'])[0] / (batch['targets'] >= 0).sum()
+  (point,) = metric_log.read_metrics(tmp_path / 'run')
   assert point['loss'] == pytest.approx(float(loss), rel=1e-5)
 
 
@@ -132,7 +126,7 @@ def test_a_recording_can_be_trained_on(fresh, first_batch, recording, cache, tmp
 )
 def test_overrides_make_a_legal_config(variant, tmp_path):
   page = routing.get_config(variant)
-  model = config.from_dict(page.to_dict()).model
+  model = parse.from_dict(page.to_dict()).model
   k = model.moe.num_experts_per_tok
   if variant in ('expert_choice', 'ds_moe'):
     k = model.moe.num_experts  # a column per expert
@@ -141,13 +135,13 @@ def test_overrides_make_a_legal_config(variant, tmp_path):
   found = assignments.Recording(expert_idx, mask, rows, rows)
   overrides = assignments.replay_overrides(model, tmp_path / 'x.npz', found)
   page.update_from_flattened_dict(overrides)
-  moe = config.from_dict(page.to_dict()).model.moe
+  moe = parse.from_dict(page.to_dict()).model.moe
   assert moe.router == 'replay' and moe.num_experts_per_tok == k
   assert moe.options.replay_rows == 4
   json.dumps(overrides)
 
 
-def by_hand(cache) -> tuple[assignments.Recording, config.ModelConfig]:
+def by_hand(cache) -> tuple[assignments.Recording, schema.ModelConfig]:
   """One layer, 4 experts on 2 devices, K = 1; 2 batches of 2 rows of 4 tokens."""
   hot = np.zeros((2, 4))  # all tokens to expert 0, on device 0
   even = np.array([[0, 1, 2, 3], [0, 1, 2, 3]])

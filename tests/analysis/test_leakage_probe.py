@@ -5,9 +5,13 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from moe_jax import config, errors, partitioning, run, run_load, train
+from moe_jax import errors
 from moe_jax.analysis import leakage, leakage_probe
+from moe_jax.config import parse
 from moe_jax.data import packing
+from moe_jax.devices import partitioning
+from moe_jax.runs import train_run, trained_run
+from moe_jax.training import train_state
 
 MAKE_MESH = partitioning.make_mesh
 SIZES = {
@@ -41,10 +45,10 @@ def fresh(cache, **overrides):
   page = smoke.get_config()
   page.update_from_flattened_dict(SIZES | {'data.cache_dir': str(cache), 'train.sample_prompt': ''})
   page.update_from_flattened_dict(overrides)
-  cfg = config.from_dict(page.to_dict())
-  mesh, corpus = run.prepare(cfg)
-  variables = train.init_state(cfg, mesh).variables
-  return run_load.Run(cfg, mesh, variables, corpus.tokenizer, 0, corpus.fingerprint), corpus
+  cfg = parse.from_dict(page.to_dict())
+  mesh, corpus = train_run.prepare(cfg)
+  variables = train_state.init_state(cfg, mesh).variables
+  return trained_run.Run(cfg, mesh, variables, corpus.tokenizer, 0, corpus.fingerprint), corpus
 
 
 def test_topk_is_causal(cache):
@@ -72,13 +76,13 @@ def test_expert_choice_is_not(cache):
 def test_theory_counts_the_tokens_that_compete(cache):
   page = smoke.get_config()
   page.update_from_flattened_dict(SIZES | EXPERT_CHOICE)
-  model = config.from_dict(page.to_dict()).model
+  model = parse.from_dict(page.to_dict()).model
   found = leakage_probe.theory(model)
   assert found['bits_per_token_per_layer'] == leakage.bits_per_token(8, 2, 32)
   assert found['bits_per_token'] == 2 * leakage.bits_per_token(8, 2, 32)
   assert found['lower_bound'] == leakage.lower_bound(8, 2) < found['bits_per_token_per_layer']
   page.model.moe.options.chunk_tokens = 16
-  found = leakage_probe.theory(config.from_dict(page.to_dict()).model)
+  found = leakage_probe.theory(parse.from_dict(page.to_dict()).model)
   assert found['bits_per_token_per_layer'] == leakage.bits_per_token(8, 2, 16)
 
 

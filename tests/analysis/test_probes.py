@@ -5,20 +5,21 @@ import numpy as np
 import pytest
 import tiny
 
-from moe_jax import errors, evaluate
-from moe_jax.analysis import information, interventions, observe, probes
+from moe_jax import errors
+from moe_jax.analysis import information, interventions, observations, probes
 from moe_jax.analysis.probes import (
   ablation,
+  coactivation,
   confidence,
   dependence,
-  finding,
+  probe_types,
   report,
   saturation,
-  together,
   weights,
 )
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import tokenizer as tokenizer_lib
+from moe_jax.training import evaluate
 
 NAMES = ['layer 1', 'layer 2']
 
@@ -77,9 +78,9 @@ def test_words_of_an_expert():
 
 def test_pairs_by_hand():
   choices = np.array([[0, 1], [0, 1], [2, 3], [0, 4]])  # 4 = no expert
-  both = together.pairs(choices, 4)
+  both = coactivation.pairs(choices, 4)
   assert both.tolist() == [[3, 2, 0, 0], [2, 2, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
-  lift = together.lift(both, 4)
+  lift = coactivation.lift(both, 4)
   assert lift[0, 1] == pytest.approx(2 / (3 * 2 / 4)) and lift[2, 3] == pytest.approx(4.0)
   assert lift[0, 2] == 0 and np.all(np.diagonal(lift) == 1)
 
@@ -151,7 +152,7 @@ def test_without_an_intervention_nothing_changes(subject):
 
 
 def test_disabled_experts_are_the_best_of_each_token(subject):
-  seen = observe.collect(subject, 0)
+  seen = observations.collect(subject, 0)
   best = seen.scores.argmax(axis=-1)
   found = interventions.measure(subject, disabled=[1, 0])
   loads = found.load
@@ -198,11 +199,11 @@ def test_refusals(overrides, kwargs, message):
 
 
 def test_observations_are_the_models(subject):
-  seen = observe.collect(subject, 0)
+  seen = observations.collect(subject, 0)
   assert seen.mask.sum() == subject.corpus.heldout.num_tokens
   top = np.argsort(-seen.scores, axis=-1, kind='stable')[..., : seen.expert_idx.shape[-1]]
   assert np.array_equal(np.sort(top[:, seen.mask]), np.sort(seen.expert_idx[:, seen.mask]))
-  part = observe.collect(subject, 16)
+  part = observations.collect(subject, 16)
   assert len(part.tokens) == 1 < len(seen.tokens)
 
 
@@ -212,7 +213,7 @@ def test_identical_experts_are_found(subject):
     gate_up[0, 5], down[0, 5] = gate_up[0, 2], down[0, 2]
     return moe | {'gate_up': gate_up, 'down': down}
 
-  context = finding.Context(with_weights(subject, copy), 0)
+  context = probe_types.Context(with_weights(subject, copy), 0)
   found = weights.expert_weights(context)
   assert found.arrays['cosines'][0, 2, 5] == pytest.approx(1.0, abs=1e-5)
   assert found.arrays['effective_rank'][0] < found.arrays['effective_rank'][1]
@@ -221,11 +222,11 @@ def test_identical_experts_are_found(subject):
 
 def test_a_hash_router_reads_token_ids_only():
   hashed = subject_of(model__moe__router='hash', model__moe__balance__expert_level__weight=0.0)
-  found = dependence.tokens_and_places(finding.Context(hashed, 0))
+  found = dependence.tokens_and_places(probe_types.Context(hashed, 0))
   np.testing.assert_allclose(found.arrays['token_id'], 1.0, atol=1e-6)
   assert np.all(found.arrays['place'] < 0.6)
   _, skipped = report.run(
-    finding.Context(hashed, 0), ['confidence', 'disable_top', 'fewer_experts']
+    probe_types.Context(hashed, 0), ['confidence', 'disable_top', 'fewer_experts']
   )
   assert set(skipped) == {'confidence', 'disable_top', 'fewer_experts'}
 
@@ -233,14 +234,14 @@ def test_a_hash_router_reads_token_ids_only():
 def test_saturation_of_the_same_and_of_another_router(subject):
   other = with_weights(subject, lambda moe: moe | {'router': -moe['router']})
   steps = {10: subject.variables, 20: other.variables}
-  found = saturation.saturation(finding.Context(subject, 0, steps, 30))
+  found = saturation.saturation(probe_types.Context(subject, 0, steps, 30))
   np.testing.assert_array_equal(found.arrays['kept_share'][0], 1.0)
   assert found.arrays['kept_share'][1, 0] == 0.0  # the worst experts became the best
   assert 'by chance it would be 25 %' in found.reading
 
 
 def test_disable_top_probe_by_layer(subject):
-  context = finding.Context(subject, 0)
+  context = probe_types.Context(subject, 0)
   found = ablation.disable_top(context)
   assert found.arrays['disabled'].tolist() == [1, 2]  # of 8: 1/16 rounds to 0, 4/16 is 2
   for i in range(2):
@@ -250,7 +251,7 @@ def test_disable_top_probe_by_layer(subject):
 
 
 def test_every_probe_draws_and_reads(subject, tmp_path):
-  context = finding.Context(subject, 0, {5: subject.variables}, 10)
+  context = probe_types.Context(subject, 0, {5: subject.variables}, 10)
   found, skipped = report.run(context, list(probes.PROBES))
   assert not skipped and set(found) == set(probes.PROBES)
   paths = report.draw(found, tmp_path)

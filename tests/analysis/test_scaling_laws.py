@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moe_jax.analysis import scaling_laws as laws
+from moe_jax.analysis import scaling_laws
 
 # DeepSeek LLM, from its formulas: C, eta_opt, B_opt in tokens, M_opt, D_opt.
 PAPER = np.array(
@@ -23,7 +23,7 @@ BUDGETS = np.array([1e17, 3e17, 1e18, 3e18, 1e19])
   [(1, 0.3118, -0.1250), (2, 0.2920, 0.3271), (3, 0.1715, 0.5243), (4, 5.8316, 0.4757)],
 )
 def test_the_papers_constants_come_back_from_its_points(column, coefficient, exponent):
-  law = laws.fit_power_law(PAPER[:, 0], PAPER[:, column])
+  law = scaling_laws.fit_power_law(PAPER[:, 0], PAPER[:, column])
   assert law.exponent == pytest.approx(exponent, abs=5e-4)
   assert law.coefficient == pytest.approx(coefficient, rel=0.02)
 
@@ -34,11 +34,11 @@ def profile(budget, noise=0.0, seed=0, reach=(0.2, 5.0)):
   sizes = best * np.geomspace(*reach, 8)
   losses = 2 + 40 * budget**-0.1 + 0.05 * np.log(sizes / best) ** 2
   rng = np.random.default_rng((seed, int(np.log10(budget) * 10)))
-  return laws.Profile(budget, sizes, losses + noise * rng.standard_normal(len(sizes)))
+  return scaling_laws.Profile(budget, sizes, losses + noise * rng.standard_normal(len(sizes)))
 
 
 def test_allocation_of_exact_profiles_is_the_papers():
-  found = laws.fit_allocation([profile(b) for b in BUDGETS], samples=20)
+  found = scaling_laws.fit_allocation([profile(b) for b in BUDGETS], samples=20)
   assert found.optimum.exponent == pytest.approx(0.5243, abs=1e-6)
   assert found.optimum.coefficient == pytest.approx(0.1715, rel=1e-4)
   assert found.tokens.exponent == pytest.approx(0.4757, abs=1e-6)
@@ -49,7 +49,9 @@ def test_allocation_of_exact_profiles_is_the_papers():
 def test_intervals_hold_the_true_exponent_about_as_often_as_they_say():
   held = 0
   for seed in range(40):
-    found = laws.fit_allocation([profile(b, 0.01, seed) for b in BUDGETS], samples=200, seed=seed)
+    found = scaling_laws.fit_allocation(
+      [profile(b, 0.01, seed) for b in BUDGETS], samples=200, seed=seed
+    )
     low, high = found.exponent_interval
     held += low <= 0.5243 <= high
   assert 30 <= held <= 40  # 90 % of 40 are 36
@@ -57,39 +59,43 @@ def test_intervals_hold_the_true_exponent_about_as_often_as_they_say():
 
 def test_a_minimum_outside_of_the_sizes_is_named_and_left_out():
   below, above = profile(1e18, reach=(1.5, 8)), profile(1e18, reach=(0.05, 0.7))
-  assert 'below' in laws.fit_parabola(below.sizes, below.losses).problem
-  assert 'above' in laws.fit_parabola(above.sizes, above.losses).problem
-  upside_down = laws.fit_parabola(below.sizes, -profile(1e18).losses)
+  assert 'below' in scaling_laws.fit_parabola(below.sizes, below.losses).problem
+  assert 'above' in scaling_laws.fit_parabola(above.sizes, above.losses).problem
+  upside_down = scaling_laws.fit_parabola(below.sizes, -profile(1e18).losses)
   assert 'opens downwards' in upside_down.problem
   good = [profile(b) for b in BUDGETS[:2]]
-  found = laws.fit_allocation([*good, laws.Profile(1e19, below.sizes, below.losses)], samples=5)
+  found = scaling_laws.fit_allocation(
+    [*good, scaling_laws.Profile(1e19, below.sizes, below.losses)], samples=5
+  )
   assert found.parabolas[1e19].problem
   assert found.optimum.exponent == pytest.approx(0.5243, abs=1e-6)
   with pytest.raises(ValueError, match='two budgets'):
-    laws.fit_allocation([good[0], laws.Profile(1e19, below.sizes, below.losses)])
+    scaling_laws.fit_allocation([good[0], scaling_laws.Profile(1e19, below.sizes, below.losses)])
 
 
 def test_near_optimal_is_a_quarter_of_a_per_cent():
   losses = [2.0, 2.0049, 2.0051, np.nan]
-  assert laws.near_optimal(losses).tolist() == [True, True, False, False]
+  assert scaling_laws.near_optimal(losses).tolist() == [True, True, False, False]
 
 
 def test_surface_finds_its_minimum_or_says_why_not():
   rate, batch = (a.ravel() for a in np.meshgrid(np.geomspace(1e-3, 1e-1, 5), [16, 32, 64, 128]))
   bowl = 2 + 0.1 * np.log(rate / 1e-2) ** 2 + 0.05 * np.log(batch / 50) ** 2
-  found = laws.fit_surface(rate, batch, bowl)
+  found = scaling_laws.fit_surface(rate, batch, bowl)
   assert (found.a, found.b) == pytest.approx((1e-2, 50), rel=1e-6) and not found.problem
   assert found.lowest == pytest.approx(2.0)
-  edge = laws.fit_surface(rate, batch, 2 + 0.1 * np.log(rate) ** 2 + 0.05 * np.log(batch) ** 2)
+  edge = scaling_laws.fit_surface(
+    rate, batch, 2 + 0.1 * np.log(rate) ** 2 + 0.05 * np.log(batch) ** 2
+  )
   assert 'outside' in edge.problem
-  saddle = laws.fit_surface(rate, batch, np.log(rate) ** 2 - np.log(batch) ** 2)
+  saddle = scaling_laws.fit_surface(rate, batch, np.log(rate) ** 2 - np.log(batch) ** 2)
   assert 'saddle' in saddle.problem
   with pytest.raises(ValueError, match='more than 6'):
-    laws.fit_surface(rate[:6], batch[:6], bowl[:6])
+    scaling_laws.fit_surface(rate[:6], batch[:6], bowl[:6])
 
 
 def test_loss_curve_has_its_floor_and_decay():
-  curve = laws.fit_loss_curve(BUDGETS, 1.5 + 30 * BUDGETS**-0.08)
+  curve = scaling_laws.fit_loss_curve(BUDGETS, 1.5 + 30 * BUDGETS**-0.08)
   assert curve.floor == pytest.approx(1.5, abs=0.01)
   assert curve.decay == pytest.approx(0.08, abs=0.002)
   assert curve(1e20) == pytest.approx(1.5 + 30 * 1e20**-0.08, rel=1e-3)
@@ -99,10 +105,12 @@ def test_another_measure_interpolates_between_runs_and_never_beyond():
   tokens = {name: np.array([1e8, 1e10, 1e11]) for name in 'abcde'}
   losses = {name: 3 * t**-0.05 for name, t in tokens.items()}
   measure = {name: 1e8 * 2**i for i, name in enumerate('abcde')}
-  (found,) = laws.resize_profiles(tokens, losses, measure, [1e18])
+  (found,) = scaling_laws.resize_profiles(tokens, losses, measure, [1e18])
   assert found.sizes.tolist() == sorted(measure.values())
   np.testing.assert_allclose(found.losses, 3 * (1e18 / found.sizes) ** -0.05)
-  assert laws.resize_profiles(tokens, losses, measure, [1e21]) == []  # all beyond their runs
+  assert (
+    scaling_laws.resize_profiles(tokens, losses, measure, [1e21]) == []
+  )  # all beyond their runs
 
 
 def test_noise_wider_than_the_band_widens_the_interval():
@@ -112,12 +120,12 @@ def test_noise_wider_than_the_band_widens_the_interval():
   losses = 2 + 0.05 * np.log(rates / best) ** 2
   spread = []
   for noise in (1e-5, 2e-2):
-    samples = laws.bootstrap_near_optimal(budgets, rates, losses, noise, samples=100)
-    low, high = laws.interval(samples[:, 1])
+    samples = scaling_laws.bootstrap_near_optimal(budgets, rates, losses, noise, samples=100)
+    low, high = scaling_laws.interval(samples[:, 1])
     spread.append(high - low)
   assert spread[0] < 0.2 * spread[1]
 
 
 def test_an_exponent_needs_two_budgets():
   with pytest.raises(ValueError, match='two different x'):
-    laws.fit_power_law([1e17, 1e17], [1.0, 2.0])
+    scaling_laws.fit_power_law([1e17, 1e17], [1.0, 2.0])

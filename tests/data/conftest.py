@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from moe_jax import config
+from moe_jax.config import schema
 from moe_jax.data import corpus, sources
 
 
@@ -12,7 +12,7 @@ from moe_jax.data import corpus, sources
 def make_config(tmp_path):
   """A function that builds a `DataConfig`: 60 synthetic documents as bytes, with any overrides."""
 
-  def make(**overrides) -> config.DataConfig:
+  def make(**overrides) -> schema.DataConfig:
     values = base.get_config().data.to_dict() | {
       'source': 'synthetic',
       'synthetic_documents': 60,
@@ -20,7 +20,7 @@ def make_config(tmp_path):
       'tokenizer': 'bytes',
       'cache_dir': str(tmp_path / 'cache'),
     }
-    return config.DataConfig(**values | overrides)
+    return schema.DataConfig(**values | overrides)
 
   return make
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import tokenizers
 
-from moe_jax import config, errors
+from moe_jax import errors
+from moe_jax.config import schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import hashing, sources
 from moe_jax.data import tokenizer as tokenizer_lib
@@ -17,7 +18,7 @@ from moe_jax.data import tokenizer as tokenizer_lib
 VOCAB = 300
 
 
-def load(data: config.DataConfig, vocab_size: int = VOCAB, seed: int = 0) -> corpus_lib.Corpus:
+def load(data: schema.DataConfig, vocab_size: int = VOCAB, seed: int = 0) -> corpus_lib.Corpus:
   return corpus_lib.load_corpus(data, vocab_size, seed, progress=False)
 
 
@@ -31,7 +32,7 @@ def texts(corpus: corpus_lib.Corpus, split: corpus_lib.TokenSplit) -> list[bytes
   return [corpus.tokenizer.decode(ids).encode('utf-8') for ids in documents(split)]
 
 
-def by_split(data: config.DataConfig) -> tuple[list[sources.Document], list[sources.Document]]:
+def by_split(data: schema.DataConfig) -> tuple[list[sources.Document], list[sources.Document]]:
   """The source's documents: train, held out."""
   result = ([], [])
   for document in sources.read(sources.specs(data)['']):
@@ -152,10 +153,10 @@ def test_fim_of_a_document_does_not_depend_on_the_others(make_config):
   assert many[: len(few)] == few
 
 
-def mixture(tmp_path, weight: float = 3.0) -> dict[str, config.MixtureComponent]:
+def mixture(tmp_path, weight: float = 3.0) -> dict[str, schema.MixtureComponent]:
   return {
-    'words': config.MixtureComponent('synthetic', '', 1.0),
-    'code': config.MixtureComponent('python_source', str(python_tree(tmp_path / 'a')), weight),
+    'words': schema.MixtureComponent('synthetic', '', 1.0),
+    'code': schema.MixtureComponent('python_source', str(python_tree(tmp_path / 'a')), weight),
   }
 
 
@@ -233,7 +234,7 @@ import json, sys
 from configs import base
 from moe_jax import config
 from moe_jax.data import corpus, hashing
-data = config.DataConfig(**base.get_config().data.to_dict() | json.loads(sys.argv[1]))
+data = schema.DataConfig(**base.get_config().data.to_dict() | json.loads(sys.argv[1]))
 loaded = corpus.load_corpus(data, 300, 0)
 print(loaded.fingerprint, hashing.hexdigest(loaded.train[0].tokens.tobytes()))
 """
@@ -296,7 +297,7 @@ def test_an_empty_corpus(make_config, tmp_path):
     errors.InputError, match=r"config\.data\.path='.*empty\.txt'.*holds none; name"
   ):
     load(make_config(source='text', path=path))
-  parts = {'bad': config.MixtureComponent('text', path, 1.0)}
+  parts = {'bad': schema.MixtureComponent('text', path, 1.0)}
   with pytest.raises(errors.InputError, match=r'config\.data\.mixture\.bad\.path=.*holds none'):
     load(make_config(source='mixture', mixture=parts))
 

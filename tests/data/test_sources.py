@@ -9,7 +9,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from moe_jax import config, errors
+from moe_jax import errors
+from moe_jax.config import schema
 from moe_jax.data import sources
 
 
@@ -28,8 +29,8 @@ def write_tree(root: pathlib.Path, files: dict[str, str | bytes]) -> pathlib.Pat
 
 def test_specs_of_a_mixture_are_sorted_by_label(make_config):
   mixture = {
-    'b': config.MixtureComponent('synthetic', '', 1.0),
-    'a': config.MixtureComponent('text', 'x.txt', 2.0),
+    'b': schema.MixtureComponent('synthetic', '', 1.0),
+    'a': schema.MixtureComponent('text', 'x.txt', 2.0),
   }
   specs = sources.specs(make_config(source='mixture', mixture=mixture))
   assert list(specs) == ['a', 'b']

@@ -16,9 +16,15 @@ from interop import checkpoints
 
 from configs import base
 from experiments import convert
-from moe_jax import checkpoint, checkpoint_stream, config, errors, partitioning, run_load, train
+from moe_jax import errors
+from moe_jax.checkpoints import checkpointer as checkpointer_lib
+from moe_jax.checkpoints import stream_reader, stream_writer
+from moe_jax.config import parse
 from moe_jax.data import tokenizer as tokenizer_lib
+from moe_jax.devices import partitioning
 from moe_jax.interop import huggingface, source
+from moe_jax.runs import trained_run
+from moe_jax.training import train_state
 
 BLOCK = {'quant_method': 'fp8', 'fmt': 'e4m3', 'weight_block_size': [5, 5]}
 
@@ -66,8 +72,8 @@ def test_there_and_back(tmp_path, capsys, family, changes, options, num_shards):
   assert ('without multi-token prediction' in said) == (options == {'mtp': False})
 
   cfg, variables = huggingface.load(original, base.get_config().to_dict())
-  with checkpoint_stream.Reader(tmp_path / 'run/checkpoints') as reader:
-    assert config.from_dict(reader.meta['config']).model == cfg.model
+  with stream_reader.Reader(tmp_path / 'run/checkpoints') as reader:
+    assert parse.from_dict(reader.meta['config']).model == cfg.model
     assert (reader.step, reader.meta['data_fingerprint']) == (0, 'imported')
     for name, leaf in source.by_name(variables).items():
       np.testing.assert_array_equal(reader.read(name), leaf)
@@ -102,7 +108,7 @@ def test_dtypes(tmp_path):
   hf = checkpoints.config('deepseek_v3')
   original = checkpoints.write(tmp_path / 'in', hf, checkpoints.tensors(hf))
   import_(original, tmp_path / 'run', '--param_dtype=float32')
-  assert run_load.read_config(tmp_path / 'run').model.param_dtype == 'float32'
+  assert trained_run.read_config(tmp_path / 'run').model.param_dtype == 'float32'
   export(tmp_path / 'run', tmp_path / 'same')
   assert checkpoints.read(tmp_path / 'same') == checkpoints.read(original)
   export(tmp_path / 'run', tmp_path / 'wide', '--dtype=float32', '--step=0')
@@ -126,7 +132,7 @@ def imported(tmp_path_factory):
 
 def test_the_workdir_is_a_run(imported):
   original, workdir = imported
-  run = run_load.load(workdir)
+  run = trained_run.load(workdir)
   assert run.step == 0 and run.tokenizer.bos_id == 0 and run.tokenizer.eos_id == 1
   data = run.cfg.data
   assert (data.bos_token, data.eos_token) == ('<s>', '</s>')
@@ -143,10 +149,10 @@ def rewritten(imported, tmp_path, cfg, **arrays):
   """A copy of the imported workdir with another config and some other leaves."""
   workdir = tmp_path / 'changed'
   shutil.copytree(imported[1], workdir)
-  with checkpoint_stream.Reader(workdir / 'checkpoints', 0) as reader:
-    meta = reader.meta | {'config': config.to_dict(cfg)}
+  with stream_reader.Reader(workdir / 'checkpoints', 0) as reader:
+    meta = reader.meta | {'config': parse.to_dict(cfg)}
     leaves = source.abstract_leaves(cfg.model)
-    with checkpoint_stream.Writer(workdir / 'checkpoints', 5, leaves, meta) as writer:
+    with stream_writer.Writer(workdir / 'checkpoints', 5, leaves, meta) as writer:
       for name in source.by_name(leaves):
         writer.write(name, (), arrays.get(name, reader.read(name)))
   return workdir
@@ -154,10 +160,10 @@ def rewritten(imported, tmp_path, cfg, **arrays):
 
 @pytest.mark.parametrize('newer', [False, True])
 def test_only_what_has_changed_is_changed_in_config_json(imported, tmp_path, newer):
-  values = config.to_dict(run_load.read_config(imported[1]))
+  values = parse.to_dict(trained_run.read_config(imported[1]))
   values['model']['max_seq_len'] = 128
   values['model']['attention']['rope']['theta'] = 5000.0
-  workdir = rewritten(imported, tmp_path, config.from_dict(values))
+  workdir = rewritten(imported, tmp_path, parse.from_dict(values))
   before = json.loads((imported[0] / 'config.json').read_text())
   if newer:
     rope = {k: v for k, v in checkpoints.YARN.items() if k != 'type'}
@@ -182,7 +188,7 @@ def test_a_tied_head_that_was_trained_is_untied(tmp_path, capsys):
   hf = checkpoints.config('llama', tie_word_embeddings=True)
   original = checkpoints.write(tmp_path / 'in', hf, checkpoints.tensors(hf))
   huggingface.import_checkpoint(original, tiny.values(), tmp_path / 'run')
-  cfg = run_load.read_config(tmp_path / 'run')
+  cfg = trained_run.read_config(tmp_path / 'run')
   head = np.full((checkpoints.D, checkpoints.V), 2.0, ml_dtypes.bfloat16)
   workdir = rewritten((original, tmp_path / 'run'), tmp_path, cfg, **{'params/head': head})
   export(workdir, tmp_path / 'out')
@@ -217,7 +223,7 @@ def test_models_of_our_own_are_saved_and_loaded(tmp_path, changes, fused):
   cfg = tiny.make(**changes, paper__mlp_dim=0.0)
   variables = {'params': tiny.params(cfg.model), 'router_state': tiny.router_state(cfg.model)}
   huggingface.save(cfg, variables, tmp_path / 'out', fused_experts=fused, shard_bytes=10_000)
-  got, loaded = huggingface.load(tmp_path / 'out', config.to_dict(cfg))
+  got, loaded = huggingface.load(tmp_path / 'out', parse.to_dict(cfg))
   assert got == cfg
   jax.tree.map(np.testing.assert_array_equal, loaded, variables)
 
@@ -234,7 +240,7 @@ def test_an_export_of_a_run_that_was_not_imported(imported, tmp_path):
   tokens = json.loads((tmp_path / 'out/tokenizer_config.json').read_text())
   assert (tokens['bos_token'], tokens['eos_token']) == ('<s>', '</s>')
   cfg, _ = huggingface.load(tmp_path / 'out', tiny.values())
-  assert cfg.model == run_load.read_config(imported[1]).model
+  assert cfg.model == trained_run.read_config(imported[1]).model
 
 
 def changed(name: str, function):
@@ -336,14 +342,14 @@ def test_an_export_of_a_training_run(tmp_path):
   """A checkpoint with the state of an optimizer, as a run writes it."""
   cfg = tiny.make(checkpoint__save_every=1)
   mesh = partitioning.make_mesh(cfg.mesh)
-  state = train.init_state(cfg, mesh)
+  state = train_state.init_state(cfg, mesh)
   tokenizer = tokenizer_lib.byte_tokenizer(cfg.data.bos_token, cfg.data.eos_token)
-  meta = {'config': config.to_dict(cfg), 'tokenizer': '', 'data_fingerprint': ''}
-  with checkpoint.Checkpointer(tmp_path / 'run/checkpoints', cfg.checkpoint) as checkpointer:
+  meta = {'config': parse.to_dict(cfg), 'tokenizer': '', 'data_fingerprint': ''}
+  with checkpointer_lib.Checkpointer(tmp_path / 'run/checkpoints', cfg.checkpoint) as checkpointer:
     checkpointer.save(1, state, meta, force=True)
   tokenizer.save(tmp_path / 'run/tokenizer.json')
   export(tmp_path / 'run', tmp_path / 'out')
-  got, loaded = huggingface.load(tmp_path / 'out', config.to_dict(cfg))
+  got, loaded = huggingface.load(tmp_path / 'out', parse.to_dict(cfg))
   assert got.model == cfg.model
   jax.tree.map(np.testing.assert_array_equal, loaded['params'], dict(state.params))
 
@@ -355,7 +361,7 @@ def test_tokens_by_id(imported, tmp_path):
   hf = json.loads((directory / 'config.json').read_text())
   (directory / 'config.json').write_text(json.dumps(hf | {'eos_token_id': [2, 1]}))
   import_(directory, tmp_path / 'run')
-  data = run_load.read_config(tmp_path / 'run').data
+  data = trained_run.read_config(tmp_path / 'run').data
   assert (data.bos_token, data.eos_token) == ('<s>', 'a')
   (directory / 'config.json').write_text(json.dumps(hf | {'eos_token_id': None}))
   with pytest.raises(errors.InputError, match='says which token is eos_token'):
@@ -394,8 +400,8 @@ def test_refused_directories(imported, tmp_path):
 def test_a_failed_conversion_leaves_nothing(imported, tmp_path, monkeypatch):
   original, workdir = imported
   for kind, method, convert_ in (
-    (checkpoint_stream.Writer, 'write', lambda: import_(original, tmp_path / 'run')),
-    (checkpoint_stream.Reader, 'read', lambda: export(workdir, tmp_path / 'out')),
+    (stream_writer.Writer, 'write', lambda: import_(original, tmp_path / 'run')),
+    (stream_reader.Reader, 'read', lambda: export(workdir, tmp_path / 'out')),
   ):
     monkeypatch.setattr(kind, method, interrupted(getattr(kind, method), at=20))
     with pytest.raises(KeyboardInterrupt):
@@ -422,7 +428,7 @@ def test_what_a_killed_import_left_is_cleared(imported, tmp_path):
   (tmp_path / 'run').mkdir()  # an empty workdir is well
   import_(imported[0], tmp_path / 'run')
   assert [path.name for path in tmp_path.iterdir()] == ['run']
-  assert run_load.read_meta(tmp_path / 'run')['step'] == 0
+  assert trained_run.read_meta(tmp_path / 'run')['step'] == 0
 
 
 @pytest.mark.slow
@@ -435,7 +441,7 @@ def test_a_killed_import(tmp_path):
   # Every write takes long enough that the signal comes between two of them.
   slow = (
     'import runpy, sys, time\n'
-    'from moe_jax import checkpoint_stream as c\n'
+    'from moe_jax.checkpoints import stream_writer as c\n'
     'write = c.Writer.write\n'
     'c.Writer.write = lambda *a: (write(*a), print("written", flush=True), time.sleep(0.2))\n'
     'sys.argv = sys.argv[1:]\n'

@@ -4,13 +4,14 @@ import pytest
 import tiny
 from interop import checkpoints, published
 
-from moe_jax import config, config_moe, errors
+from moe_jax import errors
+from moe_jax.config import moe_config, parse, schema
 from moe_jax.interop import hf_config, hf_config_export
 
 
-def from_hf(hf: dict, **overrides) -> config.Config:
+def from_hf(hf: dict, **overrides) -> schema.Config:
   modules = hf_config.declared_mtp_layers(hf)
-  return config.from_dict(hf_config.to_values(hf, tiny.values(**overrides), modules))
+  return parse.from_dict(hf_config.to_values(hf, tiny.values(**overrides), modules))
 
 
 def test_dense():
@@ -34,7 +35,7 @@ def test_moe_16b():
   assert (moe.num_experts, moe.num_shared_experts, moe.num_experts_per_tok) == (64, 2, 6)
   assert (moe.score_func, moe.norm_topk_prob, moe.routed_scaling_factor) == ('softmax', False, 1.0)
   assert (model.num_dense_layers, moe.moe_mlp_dim, moe.num_expert_groups) == (1, 1408, 1)
-  assert moe.balance.expert_level == config_moe.LossConfig(0.001, 'sequence')
+  assert moe.balance.expert_level == moe_config.LossConfig(0.001, 'sequence')
 
 
 def test_v2():

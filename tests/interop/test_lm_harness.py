@@ -12,11 +12,13 @@ import tiny
 
 pytest.importorskip('lm_eval')
 
-from moe_jax import errors, generate, run_load
-from moe_jax import sampling as sampling_lib
+from moe_jax import errors
 from moe_jax.data import tokenizer as tokenizer_lib
+from moe_jax.inference import generate
+from moe_jax.inference import sampling as sampling_lib
 from moe_jax.interop import lm_harness
 from moe_jax.models import transformer
+from moe_jax.runs import trained_run
 
 CFG = tiny.make(model__vocab_size=288, model__max_seq_len=96, model__num_layers=2)
 QUESTIONS = [
@@ -64,7 +66,7 @@ def loaded():
   tokenizer = tokenizer_lib.byte_tokenizer(CFG.data.bos_token, CFG.data.eos_token)
   whole = jax.NamedSharding(mesh, jax.P())
   variables = jax.device_put({'params': tiny.params(CFG.model), 'router_state': {}}, whole)
-  return run_load.Run(CFG, mesh, variables, tokenizer, 7, 'none')
+  return trained_run.Run(CFG, mesh, variables, tokenizer, 7, 'none')
 
 
 def logp(loaded, context, target):

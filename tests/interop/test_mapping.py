@@ -7,7 +7,8 @@ import pytest
 import tiny
 from interop import checkpoints, published
 
-from moe_jax import config, errors
+from moe_jax import errors
+from moe_jax.config import parse, schema
 from moe_jax.interop import float8, hf_config, mapping, source
 
 WEIGHTS = mapping.Layout()
@@ -23,10 +24,10 @@ def is_fp8(entry: mapping.Entry) -> bool:
   return '_proj' in entry.hf_name and 'eh_proj' not in entry.hf_name
 
 
-def model(family: str, **changes) -> config.ModelConfig:
+def model(family: str, **changes) -> schema.ModelConfig:
   hf = checkpoints.config(family, **changes)
   modules = hf_config.declared_mtp_layers(hf)
-  return config.from_dict(hf_config.to_values(hf, tiny.values(), modules)).model
+  return parse.from_dict(hf_config.to_values(hf, tiny.values(), modules)).model
 
 
 @pytest.mark.parametrize('family, layout', LAYOUTS)
@@ -142,7 +143,7 @@ COUNTS = {
 def test_published_counts(name):
   hf = published.CONFIGS[name]
   values = hf_config.to_values(hf, tiny.values(), hf_config.declared_mtp_layers(hf))
-  cfg = config.from_dict(values).model
+  cfg = parse.from_dict(values).model
   entries = list(mapping.entries(cfg, WEIGHTS))
   tensors, parameters = COUNTS[name]
   sizes = {e.hf_name: e.hf_shape for e in entries}

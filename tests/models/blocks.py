@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import tiny
 
-from moe_jax import partitioning
-from moe_jax.analysis import hlo
+from moe_jax.devices import partitioning
+from moe_jax.planning.hlo import collectives
 
 
 def compile_on(axes: dict[str, int], apply: Callable[..., jax.Array], boxed: Any, *arrays: Any):
@@ -40,5 +40,5 @@ def compile_on(axes: dict[str, int], apply: Callable[..., jax.Array], boxed: Any
 
 
 def travelling(program: Any, axes: dict[str, int]) -> dict[str, dict[str, float]]:
-  """Bytes on the wire per device, {mesh axes: {kind: bytes}}, see `hlo.collectives`."""
-  return hlo.bytes_by_axes(hlo.collectives(program.as_text(), tiny.mesh(**axes)))
+  """Bytes on the wire per device, {mesh axes: {kind: bytes}}, see `collectives.collectives`."""
+  return collectives.bytes_by_axes(collectives.collectives(program.as_text(), tiny.mesh(**axes)))

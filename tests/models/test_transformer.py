@@ -7,8 +7,9 @@ import pytest
 import tiny
 from flax import linen as nn
 
-from moe_jax import partitioning, train
-from moe_jax.models import transformer
+from moe_jax.devices import partitioning
+from moe_jax.models import model_variables, transformer
+from moe_jax.training import objective
 
 CFG = tiny.make().model
 L = CFG.max_seq_len
@@ -36,9 +37,9 @@ def logits_of(rows, model=CFG):
 
 def gradient_jaxpr(**overrides):
   cfg = tiny.make(**overrides)
-  params = transformer.abstract_params(cfg.model)
+  params = model_variables.abstract_params(cfg.model)
   batch = {key: jnp.array(value) for key, value in tiny.batch().items()}
-  fn = functools.partial(train.gradients, cfg)
+  fn = functools.partial(objective.gradients, cfg)
   return jax.make_jaxpr(fn)(params, {}, batch, jnp.uint32(0)).jaxpr
 
 
@@ -115,7 +116,7 @@ def test_dense_model():
 
 def test_all_layers_moe_and_stats_per_layer():
   cfg = tiny.make(model__num_dense_layers=0).model
-  params = transformer.abstract_params(cfg)
+  params = model_variables.abstract_params(cfg)
   assert 'dense_layers' not in params
   out = jax.eval_shape(
     lambda p: transformer.Transformer(cfg).apply({'params': p}, *inputs(tiny.batch())), params
@@ -125,7 +126,7 @@ def test_all_layers_moe_and_stats_per_layer():
 
 
 def test_dtypes_of_parameters():
-  shapes = transformer.abstract_params(tiny.make(model__param_dtype='bfloat16').model)
+  shapes = model_variables.abstract_params(tiny.make(model__param_dtype='bfloat16').model)
   for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
     wide = path[-1].key in ('scale', 'router')  # norms and router stay in float32
     assert leaf.dtype == (jnp.float32 if wide else jnp.bfloat16), jax.tree_util.keystr(path)
@@ -166,7 +167,9 @@ LATENT = dict(model__attention__kind='mla', model__attention__mla__q_lora_rank=6
 def test_every_parameter_names_its_axes(overrides):
   rules = dict(partitioning.LOGICAL_AXIS_RULES)
   model = tiny.make(**overrides).model
-  boxed = jax.eval_shape(functools.partial(transformer.init, model), jax.random.key(0))['params']
+  boxed = jax.eval_shape(functools.partial(model_variables.init, model), jax.random.key(0))[
+    'params'
+  ]
   boxes = jax.tree_util.tree_leaves_with_path(
     boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
   )

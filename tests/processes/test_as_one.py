@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from moe_jax import config, evaluate, partitioning, run, run_load
+from moe_jax.config import parse, schema
+from moe_jax.devices import partitioning
+from moe_jax.runs import train_run, trained_run
+from moe_jax.training import evaluate
 
 pytestmark = pytest.mark.slow
 
@@ -24,11 +27,11 @@ RTOL = 1e-5
 SPLIT = {'mesh.data': 1, 'mesh.fsdp': 2, 'mesh.expert': 4}
 
 
-def make(cache: pathlib.Path, **overrides) -> config.Config:
+def make(cache: pathlib.Path, **overrides) -> schema.Config:
   page = smoke.get_config()
   page.update_from_flattened_dict(launch.SETTINGS | {'data.cache_dir': str(cache)})
   page.update_from_flattened_dict({k.replace('__', '.'): v for k, v in overrides.items()})
-  return config.from_dict(page.to_dict())
+  return parse.from_dict(page.to_dict())
 
 
 @pytest.fixture(scope='module')
@@ -48,7 +51,7 @@ def two(cache, tmp_path_factory):
 def one(cache, tmp_path_factory):
   """(workdir, held-out figures) of one process with eight devices."""
   workdir = tmp_path_factory.mktemp('one')
-  trained, corpus = run.run_training(make(cache), workdir, say=lambda line: None)
+  trained, corpus = train_run.run_training(make(cache), workdir, say=lambda line: None)
   return workdir, evaluate.evaluate(trained.cfg, trained.variables, corpus, trained.mesh)
 
 
@@ -90,13 +93,13 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one(two, cache, tmp_path, monk
   devices = jax.devices()[:2]
   monkeypatch.setattr(partitioning, 'make_mesh', lambda cfg: MAKE_MESH(cfg, devices))
   lines = []
-  run.run_training(make(cache, mesh__data=2), workdir, say=lines.append)
+  train_run.run_training(make(cache, mesh__data=2), workdir, say=lines.append)
   assert 'resuming after step 3 of 6' in lines
   assert 'placement changed: mesh.fsdp: 2 -> 1' in lines
   got, want = (np.array(launch.figures(w)) for w in (workdir, two[0]))
   np.testing.assert_array_equal(got[:3], want[:3])
   np.testing.assert_allclose(got[3:], want[3:], rtol=RTOL)
-  assert run_load.load(workdir).step == 6
+  assert trained_run.load(workdir).step == 6
 
 
 def test_rows_and_errors_between_processes(cache, tmp_path):
@@ -128,7 +131,7 @@ def test_rows_and_errors_between_processes(cache, tmp_path):
 
 
 def test_a_missing_process_is_named(cache, tmp_path):
-  """Before anything is written; `tests/test_roll_call.py` has the other cases, without JAX."""
+  """Before anything is written; `test_rendezvous.py` has the other cases, without JAX."""
   workdir = tmp_path / 'run'
   started = launch.start(workdir, cache, 2, 1, '--start_timeout=1', only=range(1))
   ((status, out, err),) = launch.join(started)

@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from moe_jax import checkpoint, config, partitioning, run, train
+from moe_jax.checkpoints import checkpointer
+from moe_jax.config import parse, schema
 from moe_jax.data import pipeline
+from moe_jax.devices import partitioning
+from moe_jax.runs import train_run
+from moe_jax.training import train_state
 
 MAKE_MESH = partitioning.make_mesh
 MESHES = {
@@ -32,11 +36,11 @@ RTOL = 2e-5
 pytestmark = pytest.mark.slow
 
 
-def make(cache: pathlib.Path, name: str) -> config.Config:
+def make(cache: pathlib.Path, name: str) -> schema.Config:
   page = smoke.get_config()
   page.update_from_flattened_dict(SETTINGS | {'data.cache_dir': str(cache), 'mesh.data': 1})
   page.update_from_flattened_dict({f'mesh.{key}': value for key, value in MESHES[name].items()})
-  return config.from_dict(page.to_dict())
+  return parse.from_dict(page.to_dict())
 
 
 @pytest.fixture(autouse=True)
@@ -61,16 +65,16 @@ def finished(tmp_path_factory):
   def train_on(name, cache):
     if name not in found:
       found[name] = tmp_path_factory.mktemp(name)
-      run.run_training(make(cache, name), found[name], say=lambda line: None)
+      train_run.run_training(make(cache, name), found[name], say=lambda line: None)
     return found[name]
 
   return train_on
 
 
-def restored(workdir: pathlib.Path, cfg: config.Config) -> checkpoint.Restored:
+def restored(workdir: pathlib.Path, cfg: schema.Config) -> checkpointer.Restored:
   mesh = partitioning.make_mesh(cfg.mesh)
-  with checkpoint.Checkpointer(workdir / 'checkpoints', None, read_only=True) as reader:
-    return reader.restore(train.abstract_state(cfg, mesh), step=2)
+  with checkpointer.Checkpointer(workdir / 'checkpoints', None, read_only=True) as reader:
+    return reader.restore(train_state.abstract_state(cfg, mesh), step=2)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +96,7 @@ def test_a_checkpoint_goes_on_on_another_mesh(finished, cache, tmp_path, source,
   for a, b in zip(jax.tree.leaves(here.state), jax.tree.leaves(there.state), strict=True):
     np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
   lines = []
-  run.run_training(make(cache, target), workdir, say=lines.append)
+  train_run.run_training(make(cache, target), workdir, say=lines.append)
   assert 'resuming after step 2 of 4' in lines
   assert any(line.startswith('placement changed: mesh.') for line in lines)
   got, want = (np.array(launch.figures(w)) for w in (workdir, unbroken))
@@ -103,7 +107,7 @@ def test_a_checkpoint_goes_on_on_another_mesh(finished, cache, tmp_path, source,
 def test_the_data_is_the_same_on_every_mesh(cache):
   """The parts of all devices, put together, are the batch of one device."""
   cfg = make(cache, 'eight')
-  _, corpus = run.prepare(make(cache, 'one'))
+  _, corpus = train_run.prepare(make(cache, 'one'))
   length = cfg.model.max_seq_len
   options = dict(seed=0, max_seq_len=length, batch_size_at=lambda n: 8, num_steps=3)
   whole = pipeline.TrainBatches(corpus, **options)

@@ -10,7 +10,9 @@ import sys
 import jax
 import numpy as np
 
-from moe_jax import distributed, errors, partitioning, processes
+from moe_jax import errors
+from moe_jax.devices import partitioning
+from moe_jax.processes import agreement, launch
 
 
 def caught(fn) -> str:
@@ -36,24 +38,24 @@ def rows_arrive(mesh: jax.sharding.Mesh) -> tuple[int, ...]:
   mine = np.concatenate([np.split(whole, ways)[shard] for shard in shards])
   placed = partitioning.put_batch({'tokens': mine}, mesh)['tokens']
   assert placed.shape == whole.shape
-  np.testing.assert_array_equal(processes.fetch(placed), whole)
+  np.testing.assert_array_equal(agreement.fetch(placed), whole)
   return shards
 
 
 def fail_alone():
-  with processes.together():
+  with agreement.together():
     if jax.process_index() == 1:
       raise errors.InputError('the disk of this one is full')
 
 
 def fail_all():
-  with processes.together():
+  with agreement.together():
     raise errors.InputError('the same everywhere')
 
 
 def main(address: str, number: int, directory: str):
-  flags = distributed.Flags(coordinator=address, num_processes=2, process_id=number)
-  line = distributed.initialize(distributed.resolve(flags), flags, {})
+  flags = launch.Flags(coordinator=address, num_processes=2, process_id=number)
+  line = launch.initialize(launch.resolve(flags), flags, {})
   other = pathlib.Path(directory) / f'own{number}'
   other.mkdir()
   found = {
@@ -63,10 +65,10 @@ def main(address: str, number: int, directory: str):
     'sequence_across': rows_arrive(mesh([0, 1, 2, 3], sequence=4)),
     'alone': caught(fail_alone),
     'all': caught(fail_all),
-    'same': caught(lambda: processes.require_same({'a': [1, 'é'], 'b': {'x': None}})),
-    'differs': caught(lambda: processes.require_same({'a': 1, 'the text': number})),
-    'shared': caught(lambda: processes.require_shared(pathlib.Path(directory))),
-    'own': caught(lambda: processes.require_shared(other)),
+    'same': caught(lambda: agreement.require_same({'a': [1, 'é'], 'b': {'x': None}})),
+    'differs': caught(lambda: agreement.require_same({'a': 1, 'the text': number})),
+    'shared': caught(lambda: agreement.require_shared(pathlib.Path(directory))),
+    'own': caught(lambda: agreement.require_shared(other)),
   }
   print(json.dumps(found))
   line.finish()

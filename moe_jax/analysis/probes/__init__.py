@@ -4,23 +4,23 @@ from collections.abc import Callable
 
 from moe_jax.analysis.probes import (
   ablation,
+  coactivation,
   confidence,
   dependence,
-  finding,
+  probe_types,
   saturation,
-  together,
   traffic,
   weights,
 )
 
-PROBES: dict[str, Callable[[finding.Context], finding.Finding]] = {
+PROBES: dict[str, Callable[[probe_types.Context], probe_types.Finding]] = {
   'disable_top': ablation.disable_top,
   'drop_shared': ablation.drop_shared,
   'fewer_experts': ablation.fewer_experts,
   'domains': dependence.domains,
   'tokens_and_places': dependence.tokens_and_places,
   'vocabulary': dependence.vocabulary,
-  'coactivation': together.coactivation,
+  'coactivation': coactivation.coactivation,
   'saturation': saturation.saturation,
   'expert_weights': weights.expert_weights,
   'confidence': confidence.confidence,

@@ -7,14 +7,15 @@ once and layer by layer. The rise is of held-out bits per byte over the model as
 import numpy as np
 from matplotlib import figure
 
-from moe_jax import errors, plots
+from moe_jax import errors
 from moe_jax.analysis import interventions
-from moe_jax.analysis.probes import finding
+from moe_jax.analysis.probes import probe_types
+from moe_jax.runs import plots
 
 SHARES = (1 / 16, 2 / 16, 3 / 16, 4 / 16)  # of the routed experts, Figure 4
 
 
-def disable_top(context: finding.Context) -> finding.Finding:
+def disable_top(context: probe_types.Context) -> probe_types.Finding:
   """Figure 4: the routed experts of highest score disabled; per layer 1/16 of them."""
   subject, base = context.sample, context.bits_per_byte
   cfg = subject.cfg
@@ -22,7 +23,7 @@ def disable_top(context: finding.Context) -> finding.Finding:
   numbers = [interventions.num_disabled(cfg, share) for share in SHARES]
   numbers = sorted({number for number in numbers if 0 < number <= room})
   if not numbers:
-    raise finding.NotApplicableError(
+    raise probe_types.NotApplicableError(
       f'{cfg.model.moe.num_experts} experts, {cfg.model.moe.num_experts_per_tok} of them active, '
       'leave none to disable'
     )
@@ -30,7 +31,7 @@ def disable_top(context: finding.Context) -> finding.Finding:
   try:
     rises = [_rise(subject, base, [number] * len(layers)) for number in numbers]
   except errors.InputError as error:
-    raise finding.NotApplicableError(str(error)) from error
+    raise probe_types.NotApplicableError(str(error)) from error
   alone = [
     _rise(subject, base, interventions.of_layer(cfg.model, i, numbers[0], 0)) for i in layers
   ]
@@ -57,14 +58,14 @@ def disable_top(context: finding.Context) -> finding.Finding:
     'rise_of_layer': np.asarray(alone),
     'bits_per_byte': np.asarray(base),
   }
-  return finding.Finding(arrays, reading, draw)
+  return probe_types.Finding(arrays, reading, draw)
 
 
 def _rise(subject: interventions.Subject, base: float, disabled: list[int]) -> float:
   return interventions.measure(subject, disabled=disabled).bits_per_byte - base
 
 
-def _bars(axes, values, context: finding.Context, title: str):
+def _bars(axes, values, context: probe_types.Context, title: str):
   """A bar per layer."""
   axes.bar(range(len(values)), values, color=plots.ORANGE)
   first, step = context.first_layer, max(1, len(values) // 12)
@@ -76,12 +77,12 @@ def _bars(axes, values, context: finding.Context, title: str):
   axes.set_title(title, fontsize=10)
 
 
-def drop_shared(context: finding.Context) -> finding.Finding:
+def drop_shared(context: probe_types.Context) -> probe_types.Finding:
   """The shared experts dropped, and routed ones in their place; per layer without a stand-in."""
   subject, base = context.sample, context.bits_per_byte
   model = subject.cfg.model
   if not model.moe.num_shared_experts:
-    raise finding.NotApplicableError('the model has no shared expert')
+    raise probe_types.NotApplicableError('the model has no shared expert')
   dropped = interventions.without_shared(subject, stand_in=False).bits_per_byte - base
   replaced = None
   if model.moe.num_experts_per_tok + model.moe.num_shared_experts <= model.moe.num_experts:
@@ -121,17 +122,17 @@ def drop_shared(context: finding.Context) -> finding.Finding:
     'rise_with_stand_in': np.asarray(np.nan if replaced is None else replaced),
     'rise_of_layer': np.asarray(alone),
   }
-  return finding.Finding(arrays, reading, draw)
+  return probe_types.Finding(arrays, reading, draw)
 
 
-def fewer_experts(context: finding.Context) -> finding.Finding:
+def fewer_experts(context: probe_types.Context) -> probe_types.Finding:
   """Figure 5: every K from 1 to that of training."""
   subject, base = context.sample, context.bits_per_byte
   moe = subject.cfg.model.moe
   if moe.num_experts_per_tok < 2:
-    raise finding.NotApplicableError('one routed expert per token: there are no fewer')
+    raise probe_types.NotApplicableError('one routed expert per token: there are no fewer')
   if moe.router in ('hash', 'replay', 'expert_choice', 'ds_moe'):
-    raise finding.NotApplicableError(
+    raise probe_types.NotApplicableError(
       f'router {moe.router!r} does not take the best K of a token, so K cannot be lowered'
     )
   counts = list(range(1, moe.num_experts_per_tok + 1))
@@ -151,4 +152,4 @@ def fewer_experts(context: finding.Context) -> finding.Finding:
     axes.set_ylabel('held-out bits per byte')
 
   arrays = {'num_experts_per_tok': np.asarray(counts), 'bits_per_byte': np.asarray(bits)}
-  return finding.Finding(arrays, reading, draw, (6.0, 3.8))
+  return probe_types.Finding(arrays, reading, draw, (6.0, 3.8))

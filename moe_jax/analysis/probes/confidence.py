@@ -3,7 +3,7 @@
 import numpy as np
 from matplotlib import figure
 
-from moe_jax.analysis.probes import finding
+from moe_jax.analysis.probes import probe_types
 from moe_jax.models.routers import ROUTERS
 
 
@@ -29,21 +29,21 @@ def measures(scores: np.ndarray, k: int) -> dict[str, np.ndarray]:
   }
 
 
-def confidence(context: finding.Context) -> finding.Finding:
+def confidence(context: probe_types.Context) -> probe_types.Finding:
   """The share of the score that the best expert and the best K get, and the entropy."""
   moe = context.subject.cfg.model.moe
   if not ROUTERS[moe.router].has_logits:
-    raise finding.NotApplicableError(f'router {moe.router!r} has no scores to be sure by')
+    raise probe_types.NotApplicableError(f'router {moe.router!r} has no scores to be sure by')
   seen = context.observations
   found = measures(seen.of_tokens(seen.scores), moe.num_experts_per_tok)  # [layers, T] each
   names = context.layer_names()
   means = {key: values.mean(axis=1) for key, values in found.items()}
   reading = (
     f'Of the sum of all scores the chosen {moe.num_experts_per_tok} of {moe.num_experts} experts '
-    f'get {finding.per_layer(100 * means["chosen"], names, "{:.0f} %")} '
+    f'get {probe_types.per_layer(100 * means["chosen"], names, "{:.0f} %")} '
     f'(all alike would be {100 * moe.num_experts_per_tok / moe.num_experts:.0f} %), the best one '
-    f'{finding.per_layer(100 * means["best"], names, "{:.0f} %")}. Entropy, as a share of that of '
-    f'scores that are all alike: {finding.per_layer(means["entropy"], names)}.'
+    f'{probe_types.per_layer(100 * means["best"], names, "{:.0f} %")}. Entropy, as a share of '
+    f'that of scores that are all alike: {probe_types.per_layer(means["entropy"], names)}.'
   )
 
   def draw(fig: figure.Figure):
@@ -63,4 +63,4 @@ def confidence(context: finding.Context) -> finding.Finding:
       right.legend(frameon=False, fontsize=8)
 
   arrays = {f'mean_{key}': values for key, values in means.items()}
-  return finding.Finding(arrays, reading, draw)
+  return probe_types.Finding(arrays, reading, draw)

@@ -6,14 +6,14 @@ import numpy as np
 from matplotlib import figure
 
 from moe_jax.analysis import information
-from moe_jax.analysis.probes import finding
+from moe_jax.analysis.probes import probe_types
 
 MOST_DOMAINS = 16  # rows of a heat map
 WORDS = 8  # of an expert's list
 LEAST_COUNT = 8  # times that a token id must have met an expert to be on its list
 
 
-def _shares(context: finding.Context, labels: np.ndarray) -> np.ndarray:
+def _shares(context: probe_types.Context, labels: np.ndarray) -> np.ndarray:
   """[layers], see `information.decided_share`; labels [R, L]."""
   seen = context.observations
   flat = seen.of_tokens(labels)
@@ -25,13 +25,13 @@ def _shares(context: finding.Context, labels: np.ndarray) -> np.ndarray:
   )
 
 
-def domains(context: finding.Context) -> finding.Finding:
+def domains(context: probe_types.Context) -> probe_types.Finding:
   """Domain x expert: how much more often than on average a domain uses an expert."""
   seen, labels = context.observations, context.subject.corpus.domains
   present = np.bincount(seen.of_tokens(seen.domains), minlength=len(labels))
   top = [d for d in np.argsort(-present, kind='stable')[:MOST_DOMAINS] if present[d]]
   if len(top) < 2:
-    raise finding.NotApplicableError(
+    raise probe_types.NotApplicableError(
       f'the tokens are of {len(top)} domain(s); give data.domain_field, or more tokens'
     )
   flat = seen.of_tokens(seen.domains)
@@ -55,7 +55,7 @@ def domains(context: finding.Context) -> finding.Finding:
   )
 
   def draw(fig: figure.Figure):
-    panels = finding.grid(fig, seen.num_layers)
+    panels = probe_types.grid(fig, seen.num_layers)
     for axes, values, name in zip(panels, lift[:, top], context.layer_names()):
       shown = np.log2(np.clip(values, 1 / 8, 8))
       image = axes.imshow(shown, aspect='auto', cmap='RdBu_r', vmin=-3, vmax=3)
@@ -69,18 +69,18 @@ def domains(context: finding.Context) -> finding.Finding:
     bar.set_label("use / the text's mean use")
 
   arrays = {'counts': table, 'decided_share': decided, 'domains': np.asarray(labels)}
-  return finding.Finding(arrays, reading, draw, finding.panel_size(seen.num_layers, 3.4))
+  return probe_types.Finding(arrays, reading, draw, probe_types.panel_size(seen.num_layers, 3.4))
 
 
 def _padded(table: np.ndarray, rows: int) -> np.ndarray:
   return np.pad(table, ((0, rows - len(table)), (0, 0)))
 
 
-def _percent(values: np.ndarray, context: finding.Context) -> str:
-  return finding.per_layer(100 * values, context.layer_names(), '{:.1f} %')
+def _percent(values: np.ndarray, context: probe_types.Context) -> str:
+  return probe_types.per_layer(100 * values, context.layer_names(), '{:.1f} %')
 
 
-def tokens_and_places(context: finding.Context) -> finding.Finding:
+def tokens_and_places(context: probe_types.Context) -> probe_types.Finding:
   """How far the token id, the token before and the place in the document decide the experts."""
   seen = context.observations
   before = np.where(seen.positions > 0, np.roll(seen.tokens, 1, axis=1) + 1, 0)
@@ -109,10 +109,10 @@ def tokens_and_places(context: finding.Context) -> finding.Finding:
     axes.axhline(0, color='0.6', lw=1)
     axes.legend(frameon=False)
 
-  return finding.Finding(shares, reading, draw, (6.5, 4.0))
+  return probe_types.Finding(shares, reading, draw, (6.5, 4.0))
 
 
-def vocabulary(context: finding.Context) -> finding.Finding:
+def vocabulary(context: probe_types.Context) -> probe_types.Finding:
   """The token ids that each expert is chosen by more often than others: readable lists."""
   seen, tokenizer = context.observations, context.subject.corpus.tokenizer
   ids = seen.of_tokens(seen.tokens)
@@ -139,7 +139,7 @@ def vocabulary(context: finding.Context) -> finding.Finding:
     axes.text(0, 1, '\n'.join(lines), va='top', fontsize=9, family='monospace')
 
   height = 0.5 + 0.19 * len(lines)
-  return finding.Finding({'ids': lists, 'lift': lifts}, reading, draw, (9.0, height))
+  return probe_types.Finding({'ids': lists, 'lift': lifts}, reading, draw, (9.0, height))
 
 
 def words_of(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

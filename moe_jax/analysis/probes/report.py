@@ -7,14 +7,14 @@ import matplotlib
 import tqdm
 from matplotlib import figure
 
-from moe_jax import plots
 from moe_jax.analysis import probes
-from moe_jax.analysis.probes import finding
+from moe_jax.analysis.probes import probe_types
+from moe_jax.runs import plots
 
 
 def run(
-  context: finding.Context, names: Sequence[str], *, progress: bool = False
-) -> tuple[dict[str, finding.Finding], dict[str, str]]:
+  context: probe_types.Context, names: Sequence[str], *, progress: bool = False
+) -> tuple[dict[str, probe_types.Finding], dict[str, str]]:
   """(findings, reasons of those that do not apply), by the names of probes.
 
   Args:
@@ -26,12 +26,14 @@ def run(
   for name in tqdm.tqdm(names, desc='probes', unit='probe', disable=None if progress else True):
     try:
       found[name] = probes.PROBES[name](context)
-    except finding.NotApplicableError as reason:
+    except probe_types.NotApplicableError as reason:
       skipped[name] = str(reason)
   return found, skipped
 
 
-def draw(found: Mapping[str, finding.Finding], directory: pathlib.Path) -> dict[str, pathlib.Path]:
+def draw(
+  found: Mapping[str, probe_types.Finding], directory: pathlib.Path
+) -> dict[str, pathlib.Path]:
   """Writes a PNG per finding; returns their paths."""
   paths = {}
   for name, one in found.items():

@@ -3,8 +3,8 @@
 import numpy as np
 from matplotlib import figure
 
-from moe_jax.analysis import observe
-from moe_jax.analysis.probes import finding
+from moe_jax.analysis import observations
+from moe_jax.analysis.probes import probe_types
 
 
 def kept_share(before: np.ndarray, after: np.ndarray, num_experts: int) -> float:
@@ -20,10 +20,10 @@ def kept_share(before: np.ndarray, after: np.ndarray, num_experts: int) -> float
   return float((same & real).sum() / max(real.sum(), 1))
 
 
-def saturation(context: finding.Context) -> finding.Finding:
+def saturation(context: probe_types.Context) -> probe_types.Finding:
   """Of every other checkpoint's top K, how many this one still chooses, token by token."""
   if not context.others:
-    raise finding.NotApplicableError(
+    raise probe_types.NotApplicableError(
       'the workdir holds no second checkpoint to compare with; keep some with '
       'config.checkpoint.keep_every'
     )
@@ -35,9 +35,9 @@ def saturation(context: finding.Context) -> finding.Finding:
   names = context.layer_names()
   reading = (
     f'Of the top {moe.num_experts_per_tok} experts of step {steps[0]}, the tokens still choose '
-    f'{finding.per_layer(100 * shares[0], names, "{:.0f} %")} at step {context.step}'
+    f'{probe_types.per_layer(100 * shares[0], names, "{:.0f} %")} at step {context.step}'
     + (
-      f', of those of step {steps[-1]} {finding.per_layer(100 * shares[-1], names, "{:.0f} %")}'
+      f', of those of step {steps[-1]} {probe_types.per_layer(100 * shares[-1], names, "{:.0f} %")}'
       if len(steps) > 1
       else ''
     )
@@ -58,12 +58,14 @@ def saturation(context: finding.Context) -> finding.Finding:
       axes.legend(frameon=False, fontsize=8)
 
   arrays = {'steps': np.asarray(steps), 'kept_share': shares, 'chance': np.asarray(chance)}
-  return finding.Finding(arrays, reading, draw, (6.5, 4.0))
+  return probe_types.Finding(arrays, reading, draw, (6.5, 4.0))
 
 
-def _compare(context: finding.Context, variables, now: observe.Observations) -> list[float]:
+def _compare(
+  context: probe_types.Context, variables, now: observations.Observations
+) -> list[float]:
   """[layers] against an other checkpoint."""
-  then = observe.collect(context.subject._replace(variables=variables), context.num_tokens)
+  then = observations.collect(context.subject._replace(variables=variables), context.num_tokens)
   return [
     kept_share(a, b, now.num_experts)
     for a, b in zip(then.of_tokens(then.expert_idx), now.of_tokens(now.expert_idx))

@@ -4,12 +4,12 @@ import jax
 import numpy as np
 from matplotlib import figure
 
-from moe_jax import plots
-from moe_jax.analysis import virtual_devices
-from moe_jax.analysis.probes import finding
+from moe_jax.analysis.probes import probe_types
+from moe_jax.planning import virtual_devices
+from moe_jax.runs import plots
 
 
-def traffic(context: finding.Context) -> finding.Finding:
+def traffic(context: probe_types.Context) -> probe_types.Finding:
   """What the observed routing would cost on the virtual devices of the config, or on eight."""
   model = context.subject.cfg.model
   devices = model.moe.num_virtual_devices
@@ -27,9 +27,9 @@ def traffic(context: finding.Context) -> finding.Finding:
   names = context.layer_names()
   reading = (
     f'On {devices} devices a token needs the experts of '
-    f'{finding.per_layer(report.mean_devices, names)} devices; the busiest has '
-    f'{finding.per_layer(report.straggler_factor, names)} times the mean load, and a token sends '
-    f'{report.all_to_all_bytes_per_token.sum():,.0f} bytes in a forward pass, all layers together.'
+    f'{probe_types.per_layer(report.mean_devices, names)} devices; the busiest has '
+    f'{probe_types.per_layer(report.straggler_factor, names)} times the mean load, and a token '
+    f'sends {report.all_to_all_bytes_per_token.sum():,.0f} bytes per forward pass, over all layers.'
   )
   total = report.tokens_sent.sum(axis=0)
 
@@ -52,4 +52,4 @@ def traffic(context: finding.Context) -> finding.Finding:
     'devices_per_token': report.mean_devices,
     'all_to_all_bytes_per_token': report.all_to_all_bytes_per_token,
   }
-  return finding.Finding(arrays, reading, draw)
+  return probe_types.Finding(arrays, reading, draw)

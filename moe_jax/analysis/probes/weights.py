@@ -4,14 +4,14 @@ import jax
 import numpy as np
 from matplotlib import figure
 
-from moe_jax import similarity
-from moe_jax.analysis.probes import finding
-from moe_jax.models import transformer
+from moe_jax.analysis.probes import probe_types
+from moe_jax.balance import expert_similarity
+from moe_jax.models import model_variables
 
 
 @jax.jit
 def _cosines(gate_up: jax.Array, down: jax.Array) -> jax.Array:
-  return similarity.expert_cosines(gate_up, down)
+  return expert_similarity.expert_cosines(gate_up, down)
 
 
 def effective_rank(cosines: np.ndarray) -> float:
@@ -27,9 +27,9 @@ def effective_rank(cosines: np.ndarray) -> float:
   return float(np.exp(-(share * np.log(share)).sum()))
 
 
-def expert_weights(context: finding.Context) -> finding.Finding:
+def expert_weights(context: probe_types.Context) -> probe_types.Finding:
   """Cosine of every pair of experts, and their effective rank, per layer."""
-  moe = transformer.moe_params(context.subject.variables['params'])
+  moe = model_variables.moe_params(context.subject.variables['params'])
   layers = context.subject.cfg.model.num_moe_layers  # without multi-token prediction
   cosines = np.asarray(_cosines(moe['gate_up'][:layers], moe['down'][:layers]))
   num = cosines.shape[1]
@@ -40,14 +40,14 @@ def expert_weights(context: finding.Context) -> finding.Finding:
   mean = np.where(np.isfinite(off), off, 0).sum((1, 2)) / max(num * (num - 1), 1)
   reading = (
     f'The {num} experts of a layer amount to '
-    f'{finding.per_layer(ranks, context.layer_names(), "{:.1f}")} different ones (effective rank). '
-    f'Mean cosine of two: {finding.per_layer(mean, context.layer_names(), "{:.3f}")}. The two most '
-    f'alike are {first} and {second} of {context.layer_names()[layer]}, cosine '
+    f'{probe_types.per_layer(ranks, context.layer_names(), "{:.1f}")} different ones (effective '
+    f'rank). Mean cosine of two: {probe_types.per_layer(mean, context.layer_names(), "{:.3f}")}. '
+    f'The two most alike are {first} and {second} of {context.layer_names()[layer]}, cosine '
     f'{off[layer, first, second]:.2f}.'
   )
 
   def draw(fig: figure.Figure):
-    panels = finding.grid(fig, len(cosines))
+    panels = probe_types.grid(fig, len(cosines))
     limit = max(float(np.abs(np.where(np.isfinite(off), off, 0)).max()), 1e-3)
     for axes, values, name, rank in zip(panels, cosines, context.layer_names(), ranks):
       image = axes.imshow(
@@ -59,4 +59,4 @@ def expert_weights(context: finding.Context) -> finding.Finding:
     bar.set_label('cosine of two experts')
 
   arrays = {'cosines': cosines, 'effective_rank': ranks, 'mean_cosine': mean}
-  return finding.Finding(arrays, reading, draw, finding.panel_size(len(cosines)))
+  return probe_types.Finding(arrays, reading, draw, probe_types.panel_size(len(cosines)))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.models import layers
-from moe_jax.models.dispatch import plan as plan_lib
+from moe_jax.models.experts import sorted_plan
 
 Array = jax.Array
 
@@ -39,11 +39,11 @@ def dispatch(
     choice = checkpoint_name(_table(expert_idx, len(gate_up), room), 'plan')
   token = choice // k  # T where the slot is empty: gathers read zeros there, the sum drops it
   # Through float32, so that the gradients of a token's K copies are added in float32.
-  rows = plan_lib.take(x.astype(jnp.float32), token).astype(x.dtype)
+  rows = sorted_plan.take(x.astype(jnp.float32), token).astype(x.dtype)
   with jax.named_scope('w13'):
     h = checkpoint_name(jnp.einsum('ECD,EDGF->ECGF', rows, gate_up), 'moe_h')
   with jax.named_scope('swiglu'):
-    gate = plan_lib.take(gates.reshape(-1), choice)[..., None]
+    gate = sorted_plan.take(gates.reshape(-1), choice)[..., None]
     a = (layers.swiglu(h.astype(jnp.float32)) * gate).astype(x.dtype)
   with jax.named_scope('w2'):
     y = jnp.einsum('ECF,EFD->ECD', a, down)
@@ -54,7 +54,7 @@ def dispatch(
 
 def _table(expert_idx: Array, num_experts: int, slots: int) -> Array:
   """The choice that sits in each slot: expert_idx [T, K] -> [E, C] int32, T*K where it is empty."""
-  plan = plan_lib.make_plan(expert_idx, num_experts, align=1)
+  plan = sorted_plan.make_plan(expert_idx, num_experts, align=1)
   end = jnp.cumsum(plan.group_sizes)[:, None]
   row = end - plan.group_sizes[:, None] + jnp.arange(slots)
   return plan.row_choice.at[jnp.where(row < end, row, expert_idx.size)].get(

@@ -10,8 +10,7 @@ import jax
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.models.dispatch import grouped
-from moe_jax.models.dispatch import plan as plan_lib
+from moe_jax.models.experts import backends, sorted_plan
 
 Array = jax.Array
 
@@ -33,7 +32,7 @@ def dispatch(
     expert_idx: [T, K] int32; E = not routed, contributes nothing.
     gate_up: [E, D, 2, F].
     down: [E, F, D].
-    backend: one of `config_moe.GROUPED_MATMULS`.
+    backend: one of `moe_config.GROUPED_MATMULS`.
     room: choices that the buffer of all experts holds; those beyond, the last experts' last, are
       left out, so the caller counts them. 0 = all T K.
 
@@ -42,8 +41,8 @@ def dispatch(
   """
   num_experts, d = gate_up.shape[:2]
   with jax.named_scope('plan'):
-    unlimited = None if grouped.choose(backend).covers else expert_idx.size
-    plan = plan_lib.make_plan(expert_idx, num_experts, 1, room or unlimited)
+    unlimited = None if backends.choose(backend).covers else expert_idx.size
+    plan = sorted_plan.make_plan(expert_idx, num_experts, 1, room or unlimited)
     plan = jax.tree.map(lambda a: checkpoint_name(a, 'plan'), plan)
   return _experts(backend, bool(room), x, gates, gate_up.reshape(num_experts, d, -1), down, plan)
 
@@ -56,19 +55,19 @@ def _experts(
   gates: Array,
   w13: Array,
   w2: Array,
-  plan: plan_lib.Plan,
+  plan: sorted_plan.Plan,
 ) -> Array:
-  return grouped.choose(backend).forward(False, limited, x, gates, w13, w2, plan)[0]
+  return backends.choose(backend).forward(False, limited, x, gates, w13, w2, plan)[0]
 
 
 def _forward(backend, limited, x, gates, w13, w2, plan):
-  out, h = grouped.choose(backend).forward(True, limited, x, gates, w13, w2, plan)
+  out, h = backends.choose(backend).forward(True, limited, x, gates, w13, w2, plan)
   return out, (x, gates, w13, w2, plan, h)
 
 
 def _backward(backend, limited, residuals, d_out):
   plan = residuals[4]
-  gradients = grouped.choose(backend).backward(limited, *residuals, d_out)
+  gradients = backends.choose(backend).backward(limited, *residuals, d_out)
   return *gradients, jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), plan)
 
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.models import layers
-from moe_jax.models.dispatch import plan as plan_lib
+from moe_jax.models.experts import sorted_plan
 
 Array = jax.Array
 
@@ -146,12 +146,12 @@ def _blocks(x: Array, gates: Array, expert_idx: Array, kernels: Kernels) -> Arra
   mean = expert_idx.size / num_experts
   size = next((b for b in BLOCKS if b >= mean), BLOCKS[-1])
   with jax.named_scope('plan'):
-    plan = plan_lib.make_plan(expert_idx, num_experts, size)
+    plan = sorted_plan.make_plan(expert_idx, num_experts, size)
     end = jnp.cumsum(plan.group_sizes) // size
     block = jnp.arange(len(plan.row_choice) // size, dtype=jnp.int32)
     expert = jnp.minimum(jnp.searchsorted(end, block, side='right'), num_experts - 1)
-  rows = plan_lib.take(x, plan.row_choice // k)
-  gate = plan_lib.take(gates.reshape(-1), plan.row_choice)[:, None]
+  rows = sorted_plan.take(x, plan.row_choice // k)
+  gate = sorted_plan.take(gates.reshape(-1), plan.row_choice)[:, None]
   w13 = kernels.gate_up.reshape(num_experts, 2 * f, d)
 
   def compute(i: Array, out: Array) -> Array:
@@ -163,4 +163,4 @@ def _blocks(x: Array, gates: Array, expert_idx: Array, kernels: Kernels) -> Arra
 
   out = jax.lax.fori_loop(0, end[-1], compute, jnp.zeros_like(rows))
   with jax.named_scope('combine'):
-    return plan_lib.take(out, plan.choice_row).sum(axis=1, dtype=jnp.float32).astype(x.dtype)
+    return sorted_plan.take(out, plan.choice_row).sum(axis=1, dtype=jnp.float32).astype(x.dtype)

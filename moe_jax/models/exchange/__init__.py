@@ -14,7 +14,7 @@ inside `partitioning.per_shard`; see `plan` for the legend.
 
 from collections.abc import Callable
 
-from moe_jax.models import target
+from moe_jax.devices import hardware
 from moe_jax.models.exchange import all_gather, all_to_all, ragged
 
 EXCHANGES: dict[str, Callable] = {
@@ -26,7 +26,7 @@ EXCHANGES: dict[str, Callable] = {
 
 def choose(kind: str) -> str:
   """The key of `EXCHANGES` for `config.model.moe.exchange.kind`; 'auto' asks the platform."""
-  return kind if kind != 'auto' else default(target.platform(), target.is_3d_torus())
+  return kind if kind != 'auto' else default(hardware.platform(), hardware.is_3d_torus())
 
 
 def default(platform: str, is_3d_torus: bool) -> str:

@@ -9,15 +9,15 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from moe_jax import config_moe
-from moe_jax.models.exchange import plan as plan_lib
+from moe_jax.config import moe_config
+from moe_jax.models.exchange import buffers
 
 Array = jax.Array
 
 
 def exchange(
-  compute: Callable[[plan_lib.Local], tuple[Array, Array]],
-  cfg: config_moe.MoEConfig,
+  compute: Callable[[buffers.Local], tuple[Array, Array]],
+  cfg: moe_config.MoEConfig,
   x: Array,
   gates: Array,
   expert_idx: Array,
@@ -38,11 +38,11 @@ def exchange(
     ([T, D]; [] int32, choices that found no room on this device, as sender or receiver).
   """
   del most  # all tokens are gathered
-  num_here = cfg.num_experts // jax.lax.axis_size(plan_lib.AXIS)
-  gather = lambda a: jax.lax.all_gather(a, plan_lib.AXIS, tiled=True)
+  num_here = cfg.num_experts // jax.lax.axis_size(buffers.AXIS)
+  gather = lambda a: jax.lax.all_gather(a, buffers.AXIS, tiled=True)
   everyone = gather(expert_idx)
-  device = jnp.broadcast_to(jax.lax.axis_index(plan_lib.AXIS), everyone.shape[:1])
-  local = plan_lib.localise(everyone, device, num_here)
-  out, beyond = compute(plan_lib.Local(gather(x), gather(gates), local))
-  out = jax.lax.psum_scatter(out, plan_lib.AXIS, scatter_dimension=0, tiled=True)
+  device = jnp.broadcast_to(jax.lax.axis_index(buffers.AXIS), everyone.shape[:1])
+  local = buffers.localise(everyone, device, num_here)
+  out, beyond = compute(buffers.Local(gather(x), gather(gates), local))
+  out = jax.lax.psum_scatter(out, buffers.AXIS, scatter_dimension=0, tiled=True)
   return out, beyond

@@ -10,40 +10,40 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from moe_jax import config_moe
-from moe_jax.models.exchange import plan as plan_lib
+from moe_jax.config import moe_config
+from moe_jax.models.exchange import buffers
 
 Array = jax.Array
 
 
 def exchange(
-  compute: Callable[[plan_lib.Local], tuple[Array, Array]],
-  cfg: config_moe.MoEConfig,
+  compute: Callable[[buffers.Local], tuple[Array, Array]],
+  cfg: moe_config.MoEConfig,
   x: Array,
   gates: Array,
   expert_idx: Array,
   most: int,
 ) -> tuple[Array, Array]:
   """Arguments and results as in `all_gather.exchange`."""
-  num_devices = jax.lax.axis_size(plan_lib.AXIS)
+  num_devices = jax.lax.axis_size(buffers.AXIS)
   num_here, (num_tokens, k) = cfg.num_experts // num_devices, expert_idx.shape
-  fan = plan_lib.fan_out(cfg, k, num_devices)
-  room = plan_lib.rows_for(cfg.exchange.buffer_factor, num_tokens * fan / num_devices, most)
+  fan = buffers.fan_out(cfg, k, num_devices)
+  room = buffers.rows_for(cfg.exchange.buffer_factor, num_tokens * fan / num_devices, most)
   with jax.named_scope('plan'):
-    wanted = plan_lib.destinations(expert_idx, num_here, num_devices)
+    wanted = buffers.destinations(expert_idx, num_here, num_devices)
     sent = wanted & (jnp.cumsum(wanted, axis=0) <= room)
     start = jnp.arange(num_devices, dtype=jnp.int32) * room
-    plan = plan_lib.make(sent, start, num_devices * room, fan)
+    plan = buffers.make(sent, start, num_devices * room, fan)
     device = jnp.arange(num_devices * room, dtype=jnp.int32) // room
     # Ids are sent plus one: rows that hold no token are zeros.
-    ids = plan_lib.spread(expert_idx + 1, plan) - 1
-    local = plan_lib.localise(jnp.where(ids < 0, cfg.num_experts, ids), device, num_here)
+    ids = buffers.spread(expert_idx + 1, plan) - 1
+    local = buffers.localise(jnp.where(ids < 0, cfg.num_experts, ids), device, num_here)
   with jax.named_scope('exchange'):
-    swap = lambda a: jax.lax.all_to_all(a, plan_lib.AXIS, 0, 0, tiled=True)
-    both = plan_lib.pack(plan_lib.spread(gates, plan), local)
-    both = plan_lib.unpack(swap(both), num_here)
-    received = plan_lib.Local(swap(plan_lib.spread(x, plan)), *both)
+    swap = lambda a: jax.lax.all_to_all(a, buffers.AXIS, 0, 0, tiled=True)
+    both = buffers.pack(buffers.spread(gates, plan), local)
+    both = buffers.unpack(swap(both), num_here)
+    received = buffers.Local(swap(buffers.spread(x, plan)), *both)
   out, beyond = compute(received)
   with jax.named_scope('exchange'):
-    out = plan_lib.collect(swap(out), plan)
-  return out, beyond + plan_lib.lost_choices(expert_idx, sent, num_here)
+    out = buffers.collect(swap(out), plan)
+  return out, beyond + buffers.lost_choices(expert_idx, sent, num_here)

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax import config_moe
-from moe_jax.models import target
-from moe_jax.models.exchange import plan as plan_lib
+from moe_jax.config import moe_config
+from moe_jax.devices import hardware
+from moe_jax.models.exchange import buffers
 
 Array = jax.Array
 
@@ -31,49 +31,49 @@ class Offsets(NamedTuple):
 
 
 def exchange(
-  compute: Callable[[plan_lib.Local], tuple[Array, Array]],
-  cfg: config_moe.MoEConfig,
+  compute: Callable[[buffers.Local], tuple[Array, Array]],
+  cfg: moe_config.MoEConfig,
   x: Array,
   gates: Array,
   expert_idx: Array,
   most: int,
 ) -> tuple[Array, Array]:
   """Arguments and results as in `all_gather.exchange`."""
-  num_devices = jax.lax.axis_size(plan_lib.AXIS)
+  num_devices = jax.lax.axis_size(buffers.AXIS)
   num_here, (num_tokens, k) = cfg.num_experts // num_devices, expert_idx.shape
-  fan = plan_lib.fan_out(cfg, k, num_devices)
-  room = plan_lib.rows_for(cfg.exchange.buffer_factor, num_tokens * fan, num_devices * most)
+  fan = buffers.fan_out(cfg, k, num_devices)
+  room = buffers.rows_for(cfg.exchange.buffer_factor, num_tokens * fan, num_devices * most)
   with jax.named_scope('plan'):
-    wanted = plan_lib.destinations(expert_idx, num_here, num_devices)
+    wanted = buffers.destinations(expert_idx, num_here, num_devices)
     count = wanted.sum(axis=0, dtype=jnp.int32)
-    offsets = _offsets(jax.lax.all_gather(count, plan_lib.AXIS), room)
+    offsets = _offsets(jax.lax.all_gather(count, buffers.AXIS), room)
     offsets = jax.tree.map(lambda a: checkpoint_name(a, 'plan'), offsets)
     sent = wanted & (jnp.cumsum(wanted, axis=0) <= offsets.send_size)
-    plan = plan_lib.make(sent, offsets.send_start, num_tokens * fan, fan)
+    plan = buffers.make(sent, offsets.send_start, num_tokens * fan, fan)
     row = jnp.arange(num_tokens * fan, dtype=jnp.int32)
     device = jnp.searchsorted(offsets.send_start, row, side='right').astype(jnp.int32) - 1
-    ids = plan_lib.spread(expert_idx + 1, plan) - 1
-    local = plan_lib.localise(jnp.where(ids < 0, cfg.num_experts, ids), device, num_here)
+    ids = buffers.spread(expert_idx + 1, plan) - 1
+    local = buffers.localise(jnp.where(ids < 0, cfg.num_experts, ids), device, num_here)
   with jax.named_scope('exchange'):
     send = _transfer(room, num_tokens * fan)
     # Rows that nobody fills stay zeros.
-    both = plan_lib.pack(plan_lib.spread(gates, plan), local)
-    both = plan_lib.unpack(send(both, offsets), num_here)
-    received = plan_lib.Local(send(plan_lib.spread(x, plan), offsets), *both)
+    both = buffers.pack(buffers.spread(gates, plan), local)
+    both = buffers.unpack(send(both, offsets), num_here)
+    received = buffers.Local(send(buffers.spread(x, plan), offsets), *both)
   out, beyond = compute(received)
   with jax.named_scope('exchange'):
     home = _transfer(num_tokens * fan, room, back=True)
-    out = plan_lib.collect(home(out, offsets), plan)
-  return out, beyond + plan_lib.lost_choices(expert_idx, sent, num_here)
+    out = buffers.collect(home(out, offsets), plan)
+  return out, beyond + buffers.lost_choices(expert_idx, sent, num_here)
 
 
 def _offsets(count: Array, room: int) -> Offsets:
   """count [P, P], rows from device i to device j; what exceeds a buffer of `room` rows is cut."""
-  start = plan_lib.exclusive_cumsum(count, 1)
-  before = plan_lib.exclusive_cumsum(count, 0)
+  start = buffers.exclusive_cumsum(count, 1)
+  before = buffers.exclusive_cumsum(count, 0)
   fits = jnp.clip(room - before, 0, count)
   lands = jnp.minimum(before, room)
-  me = jax.lax.axis_index(plan_lib.AXIS)
+  me = jax.lax.axis_index(buffers.AXIS)
   return Offsets(start[me], fits[me], lands[me], lands[:, me], fits[:, me], start[:, me])
 
 
@@ -98,9 +98,9 @@ def _ragged_all_to_all(rows: Array, num_rows: int, offsets: Offsets, back: bool)
   there = (o.send_start, o.send_size, o.remote_start, o.recv_size)
   home = (o.recv_start, o.recv_size, o.remote_send_start, o.send_size)
   out = jnp.zeros((num_rows, *rows.shape[1:]), rows.dtype)
-  native = target.platform() != 'cpu'
+  native = hardware.platform() != 'cpu'
   fn = jax.lax.ragged_all_to_all if native else emulated
-  return fn(rows, out, *(home if back else there), axis_name=plan_lib.AXIS)
+  return fn(rows, out, *(home if back else there), axis_name=buffers.AXIS)
 
 
 def emulated(

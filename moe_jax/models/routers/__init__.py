@@ -1,4 +1,4 @@
-"""Who goes where: a router is one function in one file, named in `config_moe.ROUTERS`.
+"""Who goes where: a router is one function in one file, named in `moe_config.ROUTERS`.
 
 How to add one: `moe_jax/models/README.md`.
 """
@@ -7,11 +7,12 @@ import importlib
 
 import jax
 
-from moe_jax import config_moe, errors
+from moe_jax import errors
+from moe_jax.config import moe_config
 from moe_jax.models.routers import routing
 
 ROUTERS: dict[str, routing.Router] = {
-  name: importlib.import_module(f'{__name__}.{name}').ROUTER for name in config_moe.ROUTERS
+  name: importlib.import_module(f'{__name__}.{name}').ROUTER for name in moe_config.ROUTERS
 }
 
 
@@ -25,11 +26,11 @@ def register(name: str, router: routing.Router):
     errors.InputError: the library has a router of that name.
   """
   errors.require(
-    name not in config_moe.ROUTERS,
-    f'router {name!r} is one of the library ({", ".join(config_moe.ROUTERS)}); choose another name',
+    name not in moe_config.ROUTERS,
+    f'router {name!r} is one of the library ({", ".join(moe_config.ROUTERS)}); choose another name',
   )
   if name in ROUTERS:
     jax.clear_caches()
   else:
-    config_moe.REGISTERED.append(name)
+    moe_config.REGISTERED.append(name)
   ROUTERS[name] = router

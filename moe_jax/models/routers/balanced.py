@@ -6,7 +6,7 @@ Gates are the scores of the experts dealt, so that forward and backward cost wha
 import jax
 import jax.numpy as jnp
 
-from moe_jax import config_moe
+from moe_jax.config import moe_config
 from moe_jax.models.routers import routing
 
 Array = jax.Array
@@ -19,7 +19,7 @@ def deal(tokens: routing.Tokens, k: int, num_experts: int) -> Array:
   return (number[..., None] * k + jnp.arange(k)) % num_experts
 
 
-def route(inputs: routing.Inputs, cfg: config_moe.MoEConfig, train: bool) -> routing.Routing:
+def route(inputs: routing.Inputs, cfg: moe_config.MoEConfig, train: bool) -> routing.Routing:
   """Every expert gets the same number of tokens, up to one, of a batch without padding."""
   del train
   expert_idx = deal(inputs.tokens, cfg.num_experts_per_tok, cfg.num_experts)

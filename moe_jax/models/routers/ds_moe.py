@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax import config_moe
+from moe_jax.config import moe_config
 from moe_jax.models.routers import routing
 
 Array = jax.Array
 
 
-def route(inputs: routing.Inputs, cfg: config_moe.MoEConfig, train: bool) -> routing.Routing:
+def route(inputs: routing.Inputs, cfg: moe_config.MoEConfig, train: bool) -> routing.Routing:
   """Returns one column per expert, in their order; those not in use are E."""
   scores, e = inputs.scores, cfg.num_experts
   frozen = jax.lax.stop_gradient(scores)

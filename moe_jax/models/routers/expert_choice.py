@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax import config_moe, errors
+from moe_jax import errors
+from moe_jax.config import moe_config
 from moe_jax.models.routers import routing
 
 Array = jax.Array
 
 
-def route(inputs: routing.Inputs, cfg: config_moe.MoEConfig, train: bool) -> routing.Routing:
+def route(inputs: routing.Inputs, cfg: moe_config.MoEConfig, train: bool) -> routing.Routing:
   """Returns E columns per token, best first, of which those not taken are E; K on average.
 
   In a chunk with n real tokens every expert takes floor(K n / E), at least 1.
@@ -37,7 +38,7 @@ def route(inputs: routing.Inputs, cfg: config_moe.MoEConfig, train: bool) -> rou
   return routing.Routing(routing.gates_of(scores, expert_idx, cfg), expert_idx, scores)
 
 
-def _take(flat: Array, inputs: routing.Inputs, cfg: config_moe.MoEConfig, chunk: int) -> Array:
+def _take(flat: Array, inputs: routing.Inputs, cfg: moe_config.MoEConfig, chunk: int) -> Array:
   """[T, E] scores, -inf for padding -> [T, E] bool, which expert takes which token."""
   if cfg.options.shuffle_chunks:
     noise = routing.token_noise(inputs.tokens, inputs.layer, salt=3)
@@ -47,7 +48,7 @@ def _take(flat: Array, inputs: routing.Inputs, cfg: config_moe.MoEConfig, chunk:
   return _take_chunks(flat, cfg, chunk)
 
 
-def _take_chunks(flat: Array, cfg: config_moe.MoEConfig, chunk: int) -> Array:
+def _take_chunks(flat: Array, cfg: moe_config.MoEConfig, chunk: int) -> Array:
   chunks = flat.reshape(-1, chunk, flat.shape[-1])
   real = jnp.isfinite(chunks[..., 0]).sum(axis=-1)
   room = jnp.maximum(real * cfg.num_experts_per_tok // cfg.num_experts, 1)

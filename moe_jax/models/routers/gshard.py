@@ -4,14 +4,15 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax import bits, config_moe
+from moe_jax import integer_hash
+from moe_jax.config import moe_config
 from moe_jax.models.routers import routing
 
 Array = jax.Array
 
 
 def keeps_second(
-  cfg: config_moe.MoEConfig, decision: routing.Routing, tokens: routing.Tokens, layer: Array
+  cfg: moe_config.MoEConfig, decision: routing.Routing, tokens: routing.Tokens, layer: Array
 ) -> Array:
   """Which choices are dispatched: [B, L, 2] bool, the second with probability min(1, 2 g2).
 
@@ -20,7 +21,7 @@ def keeps_second(
   implementations, a token that is not sent takes no room. Every remat policy saves the result: a
   gate recomputed under different rounding could send a gradient to an expert that never ran.
   """
-  noise = bits.uniform(routing.token_noise(tokens, layer, salt=2))
+  noise = integer_hash.uniform(routing.token_noise(tokens, layer, salt=2))
   gate = jax.lax.stop_gradient(decision.gates[..., 1]) / cfg.routed_scaling_factor
   second = 2 * gate > noise
   return checkpoint_name(jnp.stack([jnp.ones_like(second), second], axis=-1), 'routing')

@@ -8,13 +8,13 @@ The random table is drawn here; the balanced one needs token counts, so the run 
 import jax
 import jax.numpy as jnp
 
-from moe_jax import config_moe
+from moe_jax.config import moe_config
 from moe_jax.models.routers import routing
 
 Array = jax.Array
 
 
-def route(inputs: routing.Inputs, cfg: config_moe.MoEConfig, train: bool) -> routing.Routing:
+def route(inputs: routing.Inputs, cfg: moe_config.MoEConfig, train: bool) -> routing.Routing:
   """The scores are the gates, spread over all experts: 1 / K for the table's, 0 for the others."""
   del train
   k = cfg.num_experts_per_tok
@@ -24,7 +24,7 @@ def route(inputs: routing.Inputs, cfg: config_moe.MoEConfig, train: bool) -> rou
   return routing.Routing(gates, expert_idx, scores)
 
 
-def init_state(cfg: config_moe.MoEConfig, sizes: routing.Sizes, rng: Array) -> dict[str, Array]:
+def init_state(cfg: moe_config.MoEConfig, sizes: routing.Sizes, rng: Array) -> dict[str, Array]:
   """A random table [V, K]: K different experts per token id, all equally likely."""
   noise = jax.random.uniform(rng, (sizes.vocab_size, cfg.num_experts))
   table = jnp.argsort(noise, axis=-1)[:, : cfg.num_experts_per_tok]

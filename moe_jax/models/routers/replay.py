@@ -7,13 +7,13 @@ the file into the state (`moe_jax/models/routers/tables.py`), which is saved wit
 import jax
 import jax.numpy as jnp
 
-from moe_jax import config_moe
+from moe_jax.config import moe_config
 from moe_jax.models.routers import routing
 
 Array = jax.Array
 
 
-def route(inputs: routing.Inputs, cfg: config_moe.MoEConfig, train: bool) -> routing.Routing:
+def route(inputs: routing.Inputs, cfg: moe_config.MoEConfig, train: bool) -> routing.Routing:
   """Gates are the present scores of the recorded experts."""
   del train
   recorded = inputs.state['assignments']
@@ -24,7 +24,7 @@ def route(inputs: routing.Inputs, cfg: config_moe.MoEConfig, train: bool) -> rou
   )
 
 
-def init_state(cfg: config_moe.MoEConfig, sizes: routing.Sizes, rng: Array) -> dict[str, Array]:
+def init_state(cfg: moe_config.MoEConfig, sizes: routing.Sizes, rng: Array) -> dict[str, Array]:
   """[rows, L, K] int32, all E (nowhere) until the run has loaded the file."""
   del rng
   shape = (cfg.options.replay_rows, sizes.max_seq_len, cfg.num_experts_per_tok)

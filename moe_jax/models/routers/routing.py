@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax import bits, config_moe
+from moe_jax import integer_hash
+from moe_jax.config import moe_config
 
 Array = jax.Array
 
@@ -69,11 +70,11 @@ class Router(NamedTuple):
   `Tokens.place` has no meaning; with `across_rows` on the whole batch.
   """
 
-  route: Callable[[Inputs, config_moe.MoEConfig, bool], Routing]
+  route: Callable[[Inputs, moe_config.MoEConfig, bool], Routing]
   has_logits: bool = True  # False: no router weights at all
   across_rows: bool = False
   per_token: bool = False
-  init_state: Callable[[config_moe.MoEConfig, Sizes, Array], dict[str, Any]] | None = None
+  init_state: Callable[[moe_config.MoEConfig, Sizes, Array], dict[str, Any]] | None = None
 
 
 def keep_best(scores: Array, k: int) -> Array:
@@ -86,7 +87,7 @@ def keep_best(scores: Array, k: int) -> Array:
   return checkpoint_name(expert_idx, 'routing')
 
 
-def gates_of(scores: Array, expert_idx: Array, cfg: config_moe.MoEConfig) -> Array:
+def gates_of(scores: Array, expert_idx: Array, cfg: moe_config.MoEConfig) -> Array:
   """Gates [B, L, K] of the chosen experts: their own scores, normalised and scaled if asked.
 
   A choice E (not used) has gate 0. The bias has no part in it.
@@ -124,4 +125,4 @@ def token_noise(tokens: Tokens, layer: Array, salt: int) -> Array:
 
   A pure function of these: micro-batches, devices, remat and scans see the same numbers.
   """
-  return bits.combine(tokens.seed, layer, salt, tokens.row[:, None], tokens.places)
+  return integer_hash.combine(tokens.seed, layer, salt, tokens.row[:, None], tokens.places)

@@ -9,7 +9,9 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from moe_jax import balance, bits, config_moe
+from moe_jax import integer_hash
+from moe_jax.balance import router_stats
+from moe_jax.config import moe_config
 from moe_jax.models.routers import routing
 
 Array = jax.Array
@@ -20,7 +22,7 @@ SCORE_FUNCS = {'softmax': jax.nn.softmax, 'sigmoid': jax.nn.sigmoid}
 def jitter(x: Array, tokens: routing.Tokens, layer: Array, amount: float) -> Array:
   """x [B, L, D] times uniform(1 - amount, 1 + amount), per element (Switch, section 2.4)."""
   key = routing.token_noise(tokens, layer, salt=1)
-  noise = bits.uniform(bits.combine(key[..., None], jnp.arange(x.shape[-1])))
+  noise = integer_hash.uniform(integer_hash.combine(key[..., None], jnp.arange(x.shape[-1])))
   return x * (1 + amount * (2 * noise - 1))
 
 
@@ -36,7 +38,7 @@ def normalise_logits(logits: Array, scale: float) -> Array:
   return scale * centred / (std + 1e-6)
 
 
-def selection(scores: Array, state: Mapping[str, Array], cfg: config_moe.MoEConfig) -> Array:
+def selection(scores: Array, state: Mapping[str, Array], cfg: moe_config.MoEConfig) -> Array:
   """What the best K are taken of: [B, L, E] scores moved by the bias, -inf out of reach."""
   found = scores
   if 'expert_bias' in state:
@@ -54,19 +56,19 @@ def _rank(scores: Array) -> Array:
   return jnp.argsort(jnp.argsort(-scores, axis=-1, stable=True), axis=-1)
 
 
-def limit_groups(scores: Array, cfg: config_moe.MoEConfig) -> Array:
+def limit_groups(scores: Array, cfg: moe_config.MoEConfig) -> Array:
   """Sets all but the best `num_limited_groups` groups of experts to -inf, per token.
 
   A group counts by its best score (DeepSeek-V2, section 2.2.2) or by the sum of its best two (V3).
   -inf, not 0: biased scores may be negative.
   """
-  groups = balance.by_device(scores, cfg.num_expert_groups, -jnp.inf)
+  groups = router_stats.by_device(scores, cfg.num_expert_groups, -jnp.inf)
   best = groups.max(axis=-1)
   if cfg.group_score == 'top2_sum':
     first = jnp.arange(groups.shape[-1]) == groups.argmax(axis=-1)[..., None]
     second = jnp.where(first, -jnp.inf, groups).max(axis=-1)
     best += jnp.where(jnp.isfinite(second), second, 0.0)  # a group of one expert has no second
   kept = routing.keep_best(best, cfg.num_limited_groups)
-  within = balance.chosen(kept, cfg.num_expert_groups)
+  within = router_stats.chosen(kept, cfg.num_expert_groups)
   flat = jnp.where(within[..., None], groups, -jnp.inf)
   return flat.reshape(*scores.shape[:-1], -1)[..., : scores.shape[-1]]

@@ -9,7 +9,7 @@ compete; a row keeps the choices free of micro-batches and devices.
 import jax
 import jax.numpy as jnp
 
-from moe_jax import config_moe
+from moe_jax.config import moe_config
 from moe_jax.models.routers import routing
 
 Array = jax.Array
@@ -17,7 +17,7 @@ Array = jax.Array
 ITERATIONS = 8  # loads are then within a few percent of each other; the paper iterates to 1e-2
 
 
-def route(inputs: routing.Inputs, cfg: config_moe.MoEConfig, train: bool) -> routing.Routing:
+def route(inputs: routing.Inputs, cfg: moe_config.MoEConfig, train: bool) -> routing.Routing:
   """Chooses by balanced scores in training, by `selection` elsewhere; weighs by `scores`."""
   chosen_by = balanced_scores(inputs.scores, inputs.tokens.mask) if train else inputs.selection
   expert_idx = routing.keep_best(chosen_by, cfg.num_experts_per_tok)

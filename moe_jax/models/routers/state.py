@@ -9,14 +9,15 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from moe_jax import balance, config_moe
+from moe_jax.balance import router_stats
+from moe_jax.config import moe_config
 from moe_jax.models.routers import routing
 
 Array = jax.Array
 
 
 def init(
-  cfg: config_moe.MoEConfig, router: routing.Router, sizes: routing.Sizes, rng: Array
+  cfg: moe_config.MoEConfig, router: routing.Router, sizes: routing.Sizes, rng: Array
 ) -> dict[str, Array]:
   """The state of one layer at step 0; empty for a router without any."""
   state = router.init_state(cfg, sizes, rng) if router.init_state else {}
@@ -29,7 +30,10 @@ def init(
 
 
 def update(
-  cfg: config_moe.MoEConfig, state: Mapping[str, Array], stats: balance.RouterStats, share: Array
+  cfg: moe_config.MoEConfig,
+  state: Mapping[str, Array],
+  stats: router_stats.RouterStats,
+  share: Array,
 ) -> dict[str, Array]:
   """The state after a step.
 
@@ -50,7 +54,7 @@ def update(
   return new
 
 
-def bias_step(cfg: config_moe.ExpertBiasConfig, load: Array, share: Array) -> Array:
+def bias_step(cfg: moe_config.ExpertBiasConfig, load: Array, share: Array) -> Array:
   """What the bias moves by: load [..., E] -> [..., E] (arXiv 2408.15664, Algorithm 1).
 
   With e = mean load - load: u sign(e), or u e / mean load for 'proportional', whose normalisation
@@ -63,14 +67,14 @@ def bias_step(cfg: config_moe.ExpertBiasConfig, load: Array, share: Array) -> Ar
   return jnp.where(share < cfg.update_until, cfg.update_rate, 0.0) * step
 
 
-def _coefficient(cfg: config_moe.MoEConfig, old: Array, stats: balance.RouterStats) -> Array:
+def _coefficient(cfg: moe_config.MoEConfig, old: Array, stats: router_stats.RouterStats) -> Array:
   """beta old + (1 - beta) min(xi d, alpha_max), [layers] (Skywork-MoE, section 3)."""
   adaptive = cfg.balance.adaptive
   target = jnp.minimum(adaptive.slope * drop_rate(cfg, stats), adaptive.max_coefficient)
   return adaptive.decay * old + (1 - adaptive.decay) * target
 
 
-def drop_rate(cfg: config_moe.MoEConfig, stats: balance.RouterStats) -> Array:
+def drop_rate(cfg: moe_config.MoEConfig, stats: router_stats.RouterStats) -> Array:
   """Dropped share of the assignments, [layers].
 
   Without capacity: the share above `adaptive.capacity_factor` times the mean load, which is what

@@ -5,7 +5,8 @@ import zipfile
 
 import numpy as np
 
-from moe_jax import config_moe, errors
+from moe_jax import errors
+from moe_jax.config import moe_config
 
 
 def balanced_table(
@@ -35,7 +36,7 @@ def balanced_table(
   return table
 
 
-def load_assignments(cfg: config_moe.MoEConfig, shape: tuple[int, ...]) -> np.ndarray:
+def load_assignments(cfg: moe_config.MoEConfig, shape: tuple[int, ...]) -> np.ndarray:
   """The recorded assignments of `options.replay_path`, [layers, rows, L, K] int32.
 
   Raises:

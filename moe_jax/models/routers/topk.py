@@ -5,11 +5,11 @@ DeepSeekMoE (arXiv 2401.06066, Eq. 9-11) is the raw softmax; GShard and Skywork-
 by their sum; Switch keeps one raw gate, since a renormalised single one would have no gradient.
 """
 
-from moe_jax import config_moe
+from moe_jax.config import moe_config
 from moe_jax.models.routers import routing
 
 
-def route(inputs: routing.Inputs, cfg: config_moe.MoEConfig, train: bool) -> routing.Routing:
+def route(inputs: routing.Inputs, cfg: moe_config.MoEConfig, train: bool) -> routing.Routing:
   """Chooses by `selection`, weighs by `scores`."""
   del train
   expert_idx = routing.keep_best(inputs.selection, cfg.num_experts_per_tok)

@@ -1,0 +1,1 @@
+"""Balance of routing: statistics, losses, what is logged."""

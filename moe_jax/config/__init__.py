@@ -1,0 +1,1 @@
+"""What the fields of a configuration mean, their types and rules."""

@@ -1,0 +1,100 @@
+"""Config values from nested dicts and back: types are checked, unknown keys refused by name."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from moe_jax import errors
+from moe_jax.config import mesh_config, rules, schema
+
+
+def from_dict(values: Mapping[str, Any]) -> schema.Config:
+  """Builds and checks a `Config` from nested dicts (a ConfigDict's `to_dict()`, or parsed JSON).
+
+  Raises:
+    errors.InputError: an unknown, missing or mistyped key, or a value that breaks a rule.
+  """
+  config = _build(schema.Config, values, '')
+  rules.validate(config)
+  return config
+
+
+def to_dict(config: schema.Config) -> dict[str, Any]:
+  """The inverse of `from_dict`: nested plain dicts that JSON can hold."""
+  return dataclasses.asdict(config)
+
+
+def mesh_values(text: str) -> dict[str, int]:
+  """'fsdp=64,expert=8' -> the values of config.mesh; axes that are not named are 1.
+
+  Raises:
+    errors.InputError: an axis is unknown, or a size is no number.
+  """
+  found = dict.fromkeys(mesh_config.AXES, 1)
+  for part in filter(None, text.split(',')):
+    axis, _, size = part.partition('=')
+    known = axis in found and size.lstrip('-').isdigit()
+    errors.require(
+      known,
+      f'--mesh={text!r}: {part!r} must be axis=size with an axis of '
+      f'{", ".join(mesh_config.AXES)}{errors.did_you_mean(axis, found)}',
+    )
+    found[axis] = int(size)
+  return found
+
+
+def diff(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = '') -> list[str]:
+  """Lines `key: old -> new` for every leaf in which two nested dicts differ."""
+  lines = []
+  for key in sorted(old.keys() | new.keys()):
+    a, b = old.get(key, '<absent>'), new.get(key, '<absent>')
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+      lines += diff(a, b, f'{prefix}{key}.')
+    elif a != b:
+      lines.append(f'{prefix}{key}: {a!r} -> {b!r}')
+  return lines
+
+
+def _build(cls: type, values: Any, prefix: str) -> Any:
+  if not isinstance(values, Mapping):
+    raise errors.InputError(
+      f'config.{prefix[:-1]}={values!r} must be a section of {cls.__name__} fields'
+    )
+  fields = {f.name: f.type for f in dataclasses.fields(cls)}
+  for key in values:
+    if key not in fields:
+      raise errors.InputError(
+        f'config.{prefix}{key} is not a known key{errors.did_you_mean(key, fields)}'
+      )
+  missing = [name for name in fields if name not in values]
+  if missing:
+    raise errors.InputError(
+      f'config.{prefix}{missing[0]} is missing; start the config page from configs/base.py, which '
+      f'has every key'
+    )
+  return cls(
+    **{name: _coerce(kind, values[name], f'{prefix}{name}') for name, kind in fields.items()}
+  )
+
+
+def _coerce(kind: Any, value: Any, name: str) -> Any:
+  """Checks one value against its field's type; ints become floats and lists become tuples."""
+  if dataclasses.is_dataclass(kind):
+    return _build(kind, value, name + '.')
+  origin, args = typing.get_origin(kind), typing.get_args(kind)
+  if origin is tuple and isinstance(value, (list, tuple)):
+    inner = args[:1] * len(value) if args[-1] is Ellipsis else args
+    if len(inner) == len(value):
+      return tuple(_coerce(k, v, f'{name}[{i}]') for i, (k, v) in enumerate(zip(inner, value)))
+  elif origin is not None and issubclass(origin, Mapping) and isinstance(value, Mapping):
+    return {key: _coerce(args[1], value[key], f'{name}.{key}') for key in value}
+  elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+    return float(value)
+  elif isinstance(kind, type) and not isinstance(kind, types.GenericAlias) and type(value) is kind:
+    return value
+  expected = getattr(kind, '__name__', None) if origin is None else str(kind)
+  raise errors.InputError(
+    f'config.{name}={value!r} must be of type {expected}, not {type(value).__name__}'
+  )

@@ -1,0 +1,155 @@
+"""What every field of a run's configuration means, its type, and the rules between fields.
+
+Values live in `configs/*.py` (ml_collections, overridable from the command line); this module holds
+the meaning. No dataclass field has a default, so `configs/base.py` is the only home of a value and
+a missing or unknown key fails by name. The two meet in `from_dict`, which is called once, before
+anything is compiled or written.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+from moe_jax.config import attention_config, mesh_config, moe_config
+
+REMAT_POLICIES = ('none', 'moe_core', 'full', 'offload')
+DTYPES = ('float32', 'bfloat16')
+SCHEDULES = ('multi_step', 'cosine', 'constant', 'linear', 'stages')
+STAGE_SHAPES = ('constant', 'linear', 'cosine')
+SOURCES = ('python_source', 'text', 'jsonl', 'parquet', 'hf', 'synthetic', 'mixture')
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """A pre-norm decoder: `num_dense_layers` dense blocks, then MoE blocks."""
+
+  vocab_size: int  # rows V of the embedding and of the output head (untied)
+  max_seq_len: int  # L, the longest row a batch holds and the longest context that is generated
+  embed_dim: int  # D, width of the residual stream
+  mlp_dim: int  # FFN width of the dense layers
+  num_layers: int  # all layers, dense ones included
+  num_dense_layers: int  # leading layers that keep a dense FFN although the rest are MoE
+  num_heads: int  # N, query heads
+  norm_eps: float  # RMSNorm epsilon
+  init_std: float  # standard deviation of every weight at the start (0.006 in the DeepSeek papers)
+  dtype: str  # compute dtype, one of DTYPES; the router, the softmaxes and the losses stay float32
+  param_dtype: str  # dtype of the kept weights, one of DTYPES; norms and router stay float32
+  remat: str  # one of REMAT_POLICIES: which activations the backward pass recomputes
+  scan_layers: bool  # layers of one kind are a loop; False unrolls it: slower to compile
+  # Depth D of multi-token prediction (DeepSeek-V3, section 2.2): modules that predict one token
+  # further each, trained with train.mtp_loss_weight; they can draft when text is generated.
+  num_mtp_layers: int
+  attention: attention_config.AttentionConfig
+  moe: moe_config.MoEConfig
+
+  @property
+  def is_moe(self) -> bool:
+    return self.moe.num_experts > 0
+
+  @property
+  def num_moe_layers(self) -> int:
+    return self.num_layers - self.num_dense_layers if self.is_moe else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtureComponent:
+  """One member of `data.source='mixture'`; its name in the config is its domain label."""
+
+  source: str  # one of SOURCES except 'mixture'
+  path: str  # as data.path
+  weight: float  # share of the training rows, relative to the sum over components
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Where text comes from and how it becomes rows of token ids."""
+
+  source: str  # one of SOURCES
+  path: str  # roots, files or globs (comma separated), or a dataset's name; '' = the default
+  text_field: str  # column that holds the text (jsonl, parquet, hf)
+  domain_field: str  # column that holds the domain label; '' = the source's own label
+  heldout_fraction: float  # share of documents kept for evaluation, by a hash of their name
+  synthetic_documents: int  # number of documents that source='synthetic' makes
+  tokenizer: str  # 'bpe' (trained on the training split), 'bytes', or a path to a tokenizer.json
+  bos_token: str  # begin-of-document token; must be in a tokenizer.json that is given
+  eos_token: str  # end-of-document token, likewise
+  fim_rate: float  # share of training documents rearranged as prefix-suffix-middle
+  prefetch: int  # batches prepared ahead of the device
+  cache_dir: str  # tokenised corpora and tokenizers; '' = $MOE_JAX_CACHE or ~/.cache/moe_jax
+  mixture: Mapping[str, MixtureComponent]  # members when source='mixture', by domain label
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+  """AdamW with decoupled weight decay on the matrices, norm clipping, warm-up and a schedule."""
+
+  peak_lr: float  # learning rate at the end of the warm-up
+  schedule: str  # one of SCHEDULES
+  warmup_steps: int  # linear warm-up, from peak_lr / warmup_steps in the first step
+  final_lr_fraction: float  # cosine and linear: last learning rate as a share of the peak
+  multi_step_boundaries: tuple[
+    float, ...
+  ]  # multi_step: shares of num_steps at which the rate drops
+  multi_step_factor: float  # factor at each boundary (0.316 in the DeepSeek papers)
+  # stages: ((until share of num_steps, share of peak_lr at its end, one of STAGE_SHAPES), ...)
+  stages: tuple[tuple[float, float, str], ...]
+  beta1: float
+  beta2: float
+  eps: float
+  weight_decay: float
+  clip_norm: float  # largest global gradient norm; 0 = no clipping
+  moment_dtype: str  # dtype in which both moments are kept, one of DTYPES (DeepSeek-V3: bfloat16)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """The loop."""
+
+  num_steps: int
+  batch_size: int  # sequences per optimizer step, over all devices and processes
+  # Ramp ((until step, batch size), ...): batch_size holds from the last of these steps on.
+  batch_ramp: tuple[tuple[int, int], ...]
+  micro_batch_size: int  # rows per forward pass, gradients add up; 0 = the whole batch
+  loss_chunk: int  # tokens per device whose logits [tokens, V] exist at once
+  seed: int  # decides initialisation and data order
+  z_loss_weight: float  # weight of the mean squared log-partition of the vocabulary softmax
+  mtp_loss_weight: float  # lambda of multi-token prediction (V3: 0.1), over the mean of its depths
+  # Ramp ((until share of the run, lambda), ...): mtp_loss_weight holds from the last share on.
+  mtp_loss_ramp: tuple[tuple[float, float], ...]
+  log_every: int  # steps between log lines
+  eval_every: int  # steps between held-out evaluations; 0 = only at the end
+  routing_every: int  # steps between files of routing figures; 0 = only at the end
+  sample_prompt: str  # prompt continued at the end of the run; '' = none
+  sample_tokens: int  # length of that continuation
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+  save_every: int  # steps between checkpoints; the last step is always saved
+  keep_last: int  # newest checkpoints kept
+  keep_every: int  # checkpoints at multiples of this step are kept for ever; 0 = none
+
+
+@dataclasses.dataclass(frozen=True)
+class PaperConfig:
+  """Only for `describe`: the widths that the paper's FLOPs convention counts.
+
+  DeepSeekMoE's tables count FFN widths before they are aligned (papers' 8/3 D times the relative
+  expert size). 0 = the model's own width.
+  """
+
+  mlp_dim: float
+  moe_mlp_dim: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """One run, whole."""
+
+  init_from: str  # workdir whose newest weights a fresh run starts from; '' = random weights
+  model: ModelConfig
+  data: DataConfig
+  optim: OptimConfig
+  train: TrainConfig
+  checkpoint: CheckpointConfig
+  mesh: mesh_config.MeshConfig
+  paper: PaperConfig

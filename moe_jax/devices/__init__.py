@@ -1,0 +1,1 @@
+"""Meshes, shardings, compilers and what hardware a program runs on."""

@@ -1,0 +1,1 @@
+"""Attention: multi-head and latent, rotary positions, kernels."""

@@ -1,0 +1,232 @@
+"""Multi-head latent attention (MLA, DeepSeek-V2, arXiv 2405.04434, section 2.1 and Appendix C).
+
+Keys and values of all heads are made from one latent of width R per token; position enters through
+a separate rotated part, whose key is shared by all heads (decoupled RoPE). Two forms of the same
+mathematics:
+
+* expanded: keys and values of every head are computed, then it is multi-head attention with keys of
+  width Hn + Hr and values of width Hv. For training and prefill, where many queries share the work.
+* absorbed: W^UK is applied to the queries and W^UV to the weighted sum, so that scores are taken
+  with the latents themselves: multi-query attention with one key of width R + Hr. For decoding: the
+  cache holds one latent and one rotated key per token, and nothing is expanded.
+
+The latents are RMS-normed before their up-projections, and the cache holds them normed.
+
+Letters: R kv_lora_rank, Q q_lora_rank, N heads, Hn, Hr, Hv sizes of a head's unrotated and rotated
+part and of its value.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+from moe_jax.config import attention_config
+from moe_jax.devices import partitioning
+from moe_jax.models import layers
+from moe_jax.models.attention import multi_head
+from moe_jax.models.attention import rope as rope_lib
+from moe_jax.models.attention.kernels import latent_decode, sharded
+
+Array = jax.Array
+
+# The norms of the latents have this epsilon in DeepSeek's code whatever that of the layers is.
+LATENT_NORM_EPS = 1e-6
+
+
+class LatentCache(NamedTuple):
+  """What decoding keeps of a layer."""
+
+  latent: Array  # [B, S, R], normed
+  rope_key: Array  # [B, S, Hr], rotated
+
+
+class Absorbed(NamedTuple):
+  """The up-projection of keys and values as decoding multiplies with it, head by head."""
+
+  uk: Array  # [N, Hn, R], W^UK
+  uv: Array  # [N, R, Hv], W^UV
+
+
+class Queries(NamedTuple):
+  """Both parts of the queries."""
+
+  nope: Array  # [B, L, N, Hn]
+  rope_lib: Array  # [B, L, N, Hr], rotated
+
+
+def lay_out(kv_b: Array, cfg: attention_config.AttentionConfig) -> Absorbed:
+  """kv_b [..., R, N, Hn + Hv] -> Absorbed; copies it."""
+  uk, uv = jnp.split(kv_b, [cfg.mla.qk_nope_head_dim], axis=-1)
+  return Absorbed(jnp.moveaxis(uk, -3, -1), jnp.swapaxes(uv, -3, -2))
+
+
+def restore(laid_out: Absorbed) -> Array:
+  """The inverse of `lay_out`."""
+  return jnp.concatenate([jnp.moveaxis(laid_out.uk, -1, -3), jnp.swapaxes(laid_out.uv, -3, -2)], -1)
+
+
+def expanded(
+  q: Queries,
+  own: LatentCache,
+  kv_b: Array,
+  ctx: multi_head.Context,
+  cfg: attention_config.AttentionConfig,
+) -> Array:
+  """Attention of a call's tokens among themselves.
+
+  Where the queries of a row are split over devices, latents and rotated keys are gathered, and
+  every device makes the keys and values of its heads (see `sharded`).
+
+  Args:
+    q: queries.
+    own: latents [B, L, R] and rotated keys [B, L, Hr] of the same tokens.
+    kv_b: [R, N, Hn + Hv], W^UK and W^UV side by side.
+    ctx: which tokens see each other.
+    cfg: sizes, implementation, scale.
+
+  Returns:
+    [B, L, N, Hv].
+  """
+  mla = cfg.mla
+
+  def keys_and_values(latent: Array, rope_key: Array, kv_b: Array) -> tuple[Array, Array]:
+    kv = jnp.einsum('BSR,RNH->BSNH', latent, partitioning.gather_shards(kv_b, axis=0))
+    k_nope, v = jnp.split(kv, [mla.qk_nope_head_dim], axis=-1)
+    k_rope = jnp.broadcast_to(rope_key[:, :, None], (*k_nope.shape[:3], rope_key.shape[-1]))
+    return jnp.concatenate([k_nope, k_rope], axis=-1), v
+
+  source = sharded.Source(tuple(own), keys_and_values, (kv_b,), (('kv_lora', 'heads', 'head_dim'),))
+  return multi_head.attend_own(cfg, jnp.concatenate(q, axis=-1), source, ctx, mla.v_head_dim)
+
+
+def absorbed(
+  q: Queries,
+  cache: LatentCache,
+  up: Absorbed,
+  positions: Array,
+  cfg: attention_config.AttentionConfig,
+) -> Array:
+  """The same against a cache, without ever expanding it; scores in float32.
+
+  The scale stays that of the expanded form, not 1 / sqrt(R + Hr). One token per row on a GPU is
+  left to a kernel that reads the cache once (`latent_decode`), unless `cfg.impl` is 'reference'.
+
+  Args:
+    q: queries.
+    cache: latents [B, S, R] and rotated keys [B, S, Hr].
+    up: see `lay_out`.
+    positions: [B, L] int32, of the queries: they see the slots up to there.
+    cfg: implementation, sizes and scale.
+
+  Returns:
+    [B, L, N, Hv].
+  """
+  batch, length, num_heads, _ = q.nope.shape
+  # One batch of matrices after the other, the heads of all queries as rows: nothing is transposed.
+  rows = lambda a: a.reshape(batch, length * num_heads, -1)
+  q_latent = rows(jnp.einsum('BLNH,NHR->BLNR', q.nope, up.uk))
+  if length == 1 and latent_decode.serves(cfg.impl, *cache):
+    mixed = latent_decode.attend(q_latent, rows(q.rope), *cache, positions[:, 0], cfg.softmax_scale)
+    return _values(mixed.reshape(batch, length, num_heads, -1), up)
+  dot = lambda a, b, axis: jax.lax.dot_general(
+    a, b, (((2,), (axis,)), ((0,), (0,))), preferred_element_type=jnp.float32
+  )
+  scores = dot(q_latent, cache.latent, 2) + dot(rows(q.rope), cache.rope_key, 2)
+  scores = scores.reshape(batch, length, num_heads, -1) * cfg.softmax_scale
+  mask = multi_head.seen_slots(positions, cache.latent.shape[1])
+  scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
+  probs = jax.nn.softmax(scores, axis=-1).astype(cache.latent.dtype)
+  mixed = dot(rows(probs), cache.latent, 1).astype(cache.latent.dtype)
+  return _values(mixed.reshape(batch, length, num_heads, -1), up)
+
+
+def _values(mixed: Array, up: Absorbed) -> Array:
+  """W^UV applied to weighted sums of latents: [B, L, N, R] -> [B, L, N, Hv]."""
+  return jnp.einsum('BLNR,NRH->BLNH', mixed, up.uv)
+
+
+class MLA(nn.Module):
+  """Latent attention with its projections, without biases."""
+
+  cfg: attention_config.AttentionConfig
+  num_heads: int
+  init_std: float
+  dtype: jnp.dtype
+  param_dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(
+    self, x: Array, ctx: multi_head.Context, cache: LatentCache | None
+  ) -> tuple[Array, LatentCache, None]:
+    """Applies the layer; arguments and results as of `multi_head.Attention`, no mixture."""
+    mla, d = self.cfg.mla, x.shape[-1]
+    laid_out = self.get_variable('kernels', 'projections')
+    with jax.named_scope('mla_proj'):
+      angle = rope_lib.angles(ctx.positions, mla.qk_rope_head_dim, self.cfg.rope)
+      from_x = self._from_x(x, laid_out)
+      q, own = self._queries(next(from_x), angle), self._latent(next(from_x), angle)
+    with jax.named_scope('mla_core'):
+      if cache is None:
+        cache, out = own, expanded(q, own, self._kv_b(), ctx, self.cfg)
+      else:
+        cache = multi_head.write(cache, own, ctx.positions)
+        up = self.get_variable('kernels', 'absorbed') or lay_out(self._kv_b(), self.cfg)
+        out = absorbed(q, cache, up, ctx.positions, self.cfg)
+    if laid_out:
+      return multi_head.project_out(out, laid_out.o), cache, None
+    o = self._weight('o', (self.num_heads, mla.v_head_dim, d), 'heads', 'head_dim', 'embed')
+    return multi_head.project_out(out, o), cache, None
+
+  def _kv_b(self) -> Array:
+    """[R, N, Hn + Hv], from the parameters or from what `cached_model.unstack` made of them."""
+    mla, laid_out = self.cfg.mla, self.get_variable('kernels', 'absorbed')
+    if laid_out:
+      return restore(laid_out)
+    shape = (mla.kv_lora_rank, self.num_heads, mla.qk_nope_head_dim + mla.v_head_dim)
+    return self._weight('kv_b', shape, 'kv_lora', 'heads', 'head_dim')
+
+  def _from_x(self, x: Array, laid_out: multi_head.Projections | None) -> Iterator[Array]:
+    """The input's projections: queries [B, L, N (Hn + Hr)] or their latent, then [B, L, R + Hr]."""
+    mla, d = self.cfg.mla, x.shape[-1]
+    width = mla.kv_lora_rank + mla.qk_rope_head_dim
+    if laid_out:
+      yield from jnp.split(layers.product(x, laid_out.x), [laid_out.x.num - width], axis=-1)
+    elif mla.q_lora_rank:
+      down = self._weight('q_a', (d, mla.q_lora_rank), 'embed', 'q_lora')
+      yield jnp.einsum('BLD,DQ->BLQ', x, down)
+    else:
+      shape = (d, self.num_heads, self.cfg.qk_head_dim)
+      q = jnp.einsum('BLD,DNH->BLNH', x, self._weight('q', shape, 'embed', 'heads', 'head_dim'))
+      yield q
+    if not laid_out:
+      down = self._weight('kv_a', (d, width), 'embed', 'kv_lora')
+      yield jnp.einsum('BLD,DR->BLR', x, down)
+
+  def _queries(self, from_x: Array, angle: Array) -> Queries:
+    mla = self.cfg.mla
+    heads = (self.num_heads, self.cfg.qk_head_dim)
+    if mla.q_lora_rank:
+      latent = self._norm('q_a_norm', from_x)
+      up = self._weight('q_b', (mla.q_lora_rank, *heads), 'q_lora', 'heads', 'head_dim')
+      from_x = jnp.einsum('BLQ,QNH->BLNH', checkpoint_name(latent, 'latent'), up)
+    q = from_x.reshape(*from_x.shape[:2], *heads)
+    nope, rotated = jnp.split(q, [mla.qk_nope_head_dim], axis=-1)
+    return Queries(nope, rope_lib.rotate(rotated, angle, self.cfg.rope))
+
+  def _latent(self, from_x: Array, angle: Array) -> LatentCache:
+    latent, key = jnp.split(from_x, [self.cfg.mla.kv_lora_rank], axis=-1)
+    latent = self._norm('kv_a_norm', latent)
+    key = rope_lib.rotate(key[:, :, None], angle, self.cfg.rope)[:, :, 0]
+    return jax.tree.map(lambda a: checkpoint_name(a, 'latent'), LatentCache(latent, key))
+
+  def _norm(self, name: str, x: Array) -> Array:
+    return layers.RMSNorm(LATENT_NORM_EPS, self.dtype, name=name)(x)
+
+  def _weight(self, name: str, shape: tuple[int, ...], *axes: str) -> Array:
+    """A parameter in the compute dtype."""
+    init = layers.init_weight(self.init_std, *axes)
+    return self.param(name, init, shape, self.param_dtype).astype(self.dtype)

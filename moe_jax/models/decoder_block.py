@@ -1,0 +1,108 @@
+"""One decoder layer, x + attention(norm(x)), then x + ffn(norm(x)); and the stacks of layers."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+from moe_jax.balance import balance_losses, loss_scopes, router_stats
+from moe_jax.config import schema
+from moe_jax.models import layers, moe_layer
+from moe_jax.models.attention import latent, multi_head
+from moe_jax.models.routers import routing
+
+Array = jax.Array
+
+
+# Keys and values of one layer, or of a stack with a leading axis of layers.
+LayerCache = multi_head.KVCache | latent.LatentCache
+
+
+class LayerInputs(NamedTuple):
+  """What a block gets besides residual stream and batch; leaves [layers, ...] in a stack."""
+
+  cache: LayerCache | None  # None outside of decoding
+  number: Array  # [] int32, number of the layer in the model
+  slopes: Mapping[str, Any]  # see `loss_scopes.global_slopes`
+
+
+class Stack(NamedTuple):
+  """A run of blocks of one kind."""
+
+  name: str  # of its parameters
+  is_moe: bool
+  first: int  # number of its first layer
+  length: int
+
+
+def stacks(cfg: schema.ModelConfig) -> list[Stack]:
+  """The dense layers, then the MoE layers; a kind without layers is left out."""
+  num_dense = cfg.num_layers - cfg.num_moe_layers
+  kinds = (
+    Stack('dense_layers', False, 0, num_dense),
+    Stack('moe_layers', True, num_dense, cfg.num_moe_layers),
+  )
+  return [kind for kind in kinds if kind.length]
+
+
+class Block(nn.Module):
+  """One layer; the scan's carry is the residual stream, its scanned inputs are the layer's own."""
+
+  cfg: schema.ModelConfig
+  is_moe: bool
+  train: bool
+  keep_cache: bool = False  # return the keys and values of this call although it has no cache
+
+  @nn.compact
+  def __call__(self, x: Array, own: LayerInputs, ctx: multi_head.Context, tokens: routing.Tokens):
+    """x [B, L, D] -> (x, (cache, RouterStats or None))."""
+    cfg = self.cfg
+    dtypes = dict(dtype=jnp.dtype(cfg.dtype), param_dtype=jnp.dtype(cfg.param_dtype))
+    norm = functools.partial(layers.RMSNorm, cfg.norm_eps, dtypes['dtype'])
+    x = checkpoint_name(x, 'layer_in')
+    attn = self._attention(dtypes)
+    with jax.named_scope('attention'):
+      update, cache, mixture = attn(norm(name='attention_norm')(x), ctx, own.cache)
+    x = nn.with_logical_constraint(x + update, ('act_batch', 'act_len', 'act_embed'))
+    u = norm(name='ffn_norm')(x)
+    if self.is_moe:
+      sizes = routing.Sizes(cfg.vocab_size, cfg.max_seq_len)
+      layer = moe_layer.MoE(cfg.moe, sizes, cfg.init_std, train=self.train, name='moe', **dtypes)
+      update, stats = layer(u, tokens, own.number, own.slopes)
+      stats = self._add_mixture(stats, mixture, own.slopes)
+    else:
+      update = layers.FeedForward(cfg.mlp_dim, cfg.init_std, name='mlp', **dtypes)(u)
+      stats = None
+    x = nn.with_logical_constraint(x + update, ('act_batch', 'act_len', 'act_embed'))
+    return x, (cache if self.keep_cache or own.cache is not None else None, stats)
+
+  def _attention(self, dtypes: Mapping[str, Any]) -> nn.Module:
+    cfg = self.cfg
+    sizes = (cfg.attention, cfg.num_heads, cfg.init_std)
+    if cfg.attention.kind == 'mla':
+      return latent.MLA(*sizes, name='attention', **dtypes)
+    threshold = self._attention_threshold()
+    return multi_head.Attention(*sizes, threshold=threshold, name='attention', **dtypes)
+
+  def _attention_threshold(self) -> float:
+    """DS-MoE's threshold rule prunes attention experts too; its top-K rules keep them all."""
+    options, router = self.cfg.moe.options, self.cfg.moe.router
+    prunes = router == 'ds_moe' and options.inference == 'threshold' and not self.train
+    return options.inference_threshold if prunes else 0.0
+
+  def _add_mixture(self, stats, mixture, slopes):
+    """Enters the mixture of attention heads into the books of the layer."""
+    if stats is None or mixture is None:
+      return stats
+    name = 'attention_mutual_information'
+    scope = self.cfg.moe.loss(name).scope
+    loss = loss_scopes.scoped(
+      balance_losses.mutual_information, self.cfg.moe, scope, mixture, slopes.get(name)
+    )
+    return stats.replace(
+      losses={**stats.losses, name: loss}, attention=router_stats.add_up(mixture)
+    )

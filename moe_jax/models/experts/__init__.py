@@ -1,0 +1,1 @@
+"""Feed-forward experts: sorted tokens through grouped products."""

@@ -1,0 +1,113 @@
+"""Where every (token, choice) goes: integers, made once per layer for forward and backward.
+
+The rows that experts work on are sorted by expert. Activations are only ever gathered by these
+integers, in both directions; the one scatter is the int32 inverse permutation.
+
+Legend: T tokens, K choices per token, M = T*K choices, E experts, R rows.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.devices import hardware
+
+Array = jax.Array
+
+
+class Plan(NamedTuple):
+  """A sorted layout of R rows in E groups.
+
+  Every group starts at a multiple of the alignment. Rows that hold no choice are padding: gathers
+  by `row_choice` read zeros there, because M is out of bounds. With alignment 1 and no limit the
+  groups cover all R rows (unrouted choices sit, as zero rows, in the last group), so that no kernel
+  leaves a row unwritten. Under a limit the rows behind the last group belong to nobody: they cost
+  no work, and what a kernel leaves there is undefined.
+  """
+
+  row_choice: Array  # [R] int32, row -> flat (token, choice), M on padding rows
+  choice_row: Array  # [T, K] int32, (token, choice) -> row, R for choices that are not routed
+  group_sizes: Array  # [E] int32, rows of each expert, padding included
+
+
+def take(a: Array, index: Array) -> Array:
+  """Rows of a; zeros where the index is out of bounds."""
+  return a.at[index].get(mode='fill', fill_value=0)
+
+
+UNROLLED = 16  # terms of a sum up to which a CPU adds one gather after the other
+
+
+def sum_rows(rows: Array, index: Array) -> Array:
+  """rows [R, ...], index [T, S] -> [T, ...]: the sum of each token's S rows, in float32.
+
+  On a CPU a sum over the axis S reads its operands one number at a time: S gathers that are added
+  up in one pass take a fortieth of the time. Elsewhere the S terms are the first axis: a TPU would
+  pad a short second one to 8.
+  """
+  if hardware.platform() == 'cpu' and index.shape[1] <= UNROLLED:
+    terms = (take(rows, index[:, s]).astype(jnp.float32) for s in range(index.shape[1]))
+    return functools.reduce(jnp.add, terms).astype(rows.dtype)
+  return take(rows, index.T).sum(axis=0, dtype=jnp.float32).astype(rows.dtype)
+
+
+def num_rows(num_choices: int, num_experts: int, align: int) -> int:
+  """R: the rows that any assignment of M choices to E experts fits into at this alignment."""
+  most = num_choices + min(num_experts, num_choices) * (align - 1)
+  return most // align * align
+
+
+def fits(num_choices: int, num_experts: int) -> bool:
+  """Whether M choices among E experts (and the unrouted) can be packed into int32 sort keys."""
+  return (num_experts + 1) << (num_choices - 1).bit_length() < 2**31
+
+
+def make_plan(expert_idx: Array, num_experts: int, align: int, limit: int | None = None) -> Plan:
+  """Sorts the choices by expert; ties keep token order.
+
+  Args:
+    expert_idx: [T, K] int32 in 0..E; E means not routed.
+    num_experts: E.
+    align: rows to which the size of every group is rounded up.
+    limit: choices that get a row, in order of experts; None = all.
+
+  Raises:
+    ValueError: (E + 1) * T * K does not fit the packed int32 sort key.
+  """
+  num_tokens, k = expert_idx.shape
+  m = num_tokens * k
+  bits = (m - 1).bit_length()
+  if not fits(m, num_experts):
+    raise ValueError(
+      f'{num_experts} experts x {m} choices overflow the int32 sort key; '
+      'lower train.micro_batch_size so that a forward pass holds fewer tokens'
+    )
+  # One packed key makes an unstable single-operand sort equal to a stable argsort.
+  choice = jnp.arange(m, dtype=jnp.int32)
+  key = jax.lax.sort((expert_idx.reshape(m) << bits) | choice, is_stable=False)
+  choice_at, expert_at = key & ((1 << bits) - 1), key >> bits
+  edge = jnp.searchsorted(key, jnp.arange(num_experts + 1, dtype=jnp.int32) << bits)
+  edge = edge.astype(jnp.int32)
+  if limit is not None:
+    edge = jnp.minimum(edge, limit)
+  count = jnp.diff(edge)
+  rows = num_rows(m if limit is None else min(m, limit), num_experts, align)
+  aligned = -(-count // align) * align
+  if align == 1 and limit is None:
+    aligned = aligned.at[-1].add(m - edge[-1])
+  end = jnp.cumsum(aligned)
+  start = end - aligned
+
+  row = jnp.arange(rows, dtype=jnp.int32)
+  group = jnp.minimum(jnp.searchsorted(end, row, side='right'), num_experts - 1)
+  offset = row - start[group]
+  source = jnp.clip(edge[group] + offset, 0, m - 1)
+  row_choice = jnp.where(offset < count[group], choice_at[source], m)
+
+  routed = choice < edge[-1]
+  group_at = jnp.minimum(expert_at, num_experts - 1)
+  row_at = jnp.where(routed, start[group_at] + choice - edge[group_at], rows)
+  choice_row = jnp.zeros(m, jnp.int32).at[choice_at].set(row_at, unique_indices=True)
+  return Plan(row_choice, choice_row.reshape(num_tokens, k), aligned)

@@ -1,0 +1,267 @@
+"""What a step needs, from shapes alone: for GPUs, and to rank candidates before any is compiled.
+
+State is exact, by the shapes and layouts of the real train state. The rest is a model of the step:
+layers are gathered over the fsdp axes for the forward and again for the backward pass, gradients
+are reduced where their layer is done, each token travels once to every device that it needs, and
+every array that a kernel cannot keep on the chip passes through HBM. The figures of a compiled
+program, where there is one, are better.
+
+Letters as in `flops`; t tokens of a device in a forward pass, a bytes per number.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.config import mesh_config, schema
+from moe_jax.devices import partitioning
+from moe_jax.planning import compile_ahead, virtual_devices
+from moe_jax.planning import flops as flops_lib
+from moe_jax.planning.hlo import collectives as collectives_lib
+from moe_jax.training import loop as loop_lib
+from moe_jax.training import train_state
+
+_WIDE = 4  # bytes of float32
+# Forward passes' worth of what is recomputed: of attention's projections and shared experts in
+# moe_core, of whole layers where only their input is kept.
+_REPEATS_LAYERS = ('full', 'offload')
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+  """Of one step, per device."""
+
+  arguments: dict[str, int]  # bytes by name
+  temporaries: dict[str, int]  # bytes by name, at the moment of most
+  flops_lib: float  # that the busiest device computes, recomputation included
+  hbm_bytes: float  # read and written
+  collectives: list[collectives_lib.Collective]
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """Training FLOPs per token."""
+
+  model: float  # `flops.train_flops_per_token`
+  experts: float  # the part of routed experts, which imbalance stretches
+  repeated: float  # what the backward pass recomputes
+
+
+def work(cfg: schema.Config) -> Work:
+  """The arithmetic of a config, per token."""
+  model, moe = cfg.model, cfg.model.moe
+  total = flops_lib.train_flops_per_token(model)
+  expert = 3 * model.embed_dim * moe.moe_mlp_dim
+  layers = _moe_layers(model)
+  experts = flops_lib.TRAIN_FLOPS_PER_WEIGHT * layers * flops_lib.active_experts(moe) * expert
+  heads = (1 + model.num_mtp_layers) * model.embed_dim * model.vocab_size
+  forward = (total - flops_lib.TRAIN_FLOPS_PER_WEIGHT * heads) / 3
+  count = flops_lib.count_parameters(model)
+  kept = {'none': 0.0, 'moe_core': 2.0 * (count.attention + count.shared_experts + count.dense_ffn)}
+  repeated = forward if model.remat in _REPEATS_LAYERS else kept[model.remat]
+  return Work(total, experts if model.is_moe else 0.0, repeated)
+
+
+def _moe_layers(model: schema.ModelConfig) -> int:
+  return model.num_moe_layers + (model.num_mtp_layers if model.is_moe else 0)
+
+
+def abstract_mesh(mesh: mesh_config.MeshConfig, num_devices: int) -> jax.sharding.AbstractMesh:
+  """A mesh without devices.
+
+  Raises:
+    errors.InputError: the sizes do not multiply to the number of devices.
+  """
+  sizes = mesh_config.resolve(mesh, num_devices)
+  auto = (jax.sharding.AxisType.Auto,) * len(sizes)
+  return jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=auto)
+
+
+def estimate(
+  cfg: schema.Config, mesh: jax.sharding.AbstractMesh, max_vio: float, exchange: str
+) -> Estimate:
+  """Counts one train step.
+
+  Args:
+    cfg: the run.
+    mesh: sizes of the axes.
+    max_vio: the busiest device of the expert axis has 1 + max_vio times the mean load.
+    exchange: a key of `exchange.EXCHANGES`, how tokens travel.
+  """
+  sizes = _Sizes(cfg, mesh, 1 + max_vio if mesh.shape['expert'] > 1 else 1.0)
+  tokens = cfg.train.batch_size * cfg.model.max_seq_len / mesh.size
+  need = work(cfg)
+  stretched = need.model + need.repeated + need.experts * (sizes.stretch - 1)
+  batch = len(loop_lib.BATCH_KEYS) * tokens * mesh.shape['tensor'] * 4
+  arguments = state_bytes(cfg, mesh) | {'batch': int(batch)}
+  return Estimate(
+    arguments=arguments,
+    temporaries=_temporaries(sizes, arguments['parameters'], exchange),
+    flops=stretched * tokens,
+    hbm_bytes=_traffic(sizes, arguments),
+    collectives=_collectives(sizes, exchange),
+  )
+
+
+def state_bytes(cfg: schema.Config, mesh: jax.sharding.AbstractMesh) -> dict[str, int]:
+  """Bytes per device of the parts of the train state, see `compile_ahead.train_arguments`."""
+  loop = dataclasses.replace(cfg.train, batch_size=1, micro_batch_size=0, batch_ramp=())
+  model = dataclasses.replace(cfg.model, remat='none')
+  return dict(_state_bytes(model, cfg.optim, loop, cfg.mesh, mesh))
+
+
+# A search asks again for each policy and micro-batch, which change nothing about the state.
+@functools.lru_cache(maxsize=256)
+def _state_bytes(
+  model: schema.ModelConfig,
+  optim: schema.OptimConfig,
+  loop: schema.TrainConfig,
+  sizes: mesh_config.MeshConfig,
+  mesh: jax.sharding.AbstractMesh,
+) -> dict[str, int]:
+  parts = dict(model=model, optim=optim, train=loop, mesh=sizes)
+  unread = dict(init_from='', data=None, checkpoint=None, paper=None)
+  return compile_ahead.train_arguments(
+    train_state.abstract_state(schema.Config(**parts, **unread), mesh)
+  )
+
+
+class _Sizes:
+  """Numbers that every part of the estimate needs."""
+
+  def __init__(self, cfg: schema.Config, mesh: jax.sharding.AbstractMesh, stretch: float):
+    model, shape = cfg.model, mesh.shape
+    self.cfg, self.model, self.moe, self.shape, self.stretch = cfg, model, model.moe, shape, stretch
+    self.a = jnp.dtype(model.dtype).itemsize
+    self.p = jnp.dtype(model.param_dtype).itemsize
+    ways = lambda axes: math.prod(shape[axis] for axis in axes)
+    self.fsdp = ways(partitioning.FSDP_AXES)
+    self.rows = ways(partitioning.ROW_AXES)
+    self.tensor = shape['tensor']
+    micro = cfg.train.micro_batch_size or cfg.train.batch_size
+    self.micros = cfg.train.batch_size // micro
+    self.t = micro * model.max_seq_len / self.rows / shape['sequence']
+    count = flops_lib.count_parameters(model)
+    self.dense = (count.attention + count.dense_ffn + count.shared_experts) / self.tensor
+    self.experts = count.routed_experts / self.tensor / shape['expert']
+    self.heads = (count.embedding + count.head) / self.tensor
+    if model.num_mtp_layers:
+      routed = model.num_mtp_layers * model.moe.num_experts * self._expert
+      self.dense += (count.mtp - routed) / self.tensor
+      self.experts += routed / self.tensor / shape['expert']
+    self.layers = model.num_layers + model.num_mtp_layers
+    self.moe_layers = _moe_layers(model)
+    # Rows of routed tokens that a device computes, and that its buffers hold.
+    self.routed = self.t * flops_lib.active_experts(self.moe) if model.is_moe else 0.0
+    factor = self.moe.exchange.buffer_factor
+    spread = shape['expert'] if model.is_moe else 1
+    self.buffered = self.routed * (min(factor, spread) if factor else spread)
+
+  @property
+  def _expert(self) -> int:
+    return 3 * self.model.embed_dim * self.moe.moe_mlp_dim
+
+  @property
+  def head_width(self) -> float:
+    """Numbers of all heads of a layer on a device: query, key and value."""
+    attention = self.model.attention
+    return self.model.num_heads * (2 * attention.qk_head_dim + attention.v_head_dim) / self.tensor
+
+  @property
+  def devices_per_token(self) -> float:
+    """On how many devices of the expert axis a token has experts, its own among them or not."""
+    moe = dataclasses.replace(self.moe, num_virtual_devices=self.shape['expert'])
+    return virtual_devices.expected_devices_per_token(moe)
+
+
+def _temporaries(s: _Sizes, parameters: int, exchange: str) -> dict[str, int]:
+  d, f, a = s.model.embed_dim, s.moe.moe_mlp_dim / s.tensor, s.a
+  attention = s.model.attention
+  latent = (
+    attention.mla.kv_lora_rank + attention.mla.qk_rope_head_dim if attention.kind == 'mla' else 0
+  )
+  out = s.model.num_heads * attention.v_head_dim / s.tensor
+  kept = {
+    'none': s.t * (6 * d + 2 * s.head_width + 2 * latent) + s.buffered * (2 * f + f + d),
+    'moe_core': s.t * (d + out + latent) + s.buffered * 2 * f,
+    'full': s.t * d,
+    'offload': 0.0,
+  }[s.model.remat]
+  layer = (s.dense / s.layers + (s.experts / s.moe_layers if s.moe_layers else 0)) * a
+  sums = 2 if s.micros > 1 else 1
+  vocab = s.model.vocab_size / s.tensor
+  traveling = 0.0
+  if s.shape['expert'] > 1:
+    copies = s.shape['expert'] if exchange != 'ragged_all_to_all' else s.devices_per_token
+    traveling = 4 * s.t * copies * d * a
+  cast = parameters * a / s.p if s.a != s.p else 0
+  found = {
+    'gradients': parameters * sums,
+    'weights in the compute dtype': cast + (2 * layer if s.fsdp > 1 else 0),
+    'activations kept for the backward pass': kept * a * s.layers,
+    'experts': s.buffered * (4 * d * a + 2 * f * (2 * a + 2 * _WIDE)),
+    'exchange': traveling,
+    'attention': 3 * s.t * s.head_width * a,
+    'logits and loss': min(s.cfg.train.loss_chunk, s.t) * vocab * (_WIDE + a) + d * vocab * _WIDE,
+  }
+  return {name: int(size) for name, size in found.items()}
+
+
+def _traffic(s: _Sizes, arguments: Mapping[str, int]) -> float:
+  """Bytes through HBM in a step."""
+  d, f, a = s.model.embed_dim, s.moe.moe_mlp_dim / s.tensor, s.a
+  passes = 4 if s.model.remat in _REPEATS_LAYERS else 3
+  weights = (s.dense + s.experts + s.heads) * a * passes
+  # Gather, products and combine of the experts; norms, residuals, projections and attention.
+  routed = s.routed * s.stretch * (4 * d + 7 * f) * s.moe_layers
+  dense = s.t * (10 * d + 2 * s.head_width) * s.layers
+  gradients = arguments['parameters'] * (2 if s.micros > 1 else 1)
+  state = 2 * (arguments['parameters'] + arguments['optimizer_state'])
+  return s.micros * (weights + (routed + dense) * a * passes + 2 * gradients) + state
+
+
+def _collectives(s: _Sizes, exchange: str) -> list[collectives_lib.Collective]:
+  found = []
+
+  def add(kind: str, axes: tuple[str, ...], operand: float, count: int, name: str):
+    used = tuple(axis for axis in axes if s.shape[axis] > 1)
+    n = math.prod(s.shape[axis] for axis in used)
+    if n > 1 and operand and count:
+      size = operand * collectives_lib.on_the_wire(kind, n)
+      found.append(collectives_lib.Collective(kind, used, size, count, name))
+
+  m = s.micros
+  copies = ('dcn_data', 'data')
+  for weights, others in ((s.dense + s.heads, (*copies, 'expert')), (s.experts, copies)):
+    for axis in partitioning.FSDP_AXES:
+      n = s.shape[axis]
+      add('all-gather', (axis,), weights * s.a / n, 2 * m, 'weights')
+      add('reduce-scatter', (axis,), weights * s.a, m, 'gradients')
+    for axis in others:
+      add('all-reduce', (axis,), weights / s.fsdp * s.a, m, 'gradients')
+  activations = s.t * s.model.embed_dim * s.a
+  passes = 3 if s.model.remat in _REPEATS_LAYERS else 2
+  add('all-reduce', ('tensor',), activations, 2 * passes * s.layers * m, 'activations')
+  attention = s.model.attention
+  heads = s.model.num_heads * (attention.qk_head_dim + attention.v_head_dim) / s.tensor
+  add('all-gather', ('sequence',), s.t * heads * s.a, passes * s.layers * m, 'keys and values')
+  kind, operand = _travel(s, exchange, activations)
+  # There and back; the backward pass likewise, and there again if it recomputes.
+  add(kind, ('expert',), operand, (2 * passes - (passes == 3)) * s.moe_layers * m, 'exchange')
+  return found
+
+
+def _travel(s: _Sizes, exchange: str, activations: float) -> tuple[str, float]:
+  """(collective, bytes of its operand) of one way of the tokens of a layer."""
+  n = s.shape['expert']
+  if exchange == 'all_gather':
+    return 'all-gather', activations
+  if exchange == 'ragged_all_to_all':
+    return 'ragged-all-to-all', activations * s.devices_per_token * s.stretch
+  factor = s.moe.exchange.buffer_factor
+  copies = min(n, factor * s.devices_per_token) if factor else n
+  return 'all-to-all', activations * copies

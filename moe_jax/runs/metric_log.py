@@ -1,0 +1,164 @@
+"""What a run logs: `metrics.jsonl`, TensorBoard events, and one line on the terminal.
+
+`MetricWriter` appends one JSON object per logged step and can be resumed without duplicates.
+"""
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+import jax
+import jax.numpy as jnp
+import tensorboardX
+from absl import logging
+
+from moe_jax import atomic_files
+
+
+TAIL = 0.2  # share of a run, at its end, over which a noisy figure is averaged
+KEYS = (
+  'step',
+  'loss',
+  'lr',
+  'grad_norm',
+  'tokens_per_second',
+  'mfu',
+  'max_vio',
+  'drop_rate',
+  'overflow_rate',
+  'aux_loss',
+  'mtp_loss',
+  'data_wait_share',
+  'save_stall_share',
+)
+_Path = str | os.PathLike[str]
+
+
+class MetricWriter:
+  """Appends metrics to `workdir/metrics.jsonl` and to TensorBoard events in `workdir/tensorboard`.
+
+  Args:
+    workdir: the run's directory.
+    resume_step: last step whose metrics stand; later ones are dropped, for they will come again.
+    enabled: False on every process but the first; the writer then does nothing.
+  """
+
+  def __init__(self, workdir: _Path, *, resume_step: int, enabled: bool):
+    self._enabled = enabled
+    if not enabled:
+      return
+    workdir = pathlib.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / 'metrics.jsonl'
+    if path.exists():
+      _drop_after(path, resume_step)
+    self._file = path.open('a', encoding='utf-8')
+    # The suffix keeps two writers that start within one second out of each other's file, in order.
+    self._events = tensorboardX.SummaryWriter(
+      str(workdir / 'tensorboard'),
+      purge_step=resume_step + 1,
+      filename_suffix=f'.{time.time_ns()}',
+    )
+
+  def write(self, metrics: Mapping[str, float | None]):
+    """Appends one step; the keys must be exactly `KEYS`, None where there is nothing to say.
+
+    Numbers are written with all their digits, so that equal lines mean bit-identical losses. JSON
+    has no infinity and no NaN: they become null.
+    """
+    if set(metrics) != set(KEYS):
+      wrong = sorted(set(metrics) ^ set(KEYS))
+      raise ValueError(f'metrics must have the keys {", ".join(KEYS)}; missing or extra: {wrong}')
+    if not self._enabled:
+      return
+    step = int(metrics['step'])
+    line = {'step': step, **{key: _json_number(metrics[key]) for key in KEYS[1:]}}
+    self._file.write(json.dumps(line, allow_nan=False) + '\n')
+    self._file.flush()
+    self.write_scalars(step, {key: value for key, value in metrics.items() if key != 'step'})
+
+  def write_scalars(self, step: int, scalars: Mapping[str, float | None]):
+    """Adds scalars to TensorBoard only (held-out loss and the like); None is left out."""
+    if not self._enabled:
+      return
+    for name, value in scalars.items():
+      if value is not None:
+        self._events.add_scalar(name, float(value), int(step))
+    self._events.flush()
+
+  def close(self):
+    """Closes both files."""
+    if self._enabled:
+      self._file.close()
+      self._events.close()
+
+
+def read_metrics(workdir: _Path) -> list[dict[str, Any]]:
+  """The objects of `workdir/metrics.jsonl`, in order; empty when there is no such file.
+
+  A last line torn by a kill is left out; an unreadable line elsewhere is left out with a warning.
+  """
+  path = pathlib.Path(workdir) / 'metrics.jsonl'
+  return _parse(path) if path.exists() else []
+
+
+def tail_mean(lines: Sequence[Mapping[str, Any]], key: str, num_steps: int) -> float | None:
+  """Mean of a figure over the last `TAIL` of a run of `num_steps`; None where there is none."""
+  tail = [line[key] for line in lines if line['step'] > (1 - TAIL) * num_steps]
+  return None if not tail or None in tail else sum(tail) / len(tail)
+
+
+def format_line(metrics: Mapping[str, float | None]) -> str:
+  """One line for people and grep, `-` for None.
+
+  `step=120 loss=3.4567 lr=1.0e-03 grad_norm=0.53 tokens/s=5123 mfu=31.2% max_vio=0.53 ...`
+  """
+  formats = {
+    'step': ('step', '{:d}'),
+    'loss': ('loss', '{:.4f}'),
+    'lr': ('lr', '{:.1e}'),
+    'grad_norm': ('grad_norm', '{:.2f}'),
+    'tokens_per_second': ('tokens/s', '{:.0f}'),
+    'mfu': ('mfu', '{:.1%}'),
+    'max_vio': ('max_vio', '{:.2f}'),
+    'drop_rate': ('dropped', '{:.1%}'),
+    'data_wait_share': ('data_wait', '{:.1%}'),
+  }
+  if metrics['overflow_rate']:
+    formats['overflow_rate'] = ('overflow', '{:.1%}')
+  if metrics['mtp_loss'] is not None:
+    formats['mtp_loss'] = ('mtp_loss', '{:.4f}')
+  return ' '.join(
+    f'{name}={"-" if metrics[key] is None else form.format(metrics[key])}'
+    for key, (name, form) in formats.items()
+  )
+
+
+def _json_number(value: float | None) -> float | None:
+  value = None if value is None else float(value)
+  return value if value is not None and math.isfinite(value) else None
+
+
+def _parse(path: pathlib.Path) -> list[dict[str, Any]]:
+  text = path.read_text(encoding='utf-8', errors='replace')
+  lines = text.split('\n')
+  lines.pop()  # what follows the last newline: nothing, or a torn line
+  found, unreadable = [], 0
+  for line in lines:
+    try:
+      value = json.loads(line)
+      found.append({**value, 'step': int(value['step'])})
+    except (ValueError, TypeError, KeyError):
+      unreadable += 1
+  if unreadable:
+    logging.warning('%d unreadable lines in %s are left out', unreadable, path)
+  return found
+
+
+def _drop_after(path: pathlib.Path, step: int):
+  kept = [json.dumps(value) + '\n' for value in _parse(path) if value['step'] <= step]
+  atomic_files.write_text(path, ''.join(kept))

@@ -1,0 +1,178 @@
+"""What a run was: `config.json` in its workdir, and whether a second start is the same run.
+
+The record holds the resolved config, package versions, the git commit, the command line and the
+fingerprint of the data. A record that differs from the one on disk never replaces it: the old one
+is kept as `config.<k>.json`.
+"""
+
+import importlib.metadata
+import itertools
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import moe_jax
+from moe_jax import atomic_files
+from moe_jax import errors
+from moe_jax.config import moe_config
+from moe_jax.config import parse
+from moe_jax.config import schema
+
+PACKAGES = (
+  'jax',
+  'jaxlib',
+  'flax',
+  'optax',
+  'orbax-checkpoint',
+  'grain',
+  'tokenizers',
+  'numpy',
+)
+# Where and how the numbers are computed, not which: another mesh, or another way for tokens to
+# travel, continues the same run. Keys, or sections with all that is in them.
+PLACEMENT = ('mesh', 'model.moe.exchange', 'model.moe.grouped_matmul', 'train.loss_chunk')
+_Path = str | os.PathLike[str]
+
+
+class Differences(NamedTuple):
+  """Lines `key: old -> new` of two configs."""
+
+  changes: list[str]
+  placement: list[str]  # of `PLACEMENT`, which any run may change
+
+
+def differences(old: Mapping[str, Any], new_config: schema.Config) -> Differences:
+  """In what a recorded config differs from that of this start."""
+  # Through JSON, like the old one: tuples are lists there.
+  lines = parse.diff(old, json.loads(json.dumps(parse.to_dict(new_config))))
+  placed = [line for line in lines if _is_placement(line)]
+  return Differences([line for line in lines if line not in placed], placed)
+
+
+def _is_placement(line: str) -> bool:
+  """Whether a line `key: old -> new` changes no number but by its last bits."""
+  key, _, values = line.partition(':')
+  if any(qtype in values for qtype in moe_config.LOW_PRECISION):
+    return False
+  return any(key == name or key.startswith(f'{name}.') for name in PLACEMENT)
+
+
+def check_workdir(workdir: _Path, new_config: schema.Config, allow_change: bool) -> Differences:
+  """Makes `workdir` and makes sure that this run may use it; call before anything is compiled.
+
+  Args:
+    workdir: where the run writes.
+    new_config: the resolved config of this start.
+    allow_change: continue a run under another config (`--allow_config_change`).
+
+  Returns:
+    Where `new_config` differs from the config in the workdir.
+
+  Raises:
+    errors.InputError: the workdir cannot be written, or holds a run of another config and
+      `allow_change` is False.
+  """
+  workdir = pathlib.Path(workdir)
+  found = _changes(workdir / 'config.json', new_config, allow_change)
+  if found.changes and not allow_change:
+    raise errors.InputError(
+      f'--workdir={workdir} holds a run of another config: {"; ".join(found.changes)}. Use another '
+      '--workdir, undo the change, or pass --allow_config_change to go on under the new config'
+    )
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=workdir):
+      pass
+  except OSError as e:
+    raise errors.InputError(
+      f'--workdir={workdir} must be a directory that can be written: {e.strerror or e}; choose '
+      'another --workdir, or free this one'
+    ) from e
+  return found
+
+
+def write(
+  workdir: _Path,
+  run_config: schema.Config,
+  *,
+  argv: Sequence[str],
+  data_fingerprint: Any,
+) -> pathlib.Path:
+  """Writes `workdir/config.json` and returns its path; an older, different record is kept."""
+  path = pathlib.Path(workdir) / 'config.json'
+  record = {
+    'config': parse.to_dict(run_config),
+    'data_fingerprint': data_fingerprint,
+    'argv': list(argv),
+    'versions': versions(),
+    'git': git_state(),
+  }
+  text = json.dumps(record, indent=2) + '\n'
+  if path.exists():
+    if path.read_bytes() == text.encode():
+      return path
+    # A copy, so that no moment is without a config.json.
+    atomic_files.write_bytes(_free_name(path), path.read_bytes())
+  atomic_files.write_text(path, text)
+  return path
+
+
+def versions() -> dict[str, str | None]:
+  """Versions of python, moe_jax and the packages that decide a run's numbers; None if absent."""
+  found = {'python': platform.python_version(), 'moe_jax': moe_jax.__version__}
+  for name in PACKAGES:
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      found[name] = None
+  return found
+
+
+def git_state() -> dict[str, Any] | None:
+  """`commit` and `dirty` of the repository that this package is run from; None outside of one."""
+  root = pathlib.Path(__file__).resolve().parent.parent
+  top = _git(root, 'rev-parse', '--show-toplevel')
+  commit = _git(root, 'rev-parse', '--verify', 'HEAD')
+  # An installed copy may lie inside some other repository, whose commit says nothing about it.
+  if not commit or not top or pathlib.Path(top).resolve() != root:
+    return None
+  return {
+    'commit': commit,
+    'dirty': bool(_git(root, 'status', '--porcelain', '--untracked-files=no')),
+  }
+
+
+def _changes(path: pathlib.Path, new_config: schema.Config, allow_change: bool) -> Differences:
+  try:
+    old = json.loads(path.read_text(encoding='utf-8'))['config']
+    if not isinstance(old, dict):
+      raise ValueError('its config is not a section')
+  except (FileNotFoundError, NotADirectoryError):
+    return Differences([], [])
+  except (OSError, ValueError, KeyError, TypeError) as e:
+    if allow_change:
+      return Differences([f'config.json: unreadable ({e}) -> replaced'], [])
+    raise errors.InputError(
+      f'{path} is not the record of a run ({e!r}); restore it, use another --workdir, or pass '
+      '--allow_config_change to replace it (it is kept beside the new one)'
+    ) from e
+  return differences(old, new_config)
+
+
+def _git(root: pathlib.Path, *args: str) -> str | None:
+  command = ['git', '--no-optional-locks', '-C', str(root), *args]
+  try:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+  except (OSError, subprocess.SubprocessError):
+    return None
+  return done.stdout.strip()
+
+
+def _free_name(path: pathlib.Path) -> pathlib.Path:
+  names = (path.with_name(f'{path.stem}.{k}{path.suffix}') for k in itertools.count(1))
+  return next(name for name in names if not name.exists())

@@ -1,0 +1,313 @@
+"""Several seeds of one run as an axis: one compiled step trains all of them.
+
+Parameters, optimizer and router state are stacked, and the step is `jax.vmap` of the ordinary one.
+Each seed starts from its own weights and sees its own batches, those of a run of its own, whose
+losses it repeats but for the last bits of float32 sums. What belongs to a seed ends up in a workdir
+of its own, like that of any run; while training goes on, all states are one checkpoint.
+
+Legend: S seeds.
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+import shutil
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from moe_jax import atomic_files
+from moe_jax import errors
+from moe_jax.checkpoints import checkpointer as checkpointer_lib
+from moe_jax.config import schema
+from moe_jax.data import corpus as corpus_lib
+from moe_jax.data import pipeline
+from moe_jax.devices import compile_options
+from moe_jax.devices import partitioning
+from moe_jax.runs import metric_log
+from moe_jax.runs import run_record
+from moe_jax.runs import train_run
+from moe_jax.runs import trained_run
+from moe_jax.training import loop
+from moe_jax.training import optim
+from moe_jax.training import optimizer_step
+from moe_jax.training import step_timer
+from moe_jax.training import train_state
+
+
+
+
+def configs(cfg: schema.Config, seeds: Sequence[int]) -> list[schema.Config]:
+  """The run of every seed."""
+  errors.require(
+    len(set(seeds)) == len(seeds) > 0, f'seeds {list(seeds)} must be different numbers'
+  )
+  return [
+    dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, seed=seed)) for seed in seeds
+  ]
+
+
+def take(tree: Any, i: int) -> Any:
+  """What belongs to the i-th seed: leaves [S, ...] -> [...]."""
+  return jax.tree.map(lambda a: a[i], tree)
+
+
+def init_state(
+  cfgs: Sequence[schema.Config],
+  mesh: jax.sharding.Mesh,
+  corpora: Sequence[corpus_lib.Corpus],
+) -> train_state.TrainState:
+  """The states at step 0, leaves [S, ...]; each is bit by bit that of a run of its own."""
+  states = [
+    train_run.with_tables(cfg, train_state.init_state(cfg, mesh), corpus) for cfg, corpus in zip(cfgs, corpora)
+  ]
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+
+def abstract_state(cfg: schema.Config, mesh: jax.sharding.Mesh, num_seeds: int) -> train_state.TrainState:
+  """Shape, dtype and sharding of the stacked states; allocates nothing."""
+  whole = jax.NamedSharding(mesh, jax.P())
+  stacked = lambda x: jax.ShapeDtypeStruct((num_seeds, *x.shape), x.dtype, sharding=whole)
+  return jax.tree.map(stacked, train_state.abstract_state(cfg, mesh))
+
+
+def make_train_step(cfg: schema.Config, mesh: jax.sharding.Mesh) -> Any:
+  """The jitted step of all seeds: (state, batch), leaves [S, ...], -> (state, StepMetrics).
+
+  The state is donated. Whatever seed `cfg` names plays no part: it is in the state.
+  """
+  return jax.jit(
+    jax.vmap(optimizer_step.step_function(cfg)),
+    donate_argnums=0,
+    compiler_options=compile_options.for_step(mesh),
+  )
+
+
+def _batches(
+  cfgs: Sequence[schema.Config], corpora: Sequence[corpus_lib.Corpus], start: int
+) -> Iterator[dict[str, np.ndarray]]:
+  """Arrays [S, B, L] of the steps from `start` on: row i is the batch of a run of the i-th seed."""
+  sources = [
+    pipeline.train_batches(
+      corpus,
+      seed=cfg.train.seed,
+      max_seq_len=cfg.model.max_seq_len,
+      batch_size_at=lambda step, cfg=cfg: optim.batch_size_at(cfg.train, step),
+      start_step=start,
+      num_steps=cfg.train.num_steps,
+      prefetch=cfg.data.prefetch,
+    )
+    for cfg, corpus in zip(cfgs, corpora)
+  ]
+  with contextlib.ExitStack() as stack:
+    for source in sources:
+      stack.callback(source.close)
+    for together in zip(*sources):
+      yield {key: np.stack([batch[key] for batch in together]) for key in loop.BATCH_KEYS}
+
+
+def run_training(
+  cfg: schema.Config,
+  seeds: Sequence[int],
+  workdir: pathlib.Path,
+  *,
+  argv: Sequence[str] = (),
+  say: trained_run.Say = print,
+) -> tuple[list[trained_run.Run], list[corpus_lib.Corpus]]:
+  """Trains the run `cfg` with all seeds at once, resuming from the newest whole checkpoint.
+
+  Args:
+    cfg: the run; its own seed plays no part.
+    seeds: values of `train.seed`.
+    workdir: holds a workdir per seed, named by it, and `together/checkpoints` until all are done.
+    argv: command line, for the record.
+    say: prints one line.
+
+  Returns:
+    The trained (or interrupted) runs and their corpora, in the order of the seeds. Interrupted ones
+    have no checkpoint of their own yet.
+
+  Raises:
+    errors.InputError: the run does not fit one device, or as `train_run.run_training` says.
+  """
+  cfgs = configs(cfg, seeds)
+  errors.require(
+    not cfg.init_from,
+    f'config.init_from={cfg.init_from!r} must be empty for seeds as an axis, which would all start '
+    'from the same weights; train them one by one (--together=1)',
+  )
+  mesh = partitioning.make_mesh(cfg.mesh)
+  errors.require(
+    mesh.size == 1,
+    f'seeds as an axis train on one device, and config.mesh has {mesh.size}; train one seed after '
+    'the other (--together=1), or show the process a single device',
+  )
+  corpora = [train_run.prepare(one)[1] for one in cfgs]
+  for one in cfgs:
+    run_record.check_workdir(workdir / str(one.train.seed), one, allow_change=False)
+  together = workdir / 'together'
+  together.mkdir(parents=True, exist_ok=True)
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(atomic_files.lock(together))
+    checkpointer = stack.enter_context(
+      checkpointer_lib.Checkpointer(together / 'checkpoints', cfg.checkpoint)
+    )
+    stop = stack.enter_context(loop.StopSignal())
+    restored = checkpointer.restore(abstract_state(cfg, mesh, len(seeds)))
+    if restored is not None:
+      _check_continues(restored.meta, cfgs, corpora, together)
+      state = restored.state
+      say(f'resuming after step {restored.step} of {cfg.train.num_steps}')
+    else:
+      state = _trained(cfgs, corpora, workdir, mesh) or init_state(cfgs, mesh, corpora)
+    for one, corpus, seed in zip(cfgs, corpora, seeds):
+      fingerprint = corpus.fingerprint
+      run_record.write(workdir / str(seed), one, argv=argv, data_fingerprint=fingerprint)
+      corpus.tokenizer.save(workdir / str(seed) / 'tokenizer.json')
+    state = _fit(cfgs, workdir, corpora, mesh, state, checkpointer, stop, say)
+    step = int(state.step[0])
+  stopped_by = stop.name if step < cfg.train.num_steps else ''
+  if not stopped_by:
+    for i, one in enumerate(cfgs):
+      save_one(one, workdir / str(one.train.seed), corpora[i], mesh, take(state, i))
+    shutil.rmtree(together)  # every state now lies in a workdir of its own
+  runs = [
+    trained_run.Run(
+      one, mesh, take(state, i).variables, corpus.tokenizer, step, corpus.fingerprint, stopped_by
+    )
+    for i, (one, corpus) in enumerate(zip(cfgs, corpora))
+  ]
+  return runs, corpora
+
+
+def _meta(cfgs: Sequence[schema.Config], corpora: Sequence[corpus_lib.Corpus]) -> dict[str, Any]:
+  """What is saved with all seeds' states."""
+  return {'seeds': [train_run.meta(cfg, corpus) for cfg, corpus in zip(cfgs, corpora)]}
+
+
+def _check_continues(
+  meta: dict[str, Any],
+  cfgs: Sequence[schema.Config],
+  corpora: Sequence[corpus_lib.Corpus],
+  together: pathlib.Path,
+):
+  """Refuses to continue with other seeds, settings or text."""
+  old = [one['config']['train']['seed'] for one in meta['seeds']]
+  new = [cfg.train.seed for cfg in cfgs]
+  errors.require(
+    old == new,
+    f'--seeds: {together} holds the states of seeds {old}, which cannot go on as {new}; ask for '
+    'the same seeds, or use another --workdir',
+  )
+  for saved, cfg, corpus in zip(meta['seeds'], cfgs, corpora):
+    train_run.check_continues(cfg, saved | {'step': meta['step']}, corpus, allow=False)
+
+
+def _trained(
+  cfgs: Sequence[schema.Config],
+  corpora: Sequence[corpus_lib.Corpus],
+  workdir: pathlib.Path,
+  mesh: jax.sharding.Mesh,
+) -> train_state.TrainState | None:
+  """The last states out of the seeds' own workdirs, if all of them were trained to the end."""
+  states = []
+  for cfg, corpus in zip(cfgs, corpora):
+    own = workdir / str(cfg.train.seed)
+    if not (own / 'checkpoints').is_dir():
+      return None
+    with trained_run.reader(own) as checkpointer:
+      found = checkpointer.restore(train_state.abstract_state(cfg, mesh))
+    if found is None or found.step < cfg.train.num_steps:
+      return None
+    train_run.check_continues(cfg, found.meta, corpus, allow=False)
+    states.append(found.state)
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+
+def _fit(
+  cfgs: Sequence[schema.Config],
+  workdir: pathlib.Path,
+  corpora: Sequence[corpus_lib.Corpus],
+  mesh: jax.sharding.Mesh,
+  state: train_state.TrainState,
+  checkpointer: checkpointer_lib.Checkpointer,
+  stop: loop.StopSignal,
+  say: trained_run.Say,
+) -> train_state.TrainState:
+  """The loop with its periodic actions; returns the last state, which is saved."""
+  cfg, start, total = cfgs[0], int(state.step[0]), cfgs[0].train.num_steps
+  directories = [workdir / str(one.train.seed) for one in cfgs]
+  timer = train_run.step_timer(cfg)
+  writers = [metric_log.MetricWriter(d, resume_step=start, enabled=True) for d in directories]
+  for directory in directories:
+    train_run.drop_routing_after(directory, start)
+  batches = _batches(cfgs, corpora, start)
+  put = lambda batch, mesh: jax.device_put(batch, jax.NamedSharding(mesh, jax.P()))
+  train_step = make_train_step(cfg, mesh)
+  reports = loop.steps(cfg, mesh, state, batches, timer, train_step=train_step, put=put)
+  for report in tqdm.tqdm(reports, unit='step', initial=start, total=total):
+    step, state, found = report
+    last = step == total or bool(stop.name)
+    if step % cfg.train.log_every == 0 or step == total:
+      _log(cfgs, step, found, timer, writers, say)
+    with timer.paused():
+      every = cfg.train.routing_every
+      if cfg.model.is_moe and (step == total or every and step % every == 0):
+        for i, one in enumerate(cfgs):
+          train_run.write_routing(one, directories[i], loop.StepReport(step, *take(report[1:], i)))
+      if cfg.train.eval_every and step % cfg.train.eval_every == 0 and step < total:
+        for i, one in enumerate(cfgs):
+          variables = take(state, i).variables
+          train_run.evaluate_midway(one, step, variables, corpora[i], mesh, writers[i], say)
+    if last or checkpointer.is_due(step):
+      _check_finite(cfgs, step, found)
+      jax.block_until_ready(state)
+      with timer.saving():
+        checkpointer.save(step, state, _meta(cfgs, corpora), force=last)
+    if last:
+      break
+  for writer in writers:
+    writer.close()
+  batches.close()
+  checkpointer.wait()
+  return state
+
+
+def _log(
+  cfgs: Sequence[schema.Config],
+  step: int,
+  found: optimizer_step.StepMetrics,
+  timer: step_timer.StepTimer,
+  writers: Sequence[metric_log.MetricWriter],
+  say: trained_run.Say,
+):
+  """A line per seed; tokens/s and MFU are those of all seeds together."""
+  speed = timer.report()
+  for i, (cfg, writer) in enumerate(zip(cfgs, writers)):
+    line = {'step': step, **loop.host_metrics(take(found, i)), **speed}
+    writer.write(line)
+    say(f'seed={cfg.train.seed} {metric_log.format_line(line)}')
+  _check_finite(cfgs, step, found)
+
+
+def _check_finite(cfgs: Sequence[schema.Config], step: int, found: optimizer_step.StepMetrics):
+  for i, cfg in enumerate(cfgs):
+    train_run.check_finite(cfg, step, take(found, i))
+
+
+def save_one(
+  cfg: schema.Config,
+  workdir: pathlib.Path,
+  corpus: corpus_lib.Corpus,
+  mesh: jax.sharding.Mesh,
+  state: train_state.TrainState,
+):
+  """Writes the last state of a seed as the checkpoint of its own run; a whole one stands."""
+  with checkpointer_lib.Checkpointer(workdir / 'checkpoints', cfg.checkpoint) as checkpointer:
+    checkpointer.restore(train_state.abstract_state(cfg, mesh))
+    checkpointer.save(int(state.step), state, train_run.meta(cfg, corpus), force=True)
+    checkpointer.wait()

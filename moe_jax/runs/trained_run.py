@@ -1,0 +1,133 @@
+"""A trained run: what it holds, and how it is read from its directory.
+
+Whatever it was trained on, it is loaded onto the devices that are here.
+"""
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from moe_jax import errors
+from moe_jax.checkpoints import checkpointer as checkpointer_lib
+from moe_jax.config import mesh_config
+from moe_jax.config import parse
+from moe_jax.config import schema
+from moe_jax.data import corpus as corpus_lib
+from moe_jax.data import tokenizer as tokenizer_lib
+from moe_jax.devices import partitioning
+from moe_jax.training import train_state
+
+
+
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A model with what is needed to use it."""
+
+  cfg: schema.Config
+  mesh: jax.sharding.Mesh
+  variables: Any  # params and router_state
+  tokenizer: tokenizer_lib.Tokenizer
+  step: int  # optimizer steps done
+  data_fingerprint: str  # of the corpus it was trained on
+  interrupted_by: str = ''  # name of the signal that ended training early
+
+
+def digest(tokenizer: tokenizer_lib.Tokenizer) -> str:
+  """What tells one tokenizer from another in `meta`."""
+  return hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
+
+
+def read_meta(
+  workdir: str | os.PathLike[str], step: int | None = None, flag: str = '--workdir'
+) -> dict[str, Any]:
+  """The `meta` of the newest checkpoint, or of that of `step`; restores no arrays.
+
+  `flag` is what the user calls the directory.
+
+  Raises:
+    errors.InputError: there is none, or it is damaged.
+  """
+  workdir = pathlib.Path(workdir)
+  if not (workdir / 'checkpoints').is_dir():
+    raise errors.InputError(
+      f'{flag}={workdir} holds no checkpoints; train first: python -m experiments.train '
+      f'--config=configs/quickstart.py --workdir={workdir}'
+    )
+  with reader(workdir) as checkpointer:
+    found = checkpointer.read_meta(step)
+  if found is None:
+    raise errors.InputError(
+      f'{flag}={workdir} holds no finished checkpoint yet; wait for step '
+      'config.checkpoint.save_every, or for the end of the run'
+    )
+  return found
+
+
+def read_config(workdir: str | os.PathLike[str], step: int | None = None) -> schema.Config:
+  """The config of a checkpoint, see `read_meta`."""
+  return parse.from_dict(read_meta(workdir, step)['config'])
+
+
+def reader(workdir: pathlib.Path) -> checkpointer_lib.Checkpointer:
+  """Opens the checkpoints of a workdir, to look only."""
+  return checkpointer_lib.Checkpointer(workdir / 'checkpoints', None, read_only=True)
+
+
+def load(workdir: str | os.PathLike[str], step: int | None = None) -> Run:
+  """Loads a checkpoint of a workdir: the newest whole one, or that of `step`.
+
+  Raises:
+    errors.InputError: there is none, it is damaged, or the tokenizer is not the one trained with.
+  """
+  workdir = pathlib.Path(workdir)
+  cfg = read_config(workdir, step)
+  # Whatever it was trained on, it is used on the devices that are here.
+  whole = dict.fromkeys(mesh_config.AXES, 1) | {'data': -1}
+  cfg = dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, **whole))
+  mesh = partitioning.make_mesh(cfg.mesh)
+  with reader(workdir) as checkpointer:
+    # The optimizer's moments, twice the size of the weights, are left on the disk.
+    abstract = train_state.abstract_state(cfg, mesh).variables
+    restored = checkpointer.restore(abstract, step, partial=True)
+  if not (workdir / 'tokenizer.json').is_file():
+    raise errors.InputError(
+      f'--workdir={workdir} has lost its tokenizer.json, without which its checkpoints mean '
+      'nothing; put the file back'
+    )
+  data = cfg.data
+  tokenizer = tokenizer_lib.load(workdir / 'tokenizer.json', data.bos_token, data.eos_token)
+  tokenizer_lib.check_vocab_size(tokenizer, cfg.model.vocab_size)
+  if digest(tokenizer) != restored.meta['tokenizer']:
+    raise errors.InputError(
+      f'{workdir / "tokenizer.json"} is not the tokenizer that the checkpoint of step '
+      f'{restored.step} was trained with; put the original file back'
+    )
+  return Run(
+    cfg,
+    mesh,
+    restored.state,
+    tokenizer,
+    restored.step,
+    restored.meta['data_fingerprint'],
+  )
+
+
+def heldout_corpus(run: Run, workdir: str | os.PathLike[str], warn: Say) -> corpus_lib.Corpus:
+  """The corpus of a loaded run, tokenised with the run's own tokenizer."""
+  path = str(pathlib.Path(workdir) / 'tokenizer.json')
+  data = dataclasses.replace(run.cfg.data, tokenizer=path)
+  corpus = corpus_lib.load_corpus(data, run.cfg.model.vocab_size, run.cfg.train.seed)
+  if corpus.fingerprint != run.data_fingerprint:
+    warn(
+      'the text at config.data.path has changed since training (another Python version, edited '
+      'files): held-out figures are of the text as it is now'
+    )
+  return corpus

@@ -1,0 +1,114 @@
+"""A run that starts from the weights of another one, `config.init_from`.
+
+For a longer context under YaRN, for fine-tuning of an imported checkpoint, for the same weights
+under other routing. Weights are taken over and must fit; the optimizer starts anew. What routing
+remembers is taken over where both runs have it (an expert bias, a hash table), and starts anew
+where only the new one has it. A recording for router `replay` is always the new run's.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from moe_jax import errors
+from moe_jax.checkpoints import checkpointer as checkpointer_lib
+from moe_jax.config import parse
+from moe_jax.config import schema
+from moe_jax.models import model_variables
+from moe_jax.training import train_state
+
+
+
+def check(cfg: schema.Config, source: schema.Config):
+  """Refuses a source whose weights do not fit the model.
+
+  Args:
+    cfg: the new run.
+    source: config of the run at `cfg.init_from`.
+
+  Raises:
+    errors.InputError: names the first weight that differs and the settings that do.
+  """
+  wanted, has = (_shapes(model_variables.abstract_params(c.model)) for c in (cfg, source))
+  for name in [*wanted, *(name for name in has if name not in wanted)]:
+    if wanted.get(name) != has.get(name):
+      changes = '; '.join(changed_settings(cfg, source))
+      raise errors.InputError(
+        f'config.init_from={cfg.init_from} has {_describe(has.get(name))} as params/{name}, where '
+        f'this config needs {_describe(wanted.get(name))}; make the sizes of config.model equal '
+        f'(theirs -> ours: {changes})'
+      )
+
+
+def changed_settings(cfg: schema.Config, source: schema.Config) -> list[str]:
+  """Lines `model.key: theirs -> ours`."""
+  theirs, ours = (parse.to_dict(c)['model'] for c in (source, cfg))
+  return parse.diff(theirs, ours, 'model.')
+
+
+def read(
+  cfg: schema.Config,
+  source: schema.Config,
+  mesh: jax.sharding.Mesh,
+  checkpointer: checkpointer_lib.Checkpointer,
+  say: Callable[[str], None],
+) -> dict[str, Any]:
+  """The newest weights of the source, in the new run's dtypes, and what routing remembers there.
+
+  Args:
+    cfg: the new run, see `check`.
+    source: config of those weights.
+    mesh: where to put them.
+    checkpointer: a reader of the source's checkpoints.
+    say: prints one line.
+
+  Returns:
+    `params`, and those leaves of `router_state` that the new run has too.
+
+  Raises:
+    errors.InputError: no checkpoint there is whole.
+  """
+  fresh, theirs = (train_state.abstract_state(c, mesh) for c in (cfg, source))
+  shared = _common(theirs.router_state, fresh.router_state)
+  wanted = {'params': theirs.params} | ({'router_state': shared} if shared else {})
+  restored = checkpointer.restore(wanted, partial=True)
+  if restored is None:
+    raise errors.InputError(
+      f'config.init_from={cfg.init_from} holds no finished checkpoint; give a workdir that has one'
+    )
+  say(f'starting from the weights of {cfg.init_from}, step {restored.step}')
+  for change in changed_settings(cfg, source):
+    say(f'config changed against init_from: {change}')
+  params = jax.tree.map(lambda x, to: x.astype(to.dtype), restored.state['params'], fresh.params)
+  return {'params': params, 'router_state': restored.state.get('router_state', {})}
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  name = lambda path: jax.tree_util.keystr(path, simple=True, separator='/')
+  return {name(path): leaf.shape for path, leaf in leaves}
+
+
+def _describe(shape: tuple[int, ...] | None) -> str:
+  return 'nothing' if shape is None else str(list(shape))
+
+
+def _common(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+  """The leaves of `a` that `b` has with the same shape; no empty dicts."""
+  found = {}
+  for key in a.keys() & b.keys():
+    if isinstance(a[key], Mapping):
+      inner = _common(a[key], b[key])
+      found |= {key: inner} if inner else {}
+    elif a[key].shape == b[key].shape and key != 'assignments':
+      found[key] = a[key]
+  return found
+
+
+def merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+  """`old` with the leaves that `new` has in their place."""
+  return {
+    key: merge(value, new.get(key, {})) if isinstance(value, Mapping) else new.get(key, value)
+    for key, value in old.items()
+  }

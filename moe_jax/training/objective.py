@@ -1,0 +1,176 @@
+"""Loss of a batch, next-token and balance, and its gradients, exact under accumulation."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.balance import loss_scopes, router_stats
+from moe_jax.config import moe_config, schema
+from moe_jax.models import model_variables, transformer
+from moe_jax.training import cross_entropy as cross_entropy_lib
+
+Array = jax.Array
+Batch = dict[str, Array]
+
+
+class Loss(NamedTuple):
+  """Shares of a (micro-)batch; they add up to the values of the whole batch."""
+
+  cross_entropy: Array  # [] float32
+  mtp: Array | None  # [] float32, cross-entropy of multi-token prediction, mean over its depths
+  aux: Array  # [] float32, weighted sum of the balance losses
+  stats: router_stats.RouterStats | None  # leaves [MoE layers, ...], multi-token prediction's last
+
+
+class Totals(NamedTuple):
+  """Denominators of the whole batch."""
+
+  targets: Array  # [] int32, real targets, of the cross-entropy
+  tokens: Array  # [] int32, real tokens, of the balance losses
+
+
+def batch_loss(
+  cfg: schema.Config,
+  params: Any,
+  router_state: Any,
+  batch: Batch,
+  seed: Array,
+  totals: Totals,
+  slopes: Mapping[str, Any] | None = None,
+  mtp_weight: Array | None = None,
+) -> tuple[Array, Loss]:
+  """This (micro-)batch's share of the loss of the whole batch.
+
+  Args:
+    cfg: the run.
+    params: weights.
+    router_state: what routing remembers.
+    batch: tokens, targets, positions, segment_ids, each [B, L] int32, and row [B] int32, the rows'
+      numbers in the whole batch.
+    seed: [] uint32, decides the random choices of routing in this step.
+    totals: of the whole batch.
+    slopes: `loss_scopes.global_slopes` of the whole batch, when this is only a part of it.
+    mtp_weight: lambda of multi-token prediction; None is `train.mtp_loss_weight`.
+
+  Returns:
+    (the loss that is minimised, its parts).
+  """
+  out = transformer.Transformer(cfg.model, train=True).apply(
+    {'params': params, 'router_state': router_state},
+    batch['tokens'],
+    batch['positions'],
+    batch['segment_ids'],
+    targets=batch['targets'],
+    row=batch['row'],
+    seed=seed,
+    slopes=slopes,
+  )
+  head_loss = functools.partial(
+    cross_entropy_lib.head_loss, head=params['head'], chunk=cfg.train.loss_chunk
+  )
+  with jax.named_scope('head_loss'):
+    found = head_loss(out.normed, targets=batch['targets'], z_weight=cfg.train.z_loss_weight)
+  total, cross_entropy = found.total / totals.targets, found.cross_entropy / totals.targets
+  mtp, stats = None, out.stats
+  if out.mtp is not None:
+    with jax.named_scope('mtp_loss'):
+      # Over the targets of the main model too, though the last tokens have none (V3, Eq. 24-25).
+      depths = [
+        head_loss(normed, targets=targets, z_weight=0.0).total
+        for normed, targets in zip(out.mtp.normed, out.mtp.targets)
+      ]
+    mtp = sum(depths) / (len(depths) * totals.targets)
+    total += (cfg.train.mtp_loss_weight if mtp_weight is None else mtp_weight) * mtp
+    if stats is not None:
+      stats = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), stats, out.mtp.stats)
+  if stats is None:
+    return total, Loss(cross_entropy, mtp, jnp.float32(0), None)
+  aux = aux_loss(cfg.model.moe, model_variables.moe_state(router_state), stats) / totals.tokens
+  return total + aux, Loss(cross_entropy, mtp, aux, stats)
+
+
+def aux_loss(
+  moe: moe_config.MoEConfig, state: Mapping[str, Array], stats: router_stats.RouterStats
+) -> Array:
+  """Weighted sum over losses and layers of the balance losses, times the number of tokens."""
+  total = jnp.float32(0)
+  for name, values in stats.losses.items():
+    weight = moe.loss(name).weight
+    if name == moe.balance.adaptive.loss:
+      weight = state['loss_coefficient']
+    elif not weight:
+      continue
+    total += (weight * values).sum()
+  return total
+
+
+def _split(batch: Batch, num_micro: int) -> Batch:
+  """[B, ...] -> [num_micro, B / num_micro, ...].
+
+  Micro-batch i takes rows i, i + n, i + 2n ...: every device keeps its own rows.
+  """
+  return jax.tree.map(lambda x: x.reshape(-1, num_micro, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def _accumulate(share: Callable[[Batch], Any], micros: Batch) -> Any:
+  """The sum of share(micro) over the micro-batches; floats add up in float32.
+
+  Sums of bfloat16 gradients would lose the small ones.
+  """
+  shapes = jax.eval_shape(share, jax.tree.map(lambda x: x[0], micros))
+  wide = lambda dtype: jnp.float32 if jnp.issubdtype(dtype, jnp.floating) else dtype
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, wide(s.dtype)), shapes)
+  add = lambda total, micro: (jax.tree.map(jnp.add, total, share(micro)), None)
+  return jax.lax.scan(add, zeros, micros)[0]
+
+
+def gradients(
+  cfg: schema.Config,
+  params: Any,
+  router_state: Any,
+  batch: Batch,
+  seed: Array,
+  mtp_weight: Array | None = None,
+) -> tuple[Loss, Any]:
+  """(loss, gradients) of a global batch, accumulated over micro-batches if asked.
+
+  `mtp_weight` is lambda of multi-token prediction; None is `train.mtp_loss_weight`.
+
+  A balance loss over the whole batch is no sum over its parts. With accumulation a first, forward
+  pass then counts, and the second adds up the exact gradient from it (`loss_scopes.global_slopes`).
+  """
+  batch = {**batch, 'row': jnp.arange(len(batch['tokens']), dtype=jnp.int32)}
+  totals = Totals(
+    jnp.maximum((batch['targets'] >= 0).sum(), 1), jnp.maximum((batch['segment_ids'] > 0).sum(), 1)
+  )
+  loss_fn = functools.partial(batch_loss, cfg)
+
+  def share(micro: Batch, slopes: Any = None) -> tuple[Loss, Any]:
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    (_, loss), grads = grad_fn(params, router_state, micro, seed, totals, slopes, mtp_weight)
+    return loss, grads
+
+  num_micro = len(batch['tokens']) // (cfg.train.micro_batch_size or len(batch['tokens']))
+  if num_micro == 1:
+    return share(batch)
+  micros, slopes = _split(batch, num_micro), None
+  if _counts_first(cfg.model):
+    count = lambda micro: loss_fn(params, router_state, micro, seed, totals)[1].stats
+    slopes = loss_scopes.global_slopes(cfg.model.moe, _accumulate(count, micros))
+  loss, grads = _accumulate(functools.partial(share, slopes=slopes), micros)
+  if loss.stats is not None:
+    stats = loss_scopes.refreshed(cfg.model.moe, loss.stats)
+    aux = aux_loss(cfg.model.moe, model_variables.moe_state(router_state), stats) / totals.tokens
+    loss = loss._replace(stats=stats, aux=aux)
+  return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+
+
+def _counts_first(model: schema.ModelConfig) -> bool:
+  """Whether a loss that is minimised averages over the whole batch."""
+  minimised = lambda name: model.moe.loss(name).weight or name == model.moe.balance.adaptive.loss
+  return model.is_moe and any(
+    model.moe.loss(name).scope == 'global_batch' and minimised(name) for name in moe_config.LOSSES
+  )

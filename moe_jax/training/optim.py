@@ -1,0 +1,114 @@
+"""Learning-rate schedules, the batch-size ramp and the AdamW chain."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from moe_jax.config import schema
+
+
+def learning_rate(cfg: schema.OptimConfig, num_steps: int) -> optax.Schedule:
+  """Linear warm-up from peak / W to `peak_lr` in W steps, then the schedule up to `num_steps`.
+
+  multi_step multiplies by `multi_step_factor` at each boundary, a share of the whole run (DeepSeek
+  LLM, section 2.3); cosine and linear fall to `final_lr_fraction` of the peak at the last step;
+  stages hold a rate, or lead to it from the one before, one after the other (DeepSeek-V3).
+  """
+  decay_steps = max(num_steps - cfg.warmup_steps - 1, 1)  # the last step's rate is the final one
+  end = cfg.peak_lr * cfg.final_lr_fraction
+  if cfg.schedule == 'multi_step':
+    after = {}
+    for share in cfg.multi_step_boundaries:
+      step = round(share * num_steps) - cfg.warmup_steps
+      after[step] = after.get(step, 1.0) * cfg.multi_step_factor  # short runs may share a step
+    main = optax.piecewise_constant_schedule(cfg.peak_lr, after)
+  elif cfg.schedule == 'cosine':
+    main = optax.cosine_decay_schedule(cfg.peak_lr, decay_steps, alpha=cfg.final_lr_fraction)
+  elif cfg.schedule == 'linear':
+    main = optax.linear_schedule(cfg.peak_lr, end, decay_steps)
+  elif cfg.schedule == 'stages':
+    main = _stages(cfg, num_steps)
+  else:
+    main = optax.constant_schedule(cfg.peak_lr)
+  if not cfg.warmup_steps:
+    return main
+  # Step 0 already trains: the first of W warm-up steps has rate peak / W, not 0.
+  w = cfg.warmup_steps
+  warmup = optax.linear_schedule(cfg.peak_lr / w, cfg.peak_lr, max(w - 1, 1))
+  return optax.join_schedules([warmup, main], [w])
+
+
+def _stages(cfg: schema.OptimConfig, num_steps: int) -> optax.Schedule:
+  """The pieces of `cfg.stages`; their step 0 ends the warm-up."""
+  parts, ends, start, level = [], [], cfg.warmup_steps, 1.0
+  for share, fraction, shape in cfg.stages:
+    end = round(share * num_steps)
+    rate, target, steps = cfg.peak_lr * level, cfg.peak_lr * fraction, max(end - start, 1)
+    if shape == 'cosine':
+      parts.append(optax.cosine_decay_schedule(rate, steps, alpha=fraction / level))
+    elif shape == 'linear':
+      parts.append(optax.linear_schedule(rate, target, steps))
+    else:
+      parts.append(optax.constant_schedule(target))
+    ends.append(end - cfg.warmup_steps)
+    start, level = end, fraction
+  return optax.join_schedules(parts, ends[:-1])
+
+
+def batch_size_at(cfg: schema.TrainConfig, step: int) -> int:
+  """Sequences in the global batch of `step`: the ramp entry still in force, or `batch_size`."""
+  return next((size for until, size in cfg.batch_ramp if step < until), cfg.batch_size)
+
+
+def mtp_weight(cfg: schema.TrainConfig, step: jax.Array) -> jax.Array:
+  """[] float32, lambda of multi-token prediction at `step`: the ramp's, or `mtp_loss_weight`."""
+  weight = jnp.float32(cfg.mtp_loss_weight)
+  for share, value in reversed(cfg.mtp_loss_ramp):
+    weight = jnp.where(step < share * cfg.num_steps, value, weight)
+  return weight
+
+
+def decay_mask(params: Any) -> Any:
+  """True for the matrices, False for norm scales: only matrices decay.
+
+  Told by name, because the scales of stacked layers are two-dimensional too.
+  """
+
+  def is_matrix(path, _):
+    names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+    return names[-1] != 'scale'
+
+  return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def optimizer(cfg: schema.OptimConfig, num_steps: int) -> optax.GradientTransformation:
+  """Global-norm clipping, then AdamW with decoupled decay scaled by the learning rate."""
+  clip = [optax.clip_by_global_norm(cfg.clip_norm)] if cfg.clip_norm else []
+  adamw = optax.adamw(
+    learning_rate(cfg, num_steps),
+    b1=cfg.beta1,
+    b2=cfg.beta2,
+    eps=cfg.eps,
+    weight_decay=cfg.weight_decay,
+    mask=decay_mask,
+  )
+  return optax.chain(*clip, _kept_in(jnp.dtype(cfg.moment_dtype), adamw))
+
+
+def _kept_in(dtype: jnp.dtype, adamw: optax.GradientTransformation) -> optax.GradientTransformation:
+  """AdamW that keeps both moments in `dtype` between steps and computes with them in float32."""
+  is_adam = lambda node: isinstance(node, optax.ScaleByAdamState)
+
+  def cast(state: Any, dtype: jnp.dtype) -> Any:
+    both = lambda s: s._replace(**optax.tree.cast({'mu': s.mu, 'nu': s.nu}, dtype))
+    return jax.tree.map(lambda s: both(s) if is_adam(s) else s, state, is_leaf=is_adam)
+
+  def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    updates, state = adamw.update(grads, cast(state, jnp.float32), params)
+    return updates, cast(state, dtype)
+
+  if dtype == jnp.float32:
+    return adamw
+  return optax.GradientTransformation(lambda params: cast(adamw.init(params), dtype), update)

@@ -1,0 +1,102 @@
+"""One optimizer step as a pure function, and compiled for a mesh."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from flax import struct
+
+from moe_jax import integer_hash
+from moe_jax.balance import router_stats
+from moe_jax.config import schema
+from moe_jax.devices import compile_options, partitioning
+from moe_jax.models import model_variables
+from moe_jax.models.routers import state as state_lib
+from moe_jax.training import objective, optim, train_state
+
+Array = jax.Array
+Batch = dict[str, Array]
+
+
+@struct.dataclass
+class StepMetrics:
+  """What one step reports; left on the device until somebody logs it."""
+
+  loss: Array  # [] float32, mean cross-entropy per real target, nats
+  mtp_loss: Array | None  # [] float32, of multi-token prediction, mean over depths; None without
+  aux_loss: Array  # [] float32, weighted sum of the balance losses
+  lr: Array  # [] float32
+  grad_norm: Array  # [] float32, before clipping
+  stats: router_stats.RouterStats | None  # of the global batch, leaves [num_moe_layers, ...]
+
+
+def next_router_state(
+  cfg: schema.Config, router_state: Any, stats: router_stats.RouterStats | None, step: Array
+) -> Any:
+  """What routing remembers after a step whose number was `step` and whose figures were `stats`."""
+  state = model_variables.moe_state(router_state)
+  if not state or stats is None:
+    return router_state
+  share = step / cfg.train.num_steps
+  new = state_lib.update(cfg.model.moe, state, stats, share)
+  return model_variables.with_moe_state(cfg.model, new)
+
+
+def step_function(
+  cfg: schema.Config, as_moments: Callable[[Any], Any] = lambda tree: tree
+) -> Callable[[train_state.TrainState, Batch], tuple[train_state.TrainState, StepMetrics]]:
+  """One optimizer step, (state, batch) -> (state, StepMetrics), as a pure function to be compiled.
+
+  Args:
+    cfg: the run.
+    as_moments: lays out parameters and gradients as the optimizer's moments lie.
+  """
+  schedule = optim.learning_rate(cfg.optim, cfg.train.num_steps)
+  optimizer = optim.optimizer(cfg.optim, cfg.train.num_steps)
+
+  def train_step(
+    state: train_state.TrainState, batch: Batch
+  ) -> tuple[train_state.TrainState, StepMetrics]:
+    seed = integer_hash.combine(state.seed, state.step)
+    mtp_weight = optim.mtp_weight(cfg.train, state.step)
+    loss, grads = objective.gradients(
+      cfg, state.params, state.router_state, batch, seed, mtp_weight
+    )
+    with jax.named_scope('optimizer'):
+      grads, params = as_moments(grads), as_moments(state.params)
+      updates, opt_state = optimizer.update(grads, state.opt_state, params)
+      params = as_moments(optax.apply_updates(params, updates))
+      norm = optax.tree.norm(grads)
+    with jax.named_scope('router_state'):
+      router_state = next_router_state(cfg, state.router_state, loss.stats, state.step)
+    metrics = StepMetrics(
+      loss.cross_entropy, loss.mtp, loss.aux, schedule(state.step), norm, loss.stats
+    )
+    state = train_state.TrainState(state.step + 1, state.seed, params, router_state, opt_state)
+    return state, metrics
+
+  return train_step
+
+
+def make_train_step(cfg: schema.Config, mesh: jax.sharding.Mesh) -> Any:
+  """The jitted step: (state, batch) -> (state, StepMetrics). The state is donated.
+
+  Trace and call it under `partitioning.activate(mesh)`.
+  """
+  out = jax.tree.map(lambda x: x.sharding, train_state.abstract_state(cfg, mesh))
+
+  def as_moments(tree: Any) -> Any:
+    """ZeRO-1: the update is computed where the moments lie, then parameters are gathered."""
+    if not cfg.mesh.zero1:
+      return tree
+    further = lambda x, s: partitioning.split_further(s, x.shape)
+    return jax.lax.with_sharding_constraint(tree, jax.tree.map(further, tree, out.params))
+
+  replicated = jax.NamedSharding(mesh, jax.P())
+  return jax.jit(
+    step_function(cfg, as_moments),
+    donate_argnums=0,
+    out_shardings=(out, replicated),
+    compiler_options=compile_options.for_step(mesh),
+  )

@@ -1,0 +1,74 @@
+"""Training state (weights, router state, optimizer state): its shapes, at step 0, from weights."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from moe_jax.config import schema
+from moe_jax.devices import partitioning
+from moe_jax.models import model_variables
+from moe_jax.training import optim
+
+Array = jax.Array
+Batch = dict[str, Array]
+
+
+@struct.dataclass
+class TrainState:
+  """Everything that a step changes."""
+
+  step: Array  # [] int32, optimizer steps done
+  seed: Array  # [] uint32, fixed; with the step it decides the random choices of routing
+  params: Any  # nested dict of weights
+  router_state: Any  # nested dict of what routing remembers; the optimizer never sees it
+  opt_state: Any
+
+  @property
+  def variables(self) -> dict[str, Any]:
+    """What the model is applied with."""
+    return {'params': self.params, 'router_state': self.router_state}
+
+
+def _init(cfg: schema.Config, rng: Array) -> TrainState:
+  """A fresh state whose leaves are boxed with logical axis names."""
+  with partitioning.without_mesh():  # the rows that shapes are made from are not to be split
+    variables = model_variables.init(cfg.model, rng)
+  opt_state = optim.optimizer(cfg.optim, cfg.train.num_steps).init(variables['params'])
+  # Not the number train.seed itself: a constant in the step's program would compile per seed.
+  seed = jax.random.bits(rng, (), jnp.uint32)
+  return TrainState(jnp.zeros((), jnp.int32), seed, opt_state=opt_state, **variables)
+
+
+def abstract_state(cfg: schema.Config, mesh: jax.sharding.Mesh) -> TrainState:
+  """Shape, dtype and sharding of every leaf; allocates nothing."""
+  boxed = jax.eval_shape(lambda: _init(cfg, jax.random.key(0)))
+  shapes, shardings = partitioning.unbox(boxed), partitioning.shardings(boxed, mesh)
+  if cfg.mesh.zero1:
+    further = lambda s, x: partitioning.split_further(s, x.shape) if x.ndim else s
+    opt_state = jax.tree.map(further, shardings.opt_state, shapes.opt_state)
+    shardings = shardings.replace(opt_state=opt_state)
+  struct_of = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+  return jax.tree.map(struct_of, shapes, shardings)
+
+
+def init_state(cfg: schema.Config, mesh: jax.sharding.Mesh) -> TrainState:
+  """The state at step 0, made on the mesh from `train.seed`."""
+  out = jax.tree.map(lambda x: x.sharding, abstract_state(cfg, mesh))
+  create = jax.jit(lambda rng: partitioning.unbox(_init(cfg, rng)), out_shardings=out)
+  return create(jax.random.key(cfg.train.seed))
+
+
+def state_from(cfg: schema.Config, mesh: jax.sharding.Mesh, params: Any) -> TrainState:
+  """The state at step 0 with these weights, which lie on the mesh, in place of random ones."""
+  out = jax.tree.map(lambda x: x.sharding, abstract_state(cfg, mesh))
+
+  def create(rng: Array, params: Any) -> TrainState:
+    # What the given weights replace is dead code to the compiler.
+    state = partitioning.unbox(_init(cfg, rng))
+    opt_state = optim.optimizer(cfg.optim, cfg.train.num_steps).init(params)
+    return state.replace(params=params, opt_state=opt_state)
+
+  create = jax.jit(create, out_shardings=out, donate_argnums=1)
+  return create(jax.random.key(cfg.train.seed), params)

@@ -1,0 +1,118 @@
+"""Commands that look at a trained run, in one process: evaluate --override, routing, leakage."""
+
+import in_process
+import jax
+import numpy as np
+import pytest
+
+from configs import smoke
+from experiments import evaluate, leakage, routing
+from moe_jax import errors
+from moe_jax.config import parse
+from moe_jax.devices import partitioning
+from moe_jax.runs import train_run, trained_run
+
+MAKE_MESH = partitioning.make_mesh
+
+
+@pytest.fixture(scope='module', autouse=True)
+def one_device():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(partitioning, 'make_mesh', lambda cfg: MAKE_MESH(cfg, jax.devices()[:1]))
+    jax.config.update('jax_disable_most_optimizations', True)
+    yield
+    jax.config.update('jax_disable_most_optimizations', False)
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+  page = smoke.get_config()
+  values = {
+    'data.cache_dir': str(tmp_path_factory.mktemp('cache')),
+    'data.synthetic_documents': 100,
+    'data.heldout_fraction': 0.2,
+    'model.max_seq_len': 64,
+    'model.num_layers': 2,
+    'model.num_dense_layers': 1,
+    'model.moe.dispatch': 'dense',
+    'model.moe.num_shared_experts': 0,
+    'optim.warmup_steps': 0,
+    'train.num_steps': 25,
+    'train.sample_prompt': '',
+  }
+  page.update_from_flattened_dict(values)
+  workdir = tmp_path_factory.mktemp('run')
+  train_run.run_training(parse.from_dict(page.to_dict()), workdir, say=lambda line: None)
+  return workdir
+
+
+def test_fewer_active_experts_cost_loss(workdir, capsys):
+  here = f'--workdir={workdir}'
+  plain = in_process.run_json(capsys, evaluate, here)
+  assert 'overrides' not in plain
+  fewer = '--override=model.moe.num_experts_per_tok=1'
+  first, second = (in_process.run_json(capsys, evaluate, here, fewer) for _ in range(2))
+  assert first == second and first['overrides'] == {'model.moe.num_experts_per_tok': 1}
+  assert first['loss'] > plain['loss'] + 1e-3
+  in_process.run(evaluate, here, fewer)
+  out = capsys.readouterr().out
+  assert out.startswith('step=25 model.moe.num_experts_per_tok=1 bits_per_byte=')
+
+
+def test_capacity_can_be_enforced_at_evaluation(workdir, capsys):
+  given = {'policy': 'position', 'factor': '0.5', 'at_eval': 'true'}
+  flags = [f'--override=model.moe.capacity.{key}={value}' for key, value in given.items()]
+  plain, found = (
+    in_process.run_json(capsys, evaluate, f'--workdir={workdir}', *f) for f in ([], flags)
+  )
+  # Room for half of the places of a row; at least half of the assignments have none.
+  assert plain['routing']['drop_rate'] == 0 and found['routing']['drop_rate'] > 0.45
+  assert found['loss'] > plain['loss']
+
+
+@pytest.mark.parametrize(
+  'command, arguments, message',
+  [
+    (evaluate, ['--override=model.moe.num_expert=3'], "did you mean 'num_experts'"),
+    (evaluate, ['--override=model.moe.num_experts=4'], 'only settings that keep the weights'),
+    (evaluate, ['--step=5'], 'step=5 is not among the checkpoints'),
+    (routing, ['--devices=3,x'], '--devices=3,x must be numbers of at least 1'),
+    (routing, ['--devices=16'], '--devices=16: .*choose a divisor of 8'),
+    (routing, ['--capacity_factor=0'], '--capacity_factor=0 must be numbers'),
+    (routing, ['--batches=0'], '--batches=0 must be at least 1'),
+  ],
+)
+def test_bad_input_shows_before_anything_is_loaded(
+  workdir, command, arguments, message, monkeypatch
+):
+  monkeypatch.setattr(trained_run, 'load', lambda *unused: pytest.fail('loaded'))
+  with pytest.raises(errors.InputError, match=message):
+    in_process.run(command, f'--workdir={workdir}', *arguments)
+
+
+def test_routing_reports_and_records(workdir, capsys, tmp_path):
+  flags = [f'--workdir={workdir}', '--batches=2', '--devices=2,8', '--limit=1,2']
+  found = in_process.run_json(capsys, routing, *flags)
+  assert found['step'] == 25 and found['tokens'] == 2 * 8 * 64
+  assert list(found['devices']) == ['2', '8']
+  eight = found['devices']['8']
+  assert eight['devices_per_token'] == [3.0] and eight['over_2'] == [1.0]  # K = 3 experts
+  assert 1 <= found['devices']['2']['straggler_factor'][0] <= 2
+  assert set(eight) >= {'expert_drops_1', 'device_drops_1.25', 'least_load', 'most_load'}
+  path = tmp_path / 'recording.npz'
+  in_process.run(routing, *flags, f'--save={path}')
+  out = capsys.readouterr().out
+  assert '2 virtual devices' in out and 'straggler factor' in out
+  assert f'--config.model.moe.options.replay_path={path}' in out
+  assert '--config.model.moe.options.replay_rows=16' in out
+  with np.load(path) as file:
+    assert file['expert_idx'].shape == (1, 16, 64, 3)
+
+
+def test_leakage_of_a_causal_router(workdir, capsys):
+  found = in_process.run_json(capsys, leakage, f'--workdir={workdir}')
+  assert found['changed'] == 0 and found['log_likelihood_change'] == 0
+  assert found['theory'] is None and list(found['heldout_loss']) == ['as_trained']
+  in_process.run(leakage, f'--workdir={workdir}')
+  out = capsys.readouterr().out
+  assert 'experts change for 0.00% of' in out and 'as trained' in out

@@ -1,0 +1,200 @@
+"""The study: what its arms cost, verdicts from constructed figures, and (slow) the command."""
+
+import dataclasses
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from experiments.common import html_report, local_jobs
+from experiments.routing_ablation import arms, matching, measure, report
+from moe_jax import errors
+from moe_jax.analysis import paired
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def resolved(scale, names=()):
+  return {arm.name: arms.resolve(arm, scale) for arm in arms.choose(list(names))}
+
+
+@pytest.mark.parametrize('scale', arms.SCALES)
+def test_arms_match_at_every_scale(scale):
+  described = matching.describe(resolved(scale))
+  lines = matching.check(described)
+  assert 'shared_4 against deepseekmoe: activated parameters without routers: equal' in lines
+  assert len(lines) == len(set(lines)) > 25
+  needed = {name for c in arms.CLAIMS for name in (c.arm, c.baseline) if name}
+  assert needed | {name for s in arms.SWEEPS for name in s.points} == set(arms.ARMS)
+
+
+def test_the_ladder_is_the_papers():
+  found = resolved('2b', ('gshard', '1_15', '1_31', 'deepseekmoe', 'half'))
+  got = {
+    name: (moe.num_shared_experts, moe.num_experts_per_tok, moe.num_experts)
+    for name, cfg in found.items()
+    for moe in [cfg.model.moe]
+  }
+  assert got == {
+    'gshard': (0, 2, 16),
+    '1_15': (1, 1, 15),
+    '1_31': (1, 3, 31),
+    'deepseekmoe': (1, 7, 63),
+    'half': (1, 3, 63),
+  }
+  # Sweeps start from the same sizes, and only their gates are divided by their sum.
+  sweep = resolved('tiny', ('m4', 'deepseekmoe'))
+  m4, page_itself = sweep['m4'].model, sweep['deepseekmoe'].model
+  assert m4.moe.norm_topk_prob and not page_itself.moe.norm_topk_prob
+  assert dataclasses.replace(m4.moe, norm_topk_prob=False) == page_itself.moe
+
+
+def test_unmatched_arms_are_refused_and_named():
+  configs = resolved('tiny', ('gshard', 'deepseekmoe'))
+  model = configs['deepseekmoe'].model
+  wider = dataclasses.replace(model.moe, moe_mlp_dim=model.moe.moe_mlp_dim + 1)
+  model = dataclasses.replace(model, moe=wider)
+  configs['deepseekmoe'] = dataclasses.replace(configs['deepseekmoe'], model=model)
+  with pytest.raises(errors.InputError, match='deepseekmoe against gshard: parameters .*0.5%'):
+    matching.check(matching.describe(configs))
+
+
+def test_unknown_arm():
+  with pytest.raises(errors.InputError, match="did you mean 'gshard'"):
+    arms.choose(['gshart'])
+
+
+def test_a_shorter_run_keeps_the_share_of_its_warm_up():
+  cfg = arms.resolve(arms.ARMS['gshard'], 'small', steps=400)
+  assert (cfg.train.num_steps, cfg.optim.warmup_steps) == (400, 20)  # of 4000 and 200
+
+
+def test_seeds():
+  assert local_jobs.seeds(['3']) == [0, 1, 2] and local_jobs.seeds(['4', '2']) == [4, 2]
+  for wrong in (['a'], ['0']):
+    with pytest.raises(errors.InputError, match='--seeds'):
+      local_jobs.seeds(wrong)
+
+
+def run_of(bits, vio=0.5, dropped=0.0, **more):
+  curve = {'step': [1, 2, 3], 'loss': [3.0, 2.0 + bits, bits]}
+  curve |= {'max_vio': [vio] * 3, 'drop_rate': [None if vio is None else dropped] * 3}
+  result = {'bits_per_byte': bits, 'loss': bits, 'step': 3, 'max_vio': vio, 'curve': curve}
+  return result | {'train_drop_rate': None if vio is None else dropped, 'seconds': 1800} | more
+
+
+@pytest.fixture
+def study():
+  """Two seeds; deepseekmoe better by 0.1 in both, hash against dense by +0.1 and -0.1."""
+  results = {
+    'gshard': {0: run_of(2.0), 1: run_of(2.2)},
+    'deepseekmoe': {
+      seed: run_of(bits, rise_without_shared=0.5 + 0.01 * seed)
+      for seed, bits in enumerate((1.9, 2.1001))
+    },
+    'hash': {0: run_of(2.3), 1: run_of(2.3)},
+    'dense': {0: run_of(2.2, vio=None), 1: run_of(2.4, vio=None)},
+    'm1': {0: run_of(2.0), 1: run_of(2.2)},
+    'm2': {0: run_of(1.9), 1: run_of(2.1)},
+    'm4': {0: run_of(1.8), 1: run_of(2.0)},
+  }
+  configs = resolved('tiny', results)
+  rates = dict.fromkeys(results, 1000.0) | {'dense': 1500.0}
+  described = matching.describe(configs)
+  return report.Study('tiny', configs, [0, 1], results, rates, described, ['0123456789'])
+
+
+def test_verdicts(study):
+  graded = {g.claim.name: g for g in report.grade(study.results)}
+  better = graded['deepseekmoe against gshard: bits_per_byte']
+  assert better.verdict == paired.CONFIRMED and better.difference.mean == pytest.approx(-0.09995)
+  assert graded['hash against dense: bits_per_byte'].verdict == paired.UNDECIDED
+  shared = graded['deepseekmoe against zero: rise_without_shared']
+  assert shared.verdict == paired.CONFIRMED and shared.base == pytest.approx(2.00005)
+  assert not any('1_15' in name or 'loss_free' in name for name in graded)  # not trained
+
+
+def test_slope_of_a_sweep(study):
+  slope, parabola = report.slope(study.results, arms.SWEEPS[0])
+  assert slope.mean == pytest.approx(-0.1) and slope.low == pytest.approx(-0.1)
+  np.testing.assert_allclose(parabola, [0.0, -0.1, 2.1], atol=1e-9)  # of the logarithm to base 2
+  assert report.slope(study.results, arms.SWEEPS[1]) is None
+
+
+def test_report_is_whole(study, tmp_path):
+  written = report.write(tmp_path / 'out', study, 'python -m this')
+  names = {path.name for path in written}
+  pictures = {'claims.png', 'curves.png', 'balance.png', 'granularity.png'}
+  assert names == pictures | {'report.md', 'report.html', 'results.csv'}
+  text = (tmp_path / 'out' / 'report.md').read_text()
+  assert text.index('## Verdict') < text.index('## Figures') < text.index('## Do it again')
+  assert '**Confirmed**: `deepseekmoe` against `gshard`' in text
+  assert '1 not distinguishable' in text and '    python -m this' in text
+  rows = [line for line in text.splitlines() if line.startswith('| `')]
+  assert rows[0].startswith('| `m4` ') and '| 1.9000 ± 0.1414 |' in rows[0]
+  assert '| 1,500 | 1.50 |' in next(row for row in rows if row.startswith('| `dense` '))
+  html = (tmp_path / 'out' / 'report.html').read_text()
+  assert html.count('src="data:image/png;base64,') == len(pictures) == html.count('src=')
+  lines = (tmp_path / 'out' / 'results.csv').read_text().splitlines()
+  assert len(lines) == 1 + 14
+  assert lines[0].startswith('arm,seed,bits_per_byte,max_vio')
+  assert lines[1].startswith('gshard,0,2.0,0.5,')
+
+
+def test_command_of_hides_the_machine():
+  got = report.command_of(['--scale=tiny', '--workdir=/some/where', '--out=/else', '--seeds=5'])
+  assert got == 'python -m experiments.routing_ablation --workdir=W --scale=tiny --seeds=5'
+
+
+def test_a_page_in_both_languages(tmp_path):
+  blocks = [
+    html_report.Heading('A < B', 1),
+    html_report.Bullets(['**bold** and `code`']),
+    html_report.Table(['a'], [['[to](there)']]),
+  ]
+  markdown, html = html_report.write(blocks, tmp_path)
+  assert (
+    markdown.read_text() == '# A < B\n\n- **bold** and `code`\n\n| a |\n| --- |\n| [to](there) |\n'
+  )
+  text = html.read_text()
+  assert '<h1>A &lt; B</h1>' in text and '<strong>bold</strong> and <code>code</code>' in text
+  assert '<td><a href="there">to</a></td>' in text
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """(workdir, the command) of two arms and two seeds on synthetic text."""
+  workdir = tmp_path_factory.mktemp('ablation')
+  command = [sys.executable, '-m', 'experiments.routing_ablation', f'--workdir={workdir}']
+  command += ['--arms=gshard,deepseekmoe', '--seeds=2', '--steps=21', '--data_source=synthetic']
+  subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+  return workdir, command
+
+
+@pytest.mark.slow
+def test_nothing_finished_is_computed_again(finished):
+  workdir, command = finished
+  results = sorted(workdir.glob('*/*/result.json'))
+  assert len(results) == 4
+  before = [path.stat().st_mtime_ns for path in results]
+  first = (workdir / 'report' / 'report.md').read_text()
+  done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+  assert 'deepseekmoe against gshard: parameters without routers: equal' in done.stdout
+  assert [path.stat().st_mtime_ns for path in results] == before
+  assert (workdir / 'report' / 'report.md').read_text() == first
+  assert not re.search(r'/(tmp|home|root)/', first)
+  kept = json.loads(results[0].read_text())
+  assert {'rise_without_shared', 'rise_without_top_experts'} <= set(kept)
+  assert measure.column(measure.read(workdir, ['gshard'], [0, 1]), 'gshard', 'max_vio')
+
+
+@pytest.mark.slow
+def test_other_settings_are_refused(finished):
+  _, command = finished
+  wrong = [word for word in command if '--steps' not in word] + ['--steps=22']
+  done = subprocess.run(wrong, cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 2 and 'train.num_steps: 21 -> 22' in done.stderr

@@ -1,0 +1,155 @@
+"""The study's runner: its step is the ordinary one, its points resume, its report is whole."""
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from configs import deepseek_llm_7b
+from experiments.scaling_laws import analyse, report, study, trainer
+from moe_jax.config import parse
+from moe_jax.data import corpus as corpus_lib
+from moe_jax.devices import partitioning
+from moe_jax.planning import flops
+from moe_jax.training import optimizer_step, train_state
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize('kind', ['dense', pytest.param('moe', marks=pytest.mark.slow)])
+def test_a_step_with_rate_and_batch_as_arguments_is_the_ordinary_one(kind):
+  overrides = {} if kind == 'moe' else {'model__moe__num_experts': 0, 'model__num_dense_layers': 0}
+  cfg = tiny.make(
+    optim__peak_lr=3e-3, optim__schedule='constant', optim__warmup_steps=0,
+    train__micro_batch_size=4, **overrides,
+  )  # fmt: skip
+  mesh, rows = tiny.mesh(1), tiny.batch()
+  # Three micro-batches, of which two count.
+  padded = {
+    key: np.concatenate([a, np.full_like(a[:4], -1 if key == 'targets' else 0)]).reshape(3, 4, -1)
+    for key, a in rows.items()
+  }
+  with partitioning.activate(mesh):
+    got, loss = trainer.make_step(cfg, mesh)(
+      train_state.init_state(cfg, mesh), padded, np.int32(2), np.float32(3e-3)
+    )
+    batch = partitioning.put_batch(rows, mesh)
+    want, figures = optimizer_step.make_train_step(cfg, mesh)(
+      train_state.init_state(cfg, mesh), batch
+    )
+  assert float(loss) == pytest.approx(float(figures.loss), rel=1e-5)
+  tiny.assert_trees_close(got.params, want.params, rtol=1e-2, atol=2e-3)
+
+
+def test_model_scale_has_the_papers_table():
+  """Table 3 of arXiv 2401.02954: layers, D -> N1, N2, M; vocabulary 102400, 4096 tokens."""
+  page = parse.from_dict(deepseek_llm_7b.get_config().to_dict())
+  for layers, d, n1, n2, m in (
+    (8, 512, 25.2e6, 77.6e6, 352e6),
+    (24, 2048, 1.21e9, 1.42e9, 9.66e9),
+    (80, 8192, 64.4e9, 65.3e9, 419e9),
+  ):
+    model = dataclasses.replace(page.model, num_layers=layers, embed_dim=d)
+    paper = dataclasses.replace(page.paper, mlp_dim=8 / 3 * d)
+    found = flops.model_scale(model, paper)
+    assert found.non_embedding == pytest.approx(n1, rel=0.004)
+    assert found.complete == pytest.approx(n2, rel=0.004)
+    assert found.flops_per_token == pytest.approx(m, rel=0.004)
+    assert found.flops_by_measure['6N1'] == 6 * found.non_embedding
+
+
+def test_the_moe_family_activates_what_its_dense_twin_does():
+  for dial in (2, 6):
+    dense, moe = (study.size(study.page(study.TINY, kind, dial, {})) for kind in study.KINDS)
+    assert moe.flops_per_token == pytest.approx(dense.flops_per_token, rel=0.02)
+    assert moe.complete == pytest.approx(dense.complete, rel=0.02)
+
+
+def test_points_spend_their_budget():
+  for phase in study.PHASES:
+    for kind in study.KINDS:
+      for point in study.points(study.TINY, phase, kind, study.PAPER, 64):
+        row = study.row(point, study.page(study.TINY, kind, point.dial, {}))
+        assert row['compute'] == pytest.approx(point.budget, rel=0.03), point.key
+
+
+def made_up(point, cfg):
+  """A row whose loss follows the paper's allocation, shifted to models of this size."""
+  row = study.row(point, cfg)
+  best = 2.0 * point.budget**0.45
+  best_rate = 0.5 * point.budget**-0.15
+  loss = 1 + 30 * point.budget**-0.15 + 0.05 * np.log(row['M'] / best) ** 2
+  loss += 0.02 * np.log(point.rate / best_rate) ** 2 + 1e-3 * point.seed
+  return row | {'loss': loss, 'bits_per_byte': loss, 'seconds': 1.0}
+
+
+@pytest.fixture(scope='module')
+def rows():
+  return [
+    made_up(point, study.page(study.TINY, kind, point.dial, {}))
+    for phase in study.PHASES
+    for kind in study.KINDS
+    for point in study.points(study.TINY, phase, kind, study.PAPER, 64)
+  ]
+
+
+def test_report_says_what_the_rows_hold(rows, tmp_path):
+  found = analyse.analyse(rows)
+  allocation = found.measured['dense']['M'].allocation
+  assert allocation.optimum.exponent == pytest.approx(0.45, abs=0.03)
+  written = report.write(tmp_path, study.TINY, rows)
+  assert {path.suffix for path in written} == {'.md', '.csv', '.png'}
+  assert all(path.stat().st_size > 0 for path in written)
+  text = (tmp_path / 'report.md').read_text()
+  assert text.index('## Verdict') < text.index('## IsoFLOP profiles')
+  assert 'eta_opt(C): exponent' in text and 'dense, held-out C = 3.2e+11' in text
+  lines = (tmp_path / 'points.csv').read_text().splitlines()
+  assert len(lines) == 1 + len(rows)
+
+
+def run(*arguments):
+  command = [sys.executable, '-m', 'experiments.scaling_laws', '--scale=tiny', *arguments]
+  return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_dry_run_trains_nothing_and_phases_wait_for_the_grid(tmp_path):
+  done = run('--dry_run')
+  assert done.returncode == 0 and 'hours; the longest point reads' in done.stdout
+  done = run(f'--workdir={tmp_path}', '--phases=isoflop')
+  assert done.returncode == 2 and 'train these first' in done.stderr
+  done = run(f'--workdir={tmp_path}', '--phases=all')
+  assert done.returncode == 2 and '--phases=all' in done.stderr
+
+
+@pytest.mark.slow
+def test_a_point_goes_on_where_it_was_stopped(tmp_path):
+  """Two starts give the numbers of one; a finished point is a file and leaves nothing else."""
+  cfg = study.page(study.TINY, 'moe', 2, {'source': 'synthetic'})
+  settings = dataclasses.replace(cfg.checkpoint, save_every=3)
+  cache = str(tmp_path / 'cache')
+  text = dict(synthetic_documents=200, heldout_fraction=0.1, cache_dir=cache)
+  data = dataclasses.replace(cfg.data, **text)
+  cfg = dataclasses.replace(cfg, checkpoint=settings, data=data)
+  corpus = corpus_lib.load_corpus(cfg.data, cfg.model.vocab_size, 0)
+  recipe = trainer.Recipe(num_steps=8, rows=8, peak_lr=1e-2, warmup_steps=2, seed=1)
+  model = trainer.Trainer(cfg, corpus, 8)
+
+  class Stop:
+    name = ''
+
+  whole = model.run(recipe, tmp_path / 'whole', Stop())
+  stop = Stop()
+  stop.name = 'SIGTERM'
+  assert model.run(recipe, tmp_path / 'parts', stop) is None
+  again = model.run(recipe, tmp_path / 'parts', Stop())
+  assert (again.loss, again.bits_per_byte) == (whole.loss, whole.bits_per_byte)
+  assert not (tmp_path / 'parts').exists() and not (tmp_path / 'whole').exists()
+  assert json.loads(json.dumps(dataclasses.asdict(again)))['seconds'] > 0
+  jax.clear_caches()

@@ -1,0 +1,130 @@
+"""FLOPs, bytes and temporaries of small programs, by hand and against XLA's own counts."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from moe_jax.planning.hlo import hlo_cost, hlo_memory
+
+F32 = {0: '', 1: '{0}', 2: '{1,0}', 3: '{2,1,0}'}
+
+
+def program(shapes: dict[str, tuple[int, ...]], result: tuple[int, ...], line: str) -> str:
+  """A program of one instruction `line` that returns float32 numbers."""
+  text = lambda dims: f'f32[{",".join(map(str, dims))}]{F32[len(dims)]}'
+  parameters = '\n'.join(
+    f'  %{name} = {text(dims)} parameter({i})' for i, (name, dims) in enumerate(shapes.items())
+  )
+  return f"""HloModule test, num_partitions=1
+
+ENTRY %main () -> {text(result)} {{
+{parameters}
+  ROOT %y = {text(result)} {line}
+}}
+"""
+
+
+@pytest.mark.parametrize(
+  'x, w, result, line, wanted',
+  [
+    ((8, 16), (16, 32), (8, 32), 'dim_labels=bf_io->bf', 2 * 8 * 16 * 32),
+    # Both axes of x, 4 and 16, are added up.
+    ((8, 4, 16), (32, 4, 16), (8, 32, 1), 'window={size=4}, dim_labels=b0f_o0i->bf0', 32768),
+    # The second axis of w becomes one of the result: of each window one place is no padding.
+    (
+      *((8, 16, 1), (16, 4, 32), (8, 4, 32)),
+      *('window={size=4 pad=3_3 rhs_reversal=1}, dim_labels=bf0_i0o->b0f', 2 * 8 * 4 * 32 * 16),
+    ),
+    # A batch of 4 products [8, 16] x [16, 32].
+    (
+      *((4, 16, 8), (4, 16, 32), (4, 8, 32)),
+      *('window={size=4 stride=3 lhs_dilate=4}, dim_labels=0fb_0io->0bf', 2 * 4 * 8 * 16 * 32),
+    ),
+  ],
+)
+def test_products_that_became_convolutions(x, w, result, line, wanted):
+  text = program({'x': x, 'w': w}, result, f'convolution(%x, %w), {line}')
+  assert hlo_cost.cost(text).dot_flops == wanted
+
+
+def test_a_loop_of_products():
+  """5 products [8, 16] x [16, 16]; XLA itself counts the body of a loop once."""
+  step = lambda x, w: (jnp.tanh(x @ w), None)
+  run = jax.jit(lambda x, w: jax.lax.scan(step, x, w)[0])
+  compiled = run.lower(jnp.zeros((8, 16)), jnp.zeros((5, 16, 16))).compile()
+  assert hlo_cost.cost(compiled.as_text()).dot_flops == 5 * 2 * 8 * 16 * 16
+
+
+def test_bytes_of_a_product():
+  text = program({'x': (8, 16), 'w': (16, 32)}, (8, 32), 'dot(%x, %w), lhs_contracting_dims={1}')
+  assert hlo_cost.cost(text).hbm_bytes == 4 * (8 * 16 + 16 * 32 + 8 * 32)
+
+
+SLICED = """HloModule test
+
+%inner (p.0: f32[100,8], p.1: s32[]) -> f32[1,8] {
+  %p.0 = f32[100,8]{1,0} parameter(0)
+  %p.1 = s32[] parameter(1)
+  ROOT %cut = f32[1,8]{1,0} dynamic-slice(%p.0, %p.1, %p.1), dynamic_slice_sizes={1,8}
+}
+
+%fused (p.2: f32[100,8], p.3: s32[]) -> f32[1,8] {
+  %p.2 = f32[100,8]{1,0} parameter(0)
+  %p.3 = s32[] parameter(1)
+  %nested = f32[1,8]{1,0} fusion(%p.2, %p.3), kind=kLoop, calls=%inner
+  ROOT %twice = f32[1,8]{1,0} add(%nested, %nested)
+}
+
+ENTRY %main (x: f32[100,8], i: s32[]) -> f32[1,8] {
+  %x = f32[100,8]{1,0} parameter(0)
+  %i = s32[]{:S(2)} parameter(1)
+  ROOT %y = f32[1,8]{1,0} fusion(%x, %i), kind=kLoop, calls=%fused
+}
+"""
+
+
+def test_of_a_stack_only_the_layer_in_use_is_read():
+  assert hlo_cost.cost(SLICED).hbm_bytes == 4 * (8 + 8)  # the row read, the row written
+
+
+HELD = """HloModule test, is_scheduled=true
+
+%body (p: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
+  %p = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %x.1 = f32[8,128]{1,0:T(8,128)} get-tuple-element(%p), index=1
+  %wide = f32[64,128]{1,0:T(8,128)} broadcast(%x.1), metadata={op_name="in/the/loop"}
+  %near = f32[64,128]{1,0:T(8,128)S(1)} negate(%wide)
+  %next = f32[8,128]{1,0:T(8,128)} slice(%near), slice={[0:8], [0:128]}
+  ROOT %t = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) tuple(%i, %next)
+}
+
+%condition (p.1: (s32[], f32[8,128])) -> pred[] {
+  %p.1 = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) parameter(0)
+  ROOT %go = pred[]{:T(512)} constant(false)
+}
+
+ENTRY %main (x: f32[8,100]) -> f32[8,128] {
+  %x = f32[8,100]{1,0:T(8,128)} parameter(0)
+  %first = f32[16,100]{1,0:T(8,128)} broadcast(%x), metadata={op_name="dead/before/the/loop"}
+  %start = f32[8,128]{1,0:T(8,128)} slice(%first), metadata={op_name="carried"}
+  %zero = s32[]{:T(128)} constant(0)
+  %init = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) tuple(%zero, %start)
+  %loop = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) while(%init), condition=%condition, body=%body
+  %end = f32[8,128]{1,0:T(8,128)} get-tuple-element(%loop), index=1
+  ROOT %y = f32[8,128]{1,0:T(8,128)} add(%end, %end)
+}
+"""
+
+
+def test_what_is_alive_when_most_is():
+  """In the loop: its carry and the wide array, not what is on the chip or already read."""
+  found = [(buffer.op_name, buffer.bytes) for buffer in hlo_memory.peak(HELD)]
+  assert found == [('in/the/loop', 4 * 64 * 128), ('carried', 4 * 8 * 128)]
+
+
+def test_padding_of_tiles_counts():
+  shapes = HELD.replace('f32[64,128]', 'f32[1,128]').replace('f32[16,100]', 'f32[16,1]')
+  found = [(buffer.op_name, buffer.bytes) for buffer in hlo_memory.peak(shapes)]
+  # 16 rows of one number fill tiles of 8 x 128, as much as two rows' worth of them.
+  assert found == [('dead/before/the/loop', 4 * 16 * 128), ('carried', 4 * 8 * 128)]

@@ -1,0 +1,282 @@
+import functools
+import signal
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from moe_jax.devices import partitioning
+from moe_jax.training import loop as loop_lib
+from moe_jax.training import objective, optim, optimizer_step, step_timer, train_state
+
+# eps is large so that Adam does not blow the last bit of a tiny gradient up to a whole step.
+STEP = {'train__micro_batch_size': 2, 'optim__eps': 1e-3, 'optim__clip_norm': 0.0}
+# The smallest dense model: where the loop matters and the model does not.
+DENSE = {'model__moe__num_experts': 0, 'model__num_layers': 1, 'train__batch_size': 2}
+
+
+def one_device():
+  return partitioning.make_mesh(tiny.make(mesh__data=1).mesh, jax.devices()[:1])
+
+
+def fresh(cfg):
+  params = jax.tree.map(jnp.copy, tiny.params(cfg.model))  # the step donates its state
+  opt_state = optim.optimizer(cfg.optim, cfg.train.num_steps).init(params)
+  return train_state.TrainState(jnp.int32(0), jnp.uint32(0), params, {}, opt_state)
+
+
+@pytest.fixture(scope='module')
+def step():
+  """The compiled train step with accumulation over 4 micro-batches, on one device."""
+  cfg, mesh = tiny.make(**STEP), one_device()
+  options = {'xla_backend_optimization_level': 0}
+  train_step, state = optimizer_step.make_train_step(cfg, mesh), fresh(cfg)
+  with partitioning.activate(mesh):
+    lowered = train_step.lower(state, tiny.batch())
+  return lowered.compile(compiler_options=options)
+
+
+@pytest.fixture(scope='module')
+def whole():
+  """(loss, gradients) of the whole ragged batch at once."""
+  return tiny.gradients()(tiny.params(tiny.make().model), tiny.batch())
+
+
+def test_load_counts_the_real_tokens(whole):
+  real = int((tiny.batch()['segment_ids'] > 0).sum())
+  np.testing.assert_array_equal(
+    whole[0].stats.sums.load.sum(-1), [real * 2] * 2
+  )  # K = 2, two MoE layers
+
+
+@pytest.fixture(scope='module')
+def first(step):
+  """(state, metrics) after one step on the ragged batch."""
+  return step(fresh(tiny.make(**STEP)), tiny.batch())
+
+
+def test_accumulation_equals_the_whole_batch_with_ragged_rows(first, whole):
+  state, got = first
+  np.testing.assert_array_equal(got.stats.sums.load, whole[0].stats.sums.load)
+  # Four float32 sums added instead of one.
+  np.testing.assert_allclose(got.loss, whole[0].cross_entropy, rtol=1e-5)
+  # Adam's first moment after one step is (1 - beta1) times the gradient, nothing being clipped.
+  mu = optax.tree.get(state.opt_state, 'mu')
+  grads = jax.tree.map(lambda m: m / np.float32(1 - 0.9), mu)
+  tiny.assert_trees_close(grads, whole[1], rtol=1e-3, atol=1e-5)
+
+
+def test_one_step_is_the_optimizer_on_the_gradients_of_the_whole_batch(first, whole):
+  cfg = tiny.make(**STEP)
+  before, (state, got) = fresh(cfg), first
+  optimizer = optim.optimizer(cfg.optim, cfg.train.num_steps)
+
+  @tiny.jit
+  def update(grads, state):
+    updates, _ = optimizer.update(grads, state.opt_state, state.params)
+    return optax.apply_updates(state.params, updates), optax.tree.norm(grads)
+
+  want, norm = update(whole[1], before)
+  tiny.assert_trees_close(state.params, want, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(got.grad_norm, norm, rtol=1e-4)
+  assert state.step == 1
+  assert got.lr == np.float32(1e-2)
+
+
+def test_a_fixed_batch_is_learnt(step):
+  state, rows = fresh(tiny.make(**STEP)), tiny.batch()
+  losses = []
+  for _ in range(40):
+    state, got = step(state, rows)
+    losses.append(float(got.loss))
+  # ln 32 = 3.5 is knowing nothing; these weights start above it and learn 90 tokens by heart.
+  assert losses[0] > 3.5
+  assert losses[-1] < 1.5
+
+
+def test_loss_is_cross_entropy_per_real_target_plus_weighted_z_and_balance_losses():
+  rows = tiny.batch(((16,), (7, 3)))
+  cfg = tiny.make(train__z_loss_weight=0.5, model__moe__balance__expert_level__weight=0.25)
+  params = tiny.params(cfg.model)
+  num_targets, num_tokens = tiny.num_targets(rows), 26
+
+  def parts(params):
+    batch = rows | {'row': jnp.arange(2)}
+    totals = objective.Totals(num_targets, num_tokens)
+    total, loss = objective.batch_loss(cfg, params, {}, batch, jnp.uint32(0), totals)
+    model = loop_lib.transformer.Transformer(cfg.model)
+    args = (rows[k] for k in ('tokens', 'positions', 'segment_ids'))
+    return total, loss.cross_entropy, model.apply({'params': params}, *args)
+
+  total, cross_entropy, out = tiny.jit(parts)(params)
+  real = rows['targets'] >= 0
+  log_p = np.asarray(jax.nn.log_softmax(out.logits))
+  picked = np.take_along_axis(log_p, np.maximum(rows['targets'], 0)[..., None], -1)[..., 0]
+  np.testing.assert_allclose(cross_entropy, -picked[real].mean(), rtol=1e-5)
+  z = np.square(np.asarray(jax.nn.logsumexp(out.logits, axis=-1)))[real].mean()
+  # Per layer the token-weighted mean over sequences, summed over the layers.
+  balance_loss = np.asarray(out.stats.losses['expert_level']).sum() / num_tokens
+  assert 1 < balance_loss / 2 < 4  # about 1 per layer, E / K = 4 at most
+  want = cross_entropy + 0.5 * z + 0.25 * balance_loss
+  np.testing.assert_allclose(total, want, rtol=1e-5)
+
+
+@pytest.fixture(scope='module')
+def dense_run():
+  """(config, mesh, state at seed 0, the reports of three steps)."""
+  cfg, mesh = tiny.make(**DENSE), one_device()
+  state = train_state.init_state(cfg, mesh)
+  start = jax.tree.map(jnp.copy, state)
+  rows = [tiny.batch(((16,), (9,))), tiny.batch(((5, 5), (16,))), tiny.batch(((1,), (16,)))]
+  timer = step_timer.StepTimer(flops_per_token=1.0, peak=1.0)
+  reports = []
+  for report in loop_lib.steps(cfg, mesh, state, iter(rows), timer):
+    reports.append((report.step, loop_lib.host_metrics(report.metrics)))
+    state = report.state
+  return cfg, mesh, start, state, reports
+
+
+def test_loop_does_one_step_per_batch(dense_run):
+  *_, state, reports = dense_run
+  assert [step for step, _ in reports] == [1, 2, 3]
+  assert int(state.step) == 3
+  for _, values in reports:
+    assert values['max_vio'] is None  # dense
+    assert values['lr'] == pytest.approx(1e-2)
+    assert np.isfinite(values['loss']) and values['grad_norm'] > 0
+
+
+class OnDevice:
+  """A number that is still being computed: it can be waited for, and reading it is an error."""
+
+  def __init__(self, step, waits):
+    self._step, self._waits = step, waits
+
+  def block_until_ready(self):
+    self._waits.append(self._step)
+    return self
+
+
+def test_steps_are_not_waited_for_but_a_few_steps_behind(monkeypatch):
+  launched, waits = [], []
+
+  class Step:  # in place of the jitted one; what it returns has no value that the host could read
+    lower = lambda self, state, batch: self
+    compile = lambda self: self
+
+    def __call__(self, state, batch):
+      launched.append(len(launched) + 1)
+      assert waits == launched[: -1 - loop_lib.MAX_IN_FLIGHT]
+      loss = OnDevice(launched[-1], waits)
+      return object(), optimizer_step.StepMetrics(loss, *[object()] * 5)
+
+  monkeypatch.setattr(optimizer_step, 'make_train_step', lambda cfg, mesh: Step())
+  timer = step_timer.StepTimer(flops_per_token=1.0, peak=1.0)
+  rows, state = tiny.batch(((16,), (9,))), types.SimpleNamespace(step=0)
+  loop = loop_lib.steps(tiny.make(**DENSE), one_device(), state, iter([rows] * 6), timer)
+  assert [report.step for report in loop] == [1, 2, 3, 4, 5, 6]
+  assert waits == [1, 2, 3, 4]
+
+
+def test_seed_decides_the_start(dense_run):
+  cfg, mesh, start, *_ = dense_run
+  init = lambda seed: train_state.init_state(tiny.make(**DENSE, train__seed=seed), mesh)
+  jax.tree.map(np.testing.assert_array_equal, init(cfg.train.seed), start)
+  assert not np.array_equal(init(1).params['embedding'], start.params['embedding'])
+
+
+def test_start_has_the_asked_deviation_and_layers_of_their_own(dense_run):
+  cfg, _, start, *_ = dense_run
+  for path, leaf in jax.tree_util.tree_leaves_with_path(start.params):
+    if path[-1].key == 'scale':
+      assert (leaf == 1).all()
+    else:
+      # At least 256 draws each: within 20 %.
+      assert np.std(leaf) == pytest.approx(cfg.model.init_std, rel=0.2), path
+  assert start.step == 0
+
+
+def test_abstract_state_is_the_real_one(dense_run):
+  cfg, mesh, start, *_ = dense_run
+  describe = lambda x: (x.shape, x.dtype, x.sharding)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_equal(describe(a), describe(b)),
+    train_state.abstract_state(cfg, mesh),
+    start,
+  )
+
+
+def test_state_is_described_under_an_active_mesh_too():
+  cfg, mesh = tiny.make(**DENSE), one_device()
+  with partitioning.activate(mesh):
+    got = train_state.abstract_state(cfg, mesh)
+  assert got == train_state.abstract_state(cfg, mesh)
+
+
+def test_stacked_layers_start_different():
+  params = jax.eval_shape(
+    functools.partial(train_state._init, tiny.make()), jax.random.key(0)
+  ).params
+  assert params['moe_layers']['moe']['down'].value.shape[0] == 2
+  cfg = tiny.make(model__moe__num_experts=0, model__num_layers=2).model
+  kernel = jax.tree.leaves(
+    jax.jit(
+      lambda key: loop_lib.transformer.init(cfg, key)['params']['dense_layers']['mlp']['down'].value
+    )(jax.random.key(0))
+  )[0]
+  assert not np.array_equal(kernel[0], kernel[1])
+
+
+def test_host_metrics_average_over_layers():
+  load = jnp.array([[7, 3, 1, 5], [4, 4, 4, 4]])
+  sums = types.SimpleNamespace(load=load)
+  dropped = jnp.array([[4, 0, 0, 0], [0, 0, 0, 0]])
+  stats = types.SimpleNamespace(sums=sums, dropped=dropped, overflow=jnp.array([2, 0]))
+  values = loop_lib.host_metrics(
+    optimizer_step.StepMetrics(
+      loss=jnp.float32(2),
+      mtp_loss=jnp.float32(7),
+      aux_loss=jnp.float32(5),
+      lr=jnp.float32(3),
+      grad_norm=4.0,
+      stats=stats,
+    )
+  )
+  # 16 assignments per layer, 4 of them dropped in the first.
+  assert values == {
+    'loss': 2,
+    'mtp_loss': 7,
+    'lr': 3,
+    'grad_norm': 4,
+    'aux_loss': 5,
+    'max_vio': (0.75 + 0) / 2,
+    'overflow_rate': 2 / 32,
+    'drop_rate': (0.25 + 0) / 2,
+  }
+
+
+def test_the_first_signal_is_noted_and_the_second_ends_the_program():
+  before = signal.getsignal(signal.SIGTERM)
+  with loop_lib.StopSignal() as stop:
+    assert stop.name == ''
+    signal.raise_signal(signal.SIGTERM)
+    assert stop.name == 'SIGTERM'
+    with pytest.raises(KeyboardInterrupt):
+      signal.raise_signal(signal.SIGINT)
+  assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_accumulation_reports_losses_of_the_whole_batch_also_those_without_weight():
+  scope = {'model__moe__balance__squared_deviation__scope': 'global_batch'}
+  params = tiny.params(tiny.make().model)
+  whole, _ = tiny.gradients(**scope)(params, tiny.batch())
+  parts, _ = tiny.gradients(**scope, train__micro_batch_size=2)(params, tiny.batch())
+  for name in ('squared_deviation', 'expert_level'):
+    np.testing.assert_allclose(
+      parts.stats.losses[name], whole.stats.losses[name], rtol=1e-4, err_msg=name
+    )
+  np.testing.assert_allclose(parts.aux, whole.aux, rtol=1e-5)
