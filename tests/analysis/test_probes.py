@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 import pytest
-import tiny
 
 from moe_jax import errors
 from moe_jax.analysis import information, interventions, observations, probes
@@ -20,6 +19,7 @@ from moe_jax.analysis.probes import (
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.training import evaluate
+from tests import tiny
 
 NAMES = ['layer 1', 'layer 2']
 

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from moe_jax.balance import balance_losses, loss_scopes, router_stats
 from moe_jax.config import moe_config
+from tests import tiny
 
 EXACT = dict(rtol=2e-6)  # a few float32 roundings
 

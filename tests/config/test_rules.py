@@ -2,13 +2,13 @@ import json
 
 import ml_collections
 import pytest
-import tiny
 
 from configs import base
 from moe_jax import errors
 from moe_jax.balance import balance_losses
 from moe_jax.config import moe_config, parse, schema
 from moe_jax.models import dispatch, routers
+from tests import tiny
 
 
 def test_round_trip():

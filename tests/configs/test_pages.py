@@ -13,7 +13,6 @@ import re
 import jax
 import numpy as np
 import pytest
-import tiny
 from flax import traverse_util
 
 from configs import loss_free, routing
@@ -25,6 +24,7 @@ from moe_jax.devices import partitioning
 from moe_jax.models import model_variables
 from moe_jax.planning import flops
 from moe_jax.training import optim
+from tests import tiny
 
 PAGES = sorted(
   path.stem

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from flax import linen as nn
 
 from moe_jax import errors
 from moe_jax.devices import partitioning
 from moe_jax.models import model_variables
 from moe_jax.training import objective
+from tests import tiny
 
 ONES = dict.fromkeys(partitioning.MESH_AXES, 1)
 

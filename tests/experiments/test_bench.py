@@ -5,7 +5,6 @@ import importlib.util
 import json
 import time
 
-import in_process
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from experiments.bench import __main__ as command
 from experiments.bench import layer, report
 from experiments.common import harness
 from moe_jax import errors
+from tests import in_process
 
 TOY = layer.Case(64, 16, 8, 8, 2, 1)
 PEAKS = harness.Peaks(flops=1e9, bytes=1e9)

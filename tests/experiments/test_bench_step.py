@@ -4,7 +4,6 @@ import json
 
 import jax
 import pytest
-import tiny
 
 from configs import base, quickstart, recipes
 from experiments.bench import (
@@ -24,6 +23,7 @@ from moe_jax.devices import partitioning
 from moe_jax.models import model_variables, transformer
 from moe_jax.planning import flops, host_memory
 from moe_jax.training import cross_entropy
+from tests import tiny
 
 PEAKS = harness.Peaks(flops=1e11, bytes=1e10)
 ONCE = harness.Options(repeats=1, transformers=False)

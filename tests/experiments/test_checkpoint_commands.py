@@ -1,6 +1,5 @@
 """Commands that look at a trained run, in one process: evaluate --override, routing, leakage."""
 
-import in_process
 import jax
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from moe_jax import errors
 from moe_jax.config import parse
 from moe_jax.devices import partitioning
 from moe_jax.runs import train_run, trained_run
+from tests import in_process
 
 MAKE_MESH = partitioning.make_mesh
 

@@ -6,12 +6,12 @@ import pathlib
 import subprocess
 import sys
 
-import in_process
 import pytest
 
 from experiments import describe as describe_lib
 from experiments.common import cli
 from moe_jax import errors
+from tests import in_process
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -2,15 +2,14 @@
 
 import json
 
-import in_process
 import numpy as np
 import pytest
-import tiny
-from interop import checkpoints
 
 from experiments import generate
 from moe_jax import errors
 from moe_jax.interop import huggingface
+from tests import in_process, tiny
+from tests.interop import checkpoints
 
 
 @pytest.fixture(scope='module')

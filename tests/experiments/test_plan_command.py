@@ -2,12 +2,12 @@
 
 import importlib.util
 
-import in_process
 import pytest
 
 from experiments import plan
 from moe_jax import errors
 from moe_jax.planning import compile_ahead, planner
+from tests import in_process
 
 LITE = (
   '--config=configs/deepseek_v2_lite.py',

@@ -6,11 +6,11 @@ import subprocess
 import sys
 
 import pytest
-import tiny
 
 from configs import routing
 from experiments.common import spread, step_rates
 from experiments.routing_zoo import table
+from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -9,7 +9,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-import tiny
 
 from configs import deepseek_llm_7b
 from experiments.scaling_laws import analyse, report, study, trainer
@@ -18,6 +17,7 @@ from moe_jax.data import corpus as corpus_lib
 from moe_jax.devices import partitioning
 from moe_jax.planning import flops
 from moe_jax.training import optimizer_step, train_state
+from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[2]
 

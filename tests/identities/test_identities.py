@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from flax import linen as nn
 
 from moe_jax import integer_hash
@@ -19,6 +18,7 @@ from moe_jax.balance import balance_losses, router_stats
 from moe_jax.devices import partitioning
 from moe_jax.models import layers, moe_layer, transformer
 from moe_jax.models.routers import routing
+from tests import tiny
 
 E, B, L, D = 8, 8, 16, 16
 # Every router, score function, kind of capacity and dispatch; 8 virtual devices of one expert each.

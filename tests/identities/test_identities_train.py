@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny
 
 from moe_jax import integer_hash
 from moe_jax.balance import router_stats
@@ -20,6 +19,7 @@ from moe_jax.config import moe_config
 from moe_jax.devices import partitioning
 from moe_jax.models import model_variables, transformer
 from moe_jax.training import objective, optim, optimizer_step, train_state
+from tests import tiny
 
 B, L, E = 8, 16, 8
 SMALL = {'model__num_layers': 2, 'model__num_dense_layers': 0, 'model__moe__dispatch': 'dense'}

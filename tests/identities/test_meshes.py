@@ -12,11 +12,11 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-import tiny
 
 from moe_jax.devices import partitioning
 from moe_jax.planning.hlo import collectives
 from moe_jax.training import optimizer_step, train_state
+from tests import tiny
 
 GOLDEN = pathlib.Path(__file__).parent / 'meshes'
 # The partitioner changes between releases; the files are of this one.

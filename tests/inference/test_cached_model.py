@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from moe_jax import errors
 from moe_jax.inference import cached_model, generate
 from moe_jax.inference import sampling as sampling_lib
 from moe_jax.models import layers, transformer
+from tests import tiny
 
 B, L, SLOTS = 3, 12, 16
 LENGTHS = np.array([3, 8, 1], np.int32)  # prompts of different lengths in one batch

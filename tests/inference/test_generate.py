@@ -2,12 +2,12 @@ import functools
 
 import numpy as np
 import pytest
-import tiny
 
 from moe_jax import errors
 from moe_jax.inference import generate
 from moe_jax.inference import sampling as sampling_lib
 from moe_jax.models import transformer
+from tests import tiny
 
 # One MoE layer after a dense one, and grouped key-value heads: all that a cache can get wrong.
 CFG = tiny.make(model__num_layers=2).model

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from moe_jax import errors
 from moe_jax.inference import generate, speculative
 from moe_jax.inference import sampling as sampling_lib
 from moe_jax.models import transformer
+from tests import tiny
 
 CFG = tiny.make(
   model__num_layers=2,

@@ -6,13 +6,10 @@ import shutil
 import subprocess
 import sys
 
-import in_process
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
-import tiny
-from interop import checkpoints
 
 from configs import base
 from experiments import convert
@@ -25,6 +22,8 @@ from moe_jax.devices import partitioning
 from moe_jax.interop import huggingface, source
 from moe_jax.runs import trained_run
 from moe_jax.training import train_state
+from tests import in_process, tiny
+from tests.interop import checkpoints
 
 BLOCK = {'quant_method': 'fp8', 'fmt': 'e4m3', 'weight_block_size': [5, 5]}
 

@@ -1,12 +1,12 @@
 """config.json <-> our config: what is read, what is refused, and that both ways agree."""
 
 import pytest
-import tiny
-from interop import checkpoints, published
 
 from moe_jax import errors
 from moe_jax.config import moe_config, parse, schema
 from moe_jax.interop import hf_config, hf_config_export
+from tests import tiny
+from tests.interop import checkpoints, published
 
 
 def from_hf(hf: dict, **overrides) -> schema.Config:

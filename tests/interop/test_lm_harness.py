@@ -8,7 +8,8 @@ os.environ['HF_HUB_OFFLINE'] = os.environ['HF_DATASETS_OFFLINE'] = '1'
 import jax
 import numpy as np
 import pytest
-import tiny
+
+from tests import tiny
 
 pytest.importorskip('lm_eval')
 

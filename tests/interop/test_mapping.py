@@ -4,12 +4,12 @@ import dataclasses
 
 import numpy as np
 import pytest
-import tiny
-from interop import checkpoints, published
 
 from moe_jax import errors
 from moe_jax.config import parse, schema
 from moe_jax.interop import float8, hf_config, mapping, source
+from tests import tiny
+from tests.interop import checkpoints, published
 
 WEIGHTS = mapping.Layout()
 FUSED = mapping.Layout(fused_experts=True)

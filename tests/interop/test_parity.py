@@ -18,7 +18,6 @@ pytest.importorskip('transformers', minversion='5.23')
 
 import jax
 import safetensors.torch
-import tiny
 import torch
 import transformers
 from transformers import cache_utils, modeling_layers
@@ -28,6 +27,7 @@ from experiments import parity
 from experiments.parity import hf_models
 from moe_jax.interop import huggingface
 from moe_jax.models import transformer
+from tests import tiny
 
 # Both sum in float32 but in other orders: a share of the largest logit. 8e-6 is the most that was
 # seen. A wrong softmax scale, layout, frequency or group rule gives 0.9, another eps 4e-4.

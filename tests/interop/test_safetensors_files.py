@@ -5,10 +5,10 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
-from interop import checkpoints
 
 from moe_jax import errors
 from moe_jax.interop import safetensors_files
+from tests.interop import checkpoints
 
 DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn]
 

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tiny
 
 from moe_jax.devices import partitioning
 from moe_jax.planning.hlo import collectives
+from tests import tiny
 
 
 def compile_on(axes: dict[str, int], apply: Callable[..., jax.Array], boxed: Any, *arrays: Any):

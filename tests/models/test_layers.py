@@ -1,10 +1,10 @@
-import blocks
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tiny
 
 from moe_jax.models import layers
+from tests import tiny
+from tests.models import blocks
 
 
 def test_rms_norm_by_hand():

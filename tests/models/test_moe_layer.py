@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from moe_jax.devices import partitioning
 from moe_jax.models import moe_layer
 from moe_jax.models.routers import routing
+from tests import tiny
 
 B, L, D = 2, 6, 16
 MASK = np.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]], bool)

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from moe_jax import errors
 from moe_jax.models import decoder_block, layers, model_variables, token_prediction, transformer
 from moe_jax.models.attention import multi_head
 from moe_jax.training import objective, optim, optimizer_step
+from tests import tiny
 
 ON = dict(
   model__num_mtp_layers=2,

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from flax import linen as nn
 
 from moe_jax.devices import partitioning
 from moe_jax.models import model_variables, transformer
 from moe_jax.training import objective
+from tests import tiny
 
 CFG = tiny.make().model
 L = CFG.max_seq_len

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from configs import deepseek_v2_lite, deepseek_v3
 from moe_jax import errors
@@ -24,6 +23,7 @@ from moe_jax.planning import (
 )
 from moe_jax.planning.hlo import collectives
 from moe_jax.training import train_state
+from tests import tiny
 
 MESH = dict(mesh__data=2, mesh__fsdp=2, mesh__expert=2)
 

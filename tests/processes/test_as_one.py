@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import jax
-import launch
 import numpy as np
 import pytest
 
@@ -16,6 +15,7 @@ from moe_jax.config import parse, schema
 from moe_jax.devices import partitioning
 from moe_jax.runs import train_run, trained_run
 from moe_jax.training import evaluate
+from tests.processes import launch
 
 pytestmark = pytest.mark.slow
 

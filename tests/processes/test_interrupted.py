@@ -3,8 +3,9 @@
 import signal
 import time
 
-import launch
 import pytest
+
+from tests.processes import launch
 
 NUM_STEPS = 60
 SETTINGS = {'train.num_steps': NUM_STEPS, 'checkpoint.save_every': 10}

@@ -4,7 +4,6 @@ import pathlib
 import shutil
 
 import jax
-import launch
 import numpy as np
 import pytest
 
@@ -15,6 +14,7 @@ from moe_jax.data import pipeline
 from moe_jax.devices import partitioning
 from moe_jax.runs import train_run
 from moe_jax.training import train_state
+from tests.processes import launch
 
 MAKE_MESH = partitioning.make_mesh
 MESHES = {

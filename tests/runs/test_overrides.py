@@ -4,7 +4,7 @@ What they do to a trained model is tested in test_checkpoint_commands.py.
 """
 
 import pytest
-import tiny
+from tests import tiny
 
 from moe_jax import errors
 from moe_jax.runs import overrides

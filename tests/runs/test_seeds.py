@@ -9,7 +9,7 @@ import signal
 import jax
 import numpy as np
 import pytest
-import tiny
+from tests import tiny
 
 from configs import smoke
 from moe_jax import errors

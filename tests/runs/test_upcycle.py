@@ -4,12 +4,12 @@ import functools
 import json
 import re
 
-import in_process
+from tests import in_process
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
+from tests import tiny
 
 from configs import smoke
 from experiments import upcycle

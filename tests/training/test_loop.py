@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny
 
 from moe_jax.devices import partitioning
 from moe_jax.training import loop as loop_lib
 from moe_jax.training import objective, optim, optimizer_step, step_timer, train_state
+from tests import tiny
 
 # eps is large so that Adam does not blow the last bit of a tiny gradient up to a whole step.
 STEP = {'train__micro_batch_size': 2, 'optim__eps': 1e-3, 'optim__clip_norm': 0.0}

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from moe_jax.models import model_variables
 from moe_jax.training import optim
+from tests import tiny
 
 EXACT = dict(rel=1e-5)  # float32 schedules
 

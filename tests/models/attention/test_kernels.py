@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from jax.extend import backend
 
 from moe_jax import errors
@@ -33,6 +32,7 @@ from moe_jax.models.attention.kernels import (
   splash,
   tokamax,
 )
+from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[3]
 ATTENDS = kernels_lib.ATTENDS | {

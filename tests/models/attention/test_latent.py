@@ -3,16 +3,16 @@
 import dataclasses
 import functools
 
-import blocks
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from moe_jax.config import attention_config
 from moe_jax.models.attention import latent as latent_lib
 from moe_jax.models.attention import multi_head, rope
+from tests import tiny
+from tests.models import blocks
 
 B, L, N, D = 3, 16, 4, 12
 R, Q, HN, HR, HV = 6, 5, 4, 8, 3

@@ -1,15 +1,15 @@
 import functools
 
-import blocks
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from moe_jax.config import attention_config
 from moe_jax.models.attention import multi_head, rope
 from moe_jax.models.attention.kernels import reference
+from tests import tiny
+from tests.models import blocks
 
 B, L, N, G, H, D = 3, 16, 4, 2, 8, 12  # N query heads in groups of G
 LENGTHS = ((7, 9), (5, 4, 3), (16,))

@@ -7,17 +7,17 @@ and queries split, is a slow test of test_attend.py.
 import functools
 from typing import NamedTuple
 
-import blocks
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from moe_jax import errors
 from moe_jax.devices import hardware, partitioning
 from moe_jax.models.attention import kernels
 from moe_jax.models.attention.kernels import chunked, sharded, splash
+from tests import tiny
+from tests.models import blocks
 
 ATTENDS = kernels.ATTENDS | {'splash': functools.partial(splash.attend, interpret=True)}
 SCALE = 0.4

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from moe_jax.models.dispatch import DISPATCHES
 from moe_jax.models.dispatch import gather as gather_lib
 from moe_jax.models.experts import backends, cpu_blocks, grouped_kernels
+from tests import tiny
 
 T, K, E, D, F = 21, 2, 5, 12, 10  # 42 choices: no multiple of a block's height
 ARGS = ('x', 'gates', 'gate_up', 'down')

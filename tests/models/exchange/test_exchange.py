@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from moe_jax.devices import partitioning
 from moe_jax.models.dispatch import DISPATCHES, dense
 from moe_jax.models.exchange import EXCHANGES, buffers, choose, ragged
 from moe_jax.models.experts import backends, grouped_kernels
+from tests import tiny
 
 P, T, K, E, D, F = 4, 6, 3, 8, 5, 4  # T tokens on each of P devices
 MESH = functools.cache(lambda: tiny.mesh(expert=P))

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import qwix
-import tiny
 
 from moe_jax import errors
 from moe_jax.config import moe_config, parse
@@ -18,6 +17,7 @@ from moe_jax.models.dispatch import DISPATCHES, dropless
 from moe_jax.models.experts import backends, grouped_kernels, low_precision
 from moe_jax.runs import run_record
 from moe_jax.training import objective, optimizer_step, train_state
+from tests import tiny
 
 T, K, E, D, F = 37, 2, 5, 24, 10
 QTYPES = moe_config.LOW_PRECISION

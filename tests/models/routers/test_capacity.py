@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from configs import base
 from moe_jax import errors, integer_hash
 from moe_jax.config import moe_config, parse
 from moe_jax.models.routers import capacity, expert_choice, routing
+from tests import tiny
 
 POLICIES = ('position', 'score', 'batch_priority', 'device')
 

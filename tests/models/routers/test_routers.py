@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from moe_jax import errors
 from moe_jax.config import moe_config
 from moe_jax.models import routers, transformer
 from moe_jax.models.routers import ROUTERS, gshard, routing, scoring
+from tests import tiny
 
 PROBS = np.array(
   [[[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.25, 0.45], [0.125, 0.5, 0.125, 0.25]]], np.float32

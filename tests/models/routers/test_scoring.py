@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from moe_jax import integer_hash
 from moe_jax.config import moe_config
 from moe_jax.models.routers import ROUTERS, routing, scoring
+from tests import tiny
 
 PROBS = np.array([[[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.25, 0.45], [0.125, 0.5, 0.125, 0.25]]])
 LOGITS = np.log(PROBS / (1 - PROBS))  # whose sigmoid gives the numbers back; [B=1, L=3, E=4]

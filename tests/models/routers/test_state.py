@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from moe_jax import errors
 from moe_jax.balance import router_stats
 from moe_jax.config import moe_config
 from moe_jax.models.routers import ROUTERS, routing, state, tables
+from tests import tiny
 
 U = np.float32(1e-3)  # the default update rate
 
