@@ -1,5 +1,7 @@
 """The notebooks: whole, short, executed in order, and (slow) run from top to bottom."""
 
+import ast
+import importlib
 import json
 import pathlib
 import re
@@ -8,6 +10,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = sorted((ROOT / 'colab').glob('*.ipynb'))
+OURS = ('moe_jax', 'configs', 'experiments')
 MAX_CELL_LINES, MAX_BYTES = 22, 700_000
 
 
@@ -67,6 +70,18 @@ def test_cells_are_short_explained_and_executed_in_order(page):
 @pytest.mark.parametrize('page', PAGES, ids=lambda p: p.stem)
 def test_outputs_say_nothing_of_the_machine(page):
   assert not re.search(r'/(home|root|tmp|work|usr)/', outputs(page))
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda p: p.stem)
+def test_what_it_imports_from_here_exists(page):
+  nodes = [n for cell in code_cells(page) for n in ast.walk(ast.parse(source(cell)))]
+  for node in nodes:
+    if isinstance(node, ast.ImportFrom) and node.module.split('.')[0] in OURS:
+      for alias in node.names:
+        try:
+          importlib.import_module(f'{node.module}.{alias.name}')
+        except ModuleNotFoundError:
+          assert hasattr(importlib.import_module(node.module), alias.name), ast.unparse(node)
 
 
 @pytest.mark.slow
