@@ -91,3 +91,11 @@ def moe_params(params: Any) -> dict[str, Any]:
 def abstract_params(cfg: schema.ModelConfig) -> Any:
   """Shapes and dtypes of the parameters, as nested dicts of ShapeDtypeStruct; allocates nothing."""
   return partitioning.unbox(jax.eval_shape(lambda: init(cfg, jax.random.key(0))['params']))
+
+
+def abstract_variables(cfg: schema.ModelConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+  """Shape, dtype and sharding of what `init` makes, which is all that loading a model needs."""
+  with partitioning.without_mesh():  # the rows that shapes are made from are not to be split
+    boxed = jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
+  struct_of = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+  return jax.tree.map(struct_of, partitioning.unbox(boxed), partitioning.shardings(boxed, mesh))

@@ -20,9 +20,7 @@ from moe_jax.config import schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.devices import partitioning
-from moe_jax.training import train_state
-
-
+from moe_jax.models import model_variables
 
 Say = Callable[[str], None]
 
@@ -95,7 +93,7 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Run:
   mesh = partitioning.make_mesh(cfg.mesh)
   with reader(workdir) as checkpointer:
     # The optimizer's moments, twice the size of the weights, are left on the disk.
-    abstract = train_state.abstract_state(cfg, mesh).variables
+    abstract = model_variables.abstract_variables(cfg.model, mesh)
     restored = checkpointer.restore(abstract, step, partial=True)
   if not (workdir / 'tokenizer.json').is_file():
     raise errors.InputError(
