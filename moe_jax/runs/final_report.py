@@ -7,20 +7,15 @@ import pathlib
 
 import jax
 
-from moe_jax import atomic_files
-from moe_jax import errors
+from moe_jax import atomic_files, errors
 from moe_jax.balance import routing_figures
 from moe_jax.config import schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.inference import generate
 from moe_jax.inference import sampling as sampling_lib
 from moe_jax.processes import agreement
-from moe_jax.runs import metric_log
-from moe_jax.runs import plots
-from moe_jax.runs import trained_run
+from moe_jax.runs import metric_log, plots, trained_run
 from moe_jax.training import evaluate
-
-
 
 
 def compressed_bits_per_byte(text: bytes) -> dict[str, float]:

@@ -3,21 +3,18 @@
 `MetricWriter` appends one JSON object per logged step and can be resumed without duplicates.
 """
 
-import contextlib
 import json
 import math
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
-import jax
-import jax.numpy as jnp
+
 import tensorboardX
 from absl import logging
 
 from moe_jax import atomic_files
-
 
 TAIL = 0.2  # share of a run, at its end, over which a noisy figure is averaged
 KEYS = (

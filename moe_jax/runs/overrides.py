@@ -16,7 +16,6 @@ from moe_jax.devices import partitioning
 from moe_jax.models import model_variables
 from moe_jax.runs import trained_run
 
-
 _BOOLS = {'true': True, 'false': False}
 
 
@@ -114,7 +113,9 @@ def _check_arrays(old: schema.ModelConfig, new: schema.ModelConfig, values: Mapp
 
 def _arrays(model: schema.ModelConfig) -> dict[str, str]:
   """{name: dtype and shape} of everything that a checkpoint keeps for the model."""
-  variables = partitioning.unbox(jax.eval_shape(lambda: model_variables.init(model, jax.random.key(0))))
+  variables = partitioning.unbox(
+    jax.eval_shape(lambda: model_variables.init(model, jax.random.key(0)))
+  )
   return {
     jax.tree_util.keystr(path, simple=True, separator='/'): f'{leaf.dtype}{list(leaf.shape)}'
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables)

@@ -17,11 +17,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import moe_jax
-from moe_jax import atomic_files
-from moe_jax import errors
-from moe_jax.config import moe_config
-from moe_jax.config import parse
-from moe_jax.config import schema
+from moe_jax import atomic_files, errors
+from moe_jax.config import moe_config, parse, schema
 
 PACKAGES = (
   'jax',

@@ -20,25 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from moe_jax import atomic_files
-from moe_jax import errors
+from moe_jax import atomic_files, errors
 from moe_jax.checkpoints import checkpointer as checkpointer_lib
 from moe_jax.config import schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import pipeline
-from moe_jax.devices import compile_options
-from moe_jax.devices import partitioning
-from moe_jax.runs import metric_log
-from moe_jax.runs import run_record
-from moe_jax.runs import train_run
-from moe_jax.runs import trained_run
-from moe_jax.training import loop
-from moe_jax.training import optim
-from moe_jax.training import optimizer_step
-from moe_jax.training import step_timer
-from moe_jax.training import train_state
-
-
+from moe_jax.devices import compile_options, partitioning
+from moe_jax.runs import metric_log, run_record, train_run, trained_run
+from moe_jax.training import loop, optim, optimizer_step, step_timer, train_state
 
 
 def configs(cfg: schema.Config, seeds: Sequence[int]) -> list[schema.Config]:
@@ -63,12 +52,15 @@ def init_state(
 ) -> train_state.TrainState:
   """The states at step 0, leaves [S, ...]; each is bit by bit that of a run of its own."""
   states = [
-    train_run.with_tables(cfg, train_state.init_state(cfg, mesh), corpus) for cfg, corpus in zip(cfgs, corpora)
+    train_run.with_tables(cfg, train_state.init_state(cfg, mesh), corpus)
+    for cfg, corpus in zip(cfgs, corpora)
   ]
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
 
-def abstract_state(cfg: schema.Config, mesh: jax.sharding.Mesh, num_seeds: int) -> train_state.TrainState:
+def abstract_state(
+  cfg: schema.Config, mesh: jax.sharding.Mesh, num_seeds: int
+) -> train_state.TrainState:
   """Shape, dtype and sharding of the stacked states; allocates nothing."""
   whole = jax.NamedSharding(mesh, jax.P())
   stacked = lambda x: jax.ShapeDtypeStruct((num_seeds, *x.shape), x.dtype, sharding=whole)

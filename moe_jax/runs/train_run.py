@@ -15,41 +15,22 @@ import jax
 import numpy as np
 import tqdm
 
-from moe_jax import atomic_files
-from moe_jax import errors
+from moe_jax import atomic_files, errors
 from moe_jax.balance import routing_figures
 from moe_jax.checkpoints import checkpointer as checkpointer_lib
-from moe_jax.config import parse
-from moe_jax.config import schema
-from moe_jax.data import cache
+from moe_jax.config import parse, schema
+from moe_jax.data import cache, pipeline
 from moe_jax.data import corpus as corpus_lib
-from moe_jax.data import pipeline
-from moe_jax.devices import partitioning
-from moe_jax.devices import peak_flops
+from moe_jax.devices import partitioning, peak_flops
 from moe_jax.inference import generate
 from moe_jax.models import model_variables
-from moe_jax.models.experts import backends
-from moe_jax.models.experts import sorted_plan
+from moe_jax.models.experts import backends, sorted_plan
 from moe_jax.models.routers import tables
-from moe_jax.planning import flops
-from moe_jax.planning import profile
+from moe_jax.planning import flops, profile
 from moe_jax.processes import agreement as agreement_lib
-from moe_jax.runs import metric_log
-from moe_jax.runs import run_record
-from moe_jax.runs import trained_run
-from moe_jax.runs import warm_start
-from moe_jax.training import evaluate
-from moe_jax.training import loop
-from moe_jax.training import optim
-from moe_jax.training import optimizer_step
+from moe_jax.runs import metric_log, run_record, trained_run, warm_start
+from moe_jax.training import evaluate, loop, optim, optimizer_step, train_state
 from moe_jax.training import step_timer as step_timer_lib
-from moe_jax.training import train_state
-
-
-
-
-
-
 
 
 def run_training(

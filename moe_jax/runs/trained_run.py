@@ -14,9 +14,7 @@ import jax
 
 from moe_jax import errors
 from moe_jax.checkpoints import checkpointer as checkpointer_lib
-from moe_jax.config import mesh_config
-from moe_jax.config import parse
-from moe_jax.config import schema
+from moe_jax.config import mesh_config, parse, schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.devices import partitioning

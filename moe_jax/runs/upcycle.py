@@ -22,11 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import errors
-from moe_jax.config import moe_config
-from moe_jax.config import schema
+from moe_jax.config import moe_config, schema
 from moe_jax.devices import partitioning
 from moe_jax.models import model_variables
-
 
 Array = jax.Array
 
@@ -171,7 +169,9 @@ def upcycle(
   noise_rng = jax.random.fold_in(rng, model.num_layers + 1)
   experts = _experts(layout, mlp, noise, noise_rng, model.moe.routed_scaling_factor)
   params['moe_layers'] = {**rest, 'moe': {**experts, **_router(layout, model, rng)}}
-  return jax.tree.map(lambda s, a: a.astype(s.dtype), model_variables.abstract_params(model), params)
+  return jax.tree.map(
+    lambda s, a: a.astype(s.dtype), model_variables.abstract_params(model), params
+  )
 
 
 def _experts(

@@ -11,29 +11,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax import atomic_files
-from moe_jax import errors
+from moe_jax import atomic_files, errors
 from moe_jax.balance import expert_similarity
 from moe_jax.checkpoints import checkpointer as checkpointer_lib
-from moe_jax.config import moe_config
-from moe_jax.config import parse
-from moe_jax.config import schema
+from moe_jax.config import moe_config, parse, schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import pipeline
 from moe_jax.devices import partitioning
 from moe_jax.models import transformer
-from moe_jax.runs import run_record
-from moe_jax.runs import train_run
-from moe_jax.runs import trained_run
-from moe_jax.runs import upcycle
-from moe_jax.training import cross_entropy
-from moe_jax.training import loop
-from moe_jax.training import optim
-from moe_jax.training import train_state
-
-
-
-
+from moe_jax.runs import run_record, train_run, trained_run, upcycle
+from moe_jax.training import cross_entropy, loop, optim, train_state
 
 Array = jax.Array
 

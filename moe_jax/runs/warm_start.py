@@ -13,11 +13,9 @@ import jax
 
 from moe_jax import errors
 from moe_jax.checkpoints import checkpointer as checkpointer_lib
-from moe_jax.config import parse
-from moe_jax.config import schema
+from moe_jax.config import parse, schema
 from moe_jax.models import model_variables
 from moe_jax.training import train_state
-
 
 
 def check(cfg: schema.Config, source: schema.Config):

@@ -4,10 +4,10 @@ What they do to a trained model is tested in test_checkpoint_commands.py.
 """
 
 import pytest
-from tests import tiny
 
 from moe_jax import errors
 from moe_jax.runs import overrides
+from tests import tiny
 
 CFG = tiny.make()
 

@@ -7,8 +7,7 @@ import subprocess
 import pytest
 
 from moe_jax import errors
-from moe_jax.config import parse
-from moe_jax.config import schema
+from moe_jax.config import parse, schema
 from moe_jax.runs import run_record
 
 

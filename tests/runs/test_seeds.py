@@ -9,20 +9,14 @@ import signal
 import jax
 import numpy as np
 import pytest
-from tests import tiny
 
 from configs import smoke
 from moe_jax import errors
-from moe_jax.config import parse
-from moe_jax.config import schema
+from moe_jax.config import parse, schema
 from moe_jax.devices import partitioning
-from moe_jax.runs import metric_log
-from moe_jax.runs import seeds
-from moe_jax.runs import train_run
-from moe_jax.runs import trained_run
-from moe_jax.training import optimizer_step
-from moe_jax.training import train_state
-
+from moe_jax.runs import metric_log, seeds, train_run, trained_run
+from moe_jax.training import optimizer_step, train_state
+from tests import tiny
 
 MAKE_MESH = partitioning.make_mesh
 SEEDS = (3, 0)
@@ -120,7 +114,9 @@ def test_losses_are_those_of_separate_runs(trained):
     assert list(got) == list(want) == list(range(1, 7))
     np.testing.assert_allclose(list(got.values()), list(want.values()), rtol=2e-5)
     tiny.assert_trees_close(found.variables['params'], alone.variables['params'], 1e-2, 1e-3)
-  assert len({m['loss'] for s in SEEDS for m in metric_log.read_metrics(root / 'arm' / str(s))}) == 12
+  assert (
+    len({m['loss'] for s in SEEDS for m in metric_log.read_metrics(root / 'arm' / str(s))}) == 12
+  )
 
 
 def test_each_seed_has_a_workdir_of_its_own(trained):

@@ -11,28 +11,16 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from moe_jax import atomic_files
-from moe_jax import errors
+from moe_jax import atomic_files, errors
 from moe_jax.balance import routing_figures
-from moe_jax.config import parse
-from moe_jax.config import schema
+from moe_jax.config import parse, schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import packing
 from moe_jax.devices import partitioning
 from moe_jax.inference import sampling as sampling_lib
 from moe_jax.models import model_variables
-from moe_jax.runs import final_report
-from moe_jax.runs import metric_log
-from moe_jax.runs import train_run
-from moe_jax.runs import trained_run
-from moe_jax.training import evaluate
-from moe_jax.training import loop
-from moe_jax.training import train_state
-
-
-
-
-
+from moe_jax.runs import final_report, metric_log, train_run, trained_run
+from moe_jax.training import evaluate, loop, train_state
 
 MAKE_MESH = partitioning.make_mesh
 OVERRIDES = {

@@ -4,34 +4,23 @@ import functools
 import json
 import re
 
-from tests import in_process
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests import tiny
 
 from configs import smoke
 from experiments import upcycle
 from moe_jax import errors
-from moe_jax.balance import expert_similarity
-from moe_jax.balance import routing_figures
-from moe_jax.config import parse
-from moe_jax.config import schema
+from moe_jax.balance import expert_similarity, routing_figures
+from moe_jax.config import parse, schema
 from moe_jax.data import pipeline
 from moe_jax.devices import partitioning
-from moe_jax.models import model_variables
-from moe_jax.models import transformer
-from moe_jax.runs import metric_log
-from moe_jax.runs import train_run
-from moe_jax.runs import trained_run
+from moe_jax.models import model_variables, transformer
+from moe_jax.runs import metric_log, train_run, trained_run, upcycle_run
 from moe_jax.runs import upcycle as runs_upcycle
-from moe_jax.runs import upcycle_run
 from moe_jax.training import cross_entropy
-
-
-
-
+from tests import in_process, tiny
 
 MAKE_MESH = partitioning.make_mesh
 DENSE = tiny.make(

@@ -8,14 +8,10 @@ import pytest
 
 from configs import smoke
 from moe_jax import errors
-from moe_jax.config import parse
-from moe_jax.config import schema
+from moe_jax.config import parse, schema
 from moe_jax.devices import partitioning
 from moe_jax.models import model_variables
-from moe_jax.runs import train_run
-from moe_jax.runs import warm_start
-
-
+from moe_jax.runs import train_run, warm_start
 
 MAKE_MESH = partitioning.make_mesh
 LATENT = {
