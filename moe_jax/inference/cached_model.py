@@ -32,7 +32,7 @@ class Weights:
   """A model's variables, layer by layer."""
 
   embedding: Array  # [V, D]
-  layers_lib: tuple[dict[str, Any], ...]  # variables of one `decoder_block.Block` each
+  layers: tuple[dict[str, Any], ...]  # variables of one `decoder_block.Block` each
   final_norm: dict[str, Array]
   head: Array | None  # [D, V]; None where `head_rows` is in its place
   head_rows: layers_lib.Rows | None = None  # [V, D]

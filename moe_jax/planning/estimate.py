@@ -37,7 +37,7 @@ class Estimate:
 
   arguments: dict[str, int]  # bytes by name
   temporaries: dict[str, int]  # bytes by name, at the moment of most
-  flops_lib: float  # that the busiest device computes, recomputation included
+  flops: float  # that the busiest device computes, recomputation included
   hbm_bytes: float  # read and written
   collectives: list[collectives_lib.Collective]
 

@@ -52,7 +52,7 @@ class Request:
   decode: bool = False
   rows: int = 0  # of decoding: sequences at a time; 0 = one per device
   max_vio: float | None = None  # None: balanced load, and buffers as the config has them
-  estimate_lib: bool = False
+  estimate: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,7 +55,7 @@ class Queries(NamedTuple):
   """Both parts of the queries."""
 
   nope: Array  # [B, L, N, Hn]
-  rope_lib: Array  # [B, L, N, Hr], rotated
+  rope: Array  # [B, L, N, Hr], rotated
 
 
 def lay_out(kv_b: Array, cfg: attention_config.AttentionConfig) -> Absorbed:
