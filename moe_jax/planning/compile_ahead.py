@@ -50,7 +50,7 @@ class Job:
 
   values: Mapping[str, Any]  # of the config, resolved
   topology: str
-  cached_model: bool = False
+  decode: bool = False
   rows: int = 0  # sequences that are decoded together, over all devices
   context: int = 0  # slots of their caches
 
