@@ -12,6 +12,7 @@ from absl import flags
 
 from experiments.common import cli
 from moe_jax import errors
+from moe_jax.config import pages
 from moe_jax.planning import describe
 
 
@@ -29,7 +30,7 @@ def main(argv: Sequence[str]):
   specs = flags.FLAGS.config
   if not specs:
     raise errors.InputError(cli.MISSING_CONFIG)
-  configs = [cli.load_page(spec) for spec in specs]
+  configs = [pages.read(spec) for spec in specs]
   # Shapes need no accelerator, and another process may be using it.
   jax.config.update('jax_platforms', 'cpu')
   descriptions = [describe.describe(config, spec) for config, spec in zip(configs, specs)]

@@ -1,14 +1,11 @@
 """What the commands share: config pages, and errors in one line.
 
 `run(main)` is `app.run` for people: bad input ends the command with status 2 and a single line
-`error: ...` on standard error, never with a traceback. `load_page` reads a config page;
-`config_flag` and `resolve` do the same for commands that also take overrides, `--config.KEY=VALUE`.
+`error: ...` on standard error, never with a traceback. `config_flag` and `resolve` read a config
+page (`moe_jax.config.pages`) for commands that also take overrides, `--config.KEY=VALUE`.
 """
 
-import importlib.util
-import inspect
 import os
-import pathlib
 import re
 import sys
 import time
@@ -21,7 +18,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from moe_jax import errors
-from moe_jax.config import parse, schema
+from moe_jax.config import pages, parse, schema
 from moe_jax.data import cache
 from moe_jax.devices import compile_cache
 from moe_jax.processes import launch, watchdog
@@ -30,10 +27,6 @@ from moe_jax.runs import run_record
 MISSING_CONFIG = (
   '--config is missing; give a config page, for example --config=configs/quickstart.py'
 )
-
-
-# What a slip in a page raises: ConfigDict answers a mistyped value with TypeError, for example.
-_PAGE_MISTAKES = (ValueError, TypeError, AttributeError, KeyError, NameError, ImportError)
 
 
 def run(main: Callable[[Sequence[str]], object], define_flags: Callable[[], object] | None = None):
@@ -158,54 +151,6 @@ def resolve(flag_value: ml_collections.ConfigDict | None) -> schema.Config:
   return parse.from_dict(flag_value.to_dict())
 
 
-def load_page(spec: str) -> schema.Config:
-  """Reads the config page `path.py`, or its variant `path.py:variant`.
-
-  Raises:
-    errors.InputError: there is no such page or variant, or a value in it breaks a rule.
-  """
-  return resolve(page_values(spec))
-
-
-def page_values(spec: str) -> ml_collections.ConfigDict:
-  """The values of a config page, `path.py` or `path.py:variant`, before they are checked.
-
-  Raises:
-    errors.InputError: there is no such page or variant.
-  """
-  path, _, variant = spec.partition(':')
-  get_config = getattr(_import_file(path), 'get_config', None)
-  if get_config is None:
-    raise errors.InputError(f'--config={spec}: {path} is no config page, it has no get_config()')
-  arguments = (variant,) if variant else ()
-  try:
-    inspect.signature(get_config).bind(*arguments)
-  except TypeError:
-    problem = f'takes no variant {variant!r}' if variant else 'needs a variant, PAGE:VARIANT'
-    raise errors.InputError(f'--config={spec}: {path} {problem}') from None
-  try:
-    return get_config(*arguments)
-  except _PAGE_MISTAKES as error:  # ValueError is how pages refuse a variant
-    raise errors.InputError(f'--config={spec}: {error}') from error
-
-
-def _import_file(path: str):
-  file = pathlib.Path(path)
-  if file.suffix != '.py' or not file.is_file():
-    pages = [str(page) for page in file.parent.glob('*.py') if not page.name.startswith('_')]
-    hint = errors.did_you_mean(path, pages)
-    raise errors.InputError(f'--config={path}: there is no such config page{hint}')
-  spec = importlib.util.spec_from_file_location(f'config_page_{file.stem}', file)
-  module = importlib.util.module_from_spec(spec)
-  try:
-    spec.loader.exec_module(module)
-  except SyntaxError as error:
-    raise errors.InputError(f'--config={path}: line {error.lineno}: {error.msg}') from error
-  except _PAGE_MISTAKES as error:
-    raise errors.InputError(f'--config={path}: {error}') from error
-  return module
-
-
 def _parse_flags(argv: Sequence[str]) -> list[str]:
   """The flags_parser of `app.run`: all that can be wrong with a command line is an InputError."""
   if 'config' in flags.FLAGS and config_flags.config_flags.is_config_flag(flags.FLAGS['config']):
@@ -228,7 +173,7 @@ def _check_config_arguments(argv: Sequence[str]):
     if arguments:
       raise errors.InputError(MISSING_CONFIG)
     return
-  values = page_values(spec).to_dict()
+  values = pages.values(spec).to_dict()
   for key in arguments:
     _check_key(values, key)
 

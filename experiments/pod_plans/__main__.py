@@ -19,7 +19,7 @@ from absl import flags
 
 from experiments.common import cli
 from moe_jax import errors
-from moe_jax.config import parse
+from moe_jax.config import pages, parse
 from moe_jax.planning import chips, planner
 
 HERE = pathlib.Path(__file__).parent
@@ -94,7 +94,7 @@ def define_flags():
 
 def request(row: Row, estimate: bool) -> planner.Request:
   """What a row asks for."""
-  page = cli.page_values(str(ROOT / 'configs' / f'{row.page}.py'))
+  page = pages.values(str(ROOT / 'configs' / f'{row.page}.py'))
   page.train.batch_ramp = ()
   page.train.batch_size = row.passes * row.micro
   page.train.micro_batch_size = row.micro

@@ -14,7 +14,7 @@ import ml_collections
 from configs import base, recipes
 from experiments.common import cli
 from moe_jax import errors
-from moe_jax.config import schema
+from moe_jax.config import pages, schema
 
 
 class Scale(NamedTuple):
@@ -80,7 +80,7 @@ def _variant(name: str) -> Callable[[str], ml_collections.ConfigDict]:
 def _page(name: str, variant: str) -> ml_collections.ConfigDict:
   """Of the installed package `configs`, wherever the command is run."""
   path = pathlib.Path(base.__file__).parent / name
-  return cli.page_values(f'{path}{":" if variant else ""}{variant}')
+  return pages.values(f'{path}{":" if variant else ""}{variant}')
 
 
 def _loss_free(method: str) -> Callable[[str], ml_collections.ConfigDict]:

@@ -20,7 +20,7 @@ from configs import routing
 from experiments.common import cli, local_jobs, step_rates
 from experiments.routing_zoo import table
 from moe_jax import atomic_files
-from moe_jax.config import schema
+from moe_jax.config import pages, schema
 from moe_jax.runs import metric_log, train_run
 from moe_jax.training import evaluate
 
@@ -63,7 +63,7 @@ def main(unused_argv: Sequence[str]):
 
 
 def _config(name: str, seed: int) -> schema.Config:
-  values = cli.page_values(f'configs/routing.py:{name}')
+  values = pages.values(f'configs/routing.py:{name}')
   values.train.seed = seed
   values.train.num_steps = flags.FLAGS.steps or values.train.num_steps
   return cli.resolve(values)

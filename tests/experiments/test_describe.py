@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 # A command with an overridable config, as experiments/train.py is one.
 WITH_OVERRIDES = """
 from absl import flags
-from experiments import cli
+from experiments.common import cli
 
 def main(argv):
   print(cli.resolve(flags.FLAGS.config).optim.peak_lr)
@@ -150,52 +150,3 @@ def test_unknown_keys_name_the_nearest_known_one(key, message):
 def test_known_keys_pass_in_all_spellings():
   argv = ['train', '--config', f'{ROOT}/configs/base.py', '-config.train.seed', '1', '--workdir=w']
   cli._check_config_arguments([*argv, '--noconfig.model.moe.norm_topk_prob', '--', '--config.x=1'])
-
-
-def test_load_page_by_path_and_variant():
-  values = cli.load_page(f'{ROOT}/configs/deepseekmoe_2b.py:gshard')
-  assert values.model.moe.num_experts == 16
-
-
-@pytest.mark.parametrize(
-  'name, text, message',
-  [
-    ('page.py:moe', 'def get_config(): pass', "takes no variant 'moe'"),
-    ('page.py', 'def get_config(variant): pass', 'needs a variant'),
-    ('page.py', 'x = 1', 'has no get_config'),
-    ('page.py', 'def get_config(:', 'line 1'),
-    ('page.txt', '', 'no such config page'),
-    (
-      'page.py:b',
-      'from configs import base\ndef get_config(variant):\n'
-      "  return base.variant(base.get_config(), variant, {'a': print})",
-      "unknown variant 'b'.*choose one of a",
-    ),
-    (
-      'page.py',
-      'from configs import base\ndef get_config():\n'
-      '  c = base.get_config()\n  c.model.num_layer = 3\n  return c',
-      "config.model.num_layer is not a known key; did you mean 'num_layers'",
-    ),
-  ],
-)
-def test_bad_pages(tmp_path, name, text, message):
-  (tmp_path / name.partition(':')[0]).write_text(text)
-  with pytest.raises(errors.InputError, match=message):
-    cli.load_page(f'{tmp_path}/{name}')
-
-
-@pytest.mark.parametrize(
-  'text, message',
-  [
-    ("  config.model.num_layers = '3'", 'num_layers'),
-    ('  config.model.num_layer = 3', 'num_layer'),
-    ('  import nosuchmodule', 'nosuchmodule'),
-  ],
-)
-def test_slips_in_a_page_are_one_line(tmp_path, text, message):
-  page = tmp_path / 'page.py'
-  head = 'from configs import base\n\ndef get_config():\n  config = base.get_config().lock()\n'
-  page.write_text(f'{head}{text}\n  return config\n')
-  with pytest.raises(errors.InputError, match=message):
-    cli.load_page(str(page))
