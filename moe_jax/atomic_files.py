@@ -1,20 +1,46 @@
 """Files that are written whole or not at all, and one writer per directory."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator
 
 from moe_jax import errors
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 def write_bytes(path: str | os.PathLike[str], data: bytes):
-  """Writes beside the target, then renames over it: a kill leaves the old file or the new one."""
+  """Writes beside the target, then renames over it: a kill leaves the old file or the new one.
+
+  Raises:
+    errors.InputError: the disk is full.
+    OSError: the file cannot be written for another reason.
+  """
   path = pathlib.Path(path)
   temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-  temporary.write_bytes(data)
-  os.replace(temporary, path)
+  try:
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+  except OSError as e:
+    with contextlib.suppress(OSError):  # the failure above is the one to tell of
+      temporary.unlink(missing_ok=True)
+    if e.errno in _FULL:
+      raise disk_full(path, len(data)) from e
+    raise
+
+
+def disk_full(path: str | os.PathLike[str], needed: int) -> errors.InputError:
+  """The error of a write of `needed` bytes for which a disk has no room; names place and sizes."""
+  path = pathlib.Path(path)
+  free = shutil.disk_usage(path.parent).free
+  return errors.InputError(
+    f'no room on the disk for {path}: {needed:,} bytes are needed and {free:,} are free; make room '
+    'and give the same command again'
+  )
 
 
 def write_text(path: str | os.PathLike[str], text: str):

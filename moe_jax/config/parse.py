@@ -9,6 +9,8 @@ from typing import Any
 from moe_jax import errors
 from moe_jax.config import mesh_config, rules, schema
 
+LARGEST = 10**12  # no number of a run, whole or not, is as large
+
 
 def from_dict(values: Mapping[str, Any]) -> schema.Config:
   """Builds and checks a `Config` from nested dicts (a ConfigDict's `to_dict()`, or parsed JSON).
@@ -91,10 +93,22 @@ def _coerce(kind: Any, value: Any, name: str) -> Any:
   elif origin is not None and issubclass(origin, Mapping) and isinstance(value, Mapping):
     return {key: _coerce(args[1], value[key], f'{name}.{key}') for key in value}
   elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+    _check_size(value, name)
     return float(value)
   elif isinstance(kind, type) and not isinstance(kind, types.GenericAlias) and type(value) is kind:
+    if kind is int:
+      _check_size(value, name)
     return value
   expected = getattr(kind, '__name__', None) if origin is None else str(kind)
   raise errors.InputError(
     f'config.{name}={value!r} must be of type {expected}, not {type(value).__name__}'
+  )
+
+
+def _check_size(value: float, name: str):
+  """Refuses infinity, NaN and numbers that no run can mean."""
+  errors.require(
+    abs(value) <= LARGEST,  # not so for NaN either
+    f'config.{name}={value!r} must be a finite number between -{LARGEST:.0e} and {LARGEST:.0e}; '
+    'correct it',
   )

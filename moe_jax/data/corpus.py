@@ -8,6 +8,7 @@ per component, so that new weights cost nothing.
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import tqdm
+from absl import logging
 
 from moe_jax import errors
 from moe_jax.config import schema
@@ -269,8 +271,9 @@ def _build(
   domains = sorted(set().union(*(writer.domains for writer in writers)))
   for writer in writers:
     writer.write_documents(domains)
-  sizes = {file.name: file.stat().st_size for file in directory.iterdir()}
-  meta = {'domains': domains, 'dtype': dtype.name, 'sizes': sizes}
+  digests = {file.name: _file_digest(file) for file in directory.iterdir()}
+  meta = {'domains': domains, 'dtype': dtype.name, 'digests': digests}
+  meta['own_digest'] = hashing.hexdigest(json.dumps(meta))
   (directory / 'meta.json').write_text(json.dumps(meta))
 
 
@@ -340,12 +343,28 @@ class _SplitWriter:
 
 
 def _is_whole(directory: pathlib.Path) -> bool:
-  """Whether every file of a cached corpus has the size it was written with."""
-  try:
-    sizes = json.loads((directory / 'meta.json').read_text())['sizes']
-    return all((directory / name).stat().st_size == size for name, size in sizes.items())
-  except (OSError, ValueError, KeyError):
+  """Whether every file of a cached corpus holds what was written; says so if one does not."""
+  if not directory.exists():
     return False
+  try:
+    meta = json.loads((directory / 'meta.json').read_text())
+    if 'sizes' in meta:  # written before files had digests
+      return False
+    digest = meta.pop('own_digest')
+    wrong = [] if digest == hashing.hexdigest(json.dumps(meta)) else ['meta.json']
+    wrong += [n for n, d in meta['digests'].items() if _file_digest(directory / n) != d]
+    problem = f'{wrong[0]} is not what was written' if wrong else ''
+  except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
+    problem = f'{type(e).__name__}: {e}'
+  if problem:
+    logging.warning('The cached text in %s is damaged (%s); tokenising anew', directory, problem)
+  return not problem
+
+
+def _file_digest(path: pathlib.Path) -> str:
+  """Hash of a file's content."""
+  with path.open('rb') as file:
+    return hashlib.file_digest(file, hashlib.blake2b).hexdigest()[:32]
 
 
 def _open(directory: pathlib.Path, split: str) -> TokenSplit:

@@ -4,6 +4,7 @@ A name is the same on every machine (a path below its root, a line of a file), b
 decides whether the document is trained on or held out. Documents without any text are left out.
 """
 
+import codecs
 import dataclasses
 import glob
 import importlib
@@ -154,7 +155,12 @@ def text_files(spec: Spec, warn: Callable[[str], None]) -> Iterator[Document]:
   Domain: the file's folder as the path spells it; without one, its stem.
   """
   for name, file in _files(spec):
-    data = _read_bytes(spec, file)
+    data = _read_bytes(spec, file).removeprefix(codecs.BOM_UTF8)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+      raise errors.InputError(
+        f'{spec.where} must hold UTF-8 text, and {str(file)!r} is UTF-16 by its byte order mark; '
+        'convert it with iconv -f UTF-16 -t UTF-8'
+      )
     try:
       data.decode('utf-8')
     except UnicodeDecodeError as e:
@@ -188,6 +194,8 @@ def _jsonl_documents(spec: Spec, file: pathlib.Path, name: str, domain: str) -> 
   try:
     with file.open('rb') as lines:
       for number, line in enumerate(lines, start=1):
+        if number == 1:
+          line = line.removeprefix(codecs.BOM_UTF8)
         if line.strip():
           where = f'{name}:{number}'
           yield _record(spec, _parse(spec, line, f'{file}:{number}'), where, domain)
@@ -198,7 +206,7 @@ def _jsonl_documents(spec: Spec, file: pathlib.Path, name: str, domain: str) -> 
 def _parse(spec: Spec, line: bytes, where: str) -> Any:
   try:
     return json.loads(line)
-  except ValueError as e:
+  except (ValueError, RecursionError) as e:
     raise errors.InputError(
       f'{spec.where}: {where} must be a JSON object on one line ({e}); repair or remove the line'
     ) from e

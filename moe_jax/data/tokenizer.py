@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from moe_jax import errors
+from moe_jax import atomic_files, errors
 from moe_jax.data import hashing
 
 # Begin, hole, end, spelled as in DeepSeek-Coder-V2: full-width bars, lower-one-eighth blocks.
@@ -71,7 +71,14 @@ class Tokenizer:
     return self._inner.to_str()
 
   def save(self, path: str | pathlib.Path):
-    pathlib.Path(path).write_text(self.to_json(), encoding='utf-8')
+    """Writes tokenizer.json, whole or not at all; one that is there and equal is left alone."""
+    path, text = pathlib.Path(path), self.to_json()
+    try:
+      unchanged = path.read_text(encoding='utf-8') == text
+    except (OSError, UnicodeDecodeError):
+      unchanged = False
+    if not unchanged:
+      atomic_files.write_text(path, text)
 
 
 def load(path: str | pathlib.Path, bos_token: str, eos_token: str) -> Tokenizer:

@@ -136,7 +136,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     found = json.loads(path.read_text(encoding='utf-8'))
     if not isinstance(found, dict):
       raise ValueError('it is not an object')
-  except (OSError, ValueError) as e:
+  except (OSError, ValueError, RecursionError) as e:
     raise errors.InputError(
       f'{path} must be a readable JSON object ({e}); give the directory of a downloaded checkpoint'
     ) from e

@@ -260,7 +260,7 @@ MIXTURE = {'data__source': 'mixture'}
       ('optim.stages', "'step'"),
     ),
     ({'optim__peak_lr': 0.0}, ('optim.peak_lr=0.0', 'positive')),
-    ({'optim__peak_lr': float('nan')}, ('optim.peak_lr=nan', 'positive')),
+    ({'optim__peak_lr': float('nan')}, ('optim.peak_lr=nan', 'finite')),
     ({'optim__eps': 0.0}, ('optim.eps=0.0', 'positive')),
     ({'optim__beta2': 1.0}, ('optim.beta2=1.0', '[0, 1)')),
     (

@@ -132,3 +132,14 @@ def test_training_sample_drops_characters_cut_at_a_border(monkeypatch):
   monkeypatch.setattr(tokenizer_lib, '_SAMPLE_BYTES', 3)
   pieces = list(tokenizer_lib.training_sample([('a', 'é'.encode() * 500)], 1000))
   assert set(pieces) <= {'é', ''}  # no U+FFFD
+
+
+def test_saving_again_writes_nothing_unless_it_differs(tmp_path, monkeypatch):
+  tokenizer, path = tokenizer_lib.byte_tokenizer('<b>', '<e>'), tmp_path / 'tokenizer.json'
+  tokenizer.save(path)
+  whole = path.read_text()
+  path.write_text(whole[:100])
+  tokenizer.save(path)
+  assert path.read_text() == whole
+  monkeypatch.setattr(tokenizer_lib.atomic_files, 'write_text', None)
+  tokenizer.save(path)
