@@ -80,7 +80,10 @@ def row(lengths, length: int = 16, vocab_size: int = 32, seed: int = 0) -> dict[
   rng = np.random.default_rng(seed)
   documents = [rng.integers(vocab_size, size=n) for n in lengths]
   fill = length - sum(lengths)
-  join = lambda parts, pad: np.concatenate([*parts, np.full(fill, pad)]).astype(np.int32)
+
+  def join(parts, pad):
+    return np.concatenate([*parts, np.full(fill, pad)]).astype(np.int32)
+
   return {
     'tokens': join(documents, 0),
     'targets': join([np.append(d[1:], -1) for d in documents], -1),

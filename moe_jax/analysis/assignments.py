@@ -126,7 +126,10 @@ def _record(batch: dict[str, np.ndarray], run: trained_run.Run) -> np.ndarray:
 def pad_rows(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
   """Adds rows of padding until the devices can share the batch evenly."""
   missing = -len(batch['tokens']) % partitioning.row_ways(mesh)
-  pad = lambda a: np.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1))
+
+  def pad(a):
+    return np.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1))
+
   return {key: pad(value) for key, value in batch.items()}
 
 
@@ -179,7 +182,10 @@ def device_figures(
 
   by_factor = {factor: reports(factor) for factor in capacity_factors}
   first = next(iter(by_factor.values()))
-  mean = lambda get, found=first: np.mean([get(r) for r in found], axis=0)
+
+  def mean(get, found=first):
+    return np.mean([get(r) for r in found], axis=0)
+
   load = np.stack([r.device_load / r.device_load.mean(axis=1, keepdims=True) for r in first])
   figures = {
     'least_load': load.min(axis=(0, 2)),

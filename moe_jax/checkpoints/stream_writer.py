@@ -180,7 +180,10 @@ def _chunk_shape(extents: tuple[int, ...], itemsize: int) -> list[int]:
 
 def _write_metadata(step_dir: pathlib.Path, leaves: Any, record: Mapping[str, Any]):
   """Everything of a step but its arrays, in orbax's on-disk format."""
-  is_empty = lambda node: isinstance(node, Mapping) and not node
+
+  def is_empty(node):
+    return isinstance(node, Mapping) and not node
+
   nodes = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(leaves, is_leaf=is_empty):
     keys = tuple(str(entry.key) for entry in path)

@@ -167,7 +167,10 @@ def validate(moe: MoEConfig):
   Raises:
     errors.InputError: names the field, its value, the rule and the way out.
   """
-  at_least = lambda minimum, *names: errors.at_least(moe, 'model.moe', minimum, *names)
+
+  def at_least(minimum, *names):
+    return errors.at_least(moe, 'model.moe', minimum, *names)
+
   at_least(1, 'num_experts_per_tok', 'moe_mlp_dim', 'num_expert_groups', 'num_virtual_devices')
   at_least(0, 'num_shared_experts', 'num_limited_groups')
   errors.choice('model.moe.router', moe.router, [*ROUTERS, *REGISTERED])
@@ -344,11 +347,8 @@ def _validate_capacity(moe: MoEConfig):
 
 def effective_settings(moe: MoEConfig) -> Mapping[str, object]:
   """Flat settings of `moe` without the options of routers, losses and policies that are off."""
-  flat = {}
-  for field in dataclasses.fields(moe):
-    value = getattr(moe, field.name)
-    if not dataclasses.is_dataclass(value):
-      flat[field.name] = value
+  values = {field.name: getattr(moe, field.name) for field in dataclasses.fields(moe)}
+  flat = {k: value for k, value in values.items() if not dataclasses.is_dataclass(value)}
   if moe.num_expert_groups == 1:
     del flat['num_limited_groups'], flat['group_score']
   for name, value in dataclasses.asdict(moe.options).items():

@@ -198,7 +198,10 @@ def split_further(sharding: jax.NamedSharding, shape: Sequence[int]) -> jax.Name
 
 def unbox(boxed: Any) -> Any:
   """The tree without its axis names. Unlike `nn.unbox` it also works on shapes under a mesh."""
-  is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
+
+  def is_box(x):
+    return isinstance(x, nn.LogicallyPartitioned)
+
   return jax.tree.map(lambda x: x.value if is_box(x) else x, boxed, is_leaf=is_box)
 
 

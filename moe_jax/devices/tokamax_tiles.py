@@ -68,8 +68,11 @@ def enter(device_kind: str, directory: pathlib.Path = DIRECTORY) -> int:
         device_kind,
         path,
       )
+
       # It says as much of every kernel, in a page of its arguments.
-      spoken = lambda record: not str(record.msg).startswith('Autotuning cache miss')
+      def spoken(record):
+        return not str(record.msg).startswith('Autotuning cache miss')
+
       logging.getLogger('absl').addFilter(spoken)
     return 0
   try:

@@ -204,12 +204,9 @@ def _yarn(kind: str, rope: Json, off: Json) -> dict[str, Any]:
     )
     return dict(off) | {'factor': 1.0}
   both = [rope.get('mscale'), rope.get('mscale_all_dim')]
-  if kind in MLA_FAMILIES:
-    # With one of the two, DeepSeek's code and that of transformers disagree on the cosines.
-    problem = any(both) and not all(both)
-  else:
-    # Here the pair changes the cosines alone; the scale of the softmax stays.
-    problem = any(both)
+  # With one of the two, DeepSeek's code and that of transformers disagree on the cosines. Without
+  # MLA the pair changes the cosines alone; the scale of the softmax stays.
+  problem = any(both) and not (kind in MLA_FAMILIES and all(both))
   problem |= rope.get('attention_factor') is not None or rope.get('truncate') is False
   errors.require(
     not problem,

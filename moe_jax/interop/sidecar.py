@@ -37,9 +37,9 @@ def keep(directory: pathlib.Path, into: pathlib.Path):
   into.mkdir()
   for path in sorted(directory.iterdir()):
     known = path.suffix in _KEPT or path.name.startswith('LICENSE')
-    if known and path.is_file() and path.name not in (safetensors_files.INDEX, RECORD):
-      if path.stat().st_size <= _LARGEST:
-        shutil.copyfile(path, into / path.name)
+    own = path.name in (safetensors_files.INDEX, RECORD)
+    if known and not own and path.is_file() and path.stat().st_size <= _LARGEST:
+      shutil.copyfile(path, into / path.name)
 
 
 def write_record(found: source.Source, into: pathlib.Path):

@@ -154,7 +154,10 @@ def lower_decode(
     weights = jax.eval_shape(lambda v: cached_model.unstack(model, v), variables)
     weights = _place_weights(weights, state.params, mesh)
     length = jax.ShapeDtypeStruct((job.rows,), jnp.int32, sharding=split)
-    fill = lambda w, t, n: cached_model.prefill(model, w, t, n, job.context).caches
+
+    def fill(w, t, n):
+      return cached_model.prefill(model, w, t, n, job.context).caches
+
     caches = jax.eval_shape(fill, weights, ids, length)
     caches = jax.tree.map(lambda a: _placed(a, split), caches)
     # Norms, biases of routing and the like are whole everywhere; so is what unstack made anew.
@@ -245,7 +248,10 @@ def run(job: Job, cache_dir: str = '', *, progress: bool = False) -> Compiled:
     "'moe_jax[tpu]', or add --estimate to count from shapes alone",
   )
   target = cache.root(cache_dir) / 'plans' / key(job)
-  whole = lambda path: (path / 'facts.json').is_file() and (path / 'program.txt.gz').is_file()
+
+  def whole(path):
+    return (path / 'facts.json').is_file() and (path / 'program.txt.gz').is_file()
+
   cache.get_or_build(target, lambda path: _compile_apart(job, path, progress), whole)
   return load(target)
 

@@ -245,7 +245,9 @@ _Cells = tuple[list[Any], Callable[[Any], str]]
 
 
 def _settings(descriptions: Sequence[Description]) -> dict[str, _Cells]:
-  cell = lambda value: f'{value:.7g}' if isinstance(value, float) else str(value)
+  def cell(value):
+    return f'{value:.7g}' if isinstance(value, float) else str(value)
+
   keys = dict.fromkeys(key for d in descriptions for key in d.settings)
   return {key: ([d.settings.get(key) for d in descriptions], cell) for key in keys}
 
@@ -296,9 +298,15 @@ def _flops(descriptions: Sequence[Description]) -> dict[str, _Cells]:
 
 def _losses(descriptions: Sequence[Description]) -> dict[str, _Cells]:
   """A row per loss that any of the models has; empty if all are dense."""
-  cell = lambda pair: f'{pair[0]:g} x {pair[1]:.5g}'
+
+  def cell(pair):
+    return f'{pair[0]:g} x {pair[1]:.5g}'
+
   names = dict.fromkeys(name for d in descriptions for name in d.balance_losses)
-  pair = lambda loss: loss and (loss.weight, loss.value_at_balance)
+
+  def pair(loss):
+    return loss and (loss.weight, loss.value_at_balance)
+
   rows = {name: ([pair(d.balance_losses.get(name)) for d in descriptions], cell) for name in names}
   if names:
     coefficients = [d.transformers_coefficient for d in descriptions]

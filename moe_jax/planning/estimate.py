@@ -138,7 +138,10 @@ class _Sizes:
     self.cfg, self.model, self.moe, self.shape, self.stretch = cfg, model, model.moe, shape, stretch
     self.a = jnp.dtype(model.dtype).itemsize
     self.p = jnp.dtype(model.param_dtype).itemsize
-    ways = lambda axes: math.prod(shape[axis] for axis in axes)
+
+    def ways(axes):
+      return math.prod(shape[axis] for axis in axes)
+
     self.fsdp = ways(partitioning.FSDP_AXES)
     self.rows = ways(partitioning.ROW_AXES)
     self.tensor = shape['tensor']

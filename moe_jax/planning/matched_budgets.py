@@ -48,7 +48,10 @@ def cache_lines(labels: Sequence[str], columns: Sequence[Mapping[int, int]]) -> 
     (label, bits, size) for label, sizes in zip(labels, columns) for bits, size in sizes.items()
   ]
   first, width = found[0][2], max(len(f'{size:,}') for *_, size in found)
-  against = lambda size: 'equal' if size == first else percent(first, size)
+
+  def against(size):
+    return 'equal' if size == first else percent(first, size)
+
   return [
     f'{label}  {bits:2d} bits  {size:{width},d} bytes  {against(size)}'
     for label, bits, size in found

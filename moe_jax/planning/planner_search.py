@@ -174,9 +174,10 @@ def _arguments(plan: planner.Plan, cfg: schema.Config) -> str:
 
 def _changes(cfg: schema.Config, num_devices: int) -> Iterator[tuple[str, schema.Config]]:
   """(words, config) of single changes that may help, the cheapest first."""
-  part = lambda name, **values: dataclasses.replace(
-    cfg, **{name: dataclasses.replace(getattr(cfg, name), **values)}
-  )
+
+  def part(name, **values):
+    return dataclasses.replace(cfg, **{name: dataclasses.replace(getattr(cfg, name), **values)})
+
   order = schema.REMAT_POLICIES
   for remat in order[order.index(cfg.model.remat) + 1 :]:
     yield f'--config.model.remat={remat}', part('model', remat=remat)

@@ -78,7 +78,10 @@ def require_same(values: Mapping[str, Any]):
   """
   if jax.process_count() == 1:
     return
-  text = lambda value: json.dumps(value, sort_keys=True).encode()
+
+  def text(value):
+    return json.dumps(value, sort_keys=True).encode()
+
   digests = np.stack(
     [np.frombuffer(hashlib.sha256(text(v)).digest(), np.uint8) for v in values.values()]
   )

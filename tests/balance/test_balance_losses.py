@@ -136,7 +136,9 @@ def test_loss_of_four_tokens_with_sigmoid_scores_and_an_uneven_last_device_by_ha
 def test_communication_counts_on_the_device_limit():
   # Case A with K = 3 experts per token: M = min(K, D) = 2 as before, and not 3; with one of two
   # groups per token M = 1, which doubles f'' = D / (M T) sent.
-  value = lambda cfg: float(losses_of(case_a(), cfg)['communication'][0])
+  def value(cfg):
+    return float(losses_of(case_a(), cfg)['communication'][0])
+
   assert value(make(4, 3, 2)) == pytest.approx(BY_HAND_A['communication'], rel=1e-6)
   limited = make(num_expert_groups=2, num_limited_groups=1)
   assert value(limited) == pytest.approx(2 * BY_HAND_A['communication'], rel=1e-6)
@@ -212,9 +214,9 @@ def test_value_at_perfect_balance(name, score_func):
 
 
 def test_declared_values_by_hand():
-  values = lambda cfg: {
-    name: balance_losses.value_at_balance(name, cfg) for name in balance_losses.LOSSES
-  }
+  def values(cfg):
+    return {name: balance_losses.value_at_balance(name, cfg) for name in balance_losses.LOSSES}
+
   # E = 8: softmax scores sum to 1, sigmoid scores to 4; 4^2: (4 - 1)^2 / 8; ln 8 = 2.0794.
   np.testing.assert_allclose(
     list(values(make(8)).values()),
@@ -266,7 +268,9 @@ def two_rows():
   ],
 )
 def test_scopes_by_hand(scope, want):
-  scoped = lambda s: loss_scopes.scoped(balance_losses.expert_level, make(), scope, s, None)
+  def scoped(s):
+    return loss_scopes.scoped(balance_losses.expert_level, make(), scope, s, None)
+
   got = tiny.jit(scoped)(two_rows())
   assert float(got) == pytest.approx(want, rel=1e-6)
 
@@ -340,7 +344,9 @@ def accumulated():
   logits = jnp.asarray(np.random.default_rng(0).normal(size=(LAYERS, B, L, E)), jnp.float32)
 
   def layer_loss(num_micro, logits, slopes):
-    cut = lambda a: a.reshape(num_micro, -1, *a.shape[1:])
+    def cut(a):
+      return a.reshape(num_micro, -1, *a.shape[1:])
+
     parts = jax.tree.map(cut, rows_of(logits))
     return jax.vmap(lambda parts: every_loss(cfg, *parts, slopes))(parts).sum(0)
 
@@ -371,7 +377,10 @@ def test_slopes_add_up_to_the_gradient_of_the_whole_batch(name):
 def test_slopes_are_those_of_the_losses_of_scope_global_batch_only():
   cfg = make(E, 2, 3, balance__switch__scope='global_batch')
   sums, mixture = jax.eval_shape(totals_of, jnp.ones((1, B, L, E)))
-  names = lambda cfg, stats: set(jax.eval_shape(lambda s: loss_scopes.global_slopes(cfg, s), stats))
+
+  def names(cfg, stats):
+    return set(jax.eval_shape(lambda s: loss_scopes.global_slopes(cfg, s), stats))
+
   assert names(cfg, stats_of(sums, mixture)) == {'switch'}
   cfg = make(E, 2, 3, **ALL_GLOBAL)
   assert names(cfg, stats_of(sums, None)) == set(balance_losses.LOSSES)

@@ -27,7 +27,10 @@ LAYERS, EXPERTS, EMBED, FFN = 2, 8, 16, 8
 def make_tree() -> dict[str, Any]:
   """Weights as a model has them, without an optimizer."""
   rng = np.random.default_rng(0)
-  normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+
+  def normal(*shape):
+    return rng.standard_normal(shape).astype(np.float32)
+
   moe = {
     'gate_up': normal(LAYERS, EXPERTS, EMBED, 2, FFN).astype(jnp.bfloat16),
     'scale': normal(LAYERS, EMBED),
@@ -262,10 +265,9 @@ def test_incomplete_leaf_is_refused_by_name(tree, tmp_path):
 
 
 def test_killed_writer_leaves_no_step_and_does_not_block_the_next(tree, tmp_path):
-  with pytest.raises(KeyboardInterrupt):
-    with stream_writer.Writer(tmp_path, 0, tree, META) as writer:
-      writer.write('params/embed', (), tree['params']['embed'])
-      raise KeyboardInterrupt
+  with pytest.raises(KeyboardInterrupt), stream_writer.Writer(tmp_path, 0, tree, META) as writer:
+    writer.write('params/embed', (), tree['params']['embed'])
+    raise KeyboardInterrupt
   assert not list(tmp_path.iterdir())
   # Killed without a word: nothing is cleaned up.
   killed = stream_writer.Writer(tmp_path, 0, tree, META).__enter__()

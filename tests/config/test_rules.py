@@ -35,7 +35,10 @@ def test_a_config_is_frozen_and_holds_every_key_of_the_base_page():
   cfg = tiny.make()
   with pytest.raises(AttributeError):
     cfg.train.seed = 1
-  keys = lambda d: {k: keys(v) if isinstance(v, dict) else None for k, v in d.items()}
+
+  def keys(d):
+    return {k: keys(v) if isinstance(v, dict) else None for k, v in d.items()}
+
   assert keys(parse.to_dict(cfg)) == keys(base.get_config().to_dict())
 
 
@@ -475,9 +478,11 @@ def test_groups_and_chunks_fit_every_forward_pass():
 
 
 def test_settings_without_what_is_off():
-  flat = lambda **overrides: moe_config.effective_settings(
-    tiny.make(**{f'model__moe__{key}': v for key, v in overrides.items()}).model.moe
-  )
+  def flat(**overrides):
+    return moe_config.effective_settings(
+      tiny.make(**{f'model__moe__{key}': v for key, v in overrides.items()}).model.moe
+    )
+
   plain = flat()
   assert plain['router'] == 'topk' and plain['balance.expert_level.weight'] == 1.0
   assert not [key for key in plain if key.startswith(('expert_bias', 'capacity', 'balance.switch'))]

@@ -47,7 +47,10 @@ def test_page_builds_abstractly(page, variant):
   get_config = importlib.import_module(f'configs.{page}').get_config
   values = parse.from_dict((get_config(variant) if variant else get_config()).to_dict())
   params = model_variables.abstract_params(values.model)
-  size = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+  def size(tree):
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
   # The closed form agrees with the real model, so MFU counts what is trained.
   count = flops.count_parameters(values.model)
   assert size(params.get('mtp_layers', {})) == count.mtp
@@ -212,7 +215,10 @@ def test_v3_and_its_group_limit_differ_in_balancing_only():
 def start(variant: str, page: str = 'routing') -> dict[tuple[int | None, str], np.ndarray]:
   """(number of the layer in the model or None, name) -> array, of one seed."""
   model = preset(page, variant).model
-  init = lambda: partitioning.unbox(model_variables.init(model, jax.random.key(7))['params'])
+
+  def init():
+    return partitioning.unbox(model_variables.init(model, jax.random.key(7))['params'])
+
   first = {'dense_layers': 0, 'moe_layers': model.num_layers - model.num_moe_layers}
   found = {}
   for path, array in traverse_util.flatten_dict(tiny.jit(init)(), sep='/').items():
@@ -226,7 +232,10 @@ def start(variant: str, page: str = 'routing') -> dict[tuple[int | None, str], n
 
 def outside_of_experts(variant: str) -> dict[tuple[int | None, str], np.ndarray]:
   """All but FFNs, experts and routers."""
-  is_routing = lambda name: name.startswith(('moe/', 'mlp/')) or name == 'attention/router'
+
+  def is_routing(name):
+    return name.startswith(('moe/', 'mlp/')) or name == 'attention/router'
+
   return {key: value for key, value in start(variant).items() if not is_routing(key[1])}
 
 
@@ -426,7 +435,10 @@ def test_learning_rates_by_tokens(page, trillions, rates):
 
 def test_v3_changes_at_the_tokens_of_the_report():
   cfg = preset('deepseek_v3')
-  until = lambda share: tokens_until(cfg, round(share * cfg.train.num_steps))
+
+  def until(share):
+    return tokens_until(cfg, round(share * cfg.train.num_steps))
+
   ((share, weight),) = cfg.train.mtp_loss_ramp
   assert (until(share), weight) == (pytest.approx(10e12, rel=1e-5), 0.3)
   assert until(cfg.model.moe.expert_bias.update_until) == pytest.approx(14.3e12, rel=1e-5)

@@ -19,6 +19,6 @@ def test_text_and_bytes_hash_alike_and_names_need_not_be_utf8():
 
 def test_uniform_fills_the_unit_interval_evenly():
   values = [hashing.uniform('x', i) for i in range(4000)]
-  assert 0 <= min(values) and max(values) < 1
+  assert min(values) >= 0 and max(values) < 1
   # The mean of 4000 uniforms has standard deviation 0.0046.
   assert abs(sum(values) / len(values) - 0.5) < 0.02

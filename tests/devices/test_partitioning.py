@@ -127,7 +127,10 @@ def test_rules_leave_out_axes_of_size_1():
 
 def test_constraints_reach_the_program():
   """flax drops constraints without a word when it sees no mesh."""
-  constrain = lambda x: nn.with_logical_constraint(x, ('act_batch', 'act_len', 'act_embed'))
+
+  def constrain(x):
+    return nn.with_logical_constraint(x, ('act_batch', 'act_len', 'act_embed'))
+
   x = jnp.ones((8, 2, 3))
   with partitioning.activate(tiny.mesh(data=4)):
     got = jax.jit(constrain)(x)
@@ -167,7 +170,9 @@ ROWS = ('act_batch',)
 
 
 def test_per_shard_without_a_mesh_is_the_function():
-  fn = lambda x: x
+  def fn(x):
+    return x
+
   assert partitioning.per_shard(fn, (ROWS,), ROWS) is fn
   with partitioning.activate(tiny.mesh(1)):
     assert partitioning.per_shard(fn, (ROWS,), ROWS) is fn
@@ -197,9 +202,16 @@ def test_per_shard_gives_each_device_its_part_and_sums_gradients():
 
 def test_gather_shards_makes_a_parameter_whole_and_scatters_its_gradient():
   axes = ('heads', 'embed')
-  whole = lambda w: partitioning.gather_shards(w, 1)
-  rows = lambda x, w: x @ whole(w)
-  loss = lambda x, w: partitioning.per_shard(rows, (ROWS, (None, 'embed')), ROWS)(x, w).sum()
+
+  def whole(w):
+    return partitioning.gather_shards(w, 1)
+
+  def rows(x, w):
+    return x @ whole(w)
+
+  def loss(x, w):
+    return partitioning.per_shard(rows, (ROWS, (None, 'embed')), ROWS)(x, w).sum()
+
   x, w = jnp.arange(16.0).reshape(8, 2), jnp.arange(8.0).reshape(2, 4)
   with partitioning.activate(tiny.mesh(dcn_fsdp=2, fsdp=2, data=2)):
     fn = jax.jit(jax.value_and_grad(loss, argnums=1))

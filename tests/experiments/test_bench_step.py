@@ -134,11 +134,14 @@ def test_compile_is_measured_without_the_cache(monkeypatch):
 
 def test_compile_suite_compares_with_the_first_case(monkeypatch):
   cost = {6: 2.0, 60: 3.0}
-  run = lambda case: {
-    'trace_seconds': cost[case.layers],
-    'compile_seconds': 1.0,
-    'host_bytes': 2**20,
-  }
+
+  def run(case):
+    return {
+      'trace_seconds': cost[case.layers],
+      'compile_seconds': 1.0,
+      'host_bytes': 2**20,
+    }
+
   monkeypatch.setattr(compile, '_in_process', run)
   options = dataclasses.replace(ONCE, only=('depth, 63', 'layers'))
   cases = [c for c in compile.CASES if c.layers in cost]

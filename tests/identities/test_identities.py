@@ -127,7 +127,10 @@ def module_of(case, train=True, kind=moe_layer.MoE, **overrides):
 def variables_of(case, **overrides):
   """Weights and state of the first MoE layer of the tiny model."""
   cfg = model_of(case, **overrides)
-  first = lambda tree: jax.tree.map(lambda leaf: leaf[0], tree['moe_layers']['moe'])
+
+  def first(tree):
+    return jax.tree.map(lambda leaf: leaf[0], tree['moe_layers']['moe'])
+
   state = tiny.router_state(cfg)
   return {'params': first(tiny.params(cfg)), 'router_state': first(state) if state else {}}
 
@@ -210,9 +213,14 @@ def test_micro_batches_add_up_to_the_batch(case):
     np.testing.assert_allclose(got.out[:2], want.out[[i, i + 4]], rtol=1e-5, atol=1e-6)
     parts.append(got.stats)
   total = jax.tree.map(lambda *a: sum(a), *parts)
-  in_scope = lambda stats: stats.replace(
-    losses={k: v for k, v in stats.losses.items() if model_of(case).moe.loss(k).scope == 'sequence'}
-  )
+
+  def in_scope(stats):
+    return stats.replace(
+      losses={
+        k: v for k, v in stats.losses.items() if model_of(case).moe.loss(k).scope == 'sequence'
+      }
+    )
+
   assert_same_books(in_scope(total), in_scope(want.stats))
 
 
@@ -352,9 +360,10 @@ def differ(a, b):
 
 def test_random_choices_are_functions_of_step_layer_row_and_place():
   for case in ('switch', 'gshard', 'shuffled', 'skewed', 'device'):
-    step = lambda n: FULL._replace(
-      seed=np.asarray(integer_hash.combine(0, n))
-    )  # as the train step does
+
+    def step(n):
+      return FULL._replace(seed=np.asarray(integer_hash.combine(0, n)))  # as the train step does
+
     first = run(case, tokens=step(0))
     jax.tree.map(np.testing.assert_array_equal, run(case, tokens=step(0)), first)
     assert differ(run(case, tokens=step(1)), first), case
@@ -426,9 +435,10 @@ def test_gradients_reach_the_router_and_the_chosen_experts_and_nothing_else(case
 def test_dropped_assignments_pass_no_gradient_and_balance_losses_reach_only_the_router():
   """Sixteen equal tokens per row, of which the first is kept: capacity ceil(.05 * 16 / 8) = 1."""
   x = np.tile(X[:, :1], (1, L, 1))
-  losses = lambda got: jnp.stack(
-    [got.out.sum(), got.out[:, 0].sum(), sum(got.stats.losses.values())]
-  )
+
+  def losses(got):
+    return jnp.stack([got.out.sum(), got.out[:, 0].sum(), sum(got.stats.losses.values())])
+
   tight = dict(capacity__policy='position', capacity__factor=0.05, dispatch='dense')
   grad, _ = grads('topk', x, FULL, losses, num_experts_per_tok=1, **tight)
   for name in ('gate_up', 'down', 'router'):

@@ -115,7 +115,10 @@ def test_remat_and_unrolled_layers_change_no_number():
 def test_8_devices_change_no_number():
   cfg = tiny.make(**RICH)
   mesh = tiny.mesh(data=8)
-  put = lambda tree: jax.device_put(tree, jax.NamedSharding(mesh, jax.P()))
+
+  def put(tree):
+    return jax.device_put(tree, jax.NamedSharding(mesh, jax.P()))
+
   batch = partitioning.put_batch(tiny.batch(), mesh)
   with partitioning.activate(mesh):
     fn = tiny.jit(functools.partial(objective.gradients, cfg))
@@ -136,7 +139,9 @@ STEP = RICH | {
 
 
 def fresh(cfg, step=0, seed=0):
-  copy = lambda tree: jax.tree.map(jnp.copy, tree)  # a step donates its state
+  def copy(tree):
+    return jax.tree.map(jnp.copy, tree)  # a step donates its state
+
   params = copy(tiny.params(cfg.model))
   opt_state = optim.optimizer(cfg.optim, cfg.train.num_steps).init(params)
   state = copy(router_state(cfg))
@@ -218,7 +223,10 @@ def test_a_balanced_layer_stays_and_the_others_move():
   sums = router_stats.Sums(None, load, *[None] * 6)
   stats = router_stats.RouterStats(sums, 0 * load, None, None, {}, None, None)
   state = {'moe_layers': {'moe': {'expert_bias': jnp.full((2, 4), 0.5)}}}
-  move = lambda step: optimizer_step.next_router_state(cfg, state, stats, np.int32(step))
+
+  def move(step):
+    return optimizer_step.next_router_state(cfg, state, stats, np.int32(step))
+
   u = np.float32(1e-3)
   got = model_variables.moe_state(move(19))['expert_bias']  # the last of 20 steps
   np.testing.assert_array_equal(got, np.float32(0.5) + np.float32([[-u, u, u, -u], [0, 0, 0, 0]]))
@@ -318,7 +326,10 @@ def changed(overrides, row, place):
   rows = tiny.batch(((L,),) * B)
   other = rows | {'tokens': rows['tokens'].copy()}
   other['tokens'][row, place] = (other['tokens'][row, place] + 7) % 32
-  run = lambda rows: np.asarray(forward(**overrides)(variables_of(**overrides), rows)[0])
+
+  def run(rows):
+    return np.asarray(forward(**overrides)(variables_of(**overrides), rows)[0])
+
   return (run(rows) != run(other)).any(-1)
 
 

@@ -175,7 +175,10 @@ def test_collectives_run_along_the_axes_that_they_should(name):
   """What crosses the expert axis is tokens; what crosses the slow network is gradients only."""
   mesh, step, *_ = sharded(name)
   found = collectives.collectives(step.as_text(), mesh)
-  along = lambda axis: {one.kind for one in found if axis in one.axes}
+
+  def along(axis):
+    return {one.kind for one in found if axis in one.axes}
+
   sizes, kind = CASES[name][1], CASES[name][2].get(f'{PREFIX}exchange__kind')
   assert all(set(one.axes) <= set(sizes) for one in found)
   if 'expert' in sizes:

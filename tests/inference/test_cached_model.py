@@ -116,7 +116,10 @@ def prepared(name):
   @tiny.jit
   def start(weights, tokens, length):
     hidden, caches = cached_model.prefill(model, weights, tokens, length, SLOTS)
-    real = lambda a: (jnp.arange(SLOTS) < length[:, None]).reshape(B, SLOTS, *[1] * (a.ndim - 2))
+
+    def real(a):
+      return (jnp.arange(SLOTS) < length[:, None]).reshape(B, SLOTS, *[1] * (a.ndim - 2))
+
     caches = jax.tree.map(lambda a: jnp.where(real(a), a, 9.0), caches)
     return cached_model.logits_of(model, weights, hidden), caches
 
@@ -125,7 +128,7 @@ def prepared(name):
     hidden, caches = cached_model.step(model, weights, tokens, positions, caches)
     return cached_model.logits_of(model, weights, hidden), caches
 
-  prompt = np.where(AT < LENGTHS[:, None], TOKENS, 5)[:, :8]
+  prompt = np.where(LENGTHS[:, None] > AT, TOKENS, 5)[:, :8]
   logits, caches = start(weights, prompt, LENGTHS)
   return weights, np.asarray(logits), caches, step
 
@@ -169,7 +172,10 @@ def test_weights_are_rounded_to_the_compute_dtype_only_when_they_are_wider():
 def test_no_weights_are_kept_twice():
   model = make('v3')
   weights = cached_model.unstack(model, variables(model))
-  total = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+  def total(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
   assert total((weights.embedding, weights.head_rows, weights.final_norm)) + sum(
     total((layer['params'], layer['kernels'])) for layer in weights.layers
   ) == total(variables(model)['params'])
@@ -207,7 +213,10 @@ def test_sharded_parameters_write_the_same_text(name, heads):
   assert split == set(SPLIT) - ({'kv_b'} if name == 'gqa' else set())
   greedy = sampling_lib.Sampling(temperature=0.0)
   prompts = [TOKENS[0, :3].tolist(), TOKENS[1, :6].tolist()]
-  write = lambda v: generate.generate(model, v, prompts, 6, 31, greedy).tokens
+
+  def write(v):
+    return generate.generate(model, v, prompts, 6, 31, greedy).tokens
+
   assert write(sharded) == write(variables(model))
 
 

@@ -164,7 +164,10 @@ def test_what_may_begin_a_stop_string_is_sent_at_the_end_if_it_does_not():
 
 def test_generate_cuts_streams_and_repeats_what_it_is_told():
   """The real loop: a stop string taken out of the greedy text of the longest prompt."""
-  letters = lambda ids: ''.join(chr(ord('A') + i) for i in ids)
+
+  def letters(ids):
+    return ''.join(chr(ord('A') + i) for i in ids)
+
   generator = generate.Generator(CFG, {'params': tiny.params(CFG)}, (EOS,))
   greedy = sampling_lib.Sampling(temperature=0.0)
   plain = generator.generate(PROMPTS, NEW, greedy, decode_text=letters)
@@ -173,7 +176,10 @@ def test_generate_cuts_streams_and_repeats_what_it_is_told():
   found = generator.generate(
     PROMPTS, NEW, greedy, decode_text=letters, stop=[stop], on_text=lambda *args: sent.append(args)
   )
-  cut = lambda text: text.split(stop)[0]
+
+  def cut(text):
+    return text.split(stop)[0]
+
   assert found.texts == [cut(text) for text in plain.texts]
   for row in range(3):
     assert ''.join(text for r, text in sent if r == row) == found.texts[row]

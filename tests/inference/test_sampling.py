@@ -97,7 +97,9 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits():
 
 
 def test_a_row_s_key_depends_on_seed_row_and_number_only():
-  data = lambda *args: np.asarray(jax.random.key_data(sampling_lib.row_keys(*args)))
+  def data(*args):
+    return np.asarray(jax.random.key_data(sampling_lib.row_keys(*args)))
+
   few, many = data(np.uint32(3), 2, 5), data(np.uint32(3), 7, 5)
   np.testing.assert_array_equal(few, many[:2])
   assert len({key.tobytes() for key in many}) == 7

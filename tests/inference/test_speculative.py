@@ -36,7 +36,10 @@ def variables(agree: bool):
   params = tiny.params(CFG)
   if agree:
     params = jax.tree.map(jnp.copy, params)
-    still = lambda tree: jax.tree.map(jnp.zeros_like, tree)
+
+    def still(tree):
+      return jax.tree.map(jnp.zeros_like, tree)
+
     for name in ('dense_layers', 'moe_layers'):
       for part in ('attention', 'mlp', 'moe'):
         if part in params[name]:

@@ -101,7 +101,10 @@ def test_masked_experts_are_out_of_reach(tmp_path):
   hf_models.make('v3', tmp_path)
   model = hf_models.load_theirs('v3', tmp_path)
   right = hf_models.theirs(model)
-  zero = lambda mask, value: (mask, 0.0 if value == float('-inf') else value)
+
+  def zero(mask, value):
+    return (mask, 0.0 if value == float('-inf') else value)
+
   for gate in hf_models.gates(model):
     assert (gate.e_score_correction_bias < 0).any() and (gate.e_score_correction_bias > 0).any()
   plain = torch.Tensor.masked_fill

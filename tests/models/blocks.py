@@ -25,7 +25,10 @@ def compile_on(axes: dict[str, int], apply: Callable[..., jax.Array], boxed: Any
     (the program; its arguments, laid out as training has them).
   """
   mesh, rng = tiny.mesh(**axes), np.random.default_rng(1)
-  draw = lambda a: rng.normal(size=a.shape).astype(np.float32) / 2
+
+  def draw(a):
+    return rng.normal(size=a.shape).astype(np.float32) / 2
+
   params = jax.tree.map(draw, partitioning.unbox(boxed))
 
   def run(params, x, *rest):

@@ -23,7 +23,10 @@ def test_rms_norm_of_bfloat16_squares_in_float32():
 
 def test_swiglu_takes_the_gate_first():
   h = jnp.array([[[1.0, -2.0], [3.0, 5.0]]])  # gates (1, -2), ups (3, 5)
-  silu = lambda g: g / (1 + np.exp(-g))
+
+  def silu(g):
+    return g / (1 + np.exp(-g))
+
   np.testing.assert_allclose(layers.swiglu(h), [[silu(1) * 3, silu(-2) * 5]], rtol=1e-6)
 
 
@@ -33,7 +36,10 @@ def test_feed_forward_is_the_formula_and_keeps_its_dtypes():
   boxed = jax.eval_shape(module.init, jax.random.key(0), x)['params']
   gate_up, down = boxed['gate_up'], boxed['down']
   assert gate_up.names == ('embed', 'gate_up', 'mlp') and down.names == ('mlp', 'embed')
-  draw = lambda box: np.random.default_rng(1).normal(size=box.value.shape).astype(np.float32)
+
+  def draw(box):
+    return np.random.default_rng(1).normal(size=box.value.shape).astype(np.float32)
+
   gate_up, down = draw(gate_up), draw(down)
   gate, up = x @ gate_up[:, 0], x @ gate_up[:, 1]
   want = (gate * jax.nn.sigmoid(gate) * up) @ down
@@ -56,7 +62,10 @@ def test_feed_forward_with_its_width_split_is_that_of_one_device():
   module = layers.FeedForward(6, 0.5, jnp.float32, jnp.float32)
   x = np.random.default_rng(0).normal(size=(2, 4, 5)).astype(np.float32)
   boxed = jax.eval_shape(module.init, jax.random.key(0), x)['params']
-  apply = lambda params, x: module.apply({'params': params}, x)
+
+  def apply(params, x):
+    return module.apply({'params': params}, x)
+
   (split, args), (one, whole) = (
     blocks.compile_on(axes, apply, boxed, x) for axes in (dict(tensor=2), dict(data=1))
   )

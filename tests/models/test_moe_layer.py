@@ -26,7 +26,10 @@ def layer(train=True, **overrides):
   cfg = tiny.make(**{f'model__moe__{k}': v for k, v in overrides.items()}).model
   sizes = routing.Sizes(cfg.vocab_size, cfg.max_seq_len)
   module = moe_layer.MoE(cfg.moe, sizes, 0.02, jnp.float32, jnp.float32, train)
-  first = lambda tree: jax.tree.map(lambda leaf: leaf[0], tree['moe_layers']['moe'])
+
+  def first(tree):
+    return jax.tree.map(lambda leaf: leaf[0], tree['moe_layers']['moe'])
+
   variables = {'params': first(tiny.params(cfg))}
   if tiny.router_state(cfg):
     variables['router_state'] = first(tiny.router_state(cfg))
@@ -170,7 +173,10 @@ def test_weights_do_not_depend_on_the_router():
 
   def start(**overrides):
     _, module, _ = layer(**overrides)
-    init = lambda key: module.init(key, X, TOKENS, jnp.int32(0), {})['params']
+
+    def init(key):
+      return module.init(key, X, TOKENS, jnp.int32(0), {})['params']
+
     return partitioning.unbox(tiny.jit(init)(jax.random.key(0)))
 
   want, got = start(), start(router='hash')

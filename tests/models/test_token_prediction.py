@@ -129,7 +129,10 @@ def test_loss_is_lambda_times_the_mean_over_depths():
 
 def test_gradient_is_linear_in_lambda():
   grads = [gradients(weight)[1] for weight in (0.0, 0.3, 0.6)]
-  part = lambda g: g['embedding']
+
+  def part(g):
+    return g['embedding']
+
   np.testing.assert_allclose(
     part(grads[2]) - part(grads[0]), 2 * (part(grads[1]) - part(grads[0])), rtol=1e-3, atol=1e-4
   )

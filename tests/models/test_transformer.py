@@ -136,7 +136,10 @@ def test_bfloat16_compute_keeps_router_softmaxes_and_logits_in_float32():
   cfg = tiny.make(model__dtype='bfloat16').model
   params = tiny.params(cfg)
   rows = inputs(tiny.batch())
-  apply = lambda p: transformer.Transformer(cfg).apply({'params': p}, *rows)
+
+  def apply(p):
+    return transformer.Transformer(cfg).apply({'params': p}, *rows)
+
   dots = 0
   for eqn in tiny.equations(jax.make_jaxpr(apply)(params).jaxpr):
     avals = [v.aval for v in (*eqn.invars, *eqn.outvars)]

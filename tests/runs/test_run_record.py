@@ -17,7 +17,7 @@ def _value(kind, name):
   if name == 'batch_ramp':
     return ((0, 8), (5, 16))
   empty = {int: 1, float: 0.5, str: 'x', bool: False}
-  return empty[kind] if kind in empty else {} if name == 'mixture' else ()
+  return empty.get(kind, {} if name == 'mixture' else ())
 
 
 CONFIG = _value(schema.Config, '')  # every field filled by type; the rules do not matter here

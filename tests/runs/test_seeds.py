@@ -71,7 +71,10 @@ def test_a_step_of_all_is_a_step_of_each(name):
   states = [train_state.init_state(one, mesh) for one in cfgs]
   rows = tiny.batch()
   others = {key: np.roll(a, 1, axis=0) for key, a in rows.items()}
-  stack = lambda *leaves: np.stack(leaves)
+
+  def stack(*leaves):
+    return np.stack(leaves)
+
   together, batch = jax.tree.map(stack, *states), jax.tree.map(stack, rows, others)
   with partitioning.activate(mesh):
     got, figures = tiny.jit(jax.vmap(optimizer_step.step_function(cfg)))(together, batch)

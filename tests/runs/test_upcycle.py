@@ -44,7 +44,10 @@ def moe(width: int, experts: int, per_tok: int, shared: int = 0, **overrides):
 @functools.cache
 def made(model: schema.ModelConfig, noise: float = 0.0):
   rng = jax.random.key(3)
-  make = lambda params: runs_upcycle.upcycle(DENSE, params, model, noise=noise, rng=rng)
+
+  def make(params):
+    return runs_upcycle.upcycle(DENSE, params, model, noise=noise, rng=rng)
+
   return tiny.jit(make)(tiny.params(DENSE))
 
 

@@ -153,7 +153,9 @@ def test_another_tokenizer_is_refused_with_the_way_out(cache, source, tmp_path):
 
 
 def test_common_leaves_and_their_merge():
-  leaf = lambda *shape: np.zeros(shape)
+  def leaf(*shape):
+    return np.zeros(shape)
+
   a = {'x': {'bias': leaf(2), 'table': leaf(3), 'assignments': leaf(1)}, 'y': {'bias': leaf(2)}}
   b = {'x': {'bias': leaf(2), 'table': leaf(4), 'assignments': leaf(1)}}
   common = warm_start._common(a, b)

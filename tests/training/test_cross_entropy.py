@@ -173,12 +173,15 @@ def test_head_loss_of_evaluation_is_that_of_training(axes):
 def test_evaluation_computes_no_gradient():
   """One product per tile; with gradients three."""
   x, head, targets = operands()
-  loss = lambda x, head: (
-    cross_entropy_lib.head_loss(x, head, targets, chunk=5, z_weight=Z_WEIGHT).total
-  )
-  products = lambda fn: sum(
-    eqn.primitive.name == 'dot_general' for eqn in tiny.equations(jax.make_jaxpr(fn)(x, head))
-  )
+
+  def loss(x, head):
+    return cross_entropy_lib.head_loss(x, head, targets, chunk=5, z_weight=Z_WEIGHT).total
+
+  def products(fn):
+    return sum(
+      eqn.primitive.name == 'dot_general' for eqn in tiny.equations(jax.make_jaxpr(fn)(x, head))
+    )
+
   assert products(loss) == 1
   assert products(jax.grad(loss, argnums=(0, 1))) == 3
 

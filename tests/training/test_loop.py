@@ -165,8 +165,11 @@ def test_steps_are_not_waited_for_but_a_few_steps_behind(monkeypatch):
   launched, waits = [], []
 
   class Step:  # in place of the jitted one; what it returns has no value that the host could read
-    lower = lambda self, state, batch: self
-    compile = lambda self: self
+    def lower(self, state, batch):
+      return self
+
+    def compile(self):
+      return self
 
     def __call__(self, state, batch):
       launched.append(len(launched) + 1)
@@ -184,7 +187,10 @@ def test_steps_are_not_waited_for_but_a_few_steps_behind(monkeypatch):
 
 def test_seed_decides_the_start(dense_run):
   cfg, mesh, start, *_ = dense_run
-  init = lambda seed: train_state.init_state(tiny.make(**DENSE, train__seed=seed), mesh)
+
+  def init(seed):
+    return train_state.init_state(tiny.make(**DENSE, train__seed=seed), mesh)
+
   jax.tree.map(np.testing.assert_array_equal, init(cfg.train.seed), start)
   assert not np.array_equal(init(1).params['embedding'], start.params['embedding'])
 
@@ -202,7 +208,10 @@ def test_start_has_the_asked_deviation_and_layers_of_their_own(dense_run):
 
 def test_abstract_state_is_the_real_one(dense_run):
   cfg, mesh, start, *_ = dense_run
-  describe = lambda x: (x.shape, x.dtype, x.sharding)
+
+  def describe(x):
+    return (x.shape, x.dtype, x.sharding)
+
   jax.tree.map(
     lambda a, b: np.testing.assert_equal(describe(a), describe(b)),
     train_state.abstract_state(cfg, mesh),

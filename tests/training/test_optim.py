@@ -119,9 +119,12 @@ def test_clipping_scales_all_gradients_by_the_global_norm():
   # Norm sqrt(0 + 9 + 16) = 5; clipped to 1 they are divided by 5. A huge eps makes Adam linear:
   # g / (|g| + eps) = g / eps.
   grads = {'a': {'scale': jnp.zeros(2)}, 'b': {'kernel': jnp.array([[3.0], [4.0]])}}
-  kernel = lambda clip: one_update(
-    PARAMS, grads, weight_decay=0.0, eps=1e6, peak_lr=1e6, clip_norm=clip
-  )['b']['kernel']
+
+  def kernel(clip):
+    return one_update(PARAMS, grads, weight_decay=0.0, eps=1e6, peak_lr=1e6, clip_norm=clip)['b'][
+      'kernel'
+    ]
+
   np.testing.assert_allclose(kernel(1.0), [[-0.6], [-0.8]], rtol=1e-4)
   np.testing.assert_allclose(kernel(0.0), [[-3], [-4]], rtol=1e-4)  # 0 = no clipping
   np.testing.assert_allclose(kernel(10.0), [[-3], [-4]], rtol=1e-4)

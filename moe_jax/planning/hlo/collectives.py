@@ -275,7 +275,10 @@ def _iota(text: str) -> np.ndarray:
   shape, source, order = re.fullmatch(
     r'\[([\d,]+)\](?:<=\[([\d,]+)\])?(?:T\(([\d,]+)\))?', text
   ).groups()
-  numbers = lambda part: [int(i) for i in part.split(',')]
+
+  def numbers(part):
+    return [int(i) for i in part.split(',')]
+
   shape, source = numbers(shape), numbers(source or shape)
   ids = np.arange(math.prod(source)).reshape(source)
   return (ids.transpose(numbers(order)) if order else ids).reshape(shape)

@@ -61,7 +61,10 @@ def _convolution_flops(computation: hlo_text.Computation, instruction: hlo_text.
   pattern = r'dim_labels=(\w+)_(\w+)->(\w+)'
   left, kernel, result = re.search(pattern, instruction.attributes).groups()
   (left_shape,), (kernel_shape,) = (computation.shapes(instruction, i) for i in (0, 1))
-  size = lambda shape, labels, letter: shape.dims[labels.index(letter)]
+
+  def size(shape, labels, letter):
+    return shape.dims[labels.index(letter)]
+
   window = dict(re.findall(r'(\w+)=([\dx_-]+)', _braces(instruction.attributes, 'window')))
   pairs = 1
   for place, letter in enumerate(sorted(set(result) - set('bf'))):

@@ -84,7 +84,10 @@ def batch(lengths=LENGTHS, length=L):
 def operands(shape, dtype='float32', rows=4, length=L, seed=0):
   """q, k, v and a cotangent of the outputs."""
   rng = np.random.default_rng(seed)
-  draw = lambda n, h: jnp.asarray(rng.normal(size=(rows, length, n, h)), dtype)
+
+  def draw(n, h):
+    return jnp.asarray(rng.normal(size=(rows, length, n, h)), dtype)
+
   n, kv, h, hv, _ = shape
   return draw(n, h), draw(kv, h), draw(kv, hv), draw(n, hv)
 
@@ -94,7 +97,9 @@ def compiled(name, scale):
   """(q, k, v, d_out, positions, segment_ids) -> (out, the gradients of q, k and v)."""
 
   def run(q, k, v, d_out, positions, segment_ids):
-    fn = lambda q, k, v: ATTENDS[name](q, k, v, positions, segment_ids, scale)
+    def fn(q, k, v):
+      return ATTENDS[name](q, k, v, positions, segment_ids, scale)
+
     out, pullback = jax.vjp(fn, q, k, v)
     return out, pullback(jnp.where(segment_ids[..., None, None] > 0, d_out, 0))
 
@@ -162,7 +167,10 @@ def test_documents_do_not_leak(name):
   run = compiled(name, shape.scale)
   before, other = operands(shape), operands(shape, seed=1)
   touched = np.asarray(ids) == 2
-  where = lambda a, b: jnp.where(touched[..., None, None], b, a)
+
+  def where(a, b):
+    return jnp.where(touched[..., None, None], b, a)
+
   after = [where(a, b) for a, b in zip(before, other)]
   (out, grads), (new_out, new_grads) = (run(*a, positions, ids) for a in (before, after))
   rest = (np.asarray(ids) > 0) & ~touched
@@ -176,7 +184,10 @@ def test_the_mask_of_a_cache_by_hand():
 
   Equal keys weigh the same, so that it gets (1 + 3) / 2; a query that sees nothing the mean of all.
   """
-  of = lambda *ids: jnp.array([ids])
+
+  def of(*ids):
+    return jnp.array([ids])
+
   mask = reference.visible(of(1), of(7), of(0, 1, 2), of(7, 7, 7))
   np.testing.assert_array_equal(mask, [[[True, True, False]]])
   assert not reference.visible(of(5), of(0), of(0, 1, 2), of(0, 7, 7)).any()
@@ -208,7 +219,9 @@ def test_outputs_carry_the_name_that_remat_policies_save(name):
 
 
 def temporary_bytes(fn, length):
-  shape = lambda *s, t=jnp.float32: jax.ShapeDtypeStruct((1, length, *s), t)
+  def shape(*s, t=jnp.float32):
+    return jax.ShapeDtypeStruct((1, length, *s), t)
+
   ids = shape(t=jnp.int32)
   program = tiny.jit(functools.partial(fn, scale=1.0))
   compiled = program.lower(*[shape(2, 16)] * 3, ids, ids).compile()
@@ -217,7 +230,9 @@ def temporary_bytes(fn, length):
 
 def gradients_of(attend_fn):
   def run(q, k, v, positions, segment_ids, scale):
-    fn = lambda q, k, v: (attend_fn(q, k, v, positions, segment_ids, scale) ** 2).sum()
+    def fn(q, k, v):
+      return (attend_fn(q, k, v, positions, segment_ids, scale) ** 2).sum()
+
     return jax.grad(fn, argnums=(0, 1, 2))(q, k, v)
 
   return run
@@ -401,7 +416,7 @@ def test_a_named_implementation_is_taken_where_it_runs(monkeypatch):
 
 
 def test_the_config_and_the_table_know_the_same_names():
-  assert attention_config.IMPLS == ('auto', *kernels_lib.ATTENDS)
+  assert ('auto', *kernels_lib.ATTENDS) == attention_config.IMPLS
 
 
 def test_an_unknown_name():

@@ -33,8 +33,13 @@ def module_of(cfg):
 
 def make_params(cfg):
   rng = np.random.default_rng(1)
-  draw = lambda *shape: jnp.asarray(rng.normal(size=shape) / 2, jnp.float32)
-  scale = lambda n: {'scale': 1 + draw(n) / 4}
+
+  def draw(*shape):
+    return jnp.asarray(rng.normal(size=shape) / 2, jnp.float32)
+
+  def scale(n):
+    return {'scale': 1 + draw(n) / 4}
+
   params = {'kv_a': draw(D, R + HR), 'kv_a_norm': scale(R), 'kv_b': draw(R, N, HN + HV)}
   params['o'] = draw(N, HV, D)
   if cfg.mla.q_lora_rank:
@@ -148,7 +153,10 @@ def test_the_key_of_position_has_no_norm_and_the_latent_has():
   """A larger input scales the rotated key alone."""
   cfg = make()
   params = make_params(cfg)
-  apply = lambda x: module_of(cfg).apply({'params': params}, x, context(), None)[1]
+
+  def apply(x):
+    return module_of(cfg).apply({'params': params}, x, context(), None)[1]
+
   one, four = apply(X), apply(4 * X)
   np.testing.assert_allclose(four.rope_key, 4 * one.rope_key, rtol=1e-5)
   np.testing.assert_allclose(four.latent, one.latent, 1e-4, 1e-4)
@@ -162,7 +170,10 @@ def test_layouts_are_one_permutation_of_the_rotated_rows_apart():
   moved = dict(params)
   moved['q'] = jnp.concatenate([params['q'][..., :HN], params['q'][..., HN:][..., perm]], -1)
   moved['kv_a'] = jnp.concatenate([params['kv_a'][:, :R], params['kv_a'][:, R:][:, perm]], -1)
-  run = lambda c, p: module_of(c).apply({'params': p}, X, context(), None)[0]
+
+  def run(c, p):
+    return module_of(c).apply({'params': p}, X, context(), None)[0]
+
   np.testing.assert_allclose(run(half, moved), run(cfg, params), **CLOSE)
 
 
@@ -174,7 +185,10 @@ def test_bfloat16_keeps_scores_in_float32():
     jnp.zeros((B, L, R), jnp.bfloat16), jnp.zeros((B, L, HR), jnp.bfloat16)
   )
   for given in (None, cache):
-    run = lambda x, c=given: module.apply({'params': params}, x, context(), c)[0]
+
+    def run(x, c=given):
+      return module.apply({'params': params}, x, context(), c)[0]
+
     text = str(jax.make_jaxpr(run)(X.astype(jnp.bfloat16)))
     exp = next(line for line in text.splitlines() if ' exp ' in line)
     assert ':f32[' in exp

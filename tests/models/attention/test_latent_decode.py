@@ -40,7 +40,10 @@ def test_kernel_equals_the_plain_form(heads, width, rope, slots, splits, dtype):
   args[2:] = [jnp.where(behind[..., None], 0, a) for a in args[2:]]
   want = latent_decode.reference(*args, positions, 0.2)
   assert got.dtype == want.dtype == jnp.dtype(dtype)
-  as_float = lambda a: np.asarray(a, np.float64)
+
+  def as_float(a):
+    return np.asarray(a, np.float64)
+
   np.testing.assert_allclose(as_float(got), as_float(want), **CLOSE[dtype])
 
 
@@ -63,11 +66,17 @@ def test_one_token_on_a_gpu_is_left_to_the_kernel(monkeypatch):
   q_nope, q_rope = operands(rows, heads, nope, 16, 1)[:2]
   latent, rope_key = operands(rows, heads, 32, 16, slots)[2:]
   positions = jnp.array([[0], [5], [69]], jnp.int32)
-  random = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
+
+  def random(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
   up = latent_lib.Absorbed(random(8, heads, nope, 32), random(9, heads, 32, value))
   q = latent_lib.Queries(q_nope[:, None], q_rope[:, None])
   cache = latent_lib.LatentCache(latent, rope_key)
-  settings = lambda impl: types.SimpleNamespace(softmax_scale=0.3, impl=impl)
+
+  def settings(impl):
+    return types.SimpleNamespace(softmax_scale=0.3, impl=impl)
+
   calls = []
   attend = latent_decode.attend
 

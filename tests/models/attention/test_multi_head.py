@@ -76,7 +76,10 @@ X = jnp.asarray(np.random.default_rng(3).normal(size=(B, L, D)), jnp.float32)
 
 def make_params(kv_heads):
   rng = np.random.default_rng(4)
-  draw = lambda *shape: jnp.asarray(rng.normal(size=shape) / 3, jnp.float32)
+
+  def draw(*shape):
+    return jnp.asarray(rng.normal(size=shape) / 3, jnp.float32)
+
   kv = (D, kv_heads, H)
   return {'q': draw(D, N, H), 'o': draw(N, H, D), 'k': draw(*kv), 'v': draw(*kv)}
 
@@ -103,7 +106,10 @@ def apply(params, x, ctx, **sizes):
 
 def heads_of(params, ctx):
   """What each head adds before its output projection: [B, L, N, H] in numpy."""
-  project = lambda name: jnp.einsum('bld,dnh->blnh', X, params[name])
+
+  def project(name):
+    return jnp.einsum('bld,dnh->blnh', X, params[name])
+
   angle = rope.angles(ctx.positions, H, ROPE)
   q, k = (rope.rotate(project(name), angle, ROPE) for name in 'qk')
   return loop(q, k, project('v'), np.asarray(ctx.segment_ids))

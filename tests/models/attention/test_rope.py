@@ -45,7 +45,9 @@ def test_position_0_is_the_identity_and_norms_are_kept():
 
 
 def test_scores_depend_on_the_distance_only():
-  score = lambda m, n: np.asarray((at(Q, m) * at(K, n)).sum(-1))
+  def score(m, n):
+    return np.asarray((at(Q, m) * at(K, n)).sum(-1))
+
   # Angles of a few hundred radians are exact to about 2e-5 in float32.
   np.testing.assert_allclose(score(3, 1), score(203, 201), atol=2e-4)
   np.testing.assert_allclose(score(5, 5), (Q * K).sum(-1), atol=1e-5)
@@ -72,7 +74,9 @@ def test_layouts_differ_by_a_permutation_only():
 
 
 def test_interleaved_scores_depend_on_the_distance_only():
-  score = lambda m, n: np.asarray((at(Q, m, INTERLEAVED) * at(K, n, INTERLEAVED)).sum(-1))
+  def score(m, n):
+    return np.asarray((at(Q, m, INTERLEAVED) * at(K, n, INTERLEAVED)).sum(-1))
+
   np.testing.assert_allclose(score(9, 4), score(35, 30), atol=1e-4)
 
 

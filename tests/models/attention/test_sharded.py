@@ -61,7 +61,10 @@ def operands(shape, length):
   """q, k, v, a cotangent of the outputs, positions and segment ids."""
   rng = np.random.default_rng(0)
   rows = [tiny.row(entry, length) for entry in LENGTHS[length]]
-  draw = lambda n, h: jnp.asarray(rng.normal(size=(len(rows), length, n, h)), jnp.float32)
+
+  def draw(n, h):
+    return jnp.asarray(rng.normal(size=(len(rows), length, n, h)), jnp.float32)
+
   n, kv, h, hv = shape
   ids = [jnp.asarray(np.stack([row[key] for row in rows])) for key in ('positions', 'segment_ids')]
   return (draw(n, h), draw(kv, h), draw(kv, hv), draw(n, hv), *ids)
@@ -86,7 +89,10 @@ def compile_on(axes, name, shape, length):
   with partitioning.activate(mesh):
     heads = partitioning.spec('act_batch', 'act_len', 'act_heads', None)
     specs = [heads] * 4 + [partitioning.BATCH_SPEC] * 2
-    put = lambda a, spec: jax.device_put(a, jax.NamedSharding(mesh, spec))
+
+    def put(a, spec):
+      return jax.device_put(a, jax.NamedSharding(mesh, spec))
+
     arrays = list(map(put, operands(shape, length), specs))
     program = tiny.jit(functools.partial(run, name)).lower(*arrays).compile()
   return program, arrays

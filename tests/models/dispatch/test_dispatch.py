@@ -40,7 +40,10 @@ def tokamax_on_cpu():
 def operands(t=T, k=K, e=E, dtype=jnp.float32):
   """x, gates, gate_up, down, and a cotangent of the output."""
   rng = np.random.default_rng(0)
-  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+
+  def draw(*shape):
+    return jnp.asarray(rng.normal(size=shape), dtype)
+
   gates = jnp.asarray(rng.dirichlet(np.ones(k), size=t), jnp.float32)
   return draw(t, D), gates, draw(e, D, 2, F) / 2, draw(e, F, D) / 2, draw(t, D)
 
@@ -75,7 +78,10 @@ def run(name, backend='blocks', slots=None):
 
   def fn(x, gates, gate_up, down, cotangent, idx):
     c = (len(x) if name == 'capacity' else 0) if slots is None else slots
-    call = lambda *args: DISPATCHES[name](*args[:2], idx, *args[2:], backend, c)
+
+    def call(*args):
+      return DISPATCHES[name](*args[:2], idx, *args[2:], backend, c)
+
     out, vjp = jax.vjp(call, x, gates, gate_up, down)
     return out, *vjp(cotangent)
 
@@ -141,7 +147,10 @@ def test_kernels_laid_out_for_decoding_equal_dense(t, dtype):
 
 def test_few_choices_copy_no_weights():
   """The program needs less memory than the weights of a single expert have."""
-  of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+
+  def of(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
   laid_out = gather_lib.Kernels(of(16, 2, 128, 256), of(16, 256, 128))
   args = (of(2, 256), of(2, 3), jax.ShapeDtypeStruct((2, 3), jnp.int32), laid_out)
   memory = jax.jit(gather_lib.apply).lower(*args).compile().memory_analysis()
@@ -229,7 +238,10 @@ def test_nan_in_padded_tokens_stays_there(name, backend, poisoned):
   idx = CASES['padded tokens']
   off = idx[:, 0] == E
   clean = run(name, backend)(x, gates, gate_up, down, cotangent, jnp.array(idx))
-  poison = lambda a: a.at[np.nonzero(off)].set(jnp.nan)
+
+  def poison(a):
+    return a.at[np.nonzero(off)].set(jnp.nan)
+
   x, cotangent = (poison(x), cotangent) if poisoned == 'activations' else (x, poison(cotangent))
   got = run(name, backend)(x, gates, gate_up, down, cotangent, jnp.array(idx))
   for key, a, b in zip(('out', *ARGS), got, clean):
@@ -256,8 +268,11 @@ def test_dropless_scatters_no_activation(backend):
   """On accelerators; the loop of `blocks` adds up in the order of experts, always."""
   args = (*operands(), jnp.array(CASES['random']))
   assert not float_scatters(run('dropless', backend), *args)
+
   # The detector sees what autodiff would make of a gather.
-  gather = lambda x: x[args[-1].reshape(-1)].sum()
+  def gather(x):
+    return x[args[-1].reshape(-1)].sum()
+
   assert float_scatters(jax.jit(jax.grad(gather)), args[0])
 
 

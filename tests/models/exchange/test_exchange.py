@@ -34,7 +34,10 @@ def config_of(kind='all_to_all', factor=0.0, groups=1, limit=1):
 
 def operands(seed=0):
   rng = np.random.default_rng(seed)
-  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+  def draw(*shape):
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
   gates = jnp.asarray(rng.dirichlet(np.ones(K), size=P * T), jnp.float32)
   return draw(P * T, D), gates, draw(E, D, 2, F), draw(E, F, D), draw(P * T, D)
 
@@ -64,7 +67,9 @@ def run(kind, factor=0.0, groups=1, limit=1, dispatch='dropless', room=0, backen
   cfg = config_of(kind, factor, groups, limit)
 
   def part(idx, x, gates, gate_up, down):
-    local = lambda rows: compute(dispatch, room, rows, gate_up, down, backend)
+    def local(rows):
+      return compute(dispatch, room, rows, gate_up, down, backend)
+
     out, lost = EXCHANGES[kind](local, cfg, x, gates, idx, T)
     return out, lost[None]
 
@@ -85,7 +90,9 @@ def run(kind, factor=0.0, groups=1, limit=1, dispatch='dropless', room=0, backen
 
 @tiny.jit
 def reference(idx, x, gates, gate_up, down, cotangent):
-  fn = lambda *args: dense.dispatch(*args[:2], idx, *args[2:], '', 0)
+  def fn(*args):
+    return dense.dispatch(*args[:2], idx, *args[2:], '', 0)
+
   out, vjp = jax.vjp(fn, x, gates, gate_up, down)
   return out, *vjp(cotangent)
 
@@ -169,7 +176,10 @@ def test_rows_that_no_kernel_writes_do_not_matter(monkeypatch):
   monkeypatch.setitem(backends.BACKENDS, 'spoiled', lambda: backends.of_legs(legs))
   idx, *rest = choices('padding'), *operands()
   room = idx.size + 7
-  fn = lambda *args: DISPATCHES['dropless'](*args[:2], idx, *args[2:], 'spoiled', room)
+
+  def fn(*args):
+    return DISPATCHES['dropless'](*args[:2], idx, *args[2:], 'spoiled', room)
+
   out, vjp = jax.vjp(fn, *rest[:4])
   for a, b in zip((out, *vjp(rest[4])), reference(idx, *rest)):
     np.testing.assert_allclose(a, b, **CLOSE)

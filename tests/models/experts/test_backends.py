@@ -48,7 +48,10 @@ def numpy_legs(x, g, w, sizes):
 
 def operands(rows, num_experts, dtype):
   rng = np.random.default_rng(0)
-  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+
+  def draw(*shape):
+    return jnp.asarray(rng.normal(size=shape), dtype)
+
   return draw(rows, A), draw(rows, B), draw(num_experts, A, B)
 
 
@@ -59,7 +62,10 @@ def legs():
   for name, make in BACKENDS.items():
     backend = make()
     assert backend.name == name
-    run = lambda x, g, w, n, b=backend: (b.gmm(x, w, n), b.gmm_t(g, w, n), b.tgmm(x, g, n))
+
+    def run(x, g, w, n, b=backend):
+      return (b.gmm(x, w, n), b.gmm_t(g, w, n), b.tgmm(x, g, n))
+
     made[name] = jax.jit(run)
   return made
 

@@ -37,7 +37,10 @@ CHOICES = {
 def legs_on_cpu():
   """What a TPU runs, with XLA's products for all three legs."""
   for qtype in QTYPES:
-    make = lambda qtype=qtype: low_precision.legs(grouped_kernels.ragged_dot_backend(), qtype)
+
+    def make(qtype=qtype):
+      return low_precision.legs(grouped_kernels.ragged_dot_backend(), qtype)
+
     backends.BACKENDS[f'legs {qtype}'] = lambda make=make: backends.of_legs(make())
   yield
   for qtype in QTYPES:
@@ -46,7 +49,10 @@ def legs_on_cpu():
 
 def operands(name):
   rng = np.random.default_rng(0)
-  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+  def draw(*shape):
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
   gates = jnp.asarray(rng.dirichlet(np.ones(K), size=T), jnp.float32)
   idx = jnp.asarray(CHOICES[name](rng), jnp.int32)
   return (draw(T, D), gates, draw(E, D, 2, F) / 4, draw(E, F, D) / 4), idx, draw(T, D)
@@ -77,9 +83,14 @@ def reference(qtype, x, gates, gate_up, down, idx):
 @functools.cache
 def compiled(backend):
   def fn(args, idx, cotangent):
-    call = lambda *a: dropless.dispatch(a[0], a[1], idx, *a[2:], backend, 0)
+    def call(*a):
+      return dropless.dispatch(a[0], a[1], idx, *a[2:], backend, 0)
+
     if backend.startswith('reference '):
-      call = lambda *a: reference(backend.split()[1], *a, idx)
+
+      def call(*a):
+        return reference(backend.split()[1], *a, idx)
+
     out, vjp = jax.vjp(call, *args)
     return out, *vjp(cotangent)
 

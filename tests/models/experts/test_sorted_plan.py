@@ -140,7 +140,10 @@ def test_num_rows_holds_the_worst_case():
 
 def test_overflow_of_the_sort_key_is_refused_and_says_what_to_do():
   idx = jax.ShapeDtypeStruct((2**26, 8), jnp.int32)  # 2^29 choices
-  make = lambda experts: jax.eval_shape(lambda i: sorted_plan.make_plan(i, experts, 1), idx)
+
+  def make(experts):
+    return jax.eval_shape(lambda i: sorted_plan.make_plan(i, experts, 1), idx)
+
   make(2)  # 3 * 2^29 < 2^31
   with pytest.raises(ValueError, match=r'3 experts x 536870912 choices.*train\.micro_batch_size'):
     make(3)  # 4 * 2^29 = 2^31

@@ -124,7 +124,10 @@ def test_first_choices_come_before_better_second_ones():
   # with score .6, second choice of token 0 with .9. Expert 0: first choices of 0 and 2.
   expert_idx = [[[0, 1], [1, 0], [0, 1]]]
   scores = [[[0.95, 0.9], [0.2, 0.6], [0.8, 0.7]]]
-  kept = lambda policy: keep(make(policy, 2, 2, 0.3333), expert_idx, scores)[0].astype(int).tolist()
+
+  def kept(policy):
+    return keep(make(policy, 2, 2, 0.3333), expert_idx, scores)[0].astype(int).tolist()
+
   assert kept('position') == [[1, 0], [1, 0], [0, 0]]
   assert kept('batch_priority') == [[1, 0], [1, 0], [0, 0]]
   assert kept('score') == [[1, 1], [0, 0], [0, 0]]
@@ -246,7 +249,10 @@ def test_kept_and_dropped_are_what_was_chosen(policy):
   idx, scores = random_case()
   kept = keep(cfg, idx, scores)
   after = tiny.jit(routing.without_choices)(decision_of(idx, scores), kept)
-  count = lambda where: np.bincount(idx[where], minlength=7)
+
+  def count(where):
+    return np.bincount(idx[where], minlength=7)
+
   dropped = ~kept & (idx < 6)
   np.testing.assert_array_equal(count(kept) + count(dropped), count(idx < 6))
   np.testing.assert_array_equal(

@@ -214,7 +214,9 @@ def test_normalised_logits_have_mean_0_and_std_lambda_whatever_their_scale():
 
 
 def test_gradient_of_normalised_logits():
-  grad = lambda z: jax.grad(lambda z: (scoring.normalise_logits(z, 1.0) ** 3).sum())(z)
+  def grad(z):
+    return jax.grad(lambda z: (scoring.normalise_logits(z, 1.0) ** 3).sum())(z)
+
   grad = tiny.jit(grad)
   got = grad(jnp.array([[1.0, 3.0, 5.0, 9.0]]))
   assert np.abs(got).max() > 0.1

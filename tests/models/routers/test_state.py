@@ -162,18 +162,20 @@ def test_a_constant_drop_rate_settles_at_min_of_slope_times_rate_and_maximum(dro
   for _ in range(1000):
     alpha = coefficient(make(**CAPACITY), alpha, [[40, 20, 20, 20]], [[dropped, 0, 0, 0]])
     seen.append(float(alpha[0]))
-  assert 0 <= min(seen) and max(seen) <= 0.01 * 1.00001
+  assert min(seen) >= 0 and max(seen) <= 0.01 * 1.00001
   # .99^1000 = 4e-5 of the start is left.
   assert seen[-1] == pytest.approx(limit, abs=1e-6)
 
 
 def test_without_capacity_the_drop_rate_is_what_a_capacity_would_have_dropped():
   # Load (50, 30, 15, 5), mean 25. Factor 1: 25 + 5 of 100 are above; factor 1.5: 12.5.
-  rate = lambda factor, load: float(
-    state.drop_rate(make(**ADAPTIVE, balance__adaptive__capacity_factor=factor), stats_of([load]))[
-      0
-    ]
-  )
+  def rate(factor, load):
+    return float(
+      state.drop_rate(
+        make(**ADAPTIVE, balance__adaptive__capacity_factor=factor), stats_of([load])
+      )[0]
+    )
+
   assert rate(1.0, [50, 30, 15, 5]) == pytest.approx(0.3)
   assert rate(1.5, [50, 30, 15, 5]) == pytest.approx(0.125)
   assert rate(2.0, [50, 30, 15, 5]) == 0

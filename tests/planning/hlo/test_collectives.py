@@ -218,15 +218,17 @@ def compiled():
   rows, cut = jax.P(('data', 'fsdp')), jax.P(None, 'fsdp')
 
   def layer(x, w):
-    exchange = lambda x, w: jax.lax.all_to_all(
-      x @ jax.lax.all_gather(w, 'fsdp', tiled=True), 'fsdp', 0, 0, tiled=True
-    )
+    def exchange(x, w):
+      return jax.lax.all_to_all(
+        x @ jax.lax.all_gather(w, 'fsdp', tiled=True), 'fsdp', 0, 0, tiled=True
+      )
+
     specs = (rows, jax.P('fsdp'))
     return jax.shard_map(exchange, in_specs=specs, out_specs=rows, check_vma=False)(x, w), None
 
-  struct = lambda shape, spec: jax.ShapeDtypeStruct(
-    shape, jnp.float32, sharding=jax.NamedSharding(mesh, spec)
-  )
+  def struct(shape, spec):
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=jax.NamedSharding(mesh, spec))
+
   with jax.set_mesh(mesh):
     run = jax.jit(lambda x, w: jax.lax.scan(layer, x, w)[0])
     text = run.lower(struct((64, 16), rows), struct((5, 16, 16), cut)).compile().as_text()

@@ -11,7 +11,10 @@ F32 = {0: '', 1: '{0}', 2: '{1,0}', 3: '{2,1,0}'}
 
 def program(shapes: dict[str, tuple[int, ...]], result: tuple[int, ...], line: str) -> str:
   """A program of one instruction `line` that returns float32 numbers."""
-  text = lambda dims: f'f32[{",".join(map(str, dims))}]{F32[len(dims)]}'
+
+  def text(dims):
+    return f'f32[{",".join(map(str, dims))}]{F32[len(dims)]}'
+
   parameters = '\n'.join(
     f'  %{name} = {text(dims)} parameter({i})' for i, (name, dims) in enumerate(shapes.items())
   )
@@ -49,7 +52,10 @@ def test_products_that_became_convolutions(x, w, result, line, wanted):
 
 def test_a_loop_of_products():
   """5 products [8, 16] x [16, 16]; XLA itself counts the body of a loop once."""
-  step = lambda x, w: (jnp.tanh(x @ w), None)
+
+  def step(x, w):
+    return (jnp.tanh(x @ w), None)
+
   run = jax.jit(lambda x, w: jax.lax.scan(step, x, w)[0])
   compiled = run.lower(jnp.zeros((8, 16)), jnp.zeros((5, 16, 16))).compile()
   assert hlo_cost.cost(compiled.as_text()).dot_flops == 5 * 2 * 8 * 16 * 16
