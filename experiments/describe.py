@@ -12,28 +12,24 @@ from absl import flags
 
 from experiments.common import cli
 from moe_jax import errors
-from moe_jax.config import pages
 from moe_jax.planning import describe
 
 
 def define_flags():
   """Defines the command's flags."""
-  flags.DEFINE_multi_string(
-    'config', None, 'config page, path.py or path.py:variant; repeat it to compare'
-  )
+  cli.config_flag(repeated=True)
   flags.DEFINE_bool('json', False, 'print a JSON list, one object per config, and nothing else')
 
 
 def main(argv: Sequence[str]):
   """Prints the comparison."""
   del argv
-  specs = flags.FLAGS.config
-  if not specs:
-    raise errors.InputError(cli.MISSING_CONFIG)
-  configs = [pages.read(spec) for spec in specs]
+  pages = flags.FLAGS.config
+  errors.require(bool(pages), cli.MISSING_CONFIG)
+  configs = [cli.resolve(page) for _, page in pages]
   # Shapes need no accelerator, and another process may be using it.
   jax.config.update('jax_platforms', 'cpu')
-  descriptions = [describe.describe(config, spec) for config, spec in zip(configs, specs)]
+  descriptions = [describe.describe(cfg, spec) for cfg, (spec, _) in zip(configs, pages)]
   if flags.FLAGS.json:
     print(json.dumps([d.to_json() for d in descriptions], indent=2))
   else:

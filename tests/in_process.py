@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from absl import flags
 
+from experiments.common import cli
+
 
 def run(command: Any, *arguments: str):
   """Parses `arguments` for the module `command`, runs its main, and forgets its flags."""
@@ -14,10 +16,10 @@ def run(command: Any, *arguments: str):
   before = set(values)
   argv = [command.__name__, *map(str, arguments)]
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(sys, 'argv', argv)  # config_flags reads the overrides there
+    patch.setattr(sys, 'argv', argv)  # a run's record quotes it
     try:
       command.define_flags()
-      values(argv)
+      cli.parse_flags(argv)
       command.main(argv[:1])
     finally:
       values.remove_flag_values(set(values) - before)

@@ -1,46 +1,50 @@
 """What the commands share: config pages, and errors in one line.
 
 `run(main)` is `app.run` for people: bad input ends the command with status 2 and a single line
-`error: ...` on standard error, never with a traceback. `config_flag` and `resolve` read a config
-page (`moe_jax.config.pages`) for commands that also take overrides, `--config.KEY=VALUE`.
+`error: ...` on standard error, never with a traceback; `--help` shows the command's own flags.
+`config_flag` and `resolve` read a config page (`moe_jax.config.pages`) under its overrides,
+`--config.KEY=VALUE`.
+
+Nothing here imports JAX before the flags have been checked, and no command does: what is heavy is
+imported by the functions that need it, so that help and mistyped flags answer at once.
 """
 
 import os
-import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
 from absl import app, flags, logging
-from ml_collections import config_flags
 
+from experiments.common import config_overrides, flag_help
 from moe_jax import errors
-from moe_jax.config import pages, parse, schema
+from moe_jax.config import parse, schema
 from moe_jax.data import cache
-from moe_jax.devices import compile_cache
 from moe_jax.processes import launch, watchdog
-from moe_jax.runs import run_record
 
-MISSING_CONFIG = (
-  '--config is missing; give a config page, for example --config=configs/quickstart.py'
-)
+MISSING_CONFIG = '--config is missing; give a config page, for example --config=quickstart'
 
 
 def run(main: Callable[[Sequence[str]], object], define_flags: Callable[[], object] | None = None):
   """Parses the flags, runs `main(argv)` and exits.
 
   Args:
-    main: the command; raises errors.InputError for whatever the user can mend.
+    main: the command; raises errors.InputError for whatever the user can mend. Its module's
+      docstring is what --help begins with.
     define_flags: called first. Flags that are defined here, and not while the command's module is
       imported, let tests import several commands into one process.
   """
-  if define_flags is not None:
-    define_flags()
+  own = flag_help.described(define_flags or (lambda: None))
+  if any(argument in flag_help.HELP_ARGUMENTS for argument in sys.argv[1:]):
+    print(flag_help.text(main.__globals__['__doc__'] or '', own))
+    return
 
   def quiet_main(argv: Sequence[str]):
+    from moe_jax.devices import compile_cache
+
     if not flags.FLAGS['verbosity'].present:
       logging.set_verbosity(logging.WARNING)  # app.run leaves it at INFO, and JAX is talkative
     compile_cache.enable(cache.root(''))
@@ -50,7 +54,7 @@ def run(main: Callable[[Sequence[str]], object], define_flags: Callable[[], obje
     return status
 
   try:
-    app.run(quiet_main, flags_parser=_parse_flags)
+    app.run(quiet_main, flags_parser=parse_flags)
   except errors.InputError as error:
     message = ' '.join(str(error).split())
     print('error:', message, file=sys.stderr)
@@ -76,11 +80,40 @@ def _exit(status: int, reason: str):
   sys.exit(status)
 
 
-def config_flag() -> flags.FlagHolder:
+class PageFlag(flags.Flag):
+  """`--config`: its value is the page under its overrides, not yet checked; None if not given.
+
+  With `repeated`, the value is the list of (spec, page) of all `--config`, and an override changes
+  each of them.
+  """
+
+  def __init__(self, repeated: bool):
+    self.repeated = repeated
+    words = 'config page, by name or path: quickstart, routing:gshard, my/page.py:variant; '
+    words += '--config.KEY=VALUE changes a value of it' + (', of all pages' if repeated else '')
+    parser = flags.ArgumentParser()
+    super().__init__(parser, flags.ArgumentSerializer(), 'config', None, words)
+
+  def flag_type(self) -> str:
+    return 'PAGE[:VARIANT]'
+
+  def read(self, specs: Sequence[str], overrides: Sequence[str]):
+    """Reads the pages that were given.
+
+    Raises:
+      errors.InputError: a page or a key is not there, or a value is of another type.
+    """
+    errors.require(
+      self.repeated or len(specs) <= 1,
+      f'--config is given {len(specs)} times ({", ".join(specs)}); give one page',
+    )
+    pages = [(spec, config_overrides.read(spec, overrides)) for spec in specs]
+    self.value = pages if self.repeated else dict(pages).get(specs[0] if specs else '')
+
+
+def config_flag(repeated: bool = False):
   """Defines `--config=PAGE[:VARIANT]` with `--config.KEY=VALUE` overrides of its (locked) keys."""
-  return config_flags.DEFINE_config_file(
-    'config', lock_config=True, help_string='config page, path.py or path.py:variant'
-  )
+  flags.DEFINE_flag(PageFlag(repeated))
 
 
 def workdir_flag(help_string: str) -> flags.FlagHolder:
@@ -124,8 +157,11 @@ def start_processes(record: Mapping[str, Any]):
   given = launch.Flags(flags.FLAGS.distributed, **{name: flags.FLAGS[name].value for name in names})
   place = launch.resolve(given)
   if place is not None:
+    from moe_jax.processes import start
+    from moe_jax.runs import run_record
+
     record = {**record, 'versions': run_record.versions()}
-    _LIFELINES.append(launch.initialize(place, given, record))
+    _LIFELINES.append(start.initialize(place, given, record))
 
 
 def required(name: str, *, may_be_empty: bool = False) -> str:
@@ -148,54 +184,39 @@ def resolve(flag_value: ml_collections.ConfigDict | None) -> schema.Config:
   """
   if flag_value is None:
     raise errors.InputError(MISSING_CONFIG)
-  return parse.from_dict(flag_value.to_dict())
+  try:
+    return parse.from_dict(flag_value.to_dict())
+  except errors.InputError as error:
+    if 'config.model.moe.router=' not in str(error):
+      raise
+    raise errors.InputError(f'{error}{config_overrides.router_hint(flag_value)}') from error
 
 
-def _parse_flags(argv: Sequence[str]) -> list[str]:
-  """The flags_parser of `app.run`: all that can be wrong with a command line is an InputError."""
-  if 'config' in flags.FLAGS and config_flags.config_flags.is_config_flag(flags.FLAGS['config']):
-    # config_flags would answer these mistakes with tracebacks of several exception types.
-    _check_config_arguments(argv)
+def parse_flags(argv: Sequence[str]) -> list[str]:
+  """Parses the command line in any order; returns what is no flag, which is the program's name.
+
+  Raises:
+    errors.InputError: whatever can be wrong with a command line.
+  """
+  page = flags.FLAGS['config'] if 'config' in flags.FLAGS else None
+  specs, overrides = [], []
+  if page is not None:
+    argv = flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False)
+    specs, overrides, argv = config_overrides.split(argv)
   try:
     rest = flags.FLAGS(argv)
+  except flags.UnrecognizedFlagError as error:
+    hint = errors.did_you_mean(
+      f'--{error.flagname}', (f'--{name}' for name in flag_help.own_names())
+    )
+    raise errors.InputError(
+      f'--{error.flagname} is no flag of this command{hint}; --help shows all of them'
+    ) from error
   except flags.Error as error:
     raise errors.InputError(str(error)) from error
   if len(rest) > 1:
     raise errors.InputError(f'unexpected argument {rest[1]!r}; all arguments are --name=value')
+  errors.require(bool(specs) or not overrides, MISSING_CONFIG)
+  if page is not None:
+    page.read(specs, overrides)
   return rest
-
-
-def _check_config_arguments(argv: Sequence[str]):
-  """Checks that `--config` names a page and that every `--config.KEY` is one of the page's keys."""
-  arguments = dict(_config_arguments(argv))
-  spec = arguments.pop('', None)
-  if spec is None:
-    if arguments:
-      raise errors.InputError(MISSING_CONFIG)
-    return
-  values = pages.values(spec).to_dict()
-  for key in arguments:
-    _check_key(values, key)
-
-
-def _config_arguments(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
-  """Yields (key, value) of `--config.key=value`, with key '' for `--config=value` itself."""
-  for i, argument in enumerate(argv[1:], start=1):
-    if argument == '--':
-      return
-    match = re.match(r'--?(?:no)?config(?:\.([^=]+))?(?:=(.*))?$', argument, re.DOTALL)
-    if match:
-      following = argv[i + 1] if i + 1 < len(argv) else ''
-      yield match[1] or '', following if match[2] is None else match[2]
-
-
-def _check_key(values: Mapping[str, object], key: str):
-  prefix = 'config'
-  for part in key.split('.'):
-    name = part.partition('[')[0]  # config_flags also understands key[index]
-    if not isinstance(values, Mapping):
-      raise errors.InputError(f'{prefix} is a single value, it has no key {name!r}')
-    if name not in values:
-      hint = errors.did_you_mean(name, values)
-      raise errors.InputError(f'{prefix}.{name} is not a known key{hint}')
-    values, prefix = values[name], f'{prefix}.{name}'

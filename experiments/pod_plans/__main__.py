@@ -23,7 +23,6 @@ from moe_jax.config import pages, parse
 from moe_jax.planning import chips, planner
 
 HERE = pathlib.Path(__file__).parent
-ROOT = HERE.parents[1]
 GIB = 2**30
 BEGIN, END = '<!-- {name}: written by the command -->', '<!-- end of {name} -->'
 MAX_VIO = 1.0  # buffers hold twice the mean, and the busiest device computes as much
@@ -94,7 +93,7 @@ def define_flags():
 
 def request(row: Row, estimate: bool) -> planner.Request:
   """What a row asks for."""
-  page = pages.values(str(ROOT / 'configs' / f'{row.page}.py'))
+  page = pages.values(row.page)
   page.train.batch_ramp = ()
   page.train.batch_size = row.passes * row.micro
   page.train.micro_batch_size = row.micro

@@ -70,6 +70,8 @@ def find(path: str) -> pathlib.Path:
   folder = file.parent if file.suffix == '.py' else FOLDER
   pages = [page for page in folder.glob('*.py') if not page.name.startswith('_')]
   names = [str(page) if file.suffix == '.py' else page.stem for page in pages]
+  if file.suffix == '.py' and file.parent == pathlib.Path('configs'):
+    names += [f'configs/{page.name}' for page in FOLDER.glob('*.py')]
   hint = errors.did_you_mean(path, names)
   raise errors.InputError(f'--config={path}: there is no such config page{hint}')
 

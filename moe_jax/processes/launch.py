@@ -1,11 +1,8 @@
-"""Which of how many processes is this one, and the start of JAX among them.
+"""Which of how many processes is this one.
 
 `resolve` finds (coordinator, number of processes, own number) in the flags, in the variables
-`MOE_JAX_*`, in what `srun` sets, or in what a TPU slice says of itself. `initialize` calls the roll
-(`roll_call`) and starts JAX. Both come before the first use of a device.
-
-The coordinator is process 0, as host:port; the roll-call and JAX's coordination service use that
-one port, the one after the other.
+`MOE_JAX_*`, in what `srun` sets, or in what a TPU slice says of itself. It imports no JAX;
+`start.initialize` starts it at the place that was found.
 """
 
 import dataclasses
@@ -18,10 +15,7 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-
 from moe_jax import errors
-from moe_jax.processes import rendezvous, watchdog
 
 KINDS = ('auto', 'explicit', 'slurm', 'tpu', 'off')
 TPU_PORT = 8482  # what JAX itself takes on TPU slices
@@ -93,39 +87,6 @@ def resolve(flags: Flags, environ: Environment = os.environ) -> Place | None:
     return None
   found = dataclasses.replace(found, coordinator=given.get('coordinator', found.coordinator))
   return _checked(found)
-
-
-def initialize(place: Place, flags: Flags, record: Mapping[str, Any]) -> watchdog.Lifeline:
-  """Calls the roll, and starts JAX among the processes.
-
-  Args:
-    place: from `resolve`.
-    flags: for the time-outs.
-    record: what must be equal on all processes, as nested dicts that JSON can hold.
-
-  Returns:
-    What ends this process when another one dies, and the others when this one fails.
-
-  Raises:
-    errors.InputError: a process is missing, there twice, or runs something else.
-  """
-  number, many = place.process_id, place.num_processes
-  present = rendezvous.hold(place.coordinator, many, number, record, flags.start_timeout)
-  # It would take the handler of SIGTERM, and from then on nothing could end a process that has not
-  # reached the training loop yet. `agreement.StopAgreement` does its work.
-  jax.config.update('jax_enable_preemption_service', False)
-  ids = place.local_device_ids
-  jax.distributed.initialize(
-    coordinator_address=place.coordinator,
-    num_processes=many,
-    process_id=number,
-    local_device_ids=None if ids is None else list(ids),
-    cluster_detection_method='deactivate',
-    initialization_timeout=max(int(flags.start_timeout), 1),
-    heartbeat_timeout_seconds=flags.heartbeat_timeout,
-    shutdown_timeout_seconds=flags.heartbeat_timeout,
-  )
-  return watchdog.Lifeline(number, *present)
 
 
 def _given(flags: Flags, environ: Environment) -> dict[str, Any]:

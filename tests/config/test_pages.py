@@ -29,11 +29,14 @@ def test_a_file_of_the_same_name_comes_first(tmp_path, monkeypatch):
   assert pages.find('quickstart') == ROOT / 'configs/quickstart.py'
 
 
-def test_a_slip_in_a_name():
+def test_a_slip_in_a_name(tmp_path, monkeypatch):
   with pytest.raises(errors.InputError, match="no such config page; did you mean 'quickstart'"):
     pages.values('quickstrat')
   with pytest.raises(errors.InputError, match='no such config page'):
     pages.values('elsewhere/quickstart')
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(errors.InputError, match="did you mean 'configs/smoke.py'"):
+    pages.values('configs/smok.py')
 
 
 def test_load_page_by_path_and_variant():

@@ -58,7 +58,7 @@ def parsed(name: str, arguments: list[str]) -> schema.Config | None:
     patch.setattr(sys, 'argv', argv)  # config_flags reads the overrides there
     try:
       command.define_flags()
-      assert cli._parse_flags(argv) == argv[:1], 'words that are no flags'
+      assert cli.parse_flags(argv) == argv[:1], 'words that are no flags'
       return cli.resolve(values.config) if 'config' in values else None
     finally:
       values.remove_flag_values(set(values) - before)

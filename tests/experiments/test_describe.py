@@ -9,8 +9,6 @@ import sys
 import pytest
 
 from experiments import describe as describe_lib
-from experiments.common import cli
-from moe_jax import errors
 from tests import in_process
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -131,22 +129,3 @@ def test_override_errors_are_one_line(arguments, parts):
 def test_overrides_reach_the_config():
   result = python('-c', WITH_OVERRIDES, '--config=configs/base.py', '--config.optim.peak_lr=0.5')
   assert (result.returncode, result.stdout) == (0, '0.5\n'), result.stderr
-
-
-@pytest.mark.parametrize(
-  'key, message',
-  [
-    ('optimm.peak_lr', "config.optimm is not a known key; did you mean 'optim'"),
-    ('optim.peak_lr.x', 'config.optim.peak_lr is a single value, it has no key'),
-    ('train.xxxxxxxx', r'config.train.xxxxxxxx is not a known key$'),
-  ],
-)
-def test_unknown_keys_name_the_nearest_known_one(key, message):
-  argv = ['train', f'--config={ROOT}/configs/base.py', f'--config.{key}', '1']
-  with pytest.raises(errors.InputError, match=message):
-    cli._check_config_arguments(argv)
-
-
-def test_known_keys_pass_in_all_spellings():
-  argv = ['train', '--config', f'{ROOT}/configs/base.py', '-config.train.seed', '1', '--workdir=w']
-  cli._check_config_arguments([*argv, '--noconfig.model.moe.norm_topk_prob', '--', '--config.x=1'])

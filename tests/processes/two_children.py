@@ -12,7 +12,7 @@ import numpy as np
 
 from moe_jax import errors
 from moe_jax.devices import partitioning
-from moe_jax.processes import agreement, launch
+from moe_jax.processes import agreement, launch, start
 
 
 def caught(fn) -> str:
@@ -55,7 +55,7 @@ def fail_all():
 
 def main(address: str, number: int, directory: str):
   flags = launch.Flags(coordinator=address, num_processes=2, process_id=number)
-  line = launch.initialize(launch.resolve(flags), flags, {})
+  line = start.initialize(launch.resolve(flags), flags, {})
   other = pathlib.Path(directory) / f'own{number}'
   other.mkdir()
   found = {

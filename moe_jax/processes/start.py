@@ -1,0 +1,48 @@
+"""The start of JAX among many processes, once `launch.resolve` has found this one's place.
+
+`initialize` calls the roll (`rendezvous`) and starts JAX, before the first use of a device.
+The coordinator is process 0, as host:port; the roll-call and JAX's coordination service use that
+one port, the one after the other.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from moe_jax.processes import launch, rendezvous, watchdog
+
+
+def initialize(
+  place: launch.Place, flags: launch.Flags, record: Mapping[str, Any]
+) -> watchdog.Lifeline:
+  """Calls the roll, and starts JAX among the processes.
+
+  Args:
+    place: from `launch.resolve`.
+    flags: for the time-outs.
+    record: what must be equal on all processes, as nested dicts that JSON can hold.
+
+  Returns:
+    What ends this process when another one dies, and the others when this one fails.
+
+  Raises:
+    errors.InputError: a process is missing, there twice, or runs something else.
+  """
+  number, many = place.process_id, place.num_processes
+  present = rendezvous.hold(place.coordinator, many, number, record, flags.start_timeout)
+  # It would take the handler of SIGTERM, and from then on nothing could end a process that has not
+  # reached the training loop yet. `agreement.StopAgreement` does its work.
+  jax.config.update('jax_enable_preemption_service', False)
+  ids = place.local_device_ids
+  jax.distributed.initialize(
+    coordinator_address=place.coordinator,
+    num_processes=many,
+    process_id=number,
+    local_device_ids=None if ids is None else list(ids),
+    cluster_detection_method='deactivate',
+    initialization_timeout=max(int(flags.start_timeout), 1),
+    heartbeat_timeout_seconds=flags.heartbeat_timeout,
+    shutdown_timeout_seconds=flags.heartbeat_timeout,
+  )
+  return watchdog.Lifeline(number, *present)
