@@ -13,6 +13,7 @@ import collections
 import json
 import pathlib
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -93,8 +94,8 @@ def seconds(trace_dir: str | pathlib.Path, hlo_text_of_program: str) -> dict[str
   """
   names, by_scope = scopes(hlo_text_of_program), collections.Counter()
   known = False
-  for line, on_device in _lines(trace_dir):
-    for name, duration in _own_times(line, on_device):
+  for events in _lines(trace_dir):
+    for name, duration in own_times(events):
       known |= name in names
       by_scope[names.get(name, OTHER)] += duration
   errors.require(
@@ -168,8 +169,8 @@ def options() -> Any:
   return found
 
 
-def _lines(trace_dir: str | pathlib.Path) -> Iterator[tuple[Any, bool]]:
-  """The lines of the newest profile that hold work, and whether they are a device's own."""
+def _lines(trace_dir: str | pathlib.Path) -> list[list[tuple[float, float, str]]]:
+  """Events (start, end, instruction) in nanoseconds of the newest profile, by line (thread)."""
   paths = pathlib.Path(trace_dir).rglob('*.xplane.pb')
   path = max(paths, key=lambda p: p.stat().st_mtime, default=None)
   errors.require(
@@ -177,16 +178,22 @@ def _lines(trace_dir: str | pathlib.Path) -> Iterator[tuple[Any, bool]]:
     f'trace_dir={trace_dir} holds no *.xplane.pb; give the directory that was passed to '
     'jax.profiler.trace',
   )
-  for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
-    on_device = plane.name.startswith('/device:')
-    for line in plane.lines:
-      # A device's other lines repeat the same time by module, by step, by name.
-      if not on_device or line.name == 'XLA Ops' or line.name.startswith('Stream'):
-        yield line, on_device
+  found = []
+  with warnings.catch_warnings():
+    # From Python 3.12 on, the first event whose statistics are read creates a type, which warns
+    # that it has no __module__; where that warning is an error, jaxlib aborts the interpreter.
+    warnings.simplefilter('ignore', DeprecationWarning)
+    for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+      on_device = plane.name.startswith('/device:')
+      for line in plane.lines:
+        # A device's other lines repeat the same time by module, by step, by name.
+        if not on_device or line.name == 'XLA Ops' or line.name.startswith('Stream'):
+          found.append(_events(line, on_device))
+  return found
 
 
-def _own_times(line: Any, on_device: bool) -> Iterator[tuple[str, float]]:
-  """(instruction, seconds) of each event of a line, without what ran nested in it.
+def _events(line: Any, on_device: bool) -> list[tuple[float, float, str]]:
+  """(start, end, instruction) of each event of a line.
 
   '' is work of a device that the profile does not name. On the host everything else that goes on
   has no instruction and is not counted.
@@ -197,7 +204,7 @@ def _own_times(line: Any, on_device: bool) -> Iterator[tuple[str, float]]:
     if event.name.startswith('end: ') or not (name or on_device):
       continue
     events.append((event.start_ns, event.start_ns + event.duration_ns, str(name)))
-  yield from own_times(events)
+  return events
 
 
 def own_times(events: Iterable[tuple[float, float, str]]) -> Iterator[tuple[str, float]]:

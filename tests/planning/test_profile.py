@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -88,6 +91,21 @@ def test_shares_of_a_real_profile(profiled):
   assert sum(shares.values()) == pytest.approx(1)
   assert shares['attention'] > 0.5 and shares['optimizer'] > 0
   assert shares['router'] == shares['experts'] == 0
+
+
+def test_reading_does_not_abort_where_warnings_are_errors(profiled):
+  # In a process of its own: the type that warns is created once per process, and with an abort.
+  directory, text = profiled
+  code = (
+    'import sys, warnings\n'
+    'from moe_jax.planning import profile\n'
+    "warnings.simplefilter('error')\n"
+    'shares = profile.shares(sys.argv[1], sys.stdin.read())\n'
+    "assert shares['attention'] > 0.5, shares\n"
+  )
+  command = [sys.executable, '-c', code, str(directory)]
+  done = subprocess.run(command, input=text, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_another_program_is_refused(profiled):
