@@ -1,8 +1,10 @@
 """The one exception that a user can cause: bad input, explained in a single message."""
 
 import difflib
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable
+from typing import Any, TypeVar
+
+_T = TypeVar('_T')
 
 
 class InputError(ValueError):
@@ -24,7 +26,14 @@ def require(condition: bool, message: str):
     raise InputError(message)
 
 
-def choice(name: str, value: str, known: Sequence[str]):
+def present(value: _T | None, problem: str) -> _T:
+  """Returns `value`, and raises InputError(problem) if it is None."""
+  if value is None:
+    raise InputError(problem)
+  return value
+
+
+def choice(name: str, value: str, known: Collection[str]):
   """Requires that `config.<name>`, whose value is `value`, is one of `known`."""
   shown = ', '.join(k or "''" for k in known)
   require(

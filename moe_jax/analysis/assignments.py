@@ -111,13 +111,13 @@ def _record(batch: dict[str, np.ndarray], run: trained_run.Run) -> np.ndarray:
   """[layers, B, L, K] of a whole batch; micro-batch i has rows i, i + n, ... as in training."""
   num_rows = len(batch['row'])
   num_micro = num_rows // (run.cfg.train.micro_batch_size or num_rows)
-  found = None
+  found = np.empty(0, np.int32)
   for i in range(num_micro):
     micro = pad_rows({key: value[i::num_micro] for key, value in batch.items()}, run.mesh)
     with partitioning.activate(run.mesh):
       put = partitioning.put_global_batch(micro, run.mesh)
       choices = np.asarray(jax.device_get(_choices(run.cfg.model, run.variables, put)))
-    if found is None:
+    if not i:
       found = np.empty((len(choices), num_rows, *choices.shape[2:]), np.int32)
     found[:, i::num_micro] = choices[:, : num_rows // num_micro]
   return found

@@ -42,7 +42,7 @@ def probe(run: trained_run.Run, corpus: corpus_lib.Corpus) -> Probe:
     errors.InputError: a dense model, or less than two whole rows.
   """
   assignments.check(run.cfg.model)
-  tokens, targets, change, changed = 0, 0, 0.0, 0.0
+  tokens, targets, change, changed = 0, 0, 0.0, np.zeros(run.cfg.model.num_moe_layers)
   for before, after in _pairs(run.cfg, corpus, run.mesh):
     choices, moved = _compare(run, before, after)
     mask = _first_half(before['segment_ids'] > 0)

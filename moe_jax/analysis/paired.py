@@ -54,7 +54,8 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
   mean, num = statistics.fmean(values), len(values)
   if num == 1:
     return Interval(mean, -math.inf, math.inf, 1)
-  half = stats.t.ppf(0.5 + confidence / 2, num - 1) * statistics.stdev(values) / math.sqrt(num)
+  quantile = float(stats.t.ppf(0.5 + confidence / 2, num - 1))
+  half = quantile * statistics.stdev(values) / math.sqrt(num)
   return Interval(mean, mean - half, mean + half, num)
 
 

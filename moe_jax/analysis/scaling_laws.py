@@ -192,7 +192,8 @@ def fit_surface(a, b, losses) -> Surface:
   elif not all(x.min() <= p <= x.max() for x, p in zip((u, v), point)):
     problem = 'minimum outside of the grid'
   lowest = float((_quadratic(*point[:, None]) @ c)[0])
-  return Surface(*np.exp(point).tolist(), lowest, problem, c, losses - terms @ c)
+  a, b = np.exp(point).tolist()
+  return Surface(a, b, lowest, problem, c, losses - terms @ c)
 
 
 def bootstrap_near_optimal(

@@ -79,7 +79,8 @@ def _slopes_of(
 def _along(slopes: Mapping[str, Array], s: router_stats.Sums | router_stats.MixtureSums) -> Array:
   """The inner product of slopes (constants for autodiff) and the real-valued sums."""
   real, _ = _split(s)
-  return sum(jnp.vdot(jax.lax.stop_gradient(slopes[k]), v) for k, v in real.items())
+  parts = (jnp.vdot(jax.lax.stop_gradient(slopes[k]), v) for k, v in real.items())
+  return jnp.asarray(sum(parts))
 
 
 def global_slopes(
@@ -118,8 +119,11 @@ def refreshed(
   for name in losses:
     if moe.loss(name).scope != 'global_batch':
       continue
-    s = stats.attention if name == 'attention_mutual_information' else stats.sums
-    losses[name] = (
-      balance_losses.LOSSES.get(name, balance_losses.mutual_information)(s, moe) * s.num_tokens
-    )
+    if name in balance_losses.LOSSES:
+      value, sums = balance_losses.LOSSES[name](stats.sums, moe), stats.sums
+    else:
+      assert stats.attention is not None, name
+      sums = stats.attention
+      value = balance_losses.mutual_information(sums, moe)
+    losses[name] = value * sums.num_tokens
   return stats.replace(losses=losses)

@@ -8,7 +8,7 @@ expert index E (one past the last) is not routed and not counted.
 """
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +42,10 @@ class MixtureSums(NamedTuple):
   active: Array  # [...] int32, (token, attention expert) pairs in use
 
 
-@struct.dataclass
-class RouterStats:
+_Sums = TypeVar('_Sums', Sums, MixtureSums)
+
+
+class RouterStats(struct.PyTreeNode):
   """The books of one MoE layer for one forward pass; [layers, ...] when stacked by the model.
 
   Sums over real tokens, so that micro-batches and devices add up.
@@ -140,11 +142,15 @@ def entropy(prob: Array) -> Array:
   return -(safe * jnp.log(safe) * (prob > 0)).sum(axis=-1)
 
 
-def add_up(sums: Sums | MixtureSums) -> Sums | MixtureSums:
+def add_up(sums: _Sums) -> _Sums:
   """Adds over the leading axis."""
   return jax.tree.map(lambda a: a.sum(axis=0, dtype=a.dtype), sums)
 
 
+@overload
+def max_vio(load: np.ndarray) -> np.ndarray: ...
+@overload
+def max_vio(load: Array) -> Array: ...
 def max_vio(load: Array | np.ndarray) -> Array | np.ndarray:
   """MaxVio = (max load - mean load) / mean load over the experts (arXiv 2408.15664, section 4.1).
 

@@ -40,6 +40,7 @@ import zlib
 from collections.abc import Mapping
 
 import numpy as np
+import numpy.typing as npt
 
 from moe_jax import atomic_files, errors
 from moe_jax.balance import balance_losses, router_stats
@@ -144,10 +145,10 @@ def _load_figures(
   }
 
 
-def _ratio(total: np.ndarray, count: np.ndarray, empty: float = 0.0) -> np.ndarray:
+def _ratio(total: npt.ArrayLike, count: npt.ArrayLike, empty: float = 0.0) -> np.ndarray:
   """total / count in float64, `empty` where count is 0; the shapes broadcast."""
-  total, count = np.broadcast_arrays(np.asarray(total, np.float64), count)
-  return np.divide(total, count, out=np.full(total.shape, empty), where=count > 0)
+  whole, parts = np.broadcast_arrays(np.asarray(total, np.float64), count)
+  return np.divide(whole, parts, out=np.full(whole.shape, empty), where=parts > 0)
 
 
 def _load_entropy(load: np.ndarray) -> np.ndarray:
@@ -195,7 +196,8 @@ def write(path: _Path, figures: Mapping[str, np.ndarray]):
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   buffer = io.BytesIO()
-  np.savez(buffer, **figures)
+  # pyright: ignore is for a key that would be savez's own option; none is.
+  np.savez(buffer, **figures)  # pyright: ignore[reportArgumentType]
   atomic_files.write_bytes(path, buffer.getvalue())
 
 

@@ -68,17 +68,17 @@ class Checkpointer:
     orbax_noise.drop_orbax_chatter()
     remote = '://' in str(directory)
     self._directory = epath.Path(directory if remote else os.path.abspath(directory))
-    self._cfg = None if read_only else cfg
+    writer = None if read_only else cfg
+    self._cfg = writer
     self._may_save = False  # until `restore` has settled which steps the new ones follow
-    writer = self._cfg is not None
     self._manager = ocp.CheckpointManager(
       self._directory,
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=self._cfg.keep_last if writer else None,
-        keep_period=(self._cfg.keep_every or None) if writer else None,
-        create=writer,
+        max_to_keep=writer.keep_last if writer else None,
+        keep_period=(writer.keep_every or None) if writer else None,
+        create=writer is not None,
         # What a killed run left half-written was never a checkpoint, and would fill the disk.
-        cleanup_tmp_directories=writer,
+        cleanup_tmp_directories=writer is not None,
       ),
     )
     self._reader = _reader()
@@ -237,7 +237,7 @@ class Checkpointer:
       raise _DamagedError(f'it holds step {json_item["step"]}')
     if found.commit_timestamp_nsecs is None:
       raise _DamagedError('its _CHECKPOINT_METADATA is missing or unreadable')
-    if found.item_metadata.get('state') is None:
+    if (found.item_metadata or {}).get('state') is None:
       raise _DamagedError('its state/_METADATA or what it points to is missing')
     return json_item
 

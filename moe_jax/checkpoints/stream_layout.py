@@ -15,8 +15,8 @@ import math
 import operator
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -120,7 +120,7 @@ def select(index: Index, shape: tuple[int, ...]) -> tuple[Box, tuple[int, ...]]:
   if len(index) > len(shape):
     raise ValueError(f'index {index} has more axes than an array of shape {list(shape)}.')
   bounds, kept = [], []
-  for part, size in itertools.zip_longest(index, shape, fillvalue=slice(None)):
+  for part, size in zip((*index, *(slice(None),) * (len(shape) - len(index))), shape):
     if isinstance(part, slice):
       first, last, step = part.indices(size)
       bounds.append((first, max(first, last)))
@@ -200,7 +200,8 @@ def local(directory: str | os.PathLike[str]) -> pathlib.Path:
 
 def stored_chunk(store: ts.TensorStore) -> tuple[int, ...]:
   """Shape of the chunks that an array is stored in; () for a scalar."""
-  return store.chunk_layout.write_chunk.shape or ()  # None for a scalar
+  shape = store.chunk_layout.write_chunk.shape or ()  # None for a scalar
+  return tuple(cast(Sequence[int], shape))  # of an open array, none is left undecided
 
 
 def array_name(name: str) -> str:

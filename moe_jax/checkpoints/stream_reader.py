@@ -115,18 +115,21 @@ class Reader:
       raise self._damaged(name, f'cannot be read ({str(e).splitlines()[0][:200]})') from e
 
   def _open(self, name: str) -> ts.TensorStore:
-    for known, store in (*self._stores.items(), self._large):
-      if known == name:
-        return store
+    if name in self._stores:
+      return self._stores[name]
+    known, large = self._large
+    if large is not None and known == name:
+      return large
     store = self._open_with(name, cache_bytes=0)
     chunk_bytes = math.prod(stream_layout.stored_chunk(store)) * self.leaves[name][1].itemsize
     if chunk_bytes <= 2 * checkpointer_lib.MAX_CHUNK_BYTES:
       self._stores[name] = store
       return store
-    self._large = ('', None)  # frees the chunk of the array before
+    large, self._large = None, ('', None)  # frees the chunk of the array before
     room = chunk_bytes + _INDEX_BYTES
-    self._large = (name, self._open_with(name, cache_bytes=room))
-    return self._large[1]
+    large = self._open_with(name, cache_bytes=room)
+    self._large = (name, large)
+    return large
 
   def _open_with(self, name: str, cache_bytes: int) -> ts.TensorStore:
     if self._packed:

@@ -64,9 +64,9 @@ def find(path: str) -> pathlib.Path:
   if file.suffix == '.py' and file.is_file():
     return file
   own = FOLDER / file.with_suffix('.py').name
-  if file.suffix in ('', '.py') and file.parent in (pathlib.Path(), pathlib.Path('configs')):
-    if own.is_file() and not own.name.startswith('_'):
-      return own
+  named = file.suffix in ('', '.py') and file.parent in (pathlib.Path(), pathlib.Path('configs'))
+  if named and own.is_file() and not own.name.startswith('_'):
+    return own
   folder = file.parent if file.suffix == '.py' else FOLDER
   pages = [page for page in folder.glob('*.py') if not page.name.startswith('_')]
   names = [str(page) if file.suffix == '.py' else page.stem for page in pages]

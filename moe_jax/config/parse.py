@@ -83,7 +83,7 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
 
 def _coerce(kind: Any, value: Any, name: str) -> Any:
   """Checks one value against its field's type; ints become floats and lists become tuples."""
-  if dataclasses.is_dataclass(kind):
+  if isinstance(kind, type) and dataclasses.is_dataclass(kind):
     return _build(kind, value, name + '.')
   origin, args = typing.get_origin(kind), typing.get_args(kind)
   if origin is tuple and isinstance(value, (list, tuple)):

@@ -197,7 +197,8 @@ class _Counter:
 
   def result(self) -> _Scan:
     digests = tuple(hasher.hexdigest() for hasher in self._hashers)
-    return _Scan(digests, tuple(self._num_documents), tuple(self._num_bytes))
+    (train, heldout), (train_bytes, heldout_bytes) = self._num_documents, self._num_bytes
+    return _Scan(digests, (train, heldout), (train_bytes, heldout_bytes))
 
 
 def _tokenizer(

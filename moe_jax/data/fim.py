@@ -42,6 +42,7 @@ def assemble(tokenizer: tokenizer_lib.Tokenizer, parts: Sequence[list[int]]) -> 
   if len(parts) == 1:
     return [tokenizer.bos_id, *parts[0], tokenizer.eos_id]
   prefix, suffix, middle = parts
+  assert tokenizer.fim_ids is not None, '`check` comes before `split`'
   begin, hole, end = tokenizer.fim_ids
   return [tokenizer.bos_id, begin, *prefix, hole, *suffix, end, *middle, tokenizer.eos_id]
 

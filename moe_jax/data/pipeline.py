@@ -10,6 +10,7 @@ Legend: B global batch size, L max_seq_len, S equal parts of B, s of them here.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import cast
 
 import grain
 import numpy as np
@@ -101,7 +102,7 @@ class TrainBatches:
     return packing.stack([self._rows[i] for begin in begins for i in range(begin, begin + share)])
 
 
-def _row_stream(corpus: corpus_lib.Corpus, seed: int, max_seq_len: int) -> grain.MapDataset:
+def _row_stream(corpus: corpus_lib.Corpus, seed: int, max_seq_len: int) -> Sequence[Batch]:
   """All epochs of all components' rows, by index."""
   components = []
   for i, split in enumerate(corpus.train):
@@ -112,7 +113,8 @@ def _row_stream(corpus: corpus_lib.Corpus, seed: int, max_seq_len: int) -> grain
     components.append(rows.shuffle(seed=shuffle_seed).repeat())
   if len(components) == 1:
     return components[0]
-  return grain.MapDataset.mix(components, weights=corpus.weights)
+  # Read by index alone; a filter, which makes grain's elements optional, is not among the steps.
+  return cast(Sequence[Batch], grain.MapDataset.mix(components, weights=corpus.weights))
 
 
 def train_batches(
@@ -162,7 +164,7 @@ def train_batches(
 def _prefetched(source: TrainBatches, start_step: int, prefetch: int) -> Iterator[Batch]:
   if start_step >= len(source):
     return
-  steps = grain.MapDataset.source(source)[start_step:]
+  steps = grain.MapDataset.source(cast(Sequence[Batch], source))[start_step:]
   options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=prefetch)
   iterator = iter(steps.to_iter_dataset(options))
   try:

@@ -47,13 +47,13 @@ class Tokenizer:
     inner.no_truncation()
     inner.no_padding()
     self._inner = inner
-    self.bos_id: int = inner.token_to_id(bos_token)
-    self.eos_id: int = inner.token_to_id(eos_token)
+    ids = inner.get_vocab(with_added_tokens=True)
+    self.bos_id, self.eos_id = ids[bos_token], ids[eos_token]
     # One more than the largest id, which is what an embedding must have rows for.
-    self.vocab_size: int = max(inner.get_vocab(with_added_tokens=True).values()) + 1
+    self.vocab_size: int = max(ids.values()) + 1
     self.fim_ids: tuple[int, ...] | None = None  # begin, hole, end
     if len(present) == len(FIM_TOKENS):
-      self.fim_ids = tuple(inner.token_to_id(t) for t in FIM_TOKENS)
+      self.fim_ids = tuple(ids[token] for token in FIM_TOKENS)
 
   def encode(self, text: str) -> list[int]:
     return self._inner.encode(text, add_special_tokens=False).ids

@@ -19,11 +19,13 @@ def enable(root: str | os.PathLike[str]) -> pathlib.Path:
   Returns:
     The directory in use.
   """
-  if jax.config.jax_compilation_cache_dir is None:
+  # pyright: ignore is needed because JAX defines its flags at run time.
+  directory = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+  if directory is None:
     directory = pathlib.Path(root) / f'xla-{_host_instructions()}'
     jax.config.update('jax_compilation_cache_dir', str(directory))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', MIN_COMPILE_SECONDS)
-  return pathlib.Path(jax.config.jax_compilation_cache_dir)
+  return pathlib.Path(directory)
 
 
 def _host_instructions() -> str:

@@ -11,11 +11,12 @@ of the MoE layers the expert axis is one more axis of data parallelism.
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 from flax import linen as nn
+from flax.linen import spmd
 from jax.experimental import mesh_utils
 
 from moe_jax import errors
@@ -54,11 +55,14 @@ LOGICAL_AXIS_RULES = (
 )
 BATCH_SPEC = jax.P(ROW_AXES, 'sequence')  # of [B, L]
 
+Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh  # the latter has sizes, and no devices
 Names = tuple[str | None, ...]  # one logical axis per dimension, None = replicated
 
 
 def make_mesh(
-  cfg: mesh_config.MeshConfig, devices: Sequence[jax.Device] | None = None
+  cfg: mesh_config.MeshConfig,
+  # pyright: ignore is needed because JAX makes this alias at run time.
+  devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
 ) -> jax.sharding.Mesh:
   """A mesh over `devices` (default: all), with every -1 replaced by the devices that are left.
 
@@ -96,16 +100,16 @@ def make_mesh(
   return jax.sharding.Mesh(grid, MESH_AXES, axis_types=auto)
 
 
-def row_ways(mesh: jax.sharding.Mesh) -> int:
+def row_ways(mesh: Mesh) -> int:
   """Into how many parts the rows of a batch are split."""
   return _ways(mesh, ROW_AXES)
 
 
-def _ways(mesh: jax.sharding.Mesh, axes: Sequence[str]) -> int:
+def _ways(mesh: Mesh, axes: Sequence[str]) -> int:
   return math.prod(mesh.shape[axis] for axis in axes)
 
 
-def check(cfg: schema.Config, mesh: jax.sharding.Mesh):
+def check(cfg: schema.Config, mesh: Mesh):
   """Refuses what the mesh cannot split evenly: batches, and the sizes of the model.
 
   Raises:
@@ -138,7 +142,7 @@ def check(cfg: schema.Config, mesh: jax.sharding.Mesh):
     )
 
 
-def _divides(mesh: jax.sharding.Mesh, name: str, size: int, axes: Sequence[str]):
+def _divides(mesh: Mesh, name: str, size: int, axes: Sequence[str]):
   ways = _ways(mesh, axes)
   if size % ways == 0:
     return
@@ -173,10 +177,11 @@ def axis_size(axis: str) -> int:
   return dict(jax.sharding.get_abstract_mesh().shape).get(axis, 1)
 
 
-def shardings(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
+def shardings(boxed: Any, mesh: Mesh) -> Any:
   """NamedSharding of every leaf of an (abstract) tree whose parameters carry axis names."""
   specs = nn.get_partition_spec(boxed)
-  return nn.logical_to_mesh_sharding(specs, mesh, rules(mesh))
+  # Flax states a mesh of devices, but builds NamedShardings only, which take either.
+  return spmd.logical_to_mesh_sharding(specs, cast(jax.sharding.Mesh, mesh), rules(mesh))
 
 
 def split_further(sharding: jax.NamedSharding, shape: Sequence[int]) -> jax.NamedSharding:
@@ -214,7 +219,7 @@ def row_shards(mesh: jax.sharding.Mesh) -> tuple[int, ...]:
   ways = row_ways(mesh)
   sharding = jax.NamedSharding(mesh, jax.P(ROW_AXES))
   indices = sharding.addressable_devices_indices_map((ways,)).values()
-  return tuple(sorted({index[0].indices(ways)[0] for index in indices}))
+  return tuple(sorted({index[0].indices(ways)[0] for index in indices if index is not None}))
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
@@ -233,7 +238,8 @@ def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str
   def put(x: np.ndarray) -> jax.Array:
     size = len(x) // len(shards)
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+      assert index is not None  # every process has rows of every batch
       begin = place[index[0].indices(size * ways)[0] // size] * size
       return x[(slice(begin, begin + size), *index[1:])]
 
@@ -314,4 +320,4 @@ def gather_shards(part: jax.Array, axis: int) -> jax.Array:
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   """States the layout of an activation by its logical axes; nothing without a mesh."""
-  return nn.with_logical_constraint(x, names)
+  return spmd.with_logical_constraint(x, names)

@@ -46,12 +46,11 @@ def family(hf: Json) -> str:
     errors.InputError: it is another one.
   """
   found = hf.get('model_type')
-  errors.require(
-    found in ARCHITECTURES,
+  return errors.present(
+    found if found in ARCHITECTURES else None,
     f'config.json: model_type={found!r} (architectures={hf.get("architectures")}) is not among the '
     f'supported ones: {", ".join(ARCHITECTURES)}',
   )
-  return found
 
 
 def to_values(hf: Json, values: Json, num_mtp_layers: int = 0) -> dict[str, Any]:
@@ -182,10 +181,8 @@ def _rope_parameters(hf: Json) -> tuple[Json, float]:
   )
   rope = dict(newer or older or {})
   theta = rope.pop('rope_theta', None) or hf.get('rope_theta')
-  errors.require(
-    theta is not None, 'config.json: rope_theta is missing; DeepSeek models have 10000'
-  )
-  return rope, theta
+  missing = 'config.json: rope_theta is missing; DeepSeek models have 10000'
+  return rope, errors.present(theta, missing)
 
 
 def _yarn(kind: str, rope: Json, off: Json) -> dict[str, Any]:

@@ -202,7 +202,7 @@ def export_checkpoint(
     leaves = {name: jax.ShapeDtypeStruct(*reader.leaves[name]) for name in names}
     tied = record is not None and not record.layout.lm_head
     untied = tied and not export_plan.is_tied(reader, cfg.model)
-    if untied:
+    if record is not None and untied:
       record = record._replace(layout=record.layout._replace(lm_head=True))
       say('head and embedding are no longer equal: they are written as two tensors')
     if record is not None and record.was_float8:

@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
-from lm_eval import evaluator, tasks
-from lm_eval import utils as harness_utils
-from lm_eval.api import model as harness_model
+
+# Of the extra `hf`, which a type check may lack.
+from lm_eval import evaluator, tasks  # pyright: ignore[reportMissingImports]
+from lm_eval import utils as harness_utils  # pyright: ignore[reportMissingImports]
+from lm_eval.api import model as harness_model  # pyright: ignore[reportMissingImports]
 
 from moe_jax import errors
 from moe_jax.config import schema

@@ -88,6 +88,15 @@ class _Row(NamedTuple):
   pick: int | None = None  # place on our axis of (gate, up), which follows the first axis
 
 
+class _Place(NamedTuple):
+  """Where the tensors of a layer stand, in the files and in our tree."""
+
+  axes: dict[str, int]  # sizes of `_Row.axes`
+  prefix: str = ''  # of names in the files
+  leaf_prefix: str = ''
+  index: tuple[int, ...] = ()  # over the leading axes of our leaves
+
+
 _EMBEDDING = _Row('model.embed_tokens.weight', 'params/embedding', 'vocab embed')
 _FINAL_NORM = _Row('model.norm.weight', 'params/final_norm/scale', 'embed')
 _HEAD = _Row('lm_head.weight', 'params/head', 'embed | vocab')
@@ -151,11 +160,13 @@ def entries(cfg: schema.ModelConfig, layout: Layout) -> Iterator[Entry]:
   Pure: it reads the sizes of `cfg` and allocates nothing.
   """
   axes = _axes(cfg)
-  yield from _vocabulary(_EMBEDDING, axes)
+  yield from _vocabulary(_EMBEDDING, _Place(axes))
   yield from (
-    _vocabulary(_HEAD, axes) if layout.lm_head else _vocabulary(_TIED_HEAD, axes, role=TIED)
+    _vocabulary(_HEAD, _Place(axes))
+    if layout.lm_head
+    else _vocabulary(_TIED_HEAD, _Place(axes), TIED)
   )
-  yield _entry(_FINAL_NORM, axes)
+  yield _entry(_FINAL_NORM, _Place(axes))
   num_dense = cfg.num_layers - cfg.num_moe_layers
   for layer in range(cfg.num_layers):
     is_moe = layer >= num_dense
@@ -165,9 +176,9 @@ def entries(cfg: schema.ModelConfig, layout: Layout) -> Iterator[Entry]:
     prefix = mtp_prefix(cfg, module)
     yield from _block(cfg, axes, layout, prefix, _MTP_BLOCK, module, cfg.is_moe)
     for row in _MTP:
-      yield _entry(row, axes, prefix, index=(module,))
+      yield _entry(row, _Place(axes, prefix, index=(module,)))
     for row in (_EMBEDDING, _HEAD):
-      yield from _vocabulary(row._replace(hf=_MTP_COPIES[row.hf]), axes, prefix, role=COPY)
+      yield from _vocabulary(row._replace(hf=_MTP_COPIES[row.hf]), _Place(axes, prefix), COPY)
 
 
 def mtp_prefix(cfg: schema.ModelConfig, module: int) -> str:
@@ -239,33 +250,33 @@ def _block(
   is_moe: bool,
 ) -> Iterator[Entry]:
   """The tensors of one layer, which is row `number` of the stacked leaves of `stack`."""
-  place = dict(axes=axes, prefix=prefix, leaf_prefix=f'params/{stack}/', index=(number,))
+  place = _Place(axes, prefix, f'params/{stack}/', (number,))
   rows = (*_NORMS, *_attention_rows(cfg), *(() if is_moe else _DENSE_FFN))
   for row in rows:
-    yield _entry(row, **place)
+    yield _entry(row, place)
   if not is_moe:
     return
-  yield _entry(_ROUTER, **place)
+  yield _entry(_ROUTER, place)
   if cfg.moe.expert_bias.update_rule != 'none':
-    yield _entry(_EXPERT_BIAS, **(place | {'leaf_prefix': f'router_state/{stack}/'}))
+    yield _entry(_EXPERT_BIAS, place._replace(leaf_prefix=f'router_state/{stack}/'))
   if cfg.moe.num_shared_experts:
     for row in _SHARED_EXPERTS:
-      yield _entry(row, **place)
+      yield _entry(row, place)
   make = _fused_experts if layout.fused_experts else _experts
   yield from make(cfg.moe.num_experts, number, place)
 
 
-def _experts(num_experts: int, number: int, place: dict) -> Iterator[Entry]:
+def _experts(num_experts: int, number: int, place: _Place) -> Iterator[Entry]:
   for expert in range(num_experts):
     for row in _EXPERT:
       named = row._replace(hf=row.hf.format(expert))
-      yield _entry(named, **(place | {'index': (number, expert)}))
+      yield _entry(named, place._replace(index=(number, expert)))
 
 
-def _fused_experts(num_experts: int, number: int, place: dict) -> Iterator[Entry]:
+def _fused_experts(num_experts: int, number: int, place: _Place) -> Iterator[Entry]:
   """gate_up_proj [E, 2 F, D], gates first, and down_proj [E, D, F], expert by expert."""
   gate, up, down = (
-    [_entry(row, **(place | {'index': (number, e)})) for e in range(num_experts)] for row in _EXPERT
+    [_entry(row, place._replace(index=(number, e))) for e in range(num_experts)] for row in _EXPERT
   )
   width, embed = gate[0].hf_part
   fused = (
@@ -274,14 +285,12 @@ def _fused_experts(num_experts: int, number: int, place: dict) -> Iterator[Entry
   )
   for name, shape, parts in fused:
     for i, part in enumerate(parts):
-      yield part._replace(hf_name=place['prefix'] + name, hf_shape=shape, start=i * part.size)
+      yield part._replace(hf_name=place.prefix + name, hf_shape=shape, start=i * part.size)
 
 
-def _vocabulary(
-  row: _Row, axes: dict[str, int], prefix: str = '', role: str = WEIGHT
-) -> Iterator[Entry]:
+def _vocabulary(row: _Row, place: _Place, role: str = WEIGHT) -> Iterator[Entry]:
   """A matrix with a row per token of the vocabulary, in parts of _PART elements."""
-  whole = _entry(row, axes, prefix, role=role)
+  whole = _entry(row, place, role)
   vocab, width = whole.hf_shape
   rows = max(_PART // width, 1)
   for first in range(0, vocab, rows):
@@ -295,19 +304,11 @@ def _vocabulary(
     )
 
 
-def _entry(
-  row: _Row,
-  axes: dict[str, int],
-  prefix: str = '',
-  leaf_prefix: str = '',
-  index: tuple[int, ...] = (),
-  role: str = WEIGHT,
-) -> Entry:
+def _entry(row: _Row, place: _Place, role: str = WEIGHT) -> Entry:
   read, bar, made = row.axes.partition(' | ')
-  sizes = [[axes[name] for name in side.split()] for side in (read, made)]
+  sizes = [[place.axes[name] for name in side.split()] for side in (read, made)]
   shape = (*sizes[0], *sizes[1])
   hf_shape = (math.prod(sizes[1]), math.prod(sizes[0])) if bar else shape
-  if row.pick is not None:
-    index = (*index, slice(None), row.pick)
-  name, leaf = prefix + row.hf, leaf_prefix + row.ours
+  index = place.index if row.pick is None else (*place.index, slice(None), row.pick)
+  name, leaf = place.prefix + row.hf, place.leaf_prefix + row.ours
   return Entry(name, hf_shape, 0, hf_shape, leaf, index, shape, bool(bar), role)

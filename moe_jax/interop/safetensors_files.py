@@ -6,6 +6,7 @@ because the safetensors package writes a file from tensors that are all in memor
 a memory map whose pages then count as the process's own. Nothing in a file is ever executed.
 """
 
+import io
 import json
 import math
 import os
@@ -186,7 +187,7 @@ class Reader:
   def __init__(self, tensors: Mapping[str, Tensor]):
     self.tensors = tensors
     self._path: pathlib.Path | None = None
-    self._file: BinaryIO | None = None
+    self._file: io.BufferedReader | None = None
 
   def read(self, name: str, start: int, shape: Sequence[int]) -> np.ndarray:
     """Elements `start` and following of a tensor, as an array of `shape`.
@@ -200,13 +201,13 @@ class Reader:
     array = np.empty(math.prod(shape), dtype)
     file.seek(tensor.offset + start * dtype.itemsize)
     errors.require(
-      file.readinto(array.view(np.uint8)) == array.nbytes,
+      file.readinto(array.view(np.uint8).data) == array.nbytes,
       f'{tensor.path} ended inside of tensor {name!r}; it was changed while it was read',
     )
     return array.reshape(shape)
 
-  def _open(self, path: pathlib.Path) -> BinaryIO:
-    if self._path != path:
+  def _open(self, path: pathlib.Path) -> io.BufferedReader:
+    if self._file is None or self._path != path:
       self.close()
       self._path, self._file = path, path.open('rb')
     return self._file
@@ -271,7 +272,7 @@ def _write_tensor(file: BinaryIO, spec: Spec, parts: Iterator[np.ndarray]):
     missing -= part.nbytes
     if part.dtype != DTYPES[spec.dtype] or missing < 0:
       raise ValueError(f'a part {part.dtype}{list(part.shape)} does not fit into {spec}')
-    file.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8))
+    file.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
 
 
 def _shards(specs: Sequence[Spec], shard_bytes: int) -> Iterator[list[Spec]]:

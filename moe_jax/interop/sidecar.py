@@ -8,7 +8,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import tokenizers
@@ -57,7 +57,8 @@ def read_record(workdir: pathlib.Path) -> Record | None:
     return None
   content = source.read_json(path)
   try:
-    return Record(**(content | {'layout': mapping.Layout(**content['layout'])}))
+    layout = mapping.Layout(**content.pop('layout'))
+    return Record(layout=layout, **content)
   except (KeyError, TypeError) as e:
     raise errors.InputError(
       f'{path} is not the record of an import ({e!r}); put the file back, or import again'
@@ -83,11 +84,11 @@ def special_tokens(directory: pathlib.Path, hf: Mapping[str, Any]) -> tuple[str,
     for name in (TOKENIZER_CONFIG, 'special_tokens_map.json')
     if (directory / name).is_file()
   ]
-  return tuple(_special_token(kind, named, hf, path) for kind in ('bos', 'eos'))
+  return _special_token('bos', named, hf, path), _special_token('eos', named, hf, path)
 
 
 def _special_token(
-  kind: str, named: list[Mapping[str, Any]], hf: Mapping[str, Any], path: pathlib.Path
+  kind: str, named: Sequence[Mapping[str, Any]], hf: Mapping[str, Any], path: pathlib.Path
 ) -> str:
   for content in named:
     token = content.get(f'{kind}_token')
@@ -98,12 +99,11 @@ def _special_token(
   token_id = hf.get(f'{kind}_token_id')
   token_id = token_id[0] if isinstance(token_id, list) and token_id else token_id
   name = _token_name(path, token_id) if isinstance(token_id, int) else None
-  errors.require(
-    name is not None,
+  return errors.present(
+    name,
     f'--from_hf={path.parent}: neither {TOKENIZER_CONFIG} nor config.json says which token is '
     f'{kind}_token; add "{kind}_token" to {TOKENIZER_CONFIG}',
   )
-  return name
 
 
 def _token_name(path: pathlib.Path, token_id: int) -> str | None:

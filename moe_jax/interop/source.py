@@ -64,7 +64,8 @@ class Source:
     if self.tensors[entry.hf_name].dtype == 'F8_E4M3':
       name = entry.hf_name + float8.SCALE_SUFFIX
       scale = reader.read(name, 0, self.tensors[name].shape)
-      values = float8.dequantise(values, scale, self.block, dtype)
+      block = errors.present(self.block, f'tensor {entry.hf_name!r} is float8 of no known block')
+      values = float8.dequantise(values, scale, block, dtype)
     return entry.to_ours(values.astype(dtype, copy=False))
 
 
@@ -234,8 +235,8 @@ def _check_types(
     )
     if scale is None:
       continue
-    errors.require(
-      block is not None and len(shape) == 2,
+    block = errors.present(
+      block if len(shape) == 2 else None,
       f'tensor {name!r} in {tensor.path} is float8, which needs a quantization_config in '
       'config.json and a matrix of its own (not experts in one tensor)',
     )

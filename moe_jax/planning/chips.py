@@ -11,6 +11,7 @@ programs that are too large says (libtpu 0.0.42), and of GPUs the device's memor
 import dataclasses
 import math
 import re
+from typing import Any
 
 from moe_jax import errors
 
@@ -34,11 +35,11 @@ class Chip:
   per_chip: int = 1  # devices of a chip
 
 
-def _tpu(name: str, **values: float) -> Chip:
+def _tpu(name: str, **values: Any) -> Chip:
   return Chip(name=name, kind='tpu', **values)
 
 
-def _gpu(name: str, **values: float) -> Chip:
+def _gpu(name: str, **values: Any) -> Chip:
   return Chip(name=name, kind='gpu', torus=0, wraps=0, **values)
 
 

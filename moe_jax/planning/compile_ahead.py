@@ -214,9 +214,7 @@ def extents(mesh: jax.sharding.Mesh) -> dict[str, dict[str, int]]:
     return {}
   found = {}
   for place, (name, size) in enumerate(mesh.shape.items()):
-    index = [0] * mesh.devices.ndim
-    index[place] = slice(None)
-    devices = mesh.devices[tuple(index)]
+    devices = np.moveaxis(mesh.devices, place, 0).reshape(size, -1)[:, 0]
     if size == 1 or name in partitioning.DCN_AXES:
       continue
     coords = np.array([tuple(d.coords) for d in devices.flat])

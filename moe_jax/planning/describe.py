@@ -241,7 +241,7 @@ def _costs(d: Description) -> dict[str, float]:
 
 
 # A row's values, one per config and None where a config has none, and how to print one of them.
-_Cells = tuple[list[Any], Callable[[Any], str]]
+_Cells = tuple[Sequence[Any], Callable[[Any], str]]
 
 
 def _settings(descriptions: Sequence[Description]) -> dict[str, _Cells]:
@@ -310,7 +310,7 @@ def _losses(descriptions: Sequence[Description]) -> dict[str, _Cells]:
   rows = {name: ([pair(d.balance_losses.get(name)) for d in descriptions], cell) for name in names}
   if names:
     coefficients = [d.transformers_coefficient for d in descriptions]
-    rows['expert_level as router_aux_loss_coef'] = coefficients, '{:.6g}'.format
+    rows['expert_level as router_aux_loss_coef'] = coefficients, lambda c: f'{c:.6g}'
   return rows
 
 

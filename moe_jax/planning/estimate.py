@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -123,11 +124,18 @@ def _state_bytes(
   sizes: mesh_config.MeshConfig,
   mesh: jax.sharding.AbstractMesh,
 ) -> dict[str, int]:
-  parts = dict(model=model, optim=optim, train=loop, mesh=sizes)
-  unread = dict(init_from='', data=None, checkpoint=None, paper=None)
-  return compile_ahead.train_arguments(
-    train_state.abstract_state(schema.Config(**parts, **unread), mesh)
+  unread: Any = None
+  cfg = schema.Config(
+    init_from='',
+    model=model,
+    data=unread,
+    optim=optim,
+    train=loop,
+    checkpoint=unread,
+    mesh=sizes,
+    paper=unread,
   )
+  return compile_ahead.train_arguments(train_state.abstract_state(cfg, mesh))
 
 
 class _Sizes:

@@ -22,8 +22,11 @@ per token, L tokens.
 """
 
 import dataclasses
+from typing import TypeVar
 
 from moe_jax.config import moe_config, schema
+
+_Number = TypeVar('_Number', int, float)
 
 # Forward 2 (a multiplication and an addition per weight), backward twice that.
 TRAIN_FLOPS_PER_WEIGHT = 6
@@ -90,7 +93,7 @@ def _count(model: schema.ModelConfig, experts: int) -> ParameterCount:
   )
 
 
-def _swiglu(embed_dim: int, width: float) -> float:
+def _swiglu(embed_dim: int, width: _Number) -> _Number:
   """Weights of a SwiGLU FFN: gate and up [D, 2, F], down [F, D]. Integer for an integer width."""
   return 3 * embed_dim * width
 

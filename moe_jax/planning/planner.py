@@ -292,7 +292,7 @@ def laid_out(topology: chips.Topology, mesh: Mapping[str, int]) -> roofline.Exte
   """Mesh axes on the torus, the last axes on the last dimensions, where the compiler has no say."""
   left = list(topology.dims)
   found: dict[str, dict[str, int]] = {}
-  for axis, size in reversed(mesh.items()):
+  for axis, size in reversed(list(mesh.items())):
     if axis in partitioning.DCN_AXES:
       continue
     for dim in reversed(range(len(left))):

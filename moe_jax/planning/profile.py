@@ -92,7 +92,8 @@ def seconds(trace_dir: str | pathlib.Path, hlo_text_of_program: str) -> dict[str
   Raises:
     errors.InputError: there is no profile, or the program is not in it.
   """
-  names, by_scope = scopes(hlo_text_of_program), collections.Counter()
+  names = scopes(hlo_text_of_program)
+  by_scope: dict[str, float] = collections.defaultdict(float)
   known = False
   for events in _lines(trace_dir):
     for name, duration in own_times(events):

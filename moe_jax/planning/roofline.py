@@ -36,7 +36,7 @@ class Roofline:
 
   @property
   def bound_by(self) -> str:
-    return max(self.seconds, key=self.seconds.get)
+    return max(self.seconds, key=lambda name: self.seconds[name])
 
 
 def roofline(
@@ -152,7 +152,7 @@ def _gpus(
 def _inside_node(axes: Iterable[str], mesh: Mapping[str, int]) -> int:
   """How many devices of a group along `axes` share a node."""
   inside, neighbours = 1, 1
-  for axis, size in reversed(mesh.items()):
+  for axis, size in reversed(list(mesh.items())):
     here = math.gcd(size, max(1, chips.NODE // neighbours))
     if axis in axes:
       inside *= here

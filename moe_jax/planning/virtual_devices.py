@@ -77,8 +77,8 @@ def report(
     errors.InputError: D leaves a device without an expert, or no token has an expert.
   """
   _check(expert_idx, num_experts, num_devices)
-  used = expert_idx < num_experts
-  mask = used.any(axis=(0, 3)) if mask is None else mask
+  if mask is None:
+    mask = np.asarray((expert_idx < num_experts).any(axis=(0, 3)))
   num_tokens = int(mask.sum())
   errors.require(num_tokens > 0, 'expert_idx assigns no token to any expert; nothing to report')
   rows = np.arange(expert_idx.shape[1]) if rows is None else np.asarray(rows)
@@ -95,7 +95,7 @@ def report(
     tokens_sent=sent,
     devices_per_token=histogram,
     all_to_all_bytes_per_token=remote / num_tokens * embed_dim * bytes_per_number * 2,
-    straggler_factor=router_stats.max_vio(device_load) + 1,
+    straggler_factor=np.asarray(router_stats.max_vio(device_load) + 1),
     expert_drop_rate=_drop_rate(load, capacity_factor),
     device_drop_rate=_drop_rate(device_load, capacity_factor),
   )

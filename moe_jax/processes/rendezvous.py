@@ -95,7 +95,8 @@ def _collect(port: int, num_processes: int, record: Mapping[str, Any], timeout: 
     if error:
       raise errors.InputError(error)
     stack.pop_all()  # they stay open
-  connections = {i: caller.connection for i, caller in present.items() if i}
+  callers = {i: caller.connection for i, caller in present.items()}
+  connections = {i: connection for i, connection in callers.items() if connection is not None}
   return Present(hosts, connections)
 
 
@@ -148,6 +149,7 @@ def _stray(number: int, caller: _Caller, old: _Caller | None, num_processes: int
       f'--process_id={number} on {caller.host} must lie between 0 and {num_processes - 1}, since '
       f'process 0 was started with --num_processes={num_processes}; start all with the same number'
     )
+  assert old is not None, 'a number that is taken'
   return (
     f'--process_id={number} came twice, from {old.host} and from {caller.host}; give every process '
     f'its own number from 0 to {num_processes - 1}'

@@ -64,7 +64,7 @@ class Lifeline:
         selector.register(connection, selectors.EVENT_READ, number)
       while selector.get_map():
         for key, _ in selector.select():
-          last_words = self._listen(key.fileobj)
+          last_words = self._listen(self._connections[key.data])
           selector.unregister(key.fileobj)
           if last_words != '' and not self._over.is_set():
             self._give_up(key.data, last_words)

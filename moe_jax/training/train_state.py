@@ -41,7 +41,7 @@ def _init(cfg: schema.Config, rng: Array) -> TrainState:
   return TrainState(jnp.zeros((), jnp.int32), seed, opt_state=opt_state, **variables)
 
 
-def abstract_state(cfg: schema.Config, mesh: jax.sharding.Mesh) -> TrainState:
+def abstract_state(cfg: schema.Config, mesh: partitioning.Mesh) -> TrainState:
   """Shape, dtype and sharding of every leaf; allocates nothing."""
   boxed = jax.eval_shape(lambda: _init(cfg, jax.random.key(0)))
   shapes, shardings = partitioning.unbox(boxed), partitioning.shardings(boxed, mesh)

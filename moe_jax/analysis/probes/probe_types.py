@@ -85,7 +85,9 @@ def panel_size(number: int, height: float = 3.1, columns: int = 3) -> tuple[floa
   return 3.3 * min(number, columns) + 1.0, height * -(-number // columns) + 0.5
 
 
-def per_layer(values: Sequence[float], names: Sequence[str], form: str = '{:.2f}') -> str:
+def per_layer(
+  values: Sequence[float] | np.ndarray, names: Sequence[str], form: str = '{:.2f}'
+) -> str:
   """'layer 1: 0.20, layer 2: 0.31' for a reading; the extremes only of more than eight layers."""
   pairs = list(zip(names, values))
   if len(pairs) > 8:

@@ -231,7 +231,7 @@ class _Groups:
     if product:
       ids = [int(s) * _SLICE + int(product[2]) for s in product[1].split(',')]
       return self._places_of(ids)
-    target = re.search(r'_xla_megascale_target=\{\{(.*?)\}\}', attributes)[1]
+    target = hlo_text.search(r'_xla_megascale_target=\{\{(.*?)\}\}', attributes)[1]
     if '->' in target:
       pairs = re.findall(r'(\d+)->(\d+)', target.replace('{', '').replace('}', ''))
       return self._of_pairs(self._places_of([int(end) for pair in pairs for end in pair]))
@@ -272,9 +272,8 @@ def _first_group(attributes: str, num_devices: int) -> list[int]:
 
 def _iota(text: str) -> np.ndarray:
   """[2,4]<=[4,2]T(1,0): 0..7 as 4 x 2, transposed, as 2 x 4."""
-  shape, source, order = re.fullmatch(
-    r'\[([\d,]+)\](?:<=\[([\d,]+)\])?(?:T\(([\d,]+)\))?', text
-  ).groups()
+  pattern = r'^\[([\d,]+)\](?:<=\[([\d,]+)\])?(?:T\(([\d,]+)\))?$'
+  shape, source, order = hlo_text.search(pattern, text).groups()
 
   def numbers(part):
     return [int(i) for i in part.split(',')]
@@ -289,15 +288,15 @@ def _group_of_mesh(sizes: str, device_ids: str | None, along: str) -> list[int]:
 
   An axis may be split: 'a':(2)4 is the part of size 4 inside of one of size 2.
   """
-  sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", sizes)}
-  ids = np.arange(math.prod(sizes.values()))
+  size_of = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", sizes)}
+  ids = np.arange(math.prod(size_of.values()))
   if device_ids:
     ids = _device_order(device_ids)
   shape, kept = [], []
   parts = {
     name: (pre, size) for name, pre, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", along)
   }
-  for name, size in sizes.items():
+  for name, size in size_of.items():
     if name not in parts:
       shape, kept = [*shape, size], [*kept, False]
     elif not parts[name][0]:

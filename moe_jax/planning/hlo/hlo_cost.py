@@ -47,7 +47,7 @@ def dot_flops(computation: hlo_text.Computation, instruction: hlo_text.Instructi
   """2 FLOPs for each number of the result and each product that is added up in it."""
   if instruction.opcode == 'dot':
     (left,) = computation.shapes(instruction, 0)
-    contracted = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', instruction.attributes)[1]
+    contracted = hlo_text.search(r'lhs_contracting_dims=\{([\d,]*)\}', instruction.attributes)[1]
     depth = math.prod(left.dims[int(i)] for i in contracted.split(',') if i)
     return 2 * instruction.shapes[0].size * depth
   return _convolution_flops(computation, instruction) if instruction.opcode == 'convolution' else 0
@@ -59,7 +59,7 @@ def _convolution_flops(computation: hlo_text.Computation, instruction: hlo_text.
   Only the places of a window that lie on numbers count, not those on padding.
   """
   pattern = r'dim_labels=(\w+)_(\w+)->(\w+)'
-  left, kernel, result = re.search(pattern, instruction.attributes).groups()
+  left, kernel, result = hlo_text.search(pattern, instruction.attributes).groups()
   (left_shape,), (kernel_shape,) = (computation.shapes(instruction, i) for i in (0, 1))
 
   def size(shape, labels, letter):

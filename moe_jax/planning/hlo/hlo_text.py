@@ -211,9 +211,21 @@ def parse(text: str) -> Module:
   return Module(computations, entry, int(found[1]) if found else 1)
 
 
+def search(pattern: str, text: str) -> re.Match[str]:
+  """The first match of a regular expression.
+
+  Raises:
+    ValueError: there is none, as when the compiler has changed its spelling.
+  """
+  match = re.search(pattern, text)
+  if match is None:
+    raise ValueError(f'no {pattern} in {text[:200]!r}')
+  return match
+
+
 def attribute(instruction: Instruction, name: str) -> str:
   """The name or number behind `name=` in the attributes of an instruction."""
-  return re.search(rf'{name}=%?([\w.-]+)', instruction.attributes)[1]
+  return search(rf'{name}=%?([\w.-]+)', instruction.attributes)[1]
 
 
 def trip_count(module: Module, computation: Computation, loop: Instruction) -> int | None:
@@ -250,7 +262,7 @@ def _compared(module: Module, condition: Computation) -> tuple[int, int | tuple[
   if root.opcode != 'compare':
     return None
   sides = [_resolve(condition, scope, arguments, name) for name in root.operands]
-  direction = re.search(r'direction=(\w+)', root.attributes)[1]
+  direction = search(r'direction=(\w+)', root.attributes)[1]
   left, right = sides
   if isinstance(left, tuple) and right is not None:
     return left[0], right, direction
