@@ -3,7 +3,7 @@
 The recording is the one source of two things: the virtual-device report, and the file that router
 'replay' reads.
 
-Axis letters: B rows of a batch, L length, K choices per token, E experts, D virtual devices.
+Axis letters are those of `moe_jax.models`.
 """
 
 import dataclasses
@@ -148,7 +148,7 @@ def device_figures(
   Args:
     recording: the batches.
     model: whose assignments they are.
-    num_devices: D.
+    num_devices: P.
     limits: the M of the shares `over_<M>`.
     capacity_factors: of the drop rates.
 
@@ -158,7 +158,7 @@ def device_figures(
     devices), all_to_all_bytes_per_token, expert_drops_<factor>, device_drops_<factor>.
 
   Raises:
-    errors.InputError: D leaves a device without an expert.
+    errors.InputError: P leaves a device without an expert.
   """
   batches = [recording.batch == number for number in np.unique(recording.batch)]
   report = functools.partial(

@@ -8,18 +8,18 @@ label decides the whole set, H(e | c) = ln K and I(e; c) = H(e) - ln K; so the s
 is 1 then and 0 where the label says nothing. I_0 is what shuffled labels give: with few tokens per
 label the plug-in estimate of I is far above 0 by itself.
 
-Axis letters: T tokens, K choices, E experts, C labels.
+Axis letters are those of `moe_jax.models`.
 """
 
 import numpy as np
 
 
 def counts(expert_idx: np.ndarray, labels: np.ndarray, num_experts: int) -> np.ndarray:
-  """[C, E] int64, how often each expert was chosen by tokens with each label.
+  """[labels, E] int64, how often each expert was chosen by tokens with each label.
 
   Args:
     expert_idx: [T, K] in 0..E; E = no expert.
-    labels: [T] in 0..C-1.
+    labels: [T], numbered from 0.
     num_experts: E.
   """
   num_labels = int(labels.max(initial=-1)) + 1

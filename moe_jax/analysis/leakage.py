@@ -4,7 +4,7 @@ Expert Choice lets every expert pick its tokens from a whole chunk, so that whic
 gets depends on later tokens. `bits_per_token` says how much such an allocation can carry,
 `changed_assignments` how much of it really changes with the future.
 
-N experts, K experts per token on average, R = K / N, T tokens that compete for them.
+E experts, K experts per token on average, r = K / E, T tokens that compete for them.
 """
 
 import math
@@ -13,12 +13,12 @@ import numpy as np
 
 
 def bits_per_token(num_experts: int, experts_per_tok: int, tokens: int) -> float:
-  """I = (N / T) log2 C(T, K T / N): bits per token and MoE layer, were all allocations as likely.
+  """I = (E / T) log2 binomial(T, K T / E): bits per token and MoE layer, were all allocations as likely.
 
-  K T / N is rounded down to whole tokens. Where it is whole and positive, I exceeds `lower_bound`
-  for every T, as C(T, m) >= (T / m)^m > ((T - m) / m)^m; with rounding it may not (it is 0 for
-  T < N / K). For large T it rises to N times the binary entropy of R, K log2(1 / R) +
-  (N - K) log2(1 / (1 - R)), which stays above the bound: the bound is not tight.
+  K T / E is rounded down to whole tokens. Where it is whole and positive, I exceeds `lower_bound`
+  for every T, as binomial(T, m) >= (T / m)^m > ((T - m) / m)^m; with rounding it may not (it is 0
+  for T < E / K). For large T it rises to E times the binary entropy of r, K log2(1 / r) +
+  (E - K) log2(1 / (1 - r)), which stays above the bound: the bound is not tight.
   """
   taken = experts_per_tok * tokens // num_experts
   ln_choices = math.lgamma(tokens + 1) - math.lgamma(taken + 1) - math.lgamma(tokens - taken + 1)
@@ -26,9 +26,9 @@ def bits_per_token(num_experts: int, experts_per_tok: int, tokens: int) -> float
 
 
 def lower_bound(num_experts: int, experts_per_tok: int) -> float:
-  """K log2((1 - R) / R), the paper's closed form for any T.
+  """K log2((1 - r) / r), the paper's closed form for any T.
 
-  It says nothing (is not positive) from R = 1 / 2 on, and is -inf for K = N.
+  It says nothing (is not positive) from r = 1 / 2 on, and is -inf for K = E.
   """
   if experts_per_tok == num_experts:
     return -math.inf

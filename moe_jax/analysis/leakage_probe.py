@@ -4,7 +4,7 @@ Held-out rows are run twice: as they are, and with the second half of each repla
 half of the next one. In a causal model the first half cannot tell the difference; where experts
 choose tokens, it can (arXiv 2408.15664, section 5).
 
-Axis letters: B rows, L length, K choices per token.
+Axis letters are those of `moe_jax.models`.
 """
 
 import dataclasses

@@ -1,6 +1,7 @@
 """What a checkpoint's routers do with held-out text, token by token: what the probes look at.
 
-Axis letters: R rows, L length, K choices per token, E experts; `layers` are the MoE layers.
+Axis letters are those of `moe_jax.models`, B being all rows that were read; X is K or E, and
+`layers` are the MoE layers.
 """
 
 import functools
@@ -19,12 +20,12 @@ from moe_jax.models import transformer
 class Observations(NamedTuple):
   """Held-out rows and how they were routed, outside of training."""
 
-  tokens: np.ndarray  # [R, L] int32
-  positions: np.ndarray  # [R, L] int32, place of each token in its document
-  domains: np.ndarray  # [R, L] int32, index into the corpus' domains
-  mask: np.ndarray  # [R, L] bool, False = padding
-  expert_idx: np.ndarray  # [layers, R, L, K] int32, before drops; E = no expert
-  scores: np.ndarray  # [layers, R, L, E] float32, what the balance losses average
+  tokens: np.ndarray  # [B, L] int32
+  positions: np.ndarray  # [B, L] int32, place of each token in its document
+  domains: np.ndarray  # [B, L] int32, index into the corpus' domains
+  mask: np.ndarray  # [B, L] bool, False = padding
+  expert_idx: np.ndarray  # [layers, B, L, K] int32, before drops; E = no expert
+  scores: np.ndarray  # [layers, B, L, E] float32, what the balance losses average
 
   @property
   def num_experts(self) -> int:
@@ -35,7 +36,7 @@ class Observations(NamedTuple):
     return len(self.scores)
 
   def of_tokens(self, values: np.ndarray) -> np.ndarray:
-    """[..., R, L, X] or [R, L] of rows -> [..., T, X] or [T] of the T real tokens."""
+    """[..., B, L, X] or [B, L] of rows -> [..., T, X] or [T] of the T real tokens."""
     if values.ndim == 2:
       return values[self.mask]
     return values[:, self.mask]

@@ -12,8 +12,8 @@
   parabolas and power law are fitted anew. They hold what scatter there is around the parabolas, not
   what all points have in common (one seed, one corpus, hyper-parameters that are off).
 
-Letters: C budget in FLOPs, x FLOPs per token of a model in some measure (M, 6 N1 or 6 N2), D
-tokens, S bootstrap samples.
+Symbols of the papers: C budget in FLOPs, x FLOPs per token of a model in some measure (M, 6 N1 or 6 N2), D
+tokens.
 """
 
 import dataclasses
@@ -80,7 +80,7 @@ class Allocation:
 
   optimum: PowerLaw  # x_opt(C); D_opt(C) = C / x_opt(C)
   parabolas: Mapping[float, Parabola]  # by budget, also those that were left out
-  samples: np.ndarray  # [S, 2] ln coefficient and exponent of x_opt, refitted
+  samples: np.ndarray  # [samples, 2] ln coefficient and exponent of x_opt, refitted
   rejected: float  # share of the redrawn budgets that had no minimum among the sampled sizes
 
   @property
@@ -120,7 +120,7 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def law_band(samples: np.ndarray, x) -> tuple[np.ndarray, np.ndarray]:
-  """Interval of redrawn power laws [S, 2] (ln coefficient, exponent) at each of x [n]."""
+  """Interval of redrawn power laws [samples, 2] (ln coefficient, exponent) at each of x [n]."""
   values = np.exp(samples[:, :1] + samples[:, 1:] * np.log(np.asarray(x, float)))
   low, high = np.quantile(values, QUANTILES, axis=0)
   return low, high
@@ -222,7 +222,7 @@ def bootstrap_near_optimal(
     seed: of the draws.
 
   Returns:
-    [S, 2], ln coefficient and exponent.
+    [samples, 2], ln coefficient and exponent.
   """
   budgets, losses = np.asarray(budgets, float), np.asarray(losses, float)
   values, rng, found = np.asarray(values, float), np.random.default_rng(seed), []

@@ -53,9 +53,9 @@ def device_level(s: router_stats.Sums, moe: moe_config.MoEConfig) -> Array:
 
 
 def communication(s: router_stats.Sums, moe: moe_config.MoEConfig) -> Array:
-  """sum_d f''_d P'_d with f''_d = D / (M T) tokens sent to device d (DeepSeek-V2, 2.2.3).
+  """sum_d f''_d P'_d with f''_d = P / (M T) tokens sent to device d (DeepSeek-V2, 2.2.3).
 
-  M is the device limit, min(K, D) without one. 1 at perfect balance when each token uses M devices
+  M is the device limit, min(K, P) without one. 1 at perfect balance when each token uses M devices
   (E / 2 for sigmoid scores at logits 0), less when it uses fewer.
   """
   d = moe.num_virtual_devices

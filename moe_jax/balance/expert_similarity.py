@@ -37,7 +37,7 @@ def expert_cosines(gate_up: Array, down: Array) -> Array:
 def _gram(weights: Array) -> Array:
   """Inner products of the experts' flattened weights: [E, ...] -> [E, E] float32."""
   flat = weights.reshape(weights.shape[0], -1).astype(jnp.float32)
-  return jnp.einsum('EP,GP->EG', flat, flat, precision=jax.lax.Precision.HIGHEST)
+  return jnp.einsum('ip,jp->ij', flat, flat, precision=jax.lax.Precision.HIGHEST)
 
 
 def _cosines(gram: Array) -> Array:

@@ -3,8 +3,8 @@
 Every balance loss (`balance_losses`) is a function of a few sums over a set of tokens, `Sums`.
 Counts (load, first_load, sent) carry no gradient; it flows through the scores.
 
-Axis letters: B batch, L length, E experts, K experts per token, D virtual devices. A token with
-expert index E (one past the last) is not routed and not counted.
+Axis letters are those of `moe_jax.models`, P being virtual devices. A token with expert index E
+(one past the last) is not routed and not counted.
 """
 
 import functools
@@ -26,7 +26,7 @@ class Sums(NamedTuple):
   num_tokens: Array  # [...] int32, real tokens
   load: Array  # [..., E] int32, tokens that chose each expert, before anything is dropped
   first_load: Array  # [..., E] int32, tokens that chose each expert with their highest score
-  sent: Array  # [..., D] int32, tokens with at least one chosen expert on each virtual device
+  sent: Array  # [..., P] int32, tokens with at least one chosen expert on each virtual device
   score: Array  # [..., E] float32, sum of the scores
   prob: Array  # [..., E] float32, sum of the scores after each token's are divided by their sum
   entropy: Array  # [...] float32, sum of the entropies of those, in nats
@@ -53,7 +53,7 @@ class RouterStats(struct.PyTreeNode):
 
   sums: Sums
   dropped: Array  # [E] int32, chosen assignments that no expert computed
-  tokens_sent: Array  # [D, D] int32, tokens of device i (row modulo D) with a kept expert on j
+  tokens_sent: Array  # [P, P] int32, tokens of device i (row modulo P) with a kept expert on j
   margin: Array  # [] float32, sum over tokens of worst chosen - best other selection score
   losses: dict[str, Array]  # [] float32 each, token-weighted, see `layer_losses`
   attention: MixtureSums | None  # of a mixture of attention heads
@@ -87,7 +87,7 @@ def chosen(expert_idx: Array, num_experts: int) -> Array:
 
 
 def by_device(values: Array, num_devices: int, fill: float) -> Array:
-  """[..., E] -> [..., D, experts per device]; the last device is filled up with `fill`."""
+  """[..., E] -> [..., P, experts per device]; the last device is filled up with `fill`."""
   e = values.shape[-1]
   size = moe_config.group_size(e, num_devices)
   pad = [(0, 0)] * (values.ndim - 1) + [(0, size * num_devices - e)]
@@ -96,7 +96,7 @@ def by_device(values: Array, num_devices: int, fill: float) -> Array:
 
 
 def device_load(load: Array | np.ndarray, num_devices: int) -> np.ndarray:
-  """Assignments per virtual device: load [..., E] -> [..., D], on the host."""
+  """Assignments per virtual device: load [..., E] -> [..., P], on the host."""
   load = np.asarray(load)
   size = moe_config.group_size(load.shape[-1], num_devices)
   return np.add.reduceat(load, np.arange(0, load.shape[-1], size), axis=-1)
@@ -112,7 +112,7 @@ def sequence_sums(
     scores: [B, L, E] float32, 0 for padding.
     logits: [B, L, E] float32, or None for a router without any (squared_log_z is then 0).
     mask: [B, L] bool, False = padding.
-    num_devices: D.
+    num_devices: P.
 
   Returns:
     Sums with leading axis B.

@@ -18,9 +18,9 @@ a whole evaluation) into arrays that every router has, whether or not anything b
 | bias_norm                         | layers       | score; Euclidean norm of the bias's offset |
 | bias_mean                         | layers       | score; mean of the bias's offset over experts |
 | expert_similarity                 | layers       | cosine of two experts; NaN = not measured |
-| device_load                       | layers, D    | kept assignments per virtual device |
+| device_load                       | layers, P    | kept assignments per virtual device |
 | straggler_factor                  | layers       | max / mean of device_load; 1 = balanced |
-| tokens_sent                       | layers, D, D | tokens of device i with a kept expert on j |
+| tokens_sent                       | layers, P, P | tokens of device i with a kept expert on j |
 | all_to_all_bytes_per_token        | layers       | bytes; dispatch + combine, forward pass |
 | loss_<name>                       | layers       | per token; each of LOSSES, unweighted         |
 | attention_active_experts          | layers       | per token; only a mixture of attention heads |

@@ -6,7 +6,8 @@ each process those parts of them that its devices hold. So resuming needs only n
 number of processes sees the same global batch. Threads read ahead of the device; they change when a
 batch is made, never which.
 
-Legend: B global batch size, L max_seq_len, S equal parts of B, s of them here.
+Axis letters are those of `moe_jax.models`, B being a global batch; its `num_shards` equal parts are
+shared out among the processes.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -95,7 +96,7 @@ class TrainBatches:
     return len(self._starts) - 1
 
   def __getitem__(self, step: int) -> Batch:
-    """Returns the batch of `step`: int32 [B s / S, L] arrays, see `packing.Packing`."""
+    """The own parts of the batch of `step`, arrays [own rows, L] int32, see `packing.Packing`."""
     start, size = int(self._starts[step]), int(self._starts[step + 1] - self._starts[step])
     share = size // self._num_shards
     begins = [start + shard * share for shard in self._shards]
@@ -139,11 +140,11 @@ def train_batches(
     start_step: first step to yield.
     num_steps: length of the whole run.
     shards: which parts of the global batch, see `partitioning.row_shards`.
-    num_shards: S; must divide every batch size.
+    num_shards: must divide every batch size.
     prefetch: batches made ahead.
 
   Returns:
-    An iterator of dicts of int32 [B s / S, L], see `packing.Packing`. Closing it, or leaving it,
+    An iterator of dicts of int32 [B * len(shards) / num_shards, L], see `packing.Packing`. Closing it, or leaving it,
     ends its threads.
 
   Raises:

@@ -16,9 +16,7 @@ Two countings of training FLOPs (forward and backward, backward = 2 x forward):
 A token's experts are those of training: K of them, on average with router 'expert_choice', and all
 with 'ds_moe', which is dense in training and sparse outside of it.
 
-Letters: V vocab, D embed, N query heads, H head dim (Hn, Hr and Hv of MLA: of its unrotated and
-rotated part and of its value), R and Q kv_lora and q_lora rank, F FFN width, E experts, K experts
-per token, L tokens.
+Axis letters are those of `moe_jax.models`.
 """
 
 import dataclasses

@@ -1,11 +1,11 @@
-"""What expert parallelism would cost on D devices, from assignments alone; no device is needed.
+"""What expert parallelism would cost on P devices, from assignments alone; no device is needed.
 
 Experts lie on devices in contiguous blocks, the last of which may be smaller; the tokens of batch
-row r are at home on device r modulo D. A token is sent once to each device that has one of its
+row r are at home on device r modulo P. A token is sent once to each device that has one of its
 experts, whatever their number, and comes back once: 2 x embed_dim numbers in a forward pass unless
 that device is its home.
 
-Axis letters: B rows, L length, K experts per token, E experts, D devices, T = B L.
+Axis letters are those of `moe_jax.models`.
 """
 
 import collections
@@ -25,12 +25,12 @@ from moe_jax.config import moe_config
 class Report:
   """The figures of one batch; nothing is dropped but where a drop rate says so."""
 
-  num_devices: int  # D
+  num_devices: int  # P
   num_tokens: int  # real tokens
   capacity_factor: float
-  device_load: np.ndarray  # [layers, D] int64, assignments
-  tokens_sent: np.ndarray  # [layers, D, D] int64, tokens of device i with an expert on device j
-  devices_per_token: np.ndarray  # [layers, D + 1] int64, tokens that use 0, 1 ... D devices
+  device_load: np.ndarray  # [layers, P] int64, assignments
+  tokens_sent: np.ndarray  # [layers, P, P] int64, tokens of device i with an expert on device j
+  devices_per_token: np.ndarray  # [layers, P + 1] int64, tokens that use 0, 1 ... P devices
   all_to_all_bytes_per_token: np.ndarray  # [layers] float64, dispatch + combine of a forward pass
   straggler_factor: np.ndarray  # [layers] float64, max / mean of device_load
   expert_drop_rate: np.ndarray  # [layers] float64, at capacity_factor of the mean load per expert
@@ -65,7 +65,7 @@ def report(
   Args:
     expert_idx: [layers, B, L, K] integers; E is no expert.
     num_experts: E.
-    num_devices: D.
+    num_devices: P.
     rows: [B] number of each row in the whole batch; None counts from 0.
     mask: [B, L] bool, the real tokens; None = those that any layer gave an expert, which is all of
       them unless experts choose their tokens.
@@ -74,7 +74,7 @@ def report(
     bytes_per_number: of these.
 
   Raises:
-    errors.InputError: D leaves a device without an expert, or no token has an expert.
+    errors.InputError: P leaves a device without an expert, or no token has an expert.
   """
   _check(expert_idx, num_experts, num_devices)
   if mask is None:
@@ -117,7 +117,7 @@ def _check(expert_idx: np.ndarray, num_experts: int, num_devices: int):
 def _layer(
   expert_idx: np.ndarray, home: np.ndarray, num_experts: int, num_devices: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """expert_idx [T, K], home [T] -> load [E], tokens_sent [D, D], devices per token [D + 1]."""
+  """expert_idx [T, K], home [T] -> load [E], tokens_sent [P, P], devices per token [P + 1]."""
   token, column = np.nonzero(expert_idx < num_experts)
   expert = expert_idx[token, column]
   on = np.zeros((len(expert_idx), num_devices), bool)

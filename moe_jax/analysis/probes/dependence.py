@@ -14,7 +14,7 @@ LEAST_COUNT = 8  # times that a token id must have met an expert to be on its li
 
 
 def _shares(context: probe_types.Context, labels: np.ndarray) -> np.ndarray:
-  """[layers], see `information.decided_share`; labels [R, L]."""
+  """[layers], see `information.decided_share`; labels [B, L]."""
   seen = context.observations
   flat = seen.of_tokens(labels)
   return np.array(
@@ -146,7 +146,7 @@ def words_of(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Per expert the ids whose share of their choices it has most of, above its mean share.
 
   Args:
-    table: [V', E] counts of (token id, expert).
+    table: [V, E] counts of (token id, expert).
 
   Returns:
     ids [E, WORDS] int32, best first, -1 = no more; their lift [E, WORDS]: the expert's share of the

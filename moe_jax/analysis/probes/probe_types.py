@@ -3,7 +3,7 @@
 A probe is a function of a `Context` that returns a `Finding`: arrays, one figure, one paragraph for
 people. It raises `NotApplicableError` where a model has nothing of what it looks at.
 
-Axis letters: E experts, K choices per token, T real tokens; `layers` are the MoE layers.
+Axis letters are those of `moe_jax.models`, T being real tokens; `layers` are the MoE layers.
 """
 
 import dataclasses

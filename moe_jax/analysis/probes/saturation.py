@@ -12,7 +12,7 @@ def kept_share(before: np.ndarray, after: np.ndarray, num_experts: int) -> float
 
   Args:
     before: [T, K] in 0..E; E = no expert.
-    after: [T, K'].
+    after: [T, K], of as many choices or of another number.
     num_experts: E.
   """
   same = (before[:, :, None] == after[:, None, :]).any(axis=2)
