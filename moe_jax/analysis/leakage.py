@@ -13,7 +13,7 @@ import numpy as np
 
 
 def bits_per_token(num_experts: int, experts_per_tok: int, tokens: int) -> float:
-  """I = (E / T) log2 binomial(T, K T / E): bits per token and MoE layer, were all allocations as likely.
+  """I = (E / T) log2 binomial(T, K T / E), bits per token and layer, were all sets as likely.
 
   K T / E is rounded down to whole tokens. Where it is whole and positive, I exceeds `lower_bound`
   for every T, as binomial(T, m) >= (T / m)^m > ((T - m) / m)^m; with rounding it may not (it is 0

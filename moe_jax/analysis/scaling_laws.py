@@ -12,8 +12,8 @@
   parabolas and power law are fitted anew. They hold what scatter there is around the parabolas, not
   what all points have in common (one seed, one corpus, hyper-parameters that are off).
 
-Symbols of the papers: C budget in FLOPs, x FLOPs per token of a model in some measure (M, 6 N1 or 6 N2), D
-tokens.
+Symbols of the papers: C budget in FLOPs, D tokens, x FLOPs per token of a model in some measure
+(M, 6 N1 or 6 N2).
 """
 
 import dataclasses

@@ -144,8 +144,8 @@ def train_batches(
     prefetch: batches made ahead.
 
   Returns:
-    An iterator of dicts of int32 [B * len(shards) / num_shards, L], see `packing.Packing`. Closing it, or leaving it,
-    ends its threads.
+    An iterator of dicts of int32 [B * len(shards) / num_shards, L], see `packing.Packing`. Closing
+    it, or leaving it, ends its threads.
 
   Raises:
     errors.InputError: at once, see `check_corpus`.
