@@ -49,7 +49,7 @@ def run(main: Callable[[Sequence[str]], object], define_flags: Callable[[], obje
       logging.set_verbosity(logging.WARNING)  # app.run leaves it at INFO, and JAX is talkative
     compile_cache.enable(cache.root(''))
     status = main(argv)
-    for line in _LIFELINES:
+    for line in _WATCHDOGS:
       line.finish()
     return status
 
@@ -66,7 +66,7 @@ def run(main: Callable[[Sequence[str]], object], define_flags: Callable[[], obje
     # The reader (head, less) has seen enough; without this, closing stdout would fail once more.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except Exception as error:
-    if not _LIFELINES:
+    if not _WATCHDOGS:
       raise
     time.sleep(1)  # if this comes of another process's end, that is said now, and ends us
     traceback.print_exc()
@@ -75,7 +75,7 @@ def run(main: Callable[[Sequence[str]], object], define_flags: Callable[[], obje
 
 def _exit(status: int, reason: str):
   """Ends the command; of many processes, all of them."""
-  for line in _LIFELINES:
+  for line in _WATCHDOGS:
     line.fail(reason, status)
   sys.exit(status)
 
@@ -138,8 +138,8 @@ def distributed_flags():
   )
 
 
-# The lifeline to the other processes, once `start_processes` has found some.
-_LIFELINES: list[watchdog.Lifeline] = []
+# The watchdog of the connections to the other processes, once `start_processes` has found some.
+_WATCHDOGS: list[watchdog.Watchdog] = []
 
 
 def start_processes(record: Mapping[str, Any]):
@@ -161,7 +161,7 @@ def start_processes(record: Mapping[str, Any]):
     from moe_jax.runs import run_record
 
     record = {**record, 'versions': run_record.versions()}
-    _LIFELINES.append(start.initialize(place, given, record))
+    _WATCHDOGS.append(start.initialize(place, given, record))
 
 
 def required(name: str, *, may_be_empty: bool = False) -> str:

@@ -101,8 +101,8 @@ def collect(run: trained_run.Run, corpus: corpus_lib.Corpus, num_batches: int) -
   for number in range(num_batches):
     batch = batches[number]
     rows = np.arange(len(batch['tokens']), dtype=np.int32)
-    found = _record({key: batch[key] for key in _INPUTS} | {'row': rows}, run)
-    parts.append(Recording(found, batch['segment_ids'] > 0, rows, np.full_like(rows, number)))
+    choices = _record({key: batch[key] for key in _INPUTS} | {'row': rows}, run)
+    parts.append(Recording(choices, batch['segment_ids'] > 0, rows, np.full_like(rows, number)))
   arrays = [np.concatenate(part, axis=1 if i == 0 else 0) for i, part in enumerate(zip(*parts))]
   return Recording(*arrays)
 
@@ -111,16 +111,16 @@ def _record(batch: dict[str, np.ndarray], run: trained_run.Run) -> np.ndarray:
   """[layers, B, L, K] of a whole batch; micro-batch i has rows i, i + n, ... as in training."""
   num_rows = len(batch['row'])
   num_micro = num_rows // (run.cfg.train.micro_batch_size or num_rows)
-  found = np.empty(0, np.int32)
+  record = np.empty(0, np.int32)
   for i in range(num_micro):
     micro = pad_rows({key: value[i::num_micro] for key, value in batch.items()}, run.mesh)
     with partitioning.activate(run.mesh):
       put = partitioning.put_global_batch(micro, run.mesh)
       choices = np.asarray(jax.device_get(_choices(run.cfg.model, run.variables, put)))
     if not i:
-      found = np.empty((len(choices), num_rows, *choices.shape[2:]), np.int32)
-    found[:, i::num_micro] = choices[:, : num_rows // num_micro]
-  return found
+      record = np.empty((len(choices), num_rows, *choices.shape[2:]), np.int32)
+    record[:, i::num_micro] = choices[:, : num_rows // num_micro]
+  return record
 
 
 def pad_rows(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:

@@ -24,8 +24,8 @@ def counts(expert_idx: np.ndarray, labels: np.ndarray, num_experts: int) -> np.n
   """
   num_labels = int(labels.max(initial=-1)) + 1
   pair = labels[:, None].astype(np.int64) * (num_experts + 1) + expert_idx
-  found = np.bincount(pair.ravel(), minlength=num_labels * (num_experts + 1))
-  return found.reshape(num_labels, num_experts + 1)[:, :num_experts]
+  table = np.bincount(pair.ravel(), minlength=num_labels * (num_experts + 1))
+  return table.reshape(num_labels, num_experts + 1)[:, :num_experts]
 
 
 def entropy(weights: np.ndarray) -> float:

@@ -105,14 +105,14 @@ def _compare(
   """Choices [layers, B, L, K] of both runs, and the summed absolute change of log-likelihoods."""
   targets = np.where(_first_half(before['targets'] >= 0), before['targets'], -1)
   rows = np.arange(len(targets), dtype=np.int32)
-  found = []
+  outputs = []
   for batch in (before, after):
     inputs = {key: batch[key] for key in ('tokens', 'positions', 'segment_ids')}
     inputs |= {'row': rows, 'targets': targets}
     with partitioning.activate(run.mesh):
       put = partitioning.put_global_batch(inputs, run.mesh)
-      found.append(jax.device_get(_outcome(run.cfg.model, run.variables, put)))
-  (choices, likelihood), (other_choices, other_likelihood) = found
+      outputs.append(jax.device_get(_outcome(run.cfg.model, run.variables, put)))
+  (choices, likelihood), (other_choices, other_likelihood) = outputs
   moved = np.abs(likelihood.astype(np.float64) - other_likelihood).sum()
   return [choices, other_choices], float(moved)
 

@@ -50,8 +50,8 @@ def _routing(model: schema.ModelConfig, variables: Any, batch: dict[str, jax.Arr
     row=batch['row'],
     mutable=['intermediates'],
   )
-  found = sown['intermediates']['moe_layers']['moe']
-  return found['expert_idx'][0], found['scores'][0]
+  routing = sown['intermediates']['moe_layers']['moe']
+  return routing['expert_idx'][0], routing['scores'][0]
 
 
 def collect(subject: interventions.Subject, num_tokens: int) -> Observations:

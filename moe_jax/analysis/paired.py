@@ -70,23 +70,23 @@ def difference(
   return interval([a - b for a, b in zip(values, baseline, strict=True)], confidence)
 
 
-def verdict(found: Interval, direction: str, margin: float = 0.0) -> str:
+def verdict(interval: Interval, direction: str, margin: float = 0.0) -> str:
   """What a difference says of the claim that it is 'lower' or 'higher' than 0, or 'equal'.
 
   A direction is confirmed or contradicted by an interval without zero. Equality is confirmed by an
   interval within the margin, contradicted by one outside of it, and undecided between.
 
   Args:
-    found: of the differences.
+    interval: of the differences.
     direction: one of `DIRECTIONS`.
     margin: largest difference, either way, that counts as equal; only for 'equal'.
   """
   if direction not in DIRECTIONS:
     raise ValueError(f'direction={direction!r} must be one of {", ".join(DIRECTIONS)}')
   if direction == 'equal':
-    if -margin <= found.low and found.high <= margin:
+    if -margin <= interval.low and interval.high <= margin:
       return CONFIRMED
-    return CONTRADICTED if found.low > margin or found.high < -margin else UNDECIDED
-  if found.covers_zero:
+    return CONTRADICTED if interval.low > margin or interval.high < -margin else UNDECIDED
+  if interval.covers_zero:
     return UNDECIDED
-  return CONFIRMED if (found.mean < 0) == (direction == 'lower') else CONTRADICTED
+  return CONFIRMED if (interval.mean < 0) == (direction == 'lower') else CONTRADICTED

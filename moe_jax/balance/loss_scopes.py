@@ -96,16 +96,16 @@ def global_slopes(
     {name: {field of Sums: array of its shape}}; empty if no loss has that scope.
   """
   wanted = [name for name in moe_config.LOSSES if moe.loss(name).scope == 'global_batch']
-  found = {
+  slopes = {
     k: _slopes_of(balance_losses.LOSSES[k], stats.sums, moe)
     for k in wanted
     if k in balance_losses.LOSSES
   }
   if 'attention_mutual_information' in wanted and stats.attention is not None:
-    found['attention_mutual_information'] = _slopes_of(
+    slopes['attention_mutual_information'] = _slopes_of(
       balance_losses.mutual_information, stats.attention, moe
     )
-  return found
+  return slopes
 
 
 def refreshed(

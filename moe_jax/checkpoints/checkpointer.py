@@ -186,8 +186,8 @@ class Checkpointer:
     Raises:
       errors.InputError: `step` is missing or damaged, or no step has a readable meta.
     """
-    found = self.read_record(step)
-    return None if found is None else found['meta']
+    meta = self.read_record(step)
+    return None if meta is None else meta['meta']
 
   def read_record(self, step: int | None = None) -> dict[str, Any] | None:
     """What `record` made of `step`, or of the newest step where it is readable; see `read_meta`."""
@@ -226,7 +226,7 @@ class Checkpointer:
   def _read_record(self, step: int) -> dict[str, Any]:
     """Reads the JSON item of a step and checks that nothing of the step's metadata is missing."""
     try:
-      found = self._reader.metadata(self._directory / str(step))
+      metadata = self._reader.metadata(self._directory / str(step))
       item = ocp.args.Composite(meta=ocp.args.JsonRestore())
       json_item = self._reader.restore(self._directory / str(step), args=item).meta
     except Exception as e:
@@ -235,9 +235,9 @@ class Checkpointer:
       raise _DamagedError('its meta does not match its own checksum')
     if json_item['step'] != step:
       raise _DamagedError(f'it holds step {json_item["step"]}')
-    if found.commit_timestamp_nsecs is None:
+    if metadata.commit_timestamp_nsecs is None:
       raise _DamagedError('its _CHECKPOINT_METADATA is missing or unreadable')
-    if (found.item_metadata or {}).get('state') is None:
+    if (metadata.item_metadata or {}).get('state') is None:
       raise _DamagedError('its state/_METADATA or what it points to is missing')
     return json_item
 
@@ -262,11 +262,11 @@ class Checkpointer:
       reason = f'its arrays cannot be read: {_first_line(e)}'
     if not _on_all_processes(state is not None):
       raise _DamagedError(reason)
-    found = integrity.checksums(state)
-    wrong = [name for name in found if saved['leaves'][name]['checksum'] != found[name]]
+    actual = integrity.checksums(state)
+    wrong = [name for name in actual if saved['leaves'][name]['checksum'] != actual[name]]
     if wrong:
       raise _DamagedError(
-        f'{len(wrong)} of {len(found)} arrays differ from their checksums, first {wrong[0]}'
+        f'{len(wrong)} of {len(actual)} arrays differ from their checksums, first {wrong[0]}'
       )
     return Restored(state, saved['meta'], step)
 

@@ -109,8 +109,8 @@ class Reader:
     try:
       store = self._open(name)
       blocks = box.blocks(stream_layout.stored_chunk(store))
-      for block, found in stream_layout.ahead((b, store[b.within(origin)].read()) for b in blocks):
-        yield block, found.result()
+      for block, values in stream_layout.ahead((b, store[b.within(origin)].read()) for b in blocks):
+        yield block, values.result()
     except (ValueError, OSError) as e:  # what tensorstore raises for files that are gone or broken
       raise self._damaged(name, f'cannot be read ({str(e).splitlines()[0][:200]})') from e
 

@@ -58,20 +58,20 @@ def resolve(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
   Raises:
     errors.InputError: the sizes do not multiply to the number of devices.
   """
-  found = sizes(mesh)
-  known = math.prod(size for size in found.values() if size != -1)
-  free = next((name for name, size in found.items() if size == -1), None)
-  written = ', '.join(f'config.mesh.{name}={size}' for name, size in found.items() if size != 1)
+  resolved = sizes(mesh)
+  known = math.prod(size for size in resolved.values() if size != -1)
+  free = next((name for name, size in resolved.items() if size == -1), None)
+  written = ', '.join(f'config.mesh.{name}={size}' for name, size in resolved.items() if size != 1)
   if free is not None:
     errors.require(
       num_devices % known == 0,
       f'{written}: the sizes of the other axes multiply to {known}, which must divide the number '
       f'of devices ({num_devices}), so that {free}=-1 can take the rest; change one of them',
     )
-    return found | {free: num_devices // known}
+    return resolved | {free: num_devices // known}
   errors.require(
     known == num_devices,
     f'{written or "config.mesh.data=1"}: the sizes multiply to {known}, which must equal the '
     f'number of devices ({num_devices}); change them, or set one to -1 to take what is left',
   )
-  return found
+  return resolved

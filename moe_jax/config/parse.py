@@ -34,17 +34,17 @@ def mesh_values(text: str) -> dict[str, int]:
   Raises:
     errors.InputError: an axis is unknown, or a size is no number.
   """
-  found = dict.fromkeys(mesh_config.AXES, 1)
+  values = dict.fromkeys(mesh_config.AXES, 1)
   for part in filter(None, text.split(',')):
     axis, _, size = part.partition('=')
-    known = axis in found and size.lstrip('-').isdigit()
+    known = axis in values and size.lstrip('-').isdigit()
     errors.require(
       known,
       f'--mesh={text!r}: {part!r} must be axis=size with an axis of '
-      f'{", ".join(mesh_config.AXES)}{errors.did_you_mean(axis, found)}',
+      f'{", ".join(mesh_config.AXES)}{errors.did_you_mean(axis, values)}',
     )
-    found[axis] = int(size)
-  return found
+    values[axis] = int(size)
+  return values
 
 
 def diff(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = '') -> list[str]:

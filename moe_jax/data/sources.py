@@ -305,11 +305,11 @@ def _record(spec: Spec, row: Any, where: str, domain: str) -> Document:
 
 def _files(spec: Spec) -> list[tuple[str, pathlib.Path]]:
   """The files that a path of files and globs names, each with its name below the glob's root."""
-  found: dict[pathlib.Path, str] = {}
+  files: dict[pathlib.Path, str] = {}
   for pattern in _comma_separated(spec.path):
     path = pathlib.Path(pattern).expanduser()
     if path.is_file():
-      found[path] = path.name
+      files[path] = path.name
     elif glob.has_magic(pattern):
       fixed = pathlib.Path(*_before_magic(path.parts))
       matches = sorted(map(pathlib.Path, glob.glob(str(path), recursive=True)))
@@ -318,7 +318,7 @@ def _files(spec: Spec) -> list[tuple[str, pathlib.Path]]:
         raise errors.InputError(
           f'{spec.where}: the glob {pattern!r} must match a file, and it matches none; correct it'
         )
-      found.update({match: match.relative_to(fixed).as_posix() for match in matches})
+      files.update({match: match.relative_to(fixed).as_posix() for match in matches})
     else:
       what = 'is a directory' if path.is_dir() else 'does not exist'
       raise errors.InputError(
@@ -327,7 +327,7 @@ def _files(spec: Spec) -> list[tuple[str, pathlib.Path]]:
       )
   # One file under two spellings is one file, or it could be in both splits.
   distinct: dict[pathlib.Path, tuple[str, pathlib.Path]] = {}
-  for path, name in found.items():
+  for path, name in files.items():
     distinct.setdefault(path.resolve(), (name, path))
   return list(distinct.values())
 

@@ -159,11 +159,11 @@ def _divides(mesh: Mesh, name: str, size: int, axes: Sequence[str]):
 def rules(mesh: Any) -> tuple[tuple[str, Any], ...]:
   """The table for one mesh: axes of size 1 left out, None where nothing is left."""
   shape = dict(mesh.shape)
-  found = []
+  table = []
   for name, axes in LOGICAL_AXIS_RULES:
     axes = tuple(axis for axis in axes if shape.get(axis, 1) > 1)
-    found.append((name, (axes[0] if len(axes) == 1 else axes) or None))
-  return tuple(found)
+    table.append((name, (axes[0] if len(axes) == 1 else axes) or None))
+  return tuple(table)
 
 
 def spec(*names: str | None) -> jax.P:

@@ -76,17 +76,17 @@ def enter(device_kind: str, directory: pathlib.Path = DIRECTORY) -> int:
       logging.getLogger('absl').addFilter(spoken)
     return 0
   try:
-    found = AutotuningResult.loads(path.read_text(encoding='utf-8'))
+    tiles = AutotuningResult.loads(path.read_text(encoding='utf-8'))
   except ValueError as e:
     raise errors.InputError(
       f'{path} was not written by a tokamax like this one; run python -m experiments.bench.tune '
       'again, or delete the file'
     ) from e
   errors.require(
-    found.device_kind == device_kind,
-    f'{path} holds the tiles of {found.device_kind!r}, not of {device_kind!r}; delete the file, or '
+    tiles.device_kind == device_kind,
+    f'{path} holds the tiles of {tiles.device_kind!r}, not of {device_kind!r}; delete the file, or '
     'run python -m experiments.bench.tune',
   )
-  for bound, data in found.data:
+  for bound, data in tiles.data:
     bound.op.get_autotuning_cache(device_kind)[bound.autotuning_cache_key] = data
-  return len(found.data)
+  return len(tiles.data)

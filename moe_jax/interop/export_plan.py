@@ -31,8 +31,8 @@ class Plan:
       f'--dtype={dtype!r} must be one of {", ".join(DTYPES)}{errors.did_you_mean(dtype, DTYPES)}',
     )
     self.family = hf_config_export.family_of(model)
-    found = mapping.entries(model, record.layout)
-    self.entries = [entry for entry in found if entry.role != mapping.TIED]
+    entries = mapping.entries(model, record.layout)
+    self.entries = [entry for entry in entries if entry.role != mapping.TIED]
     held = {name: leaf for name, leaf in leaves.items() if not _is_for_training(name)}
     mapping.check_covers(list(mapping.entries(model, record.layout)), held, self.family)
     self.dtype = record.dtype if dtype == 'original' else _FILE_DTYPE[dtype]

@@ -45,10 +45,10 @@ def family(hf: Json) -> str:
   Raises:
     errors.InputError: it is another one.
   """
-  found = hf.get('model_type')
+  kind = hf.get('model_type')
   return errors.present(
-    found if found in ARCHITECTURES else None,
-    f'config.json: model_type={found!r} (architectures={hf.get("architectures")}) is not among the '
+    kind if kind in ARCHITECTURES else None,
+    f'config.json: model_type={kind!r} (architectures={hf.get("architectures")}) is not among the '
     f'supported ones: {", ".join(ARCHITECTURES)}',
   )
 
@@ -97,25 +97,25 @@ def quantization(hf: Json) -> tuple[int, int] | None:
   Raises:
     errors.InputError: it is of another kind than DeepSeek-V3's.
   """
-  found = hf.get('quantization_config')
-  if found is None:
+  section = hf.get('quantization_config')
+  if section is None:
     return None
   errors.require(
-    isinstance(found, Mapping),
-    f'config.json: quantization_config={found!r} must be an object; correct it',
+    isinstance(section, Mapping),
+    f'config.json: quantization_config={section!r} must be an object; correct it',
   )
-  block = found.get('weight_block_size')
+  block = section.get('weight_block_size')
   known = (
-    found.get('quant_method') == 'fp8'
-    and found.get('fmt', 'e4m3') == 'e4m3'
+    section.get('quant_method') == 'fp8'
+    and section.get('fmt', 'e4m3') == 'e4m3'
     and isinstance(block, (list, tuple))
     and len(block) == 2
     and all(type(n) is int and n > 0 for n in block)
   )
   errors.require(
     known,
-    f"config.json: quantization_config={dict(found)} is not supported; only quant_method 'fp8' in "
-    'fmt e4m3 with a weight_block_size of two numbers is, as in DeepSeek-V3',
+    f"config.json: quantization_config={dict(section)} is not supported; only quant_method 'fp8' "
+    'in fmt e4m3 with a weight_block_size of two numbers is, as in DeepSeek-V3',
   )
   return block[0], block[1]
 
@@ -169,10 +169,10 @@ def _set_attention(kind: str, hf: Json, model: dict[str, Any]):
 def _rope_parameters(hf: Json) -> tuple[Json, float]:
   """The dict on stretched rotations, in the older or newer spelling, and theta."""
   newer, older = hf.get('rope_parameters'), hf.get('rope_scaling')
-  for name, found in (('rope_parameters', newer), ('rope_scaling', older)):
+  for name, section in (('rope_parameters', newer), ('rope_scaling', older)):
     errors.require(
-      found is None or isinstance(found, Mapping),
-      f'config.json: {name}={found!r} must be null or an object with a rope_type; correct it',
+      section is None or isinstance(section, Mapping),
+      f'config.json: {name}={section!r} must be null or an object with a rope_type; correct it',
     )
   errors.require(
     not (newer and older) or dict(older).items() <= dict(newer).items(),
@@ -287,16 +287,16 @@ def _set_v3(hf: Json, moe: dict[str, Any]):
 
 
 def _require_gate(hf: Json, kind: str, score_func: str, methods: tuple[str, ...]):
-  found = hf.get('scoring_func', score_func)
+  value = hf.get('scoring_func', score_func)
   errors.require(
-    found == score_func,
-    f'config.json: scoring_func={found!r} is not supported with model_type {kind!r}; only '
+    value == score_func,
+    f'config.json: scoring_func={value!r} is not supported with model_type {kind!r}; only '
     f'{score_func!r} is',
   )
-  found = hf.get('topk_method', methods[0])
+  value = hf.get('topk_method', methods[0])
   errors.require(
-    found in methods,
-    f'config.json: topk_method={found!r} is not supported with model_type {kind!r}; only '
+    value in methods,
+    f'config.json: topk_method={value!r} is not supported with model_type {kind!r}; only '
     f'{", ".join(methods)} is',
   )
 

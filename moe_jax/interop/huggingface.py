@@ -55,13 +55,13 @@ def load(
   Raises:
     errors.InputError: see the message.
   """
-  found = source_lib.read(directory, values, param_dtype)
-  arrays = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in found.leaves.items()}
-  for entry, part in found.parts():
+  source = source_lib.read(directory, values, param_dtype)
+  arrays = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in source.leaves.items()}
+  for entry, part in source.parts():
     arrays[entry.leaf][entry.index] = part
-  abstract = source_lib.abstract_leaves(found.cfg.model)
+  abstract = source_lib.abstract_leaves(source.cfg.model)
   leaves = [jnp.asarray(arrays[name]) for name in source_lib.by_name(abstract)]
-  return found.cfg, jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+  return source.cfg, jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
 def save(
@@ -126,13 +126,13 @@ def import_checkpoint(
   """
   began = time.monotonic()
   directory, workdir = pathlib.Path(directory), pathlib.Path(workdir)
-  found = source_lib.read(directory, _with_tokenizer(directory, values, workdir), param_dtype)
-  cfg = found.cfg
+  source = source_lib.read(directory, _with_tokenizer(directory, values, workdir), param_dtype)
+  cfg = source.cfg
   tokenizer = tokenizer_lib.load(
     directory / sidecar.TOKENIZER, cfg.data.bos_token, cfg.data.eos_token
   )
   tokenizer_lib.check_vocab_size(tokenizer, cfg.model.vocab_size)
-  for note in found.notes:
+  for note in source.notes:
     say(note)
   meta = {
     'config': parse.to_dict(cfg),
@@ -140,23 +140,23 @@ def import_checkpoint(
     'tokenizer': trained_run.digest(tokenizer),
   }
   leaves = source_lib.abstract_leaves(cfg.model)
-  total = sum(tensor.num_bytes for tensor in found.tensors.values())
+  total = sum(tensor.num_bytes for tensor in source.tensors.values())
   with _staged(workdir, '--workdir') as staging:
     with (
       stream_writer.Writer(staging / 'checkpoints', 0, leaves, meta) as writer,
-      export_plan.progress(total, f'import {found.family}') as bar,
+      export_plan.progress(total, f'import {source.family}') as bar,
     ):
-      for entry, part in found.parts():
+      for entry, part in source.parts():
         writer.write(entry.leaf, entry.index, part)
-        stored = safetensors_files.DTYPES[found.tensors[entry.hf_name].dtype]
+        stored = safetensors_files.DTYPES[source.tensors[entry.hf_name].dtype]
         bar.update(entry.size * stored.itemsize)
     sidecar.keep(directory, staging / sidecar.DIRECTORY)
-    sidecar.write_record(found, staging / sidecar.DIRECTORY)
+    sidecar.write_record(source, staging / sidecar.DIRECTORY)
     shutil.copyfile(directory / sidecar.TOKENIZER, staging / sidecar.TOKENIZER)
     run_record.write(staging, cfg, argv=argv, data_fingerprint=_NO_DATA)
   say(
     _closing_line(
-      'imported', found.family, _num_parameters(found.leaves), len(found.tensors), began
+      'imported', source.family, _num_parameters(source.leaves), len(source.tensors), began
     )
   )
 

@@ -72,7 +72,7 @@ def evaluate_tasks(
     f'--tasks={",".join(unknown)} is not known to lm-eval; `lm-eval ls tasks` lists its tasks, and '
     '--include_path=DIR adds your own',
   )
-  found = evaluator.simple_evaluate(
+  results = evaluator.simple_evaluate(
     model=Harness(run, batch_size),
     tasks=list(names),
     task_manager=manager,
@@ -82,7 +82,7 @@ def evaluate_tasks(
     log_samples=False,
     verbosity='ERROR',
   )
-  return {task: dict(values) for task, values in found['results'].items()}
+  return {task: dict(values) for task, values in results['results'].items()}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -180,13 +180,13 @@ class Harness(harness_model.TemplateLM):
     """(nats, greedy) of each continuation; contexts that do not fit lose their beginning."""
     rows = [self._row(context, target) for _, context, target in requests]
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
-    found: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
+    scores: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
     with tqdm.tqdm(total=len(rows), desc='likelihoods', disable=disable_tqdm or None) as bar:
       for part in _batches(order, self._batch_size()):
         for i, score in zip(part, self._scores([rows[i] for i in part])):
-          found[i] = score
+          scores[i] = score
         bar.update(len(part))
-    return found
+    return scores
 
   def _batch_size(self) -> int:
     return -(-self._rows // self._ways) * self._ways
@@ -251,14 +251,14 @@ class Harness(harness_model.TemplateLM):
     )
     room = self.max_length - new_tokens - 1
     prompts = [[self.prefix_token_id, *self.tok_encode(text)[-room:]] for text in contexts]
-    found = self._generator.generate(
+    generated = self._generator.generate(
       prompts,
       new_tokens,
       sampling,
       decode_text=self._run.tokenizer.decode,
       stop=[text for text in stop if text],
     )
-    return found.texts
+    return generated.texts
 
 
 def _batches(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:

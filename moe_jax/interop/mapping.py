@@ -186,11 +186,11 @@ def mtp_prefix(cfg: schema.ModelConfig, module: int) -> str:
   return f'model.layers.{cfg.num_layers + module}.'
 
 
-def check_covers(found: Sequence[Entry], leaves: Mapping[str, Any], family: str):
+def check_covers(entries: Sequence[Entry], leaves: Mapping[str, Any], family: str):
   """Makes sure that the entries hold every element of the leaves once.
 
   Args:
-    found: what `entries` yields.
+    entries: what `entries` yields.
     leaves: anything with a shape, by name.
     family: for the message.
 
@@ -198,7 +198,7 @@ def check_covers(found: Sequence[Entry], leaves: Mapping[str, Any], family: str)
     errors.InputError: a leaf has no place in the files.
   """
   sizes = dict.fromkeys(leaves, 0)
-  for entry in found:
+  for entry in entries:
     if entry.role != COPY:
       sizes[entry.leaf] = sizes.get(entry.leaf, 0) + entry.size
   for name, size in sizes.items():

@@ -77,7 +77,7 @@ def find(directory: str | os.PathLike[str]) -> dict[str, Tensor]:
   if not (directory / INDEX).exists():
     return _header(_single(directory))
   weight_map = _weight_map(directory / INDEX)
-  found: dict[str, Tensor] = {}
+  tensors: dict[str, Tensor] = {}
   for file in sorted(set(weight_map.values())):
     errors.require(
       isinstance(file, str) and pathlib.PurePath(file).name == file,
@@ -89,15 +89,15 @@ def find(directory: str | os.PathLike[str]) -> dict[str, Tensor]:
       f'{directory / INDEX} names the file {file!r}, which is not in --from_hf={directory}; '
       'download what is missing',
     )
-    found |= _header(directory / file)
-  actual = {name: tensor.path.name for name, tensor in found.items()}
+    tensors |= _header(directory / file)
+  actual = {name: tensor.path.name for name, tensor in tensors.items()}
   different = sorted(k for k in actual | weight_map if actual.get(k) != weight_map.get(k))
   errors.require(
     not different,
     f'{directory / INDEX} and the headers of its files disagree on {some(different)}; download the '
     'checkpoint again',
   )
-  return found
+  return tensors
 
 
 def _single(directory: pathlib.Path) -> pathlib.Path:

@@ -42,11 +42,11 @@ def keep(directory: pathlib.Path, into: pathlib.Path):
       shutil.copyfile(path, into / path.name)
 
 
-def write_record(found: source.Source, into: pathlib.Path):
+def write_record(origin: source.Source, into: pathlib.Path):
   """Writes the `Record` of a source."""
-  dtype, others = source.dtypes(found)
-  record = Record(found.layout, dtype, others, found.block is not None)
-  content = record._asdict() | {'layout': found.layout._asdict()}
+  dtype, others = source.dtypes(origin)
+  record = Record(origin.layout, dtype, others, origin.block is not None)
+  content = record._asdict() | {'layout': origin.layout._asdict()}
   (into / RECORD).write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
 
 

@@ -134,14 +134,14 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     errors.InputError: there is no such file, or it holds something else.
   """
   try:
-    found = json.loads(path.read_text(encoding='utf-8'))
-    if not isinstance(found, dict):
+    content = json.loads(path.read_text(encoding='utf-8'))
+    if not isinstance(content, dict):
       raise ValueError('it is not an object')
   except (OSError, ValueError, RecursionError) as e:
     raise errors.InputError(
       f'{path} must be a readable JSON object ({e}); give the directory of a downloaded checkpoint'
     ) from e
-  return found
+  return content
 
 
 def _present_mtp_layers(tensors: Mapping[str, Any], hf: Mapping[str, Any]) -> int:
@@ -285,6 +285,6 @@ def dtypes(source: Source) -> tuple[str, dict[str, str]]:
   Float8 weights count as BF16, in which they are exported.
   """
   names = dict.fromkeys(entry.hf_name for entry in source.entries)
-  found = {name: source.tensors[name].dtype.replace('F8_E4M3', 'BF16') for name in names}
-  common = collections.Counter(found.values()).most_common(1)[0][0]
-  return common, {name: dtype for name, dtype in found.items() if dtype != common}
+  dtype_of = {name: source.tensors[name].dtype.replace('F8_E4M3', 'BF16') for name in names}
+  common = collections.Counter(dtype_of.values()).most_common(1)[0][0]
+  return common, {name: dtype for name, dtype in dtype_of.items() if dtype != common}

@@ -212,15 +212,15 @@ def extents(mesh: jax.sharding.Mesh) -> dict[str, dict[str, int]]:
   """
   if not hasattr(mesh.devices.flat[0], 'coords'):
     return {}
-  found = {}
+  dims_of = {}
   for place, (name, size) in enumerate(mesh.shape.items()):
     devices = np.moveaxis(mesh.devices, place, 0).reshape(size, -1)[:, 0]
     if size == 1 or name in partitioning.DCN_AXES:
       continue
     coords = np.array([tuple(d.coords) for d in devices.flat])
     along = {str(i): len(set(coords[:, i].tolist())) for i in range(coords.shape[1])}
-    found[name] = {dim: count for dim, count in along.items() if count > 1}
-  return found
+    dims_of[name] = {dim: count for dim, count in along.items() if count > 1}
+  return dims_of
 
 
 def describe_devices(topology: chips.Topology) -> list[Any]:

@@ -210,7 +210,7 @@ def _temporaries(s: _Sizes, parameters: int, exchange: str) -> dict[str, int]:
     copies = s.shape['expert'] if exchange != 'ragged_all_to_all' else s.devices_per_token
     traveling = 4 * s.t * copies * d * a
   cast = parameters * a / s.p if s.a != s.p else 0
-  found = {
+  sizes_of = {
     'gradients': parameters * sums,
     'weights in the compute dtype': cast + (2 * layer if s.fsdp > 1 else 0),
     'activations kept for the backward pass': kept * a * s.layers,
@@ -219,7 +219,7 @@ def _temporaries(s: _Sizes, parameters: int, exchange: str) -> dict[str, int]:
     'attention': 3 * s.t * s.head_width * a,
     'logits and loss': min(s.cfg.train.loss_chunk, s.t) * vocab * (_WIDE + a) + d * vocab * _WIDE,
   }
-  return {name: int(size) for name, size in found.items()}
+  return {name: int(size) for name, size in sizes_of.items()}
 
 
 def _traffic(s: _Sizes, arguments: Mapping[str, int]) -> float:
@@ -236,14 +236,14 @@ def _traffic(s: _Sizes, arguments: Mapping[str, int]) -> float:
 
 
 def _collectives(s: _Sizes, exchange: str) -> list[collectives_lib.Collective]:
-  found = []
+  result = []
 
   def add(kind: str, axes: tuple[str, ...], operand: float, count: int, name: str):
     used = tuple(axis for axis in axes if s.shape[axis] > 1)
     n = math.prod(s.shape[axis] for axis in used)
     if n > 1 and operand and count:
       size = operand * collectives_lib.on_the_wire(kind, n)
-      found.append(collectives_lib.Collective(kind, used, size, count, name))
+      result.append(collectives_lib.Collective(kind, used, size, count, name))
 
   m = s.micros
   copies = ('dcn_data', 'data')
@@ -263,7 +263,7 @@ def _collectives(s: _Sizes, exchange: str) -> list[collectives_lib.Collective]:
   kind, operand = _travel(s, exchange, activations)
   # There and back; the backward pass likewise, and there again if it recomputes.
   add(kind, ('expert',), operand, (2 * passes - (passes == 3)) * s.moe_layers * m, 'exchange')
-  return found
+  return result
 
 
 def _travel(s: _Sizes, exchange: str, activations: float) -> tuple[str, float]:

@@ -82,17 +82,17 @@ def _collectives(
   cfg: schema.Config, mesh: jax.sharding.AbstractMesh, here: float, weights: float, a: int
 ) -> list[collectives.Collective]:
   model, shape = cfg.model, mesh.shape
-  found = []
+  result = []
   for axis in partitioning.FSDP_AXES:
     n = shape[axis]
     if n > 1:
       size = weights / n * collectives.on_the_wire('all-gather', n)
-      found.append(collectives.Collective('all-gather', (axis,), size, 1, 'weights'))
+      result.append(collectives.Collective('all-gather', (axis,), size, 1, 'weights'))
   state = here * model.embed_dim * a
   n = shape['tensor']
   if n > 1:
     size = state * collectives.on_the_wire('all-reduce', n)
-    found.append(
+    result.append(
       collectives.Collective('all-reduce', ('tensor',), size, 2 * model.num_layers, 'states')
     )
   n = shape['expert']
@@ -100,7 +100,7 @@ def _collectives(
     moe = dataclasses.replace(model.moe, num_virtual_devices=n)
     copies = virtual_devices.expected_devices_per_token(moe)
     size = state * copies * collectives.on_the_wire('all-to-all', n)
-    found.append(
+    result.append(
       collectives.Collective('all-to-all', ('expert',), size, 2 * model.num_moe_layers, 'exchange')
     )
-  return found
+  return result

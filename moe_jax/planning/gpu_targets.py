@@ -76,10 +76,10 @@ def describe(name: str, count: int = 1) -> list[Any]:
   )
   from jax.experimental import topologies
 
-  found = topologies.get_topology_desc(
+  topology = topologies.get_topology_desc(
     f'{name}x{count}', 'cuda', target_config=TARGETS[name], topology=f'1x1x{count}'
   )
-  return list(found.devices)
+  return list(topology.devices)
 
 
 @contextlib.contextmanager

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 def percent(first: float, value: float) -> str:
   """How much more than `first` (not 0) `value` is; small differences never read as none."""
-  found = 100 * (value / first - 1)
-  return f'{found:+,.1f} %' if abs(found) >= 0.1 else f'{found:+.1g} %'
+  difference = 100 * (value / first - 1)
+  return f'{difference:+,.1f} %' if abs(difference) >= 0.1 else f'{difference:+.1g} %'
 
 
 def difference(first: float, value: float) -> str:
@@ -44,15 +44,15 @@ def cache_lines(labels: Sequence[str], columns: Sequence[Mapping[int, int]]) -> 
     labels: short names of the configs.
     columns: {bits per number: bytes per token}, all with the keys of the first.
   """
-  found = [
+  caches = [
     (label, bits, size) for label, sizes in zip(labels, columns) for bits, size in sizes.items()
   ]
-  first, width = found[0][2], max(len(f'{size:,}') for *_, size in found)
+  first, width = caches[0][2], max(len(f'{size:,}') for *_, size in caches)
 
   def against(size):
     return 'equal' if size == first else percent(first, size)
 
   return [
     f'{label}  {bits:2d} bits  {size:{width},d} bytes  {against(size)}'
-    for label, bits, size in found
+    for label, bits, size in caches
   ]

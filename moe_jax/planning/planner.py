@@ -112,16 +112,16 @@ def plan(request: Request, *, progress: bool = False) -> Plan:
     counted = estimate_lib.estimate(cfg, mesh, request.max_vio or 0.0, way)
     tokens = cfg.train.batch_size * cfg.model.max_seq_len
     flops = estimate_lib.work(cfg).model * tokens / mesh.size
-  found = _Facts(request, cfg, mesh, flops, tokens, notes)
+  facts = _Facts(request, cfg, mesh, flops, tokens, notes)
   if request.estimate or request.topology.chip.kind == 'gpu':
-    return found.estimated(counted)
+    return facts.estimated(counted)
   values = parse.to_dict(cfg)
   context = cfg.model.max_seq_len if request.decode else 0
   job = compile_ahead.Job(
     values, request.topology.name, request.decode, rows * request.decode, context
   )
   compiled = compile_ahead.run(job, cfg.data.cache_dir, progress=progress)
-  return found.compiled(compiled, counted)
+  return facts.compiled(compiled, counted)
 
 
 def _prepared(request: Request) -> tuple[schema.Config, tuple[str, ...]]:
@@ -291,25 +291,25 @@ class _MeshOf:
 def laid_out(topology: chips.Topology, mesh: Mapping[str, int]) -> roofline.Extents:
   """Mesh axes on the torus, the last axes on the last dimensions, where the compiler has no say."""
   left = list(topology.dims)
-  found: dict[str, dict[str, int]] = {}
+  dims_of: dict[str, dict[str, int]] = {}
   for axis, size in reversed(list(mesh.items())):
     if axis in partitioning.DCN_AXES:
       continue
     for dim in reversed(range(len(left))):
       part = math.gcd(size, left[dim])
       if part > 1:
-        found.setdefault(axis, {})[str(dim)] = part
+        dims_of.setdefault(axis, {})[str(dim)] = part
         left[dim] //= part
         size //= part
-  return found
+  return dims_of
 
 
 def used_bytes(message: str) -> int:
   """What a program would need, from the compiler's message that it is too large."""
   units = {'K': 2**10, 'M': 2**20, 'G': _GIB, 'T': 2**40}
-  found = re.search(r'Used ([\d.]+)([KMGT]) of', message)
-  found = found or re.search(r'total memory required[^(]*\(([\d.]+)([KMGT])\)', message)
-  return int(float(found[1]) * units[found[2]]) if found else 0
+  match = re.search(r'Used ([\d.]+)([KMGT]) of', message)
+  match = match or re.search(r'total memory required[^(]*\(([\d.]+)([KMGT])\)', message)
+  return int(float(match[1]) * units[match[2]]) if match else 0
 
 
 def breakdown(program: compile_ahead.Compiled, model: schema.ModelConfig) -> dict[str, int]:

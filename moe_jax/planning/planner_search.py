@@ -55,7 +55,7 @@ def search(
       f'{" or ".join(ways) or "a larger topology"}, or fewer rows per device'
     )
   if request.estimate or request.topology.chip.kind == 'gpu':
-    return [found for found, _ in fitting[:best]], len(ranked)
+    return [candidate for candidate, _ in fitting[:best]], len(ranked)
   plans = []
   for _, cfg in fitting[: 2 * best]:
     plans.append(planner.plan(dataclasses.replace(request, cfg=cfg), progress=progress))
@@ -66,15 +66,15 @@ def search(
 
 def _ranked(request: planner.Request, progress: bool = False) -> list[Pair]:
   """Every candidate that divides, with its estimate."""
-  found = []
+  ranked = []
   options = list(candidates(request.cfg, request.topology.num_devices))
   for cfg in tqdm.tqdm(options, desc='candidates', disable=None if progress else True):
     try:
       plan = planner.plan(dataclasses.replace(request, cfg=cfg, estimate=True))
     except errors.InputError:
       continue
-    found.append((plan, cfg))
-  return found
+    ranked.append((plan, cfg))
+  return ranked
 
 
 def _fitting(ranked: list[Pair]) -> list[Pair]:
@@ -123,16 +123,16 @@ def _powers(largest: int) -> list[int]:
 
 def suggestions(request: planner.Request, tried: planner.Plan) -> list[str]:
   """What would fit instead, by the estimate: one change, else several, else a larger topology."""
-  found = []
+  lines = []
   for text, cfg in _changes(request.cfg, request.topology.num_devices):
     try:
       other = planner.plan(dataclasses.replace(request, cfg=cfg, estimate=True))
     except errors.InputError:
       continue
     if other.hbm_bytes < LIKELY * tried.hbm_capacity_bytes:
-      found.append(f'{text} (about {other.hbm_bytes / GIB:.0f} GiB per device)')
-  if found or request.decode:
-    return found or larger(request)
+      lines.append(f'{text} (about {other.hbm_bytes / GIB:.0f} GiB per device)')
+  if lines or request.decode:
+    return lines or larger(request)
   fitting = _fitting(_ranked(request))
   return [_arguments(*pair) for pair in fitting[:1]] or larger(request)
 

@@ -57,7 +57,7 @@ def scopes(hlo_text_of_program: str) -> dict[str, str]:
   Args:
     hlo_text_of_program: `compiled.as_text()`.
   """
-  module, found = hlo_text.parse(hlo_text_of_program), {}
+  module, scope_of = hlo_text.parse(hlo_text_of_program), {}
   for computation in module.computations.values():
     own = {i.name: _named(module, i) for i in computation.instructions.values()}
     readers = collections.defaultdict(list)
@@ -66,8 +66,8 @@ def scopes(hlo_text_of_program: str) -> dict[str, str]:
         readers[name].append(i.name)
     for i in computation.instructions.values():
       near = (*readers[i.name], *i.operands)
-      found[i.name] = own[i.name] or next((own[n] for n in near if own.get(n)), OTHER)
-  return found
+      scope_of[i.name] = own[i.name] or next((own[n] for n in near if own.get(n)), OTHER)
+  return scope_of
 
 
 def _named(module: hlo_text.Module, instruction: hlo_text.Instruction) -> str:
@@ -109,10 +109,10 @@ def seconds(trace_dir: str | pathlib.Path, hlo_text_of_program: str) -> dict[str
 
 def grouped(by_scope: Mapping[str, float]) -> dict[str, float]:
   """Seconds by the groups of `GROUPS`, all of them, from seconds by scope."""
-  found = dict.fromkeys(GROUPS, 0.0)
+  seconds = dict.fromkeys(GROUPS, 0.0)
   for scope, value in by_scope.items():
-    found[SCOPES.get(scope, OTHER)] += value
-  return found
+    seconds[SCOPES.get(scope, OTHER)] += value
+  return seconds
 
 
 def shares(trace_dir: str | pathlib.Path, hlo_text_of_program: str) -> dict[str, float]:
@@ -156,18 +156,18 @@ class Window:
     if not self._text:
       return
     jax.profiler.stop_trace()
-    found = shares(self._directory, self._text)
-    atomic_files.write_text(self._directory / 'shares.json', json.dumps(found, indent=2) + '\n')
-    by_size = sorted(found.items(), key=lambda item: -item[1])
+    result = shares(self._directory, self._text)
+    atomic_files.write_text(self._directory / 'shares.json', json.dumps(result, indent=2) + '\n')
+    by_size = sorted(result.items(), key=lambda item: -item[1])
     parts = ' '.join(f'{name}={share:.0%}' for name, share in by_size if share >= 0.005)
     self._say(f'profile of steps {self.first} to {self.last} in {self._directory}: {parts}')
 
 
 def options() -> Any:
   """Of `jax.profiler.trace`: without Python's own calls, which cost more than they tell."""
-  found = jax.profiler.ProfileOptions()
-  found.python_tracer_level = 0
-  return found
+  chosen = jax.profiler.ProfileOptions()
+  chosen.python_tracer_level = 0
+  return chosen
 
 
 def _lines(trace_dir: str | pathlib.Path) -> list[list[tuple[float, float, str]]]:

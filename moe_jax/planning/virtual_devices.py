@@ -136,31 +136,31 @@ def _drop_rate(load: np.ndarray, factor: float) -> np.ndarray:
   return np.maximum(load - room[:, None], 0).sum(axis=1) / np.maximum(total, 1)
 
 
-def table(found: Report, limits: Sequence[int] = (1, 2, 3, 4)) -> str:
+def table(report: Report, limits: Sequence[int] = (1, 2, 3, 4)) -> str:
   """A line per layer and one of means; `> M` is the share of tokens that need more than M devices.
 
   Args:
-    found: what to print.
+    report: what to print.
     limits: the M to print; those that no token can exceed are left out.
   """
-  limits = [m for m in limits if m < found.num_devices]
+  limits = [m for m in limits if m < report.num_devices]
   columns = {
-    'devices/token': (found.mean_devices, '{:.2f}'),
-    **{f'> {m}': (found.over_limit(m), '{:.1%}') for m in limits},
-    'bytes/token': (found.all_to_all_bytes_per_token, '{:,.0f}'),
-    'straggler': (found.straggler_factor, '{:.3f}'),
-    'expert drops': (found.expert_drop_rate, '{:.1%}'),
-    'device drops': (found.device_drop_rate, '{:.1%}'),
+    'devices/token': (report.mean_devices, '{:.2f}'),
+    **{f'> {m}': (report.over_limit(m), '{:.1%}') for m in limits},
+    'bytes/token': (report.all_to_all_bytes_per_token, '{:,.0f}'),
+    'straggler': (report.straggler_factor, '{:.3f}'),
+    'expert drops': (report.expert_drop_rate, '{:.1%}'),
+    'device drops': (report.device_drop_rate, '{:.1%}'),
   }
   lines = [['layer', *columns]]
-  for layer in range(len(found.device_load)):
+  for layer in range(len(report.device_load)):
     lines.append([str(layer), *(form.format(v[layer]) for v, form in columns.values())])
   lines.append(['mean', *(form.format(v.mean()) for v, form in columns.values())])
   widths = [max(map(len, column)) for column in zip(*lines)]
   text = ['  '.join(c.rjust(w) for c, w in zip(line, widths)) for line in lines]
   head = (
-    f'{found.num_tokens:,} tokens on {found.num_devices} virtual devices, '
-    f'drops at capacity factor {found.capacity_factor:g}'
+    f'{report.num_tokens:,} tokens on {report.num_devices} virtual devices, '
+    f'drops at capacity factor {report.capacity_factor:g}'
   )
   return '\n'.join([head, *text])
 

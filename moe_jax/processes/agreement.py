@@ -59,12 +59,12 @@ def together() -> Iterator[None]:
     problem = str(e) or 'bad input'
   if jax.process_count() == 1:
     return
-  found = _gather_texts(problem)
-  if not any(found):
+  problems = _gather_texts(problem)
+  if not any(problems):
     return
-  number = next(i for i, text in enumerate(found) if text)
-  prefix = '' if all(text == found[number] for text in found) else f'process {number}: '
-  raise errors.InputError(problem or prefix + found[number])
+  number = next(i for i, text in enumerate(problems) if text)
+  prefix = '' if all(text == problems[number] for text in problems) else f'process {number}: '
+  raise errors.InputError(problem or prefix + problems[number])
 
 
 def require_same(values: Mapping[str, Any]):
@@ -85,9 +85,9 @@ def require_same(values: Mapping[str, Any]):
   digests = np.stack(
     [np.frombuffer(hashlib.sha256(text(v)).digest(), np.uint8) for v in values.values()]
   )
-  found = multihost_utils.process_allgather(digests)  # [processes, values, 32]
+  gathered = multihost_utils.process_allgather(digests)  # [processes, values, 32]
   for i, name in enumerate(values):
-    others = np.flatnonzero((found[:, i] != found[0, i]).any(axis=-1)).tolist()
+    others = np.flatnonzero((gathered[:, i] != gathered[0, i]).any(axis=-1)).tolist()
     if others:
       raise errors.InputError(
         f'{name} is not the same on process 0 and on process {", ".join(map(str, others[:20]))}; '
@@ -175,5 +175,5 @@ def _gather_texts(text: str) -> list[str]:
   line = np.zeros(_TEXT_BYTES, np.uint8)
   encoded = np.frombuffer(text.encode()[:_TEXT_BYTES], np.uint8)
   line[: len(encoded)] = encoded
-  found = multihost_utils.process_allgather(line)
-  return [bytes(row[row > 0]).decode(errors='ignore') for row in found]
+  gathered = multihost_utils.process_allgather(line)
+  return [bytes(row[row > 0]).decode(errors='ignore') for row in gathered]

@@ -78,28 +78,28 @@ def resolve(flags: Flags, environ: Environment = os.environ) -> Place | None:
     return None
   if flags.kind == 'explicit' or (flags.kind == 'auto' and given):
     return _explicit(given)
-  found = None
+  place = None
   if flags.kind in ('auto', 'slurm'):
-    found = _slurm(environ, required=flags.kind == 'slurm')
-  if found is None and flags.kind in ('auto', 'tpu'):
-    found = _tpu(environ, required=flags.kind == 'tpu')
-  if found is None or found.num_processes == 1:
+    place = _slurm(environ, required=flags.kind == 'slurm')
+  if place is None and flags.kind in ('auto', 'tpu'):
+    place = _tpu(environ, required=flags.kind == 'tpu')
+  if place is None or place.num_processes == 1:
     return None
-  found = dataclasses.replace(found, coordinator=given.get('coordinator', found.coordinator))
-  return _checked(found)
+  place = dataclasses.replace(place, coordinator=given.get('coordinator', place.coordinator))
+  return _checked(place)
 
 
 def _given(flags: Flags, environ: Environment) -> dict[str, Any]:
   """The parts of an explicit place that were given; flags go before variables."""
-  found = {
+  given = {
     'coordinator': flags.coordinator or environ.get('MOE_JAX_COORDINATOR'),
     'num_processes': flags.num_processes,
     'process_id': flags.process_id,
   }
   for name in ('num_processes', 'process_id'):
-    if found[name] is None and f'MOE_JAX_{name.upper()}' in environ:
-      found[name] = _integer(environ, f'MOE_JAX_{name.upper()}')
-  return {name: value for name, value in found.items() if value not in (None, '')}
+    if given[name] is None and f'MOE_JAX_{name.upper()}' in environ:
+      given[name] = _integer(environ, f'MOE_JAX_{name.upper()}')
+  return {name: value for name, value in given.items() if value not in (None, '')}
 
 
 def _explicit(given: Mapping[str, Any]) -> Place | None:

@@ -5,7 +5,7 @@ one without a word on which. So process 0 first listens on the coordinator's own
 call in with their number, host and a record of what they are about to run, and all of them hear the
 same verdict: go, or one sentence that names the processes that are missing, came twice, or were
 started with other settings. Then process 0 stops listening, so that JAX's coordination service can
-take the port; the connections stay, see `lifeline`.
+take the port; the connections stay, see `watchdog`.
 
 One JSON object per line each way, over TCP; callers may come in any order, early or late.
 """
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from moe_jax import errors
 from moe_jax.config import parse
 
-_GREETING = 'moe_jax roll-call'
+_GREETING = 'moe_jax rendezvous'
 _MAX_BYTES = 2**22  # a record is some ten kilobytes
 _LISTEN_SECONDS = 5.0  # for one caller to say its line; a stranger may say nothing
 _VERDICT_SECONDS = 15.0  # what a caller allows process 0 beyond its own time-out
@@ -234,10 +234,10 @@ def _report(
 
 def _read_line(connection: socket.socket) -> bytes:
   """The first line sent; raises ValueError at the end of the stream, or of our patience."""
-  found = bytearray()
-  while not found.endswith(b'\n'):
+  line = bytearray()
+  while not line.endswith(b'\n'):
     part = connection.recv(65536)
-    if not part or len(found) > _MAX_BYTES:
+    if not part or len(line) > _MAX_BYTES:
       raise ValueError('it hung up' if not part else 'its line has no end')
-    found += part
-  return bytes(found)
+    line += part
+  return bytes(line)

@@ -1,7 +1,7 @@
 """The start of JAX among many processes, once `launch.resolve` has found this one's place.
 
-`initialize` calls the roll (`rendezvous`) and starts JAX, before the first use of a device.
-The coordinator is process 0, as host:port; the roll-call and JAX's coordination service use that
+`initialize` waits for all processes (`rendezvous`) and starts JAX, before the first use of a device.
+The coordinator is process 0, as host:port; the rendezvous and JAX's coordination service use that
 one port, the one after the other.
 """
 
@@ -15,8 +15,8 @@ from moe_jax.processes import launch, rendezvous, watchdog
 
 def initialize(
   place: launch.Place, flags: launch.Flags, record: Mapping[str, Any]
-) -> watchdog.Lifeline:
-  """Calls the roll, and starts JAX among the processes.
+) -> watchdog.Watchdog:
+  """Waits for all processes, and starts JAX among the processes.
 
   Args:
     place: from `launch.resolve`.
@@ -45,4 +45,4 @@ def initialize(
     heartbeat_timeout_seconds=flags.heartbeat_timeout,
     shutdown_timeout_seconds=flags.heartbeat_timeout,
   )
-  return watchdog.Lifeline(number, *present)
+  return watchdog.Watchdog(number, *present)

@@ -1,7 +1,7 @@
 """When one process ends, the others end too, at once and with a sentence that names it.
 
 JAX notices a dead process by its missing heartbeats, after `--heartbeat_timeout`, and then aborts
-the others with a page of stack traces. But the connections of the roll-call are there anyway: the
+the others with a page of stack traces. But the connections of the rendezvous are there anyway: the
 system closes those of a killed process within milliseconds, and whoever ends for a reason can say
 it. So process 0 keeps one connection to each of the others, and passes on what it hears. A machine
 that loses its network says nothing; that is left to the heartbeats.
@@ -25,7 +25,7 @@ _DELIVERY_SECONDS = 0.1
 _FAILED = 1  # exit status that lets a scheduler start the job again
 
 
-class Lifeline:
+class Watchdog:
   """This process's connections, watched by a thread until `finish` or `fail`.
 
   Args:
@@ -40,7 +40,7 @@ class Lifeline:
     for connection in self._connections.values():
       connection.settimeout(_GRACE_SECONDS)
       connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    threading.Thread(target=self._watch, name='lifeline', daemon=True).start()
+    threading.Thread(target=self._watch, name='watchdog', daemon=True).start()
 
   def finish(self):
     """Says that this process ends as it should."""
@@ -71,14 +71,14 @@ class Lifeline:
 
   def _listen(self, connection: socket.socket) -> str | None:
     """'' from a process that finished, why it failed, or None where it fell silent."""
-    found = bytearray()
+    message = bytearray()
     try:
-      while not found.endswith(b'\n'):
+      while not message.endswith(b'\n'):
         part = connection.recv(65536)
         if not part:
           return None
-        found += part
-      return str(json.loads(found))
+        message += part
+      return str(json.loads(message))
     except (OSError, ValueError):
       return None
 

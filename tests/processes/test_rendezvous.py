@@ -1,4 +1,4 @@
-"""The roll-call and the lifeline over real sockets, the processes being threads or children."""
+"""The rendezvous and the watchdog over real sockets, the processes being threads or children."""
 
 import concurrent.futures
 import json
@@ -24,7 +24,7 @@ def address():
 
 
 def outcomes(address, ids, num_processes=3, timeout=10.0, records=None):
-  """Holds the roll in one thread per process; the `Present` or the error text of each."""
+  """Holds the rendezvous in one thread per process; the `Present` or the error text of each."""
 
   def hold(i, number):
     try:
@@ -94,7 +94,7 @@ def test_a_number_too_high(address):
 def test_strangers_and_restarted_processes_do_no_harm(address):
   """A port scanner; a process that dies while it waits, and comes again."""
   host, _, port = address.partition(':')
-  greeting = {'greeting': 'moe_jax roll-call', 'process_id': 1, 'host': 'old', 'record': RECORD}
+  greeting = {'greeting': 'moe_jax rendezvous', 'process_id': 1, 'host': 'old', 'record': RECORD}
   with concurrent.futures.ThreadPoolExecutor() as pool:
     first = pool.submit(outcomes, address, [0])
     time.sleep(0.3)
@@ -115,9 +115,9 @@ def test_a_taken_port_is_named(address):
 
 CHILD = """
 import sys, time
-from moe_jax import lifeline, roll_call
+from moe_jax.processes import rendezvous, watchdog
 number, address, what = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-line = watchdog.Lifeline(number, *rendezvous.hold(address, 3, number, {}, 20))
+line = watchdog.Watchdog(number, *rendezvous.hold(address, 3, number, {}, 20))
 print('started', flush=True)
 if what == 'fail':
   line.fail('bad input', 2)

@@ -27,9 +27,9 @@ def lift(both: np.ndarray, num_tokens: int) -> np.ndarray:
   """
   single = np.diagonal(both).astype(float)
   expected = np.outer(single, single) / max(num_tokens, 1)
-  found = np.where(expected > 0, both / np.where(expected > 0, expected, 1.0), 1.0)
-  np.fill_diagonal(found, 1.0)
-  return found
+  ratio = np.where(expected > 0, both / np.where(expected > 0, expected, 1.0), 1.0)
+  np.fill_diagonal(ratio, 1.0)
+  return ratio
 
 
 def coactivation(context: probe_types.Context) -> probe_types.Finding:

@@ -35,9 +35,9 @@ def confidence(context: probe_types.Context) -> probe_types.Finding:
   if not ROUTERS[moe.router].has_logits:
     raise probe_types.NotApplicableError(f'router {moe.router!r} has no scores to be sure by')
   seen = context.observations
-  found = measures(seen.of_tokens(seen.scores), moe.num_experts_per_tok)  # [layers, T] each
+  figures = measures(seen.of_tokens(seen.scores), moe.num_experts_per_tok)  # [layers, T] each
   names = context.layer_names()
-  means = {key: values.mean(axis=1) for key, values in found.items()}
+  means = {key: values.mean(axis=1) for key, values in figures.items()}
   reading = (
     f'Of the sum of all scores the chosen {moe.num_experts_per_tok} of {moe.num_experts} experts '
     f'get {probe_types.per_layer(100 * means["chosen"], names, "{:.0f} %")} '
@@ -52,7 +52,7 @@ def confidence(context: probe_types.Context) -> probe_types.Finding:
     for i, name in enumerate(names):
       colour = f'C{i % 10}'
       for axes, key in ((left, 'best'), (right, 'chosen')):
-        share, _ = np.histogram(found[key][i], edges)
+        share, _ = np.histogram(figures[key][i], edges)
         axes.stairs(share / share.sum(), edges, color=colour, label=name)
     left.set_title('score of the best expert', fontsize=10)
     right.set_title(f'score of the chosen {moe.num_experts_per_tok} together', fontsize=10)

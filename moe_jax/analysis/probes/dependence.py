@@ -118,8 +118,8 @@ def vocabulary(context: probe_types.Context) -> probe_types.Finding:
   ids = seen.of_tokens(seen.tokens)
   lists, lifts = [], []
   for choices in seen.of_tokens(seen.expert_idx):
-    found, lift = words_of(information.counts(choices, ids, seen.num_experts))
-    lists.append(found)
+    words, lift = words_of(information.counts(choices, ids, seen.num_experts))
+    lists.append(words)
     lifts.append(lift)
   lists, lifts = np.stack(lists), np.stack(lifts)  # [layers, E, WORDS]
   shown = [_most_particular(lifts[i], 6) for i in range(seen.num_layers)]
@@ -157,8 +157,8 @@ def words_of(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   lift = np.where(table >= LEAST_COUNT, of_id / np.maximum(share, 1e-12), 0.0)
   best = np.argsort(-lift, axis=0, kind='stable')[:WORDS].T
   best = np.pad(best, ((0, 0), (0, WORDS - best.shape[1])))
-  found = np.take_along_axis(lift, best.T, axis=0).T
-  return np.where(found > 1, best, -1).astype(np.int32), np.where(found > 1, found, 0.0)
+  lifts = np.take_along_axis(lift, best.T, axis=0).T
+  return np.where(lifts > 1, best, -1).astype(np.int32), np.where(lifts > 1, lifts, 0.0)
 
 
 def _most_particular(lift: np.ndarray, number: int) -> np.ndarray:

@@ -22,21 +22,21 @@ def run(
     names: keys of `probes.PROBES`.
     progress: show a bar.
   """
-  found, skipped = {}, {}
+  findings, skipped = {}, {}
   for name in tqdm.tqdm(names, desc='probes', unit='probe', disable=None if progress else True):
     try:
-      found[name] = probes.PROBES[name](context)
+      findings[name] = probes.PROBES[name](context)
     except probe_types.NotApplicableError as reason:
       skipped[name] = str(reason)
-  return found, skipped
+  return findings, skipped
 
 
 def draw(
-  found: Mapping[str, probe_types.Finding], directory: pathlib.Path
+  findings: Mapping[str, probe_types.Finding], directory: pathlib.Path
 ) -> dict[str, pathlib.Path]:
   """Writes a PNG per finding; returns their paths."""
   paths = {}
-  for name, one in found.items():
+  for name, one in findings.items():
     with matplotlib.rc_context(plots.STYLE):
       fig = figure.Figure(figsize=one.size, layout='constrained')
       one.draw(fig)

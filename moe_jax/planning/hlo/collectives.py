@@ -78,7 +78,7 @@ def collectives(text: str, mesh: Any) -> list[Collective]:
   """
   module = hlo_text.parse(text)
   groups = _Groups(mesh, module.num_partitions)
-  found, chains = [], {}
+  result, chains = [], {}
   for run in module.runs():
     scatters = _scatters(run.computation) if run.in_fusion else False
     for instruction in run.computation.instructions.values():
@@ -101,13 +101,13 @@ def collectives(text: str, mesh: Any) -> list[Collective]:
       )
       chain = _chain(instruction)
       if chain is None:
-        found.append(one)
+        result.append(one)
       elif chain not in chains:
-        chains[chain] = len(found)
-        found.append(one)
-      elif one.count < found[chains[chain]].count:
-        found[chains[chain]] = one
-  return found
+        chains[chain] = len(result)
+        result.append(one)
+      elif one.count < result[chains[chain]].count:
+        result[chains[chain]] = one
+  return result
 
 
 def _chain(instruction: hlo_text.Instruction) -> tuple[str, ...] | None:
@@ -127,11 +127,11 @@ def summary(text: str, mesh: Any) -> str:
   device puts on the wire per run of the program.
   """
   rows = collections.defaultdict(lambda: [0, 0.0])
-  for found in collectives(text, mesh):
-    where = 'once' if found.is_known and found.count == 1 else f'in loop x{found.count}'
-    row = rows[found.kind, '+'.join(found.axes), where if found.is_known else 'in loop x?']
+  for one in collectives(text, mesh):
+    where = 'once' if one.is_known and one.count == 1 else f'in loop x{one.count}'
+    row = rows[one.kind, '+'.join(one.axes), where if one.is_known else 'in loop x?']
     row[0] += 1
-    row[1] += found.total
+    row[1] += one.total
   lines = [
     f'{kind:<18}  {axes:<24}  {where:<14}  {ops:>4} ops  {round(size):>16,} bytes'
     for (kind, axes, where), (ops, size) in sorted(rows.items())
@@ -144,10 +144,10 @@ def on_the_wire(kind: str, n: int) -> float:
   return _ON_THE_WIRE[kind](n)
 
 
-def bytes_by_axes(found: list[Collective]) -> dict[str, dict[str, float]]:
+def bytes_by_axes(transfers: list[Collective]) -> dict[str, dict[str, float]]:
   """{'fsdp': {'all-gather': bytes}, 'data+fsdp': ...} per device and run of the program."""
   totals: dict[str, dict[str, float]] = {}
-  for one in found:
+  for one in transfers:
     by_kind = totals.setdefault('+'.join(one.axes), {})
     by_kind[one.kind] = by_kind.get(one.kind, 0.0) + one.total
   return {axes: dict(sorted(by_kind.items())) for axes, by_kind in sorted(totals.items())}

@@ -83,13 +83,13 @@ def _convolution_flops(computation: hlo_text.Computation, instruction: hlo_text.
 
 def _touching(results: int, window: int, numbers: int, low: int, stride: int, dilate: int) -> int:
   """How many (result, place of the window) meet a number of the input along one dimension."""
-  found = 0
+  count = 0
   for result in range(results):
     first = result * stride - low
-    found += sum(
+    count += sum(
       at % dilate == 0 and 0 <= at // dilate < numbers for at in range(first, first + window)
     )
-  return found
+  return count
 
 
 def _option(window: dict[str, str], place: int, name: str, default: int) -> int:

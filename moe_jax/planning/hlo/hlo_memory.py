@@ -37,8 +37,8 @@ def peak(text: str, scope: str = '') -> list[Buffer]:
     scope: only those made in this named scope, at the moment when most of them are alive; '' = all.
   """
   module = hlo_text.parse(text)
-  found = _Replay(module, module.computations[module.entry], [], scope).most
-  return sorted((b for b in found if b.bytes), key=lambda buffer: -buffer.bytes)
+  most = _Replay(module, module.computations[module.entry], [], scope).most
+  return sorted((b for b in most if b.bytes), key=lambda buffer: -buffer.bytes)
 
 
 def scopes(op_name: str) -> set[str]:
@@ -191,15 +191,15 @@ def _shared(instruction: hlo_text.Instruction) -> dict[int, int]:
   pairs = re.findall(
     r'\{(\d*)\}: \((\d+), \{\}', _between(instruction.attributes, 'output_to_operand_aliasing')
   )
-  found = {int(result or 0): int(operand) for result, operand in pairs}
+  operand_of = {int(result or 0): int(operand) for result, operand in pairs}
   count = len(instruction.operands)
   lists = _between(instruction.attributes, '"aliasing_operands"')
   for indices in re.findall(r'"indices":\[([^\]]*)\]', lists):
     numbers = [int(i) for i in re.findall(r'\d+', indices)]
     operands, results = [n for n in numbers if n < count], [n for n in numbers if n >= count]
     if operands and results:
-      found.setdefault(results[0] - count, operands[0])
-  return found
+      operand_of.setdefault(results[0] - count, operands[0])
+  return operand_of
 
 
 def _between(attributes: str, name: str) -> str:

@@ -111,8 +111,8 @@ class Instruction:
     if self.opcode in ('fusion', 'async-start', 'call'):
       names = re.findall(r'(?:calls|to_apply)=%?([\w.-]+)', self.attributes)
     elif self.opcode == 'conditional':
-      found = _BRANCHES.findall(self.attributes)
-      names = [name.strip() for some in found for part in some for name in part.split(',')]
+      branches = _BRANCHES.findall(self.attributes)
+      names = [name.strip() for some in branches for part in some for name in part.split(',')]
     else:
       names = []
     return tuple(name.lstrip('%') for name in names if name)
@@ -207,8 +207,8 @@ def parse(text: str) -> Module:
         current.instructions[name] = Instruction(
           name, opcode, type_, arguments, attributes or '', bool(root)
         )
-  found = re.search(r'num_partitions=(\d+)', text[: text.find('\n')])
-  return Module(computations, entry, int(found[1]) if found else 1)
+  partitions = re.search(r'num_partitions=(\d+)', text[: text.find('\n')])
+  return Module(computations, entry, int(partitions[1]) if partitions else 1)
 
 
 def search(pattern: str, text: str) -> re.Match[str]:
