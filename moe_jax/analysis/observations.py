@@ -1,7 +1,6 @@
 """What a checkpoint's routers do with held-out text, token by token: what the probes look at.
 
-Axis letters are those of `moe_jax.models`, B being all rows that were read; X is K or E, and
-`layers` are the MoE layers.
+Axis letters: X choices or experts. B are all rows that were read, `layers` the MoE layers.
 """
 
 import functools

@@ -42,7 +42,7 @@ class MixtureSums(NamedTuple):
   active: Array  # [...] int32, (token, attention expert) pairs in use
 
 
-_Sums = TypeVar('_Sums', Sums, MixtureSums)
+_Sums = TypeVar('_Sums', bound=Sums | MixtureSums)
 
 
 class RouterStats(struct.PyTreeNode):

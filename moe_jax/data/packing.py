@@ -9,7 +9,7 @@ padded.
   row 0    tokens B a b   targets a b E    segment_ids 1 1 1   positions 0 1 2
   row 1    tokens E B c   targets - c E    segment_ids 1 2 2   positions 0 0 1
 
-Legend: n documents, L max_seq_len.
+Axis letters: n documents.
 """
 
 from collections.abc import Sequence

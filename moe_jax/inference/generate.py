@@ -103,7 +103,7 @@ def in_buckets(length: int) -> int:
 def padded(
   cfg: schema.ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Prompts as [B, P] int32, padded on the right to a bucket, and their lengths [B] int32.
+  """Prompts as [B, L] int32, padded on the right to a bucket, and their lengths [B] int32.
 
   Raises:
     errors.InputError: a prompt is empty or does not fit the context; or see `check_router`.
@@ -143,7 +143,7 @@ def _start(
   sampling: sampling_lib.Sampling,
   num_new: int,
 ) -> _State:
-  """Reads the prompts [B, P] and draws the first token of each row."""
+  """Reads the prompts [B, L] and draws the first token of each row."""
   batch_size, prompt_len = prompt.shape
   hidden, caches = cached_model.prefill(
     cfg, weights, prompt, length, in_buckets(prompt_len + num_new)

@@ -307,7 +307,9 @@ def _losses(descriptions: Sequence[Description]) -> dict[str, _Cells]:
   def pair(loss):
     return loss and (loss.weight, loss.value_at_balance)
 
-  rows = {name: ([pair(d.balance_losses.get(name)) for d in descriptions], cell) for name in names}
+  rows: dict[str, _Cells] = {
+    name: ([pair(d.balance_losses.get(name)) for d in descriptions], cell) for name in names
+  }
   if names:
     coefficients = [d.transformers_coefficient for d in descriptions]
     rows['expert_level as router_aux_loss_coef'] = coefficients, lambda c: f'{c:.6g}'
@@ -331,7 +333,7 @@ def _parameters(descriptions: Sequence[Description]) -> dict[str, _Cells]:
   return {path: ([count.get(path) for count in counts], '{:,}'.format) for path in paths}
 
 
-def _row(label: str, values: list[Any], cell: Callable[[Any], str]) -> list[str]:
+def _row(label: str, values: Sequence[Any], cell: Callable[[Any], str]) -> list[str]:
   cells = ['-' if value is None else cell(value) for value in values]
   return [label, *_interleave(cells, [_against(values[0], value) for value in values[1:]])]
 

@@ -6,7 +6,7 @@ are reduced where their layer is done, each token travels once to every device t
 every array that a kernel cannot keep on the chip passes through HBM. The figures of a compiled
 program, where there is one, are better.
 
-Letters as in `flops`; t tokens of a device in a forward pass, a bytes per number.
+Letters: t tokens of a device in a forward pass, a bytes per number.
 """
 
 import dataclasses

@@ -261,7 +261,7 @@ def tokens_sent(matrix: np.ndarray, path: _Path, title: str):
   """Heat map of the traffic between virtual devices; what stays at home is no traffic and grey.
 
   Args:
-    matrix: [D, D] tokens of device i with an expert on device j.
+    matrix: [P, P] tokens of device i with an expert on device j.
     path: PNG to write.
     title: what run this is.
   """

@@ -11,7 +11,7 @@ model starts as the dense one, exactly, wherever the gates of a token add up to
 routed_scaling_factor: with norm_topk_prob, or router hash or ds_moe. Raw probabilities add up to
 less, and the routed part of the output starts that much smaller.
 
-Axis letters: D embed_dim, W dense FFN width, F width of an expert, m = W / F slices, E experts.
+Axis letters: W width of a dense FFN, m = W / F slices.
 """
 
 import functools

@@ -12,8 +12,7 @@ mathematics:
 
 The latents are RMS-normed before their up-projections, and the cache holds them normed.
 
-Letters: R kv_lora_rank, Q q_lora_rank, N heads, Hn, Hr, Hv sizes of a head's unrotated and rotated
-part and of its value.
+Axis letters are those of `moe_jax.models`: Q is q_lora_rank, R kv_lora_rank.
 """
 
 from collections.abc import Iterator

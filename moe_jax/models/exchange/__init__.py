@@ -9,7 +9,7 @@ brings tokens to the experts' devices, lets them compute, brings the results bac
 
 All of them compute the same thing. A token's state is sent once to each device that it needs,
 however many of its experts live there, so device-limited routing bounds what is sent. They run
-inside `partitioning.per_shard`; see `plan` for the legend.
+inside `partitioning.per_shard`; see `buffers` for the axis letters.
 """
 
 from collections.abc import Callable

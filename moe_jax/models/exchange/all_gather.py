@@ -26,7 +26,7 @@ def exchange(
   """The gated sum of each token's experts, wherever they live.
 
   Args:
-    compute: the gated sums [R, D] of received rows over the experts of this device, and the number
+    compute: the gated sums [rows, D] of received rows over this device's experts, and the number
       of choices that it had no room for.
     cfg: experts, groups, buffers.
     x: [T, D], tokens of this device.

@@ -1,7 +1,8 @@
 """Which token goes to which device: integers, made once per layer for forward and backward.
 
-Legend: T tokens of a device, K choices per token, P devices of an expert-parallel group, E experts
-in all and E/P on a device, S devices that one token may need, R rows of a buffer, D embed.
+Axis letters are those of `moe_jax.models`: T tokens of a device, P devices of an expert-parallel
+group, E experts in all and E/P on a device. `rows` are those of a buffer, and `fan` counts the
+devices that one token may need.
 """
 
 import math
@@ -23,12 +24,14 @@ AXIS = 'expert'  # of the mesh
 class SendPlan(NamedTuple):
   """Where a device lays the copies of its tokens that it sends."""
 
-  row_token: Array  # [R] int32, row -> token, T on rows that hold none
-  token_row: Array  # [T, S] int32, the rows of a token's copies, R where it has no more
+  row_token: Array  # [rows] int32, row -> token, T on rows that hold none
+  token_row: (
+    Array  # [T, fan] int32, the rows of a token's copies, their number where it has no more
+  )
 
 
 def fan_out(cfg: moe_config.MoEConfig, num_choices: int, num_devices: int) -> int:
-  """S: to how many devices a token is sent at most, by K and by device-limited routing."""
+  """To how many devices a token is sent at most, by K and by device-limited routing."""
   most = min(num_choices, num_devices)
   if cfg.num_expert_groups == 1:
     return most
@@ -61,8 +64,8 @@ def make(sent: Array, start: Array, num_rows: int, fan: int) -> SendPlan:
   Args:
     sent: [T, P] bool, which copies there are.
     start: [P] int32, first row of each device's copies.
-    num_rows: R.
-    fan: S; no token has more copies.
+    num_rows: of the buffer.
+    fan: no token has more copies.
   """
   num_tokens, num_devices = sent.shape
   rank = jnp.cumsum(sent, axis=0, dtype=jnp.int32) - 1
@@ -89,13 +92,13 @@ def _no_gradient(plan: SendPlan) -> SendPlan:
 
 @jax.custom_vjp
 def spread(x: Array, plan: SendPlan) -> Array:
-  """[T, ...] -> [R, ...]: every copy of every token; zeros on rows that hold none."""
+  """[T, ...] -> [rows, ...]: every copy of every token; zeros on rows that hold none."""
   return sorted_plan.take(x, plan.row_token)
 
 
 @jax.custom_vjp
 def collect(rows: Array, plan: SendPlan) -> Array:
-  """[R, ...] -> [T, ...]: the sum over each token's copies, in float32."""
+  """[rows, ...] -> [T, ...]: the sum over each token's copies, in float32."""
   return sorted_plan.sum_rows(rows, plan.token_row)
 
 
@@ -111,7 +114,7 @@ collect.defvjp(
 
 
 def pack(gates: Array, expert_idx: Array) -> Array:
-  """Gates [R, K] and ids [R, K] in one array that travels, float32 [R, 2 K]; zeros are no id.
+  """Gates and ids, [rows, K] each, in one array [rows, 2 K] float32 that travels; zeros are no id.
 
   TPUs pad the last axis to 128 numbers, so two arrays would cost twice as much as one. Ids are
   exact in float32.
@@ -129,9 +132,9 @@ def unpack(both: Array, num_here: int) -> tuple[Array, Array]:
 class Local(NamedTuple):
   """What a device computes on what it has received."""
 
-  x: Array  # [R, D]
-  gates: Array  # [R, K] float32
-  expert_idx: Array  # [R, K] int32, numbers among the experts here; E/P = none of them
+  x: Array  # [rows, D]
+  gates: Array  # [rows, K] float32
+  expert_idx: Array  # [rows, K] int32, numbers among the experts here; E/P = none of them
 
 
 def localise(expert_idx: Array, device: Array, num_here: int) -> Array:

@@ -116,8 +116,8 @@ def emulated(
   """`jax.lax.ragged_all_to_all` where XLA has none: gathers all operands and picks its rows.
 
   Args:
-    operand: [R, ...], what this device sends.
-    output: [R', ...], what it receives into.
+    operand: [rows, ...], what this device sends.
+    output: [received rows, ...], what it receives into.
     input_offsets: [P] int32, first row for each device in `operand`.
     send_sizes: [P] int32.
     output_offsets: [P] int32, where these rows land in each device's output.
@@ -125,14 +125,14 @@ def emulated(
     axis_name: mesh axis.
 
   Returns:
-    [R', ...]: `output` with the received rows in place.
+    [received rows, ...]: `output` with the received rows in place.
   """
   del send_sizes  # every device knows what it receives
   me = jax.lax.axis_index(axis_name)
   gather = lambda a: jax.lax.all_gather(a, axis_name)
   first, lands = gather(input_offsets)[:, me], gather(output_offsets)[:, me]
   row = jnp.arange(len(output), dtype=jnp.int32)[:, None]
-  from_device = (lands <= row) & (row < lands + recv_sizes)  # [R', P]
+  from_device = (lands <= row) & (row < lands + recv_sizes)  # [received rows, P]
   device = from_device.argmax(axis=1)
   source = first[device] + row[:, 0] - lands[device]
   found = gather(operand)[device, jnp.clip(source, 0, len(operand) - 1)]

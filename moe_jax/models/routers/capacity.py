@@ -13,8 +13,8 @@ Policies, best first; whatever they leave equal keeps token order, then the orde
   batch_priority  like position, tokens ordered by their highest score (V-MoE, arXiv 2106.05974)
   device          like score, one budget for all experts of a virtual device (DeepSeek-V2, 2.2.4)
 
-Axis letters: B batch, L length, E experts, K choices per token, D virtual devices, G groups of
-competing rows, M assignments of a group, C capacity.
+Axis letters are those of `moe_jax.models`, P being virtual devices. Rows that compete form a group,
+whose assignments are `places`.
 """
 
 import fractions
@@ -44,7 +44,7 @@ def group_capacity(cfg: moe_config.MoEConfig, tokens: int) -> int:
     tokens: places of the group, padding included.
 
   Returns:
-    ceil(factor K tokens / E), with D for E under policy 'device'; max(1, floor(K tokens / E)) for
+    ceil(factor K tokens / E), with P for E under policy 'device'; max(1, floor(K tokens / E)) for
     router 'expert_choice', whose experts take exactly that; `tokens` where nothing is dropped.
   """
   assignments = tokens * cfg.num_experts_per_tok
@@ -179,10 +179,10 @@ _PRIORITIES: Mapping[str, Callable[[routing.Routing], tuple[Array, ...]]] = {
 
 
 def _rank(bins: Array, keys: list[Array]) -> Array:
-  """How many assignments of the same bin come before: bins and keys [G, M] -> [G, M] int32.
+  """How many assignments of the same bin come before, [groups, places] int32 as bins and keys.
 
-  Sorts along M only, so that groups split over devices stay there; the second sort undoes the
-  first, where a scatter would make the partitioner gather all groups.
+  Sorts along the places only, so that groups split over devices stay there; the second sort undoes
+  the first, where a scatter would make the partitioner gather all groups.
   """
   index = jax.lax.broadcasted_iota(jnp.int32, bins.shape, 1)
   operands = (bins, *keys, index)

@@ -8,8 +8,8 @@ before the first document of the query's block, are never touched.
 The tokens of a document are neighbours in order of position (see `reference.attend`), so that
 'same document, not later in the row' is what a token sees, and every row sees at least itself.
 
-Here L is the length of one block and C the number of blocks, of the queries or of all keys of a
-row; they are the first axis of every array, [C, B, Nkv, ...].
+Here L is the length of one block. The blocks, of the queries or of all keys of a row, are the first
+axis of every array, [blocks, B, Nkv, ...].
 """
 
 import functools
@@ -32,11 +32,11 @@ HIDDEN = -1e30  # logit of a key that is not seen: finite, so that differences o
 class Rows(NamedTuple):
   """What decides who sees whom."""
 
-  segment_ids: Array  # [C, B, L] int32, of the queries
-  key_segment_ids: Array  # [C, B, L] int32
+  segment_ids: Array  # [blocks, B, L] int32, of the queries
+  key_segment_ids: Array  # [blocks, B, L] int32
   offset: Array  # [] int32, place of the first query in the row
-  first: Array  # [C] int32, first block of keys that some query of a block sees
-  end: Array  # [C] int32, first block of keys that no query of a block sees any more
+  first: Array  # [blocks] int32, first block of keys that some query of a block sees
+  end: Array  # [blocks] int32, first block of keys that no query of a block sees any more
 
 
 def attend(
@@ -61,20 +61,20 @@ def attend(
 
 
 def _blocks(a: Array, block: int, fill: int = 0) -> Array:
-  """[B, length, ...] -> [B, C, L, ...], filled up, with zeros as padding tokens have."""
+  """[B, length, ...] -> [B, blocks, L, ...], filled up, with zeros as padding tokens have."""
   batch, length, *rest = a.shape
   more = [(0, 0), (0, -length % block), *[(0, 0)] * len(rest)]
   return jnp.pad(a, more, constant_values=fill).reshape(batch, -1, block, *rest)
 
 
 def _split(a: Array, num_kv_heads: int, block: int) -> Array:
-  """[B, length, N, H] -> [C, B, Nkv, G, L, H]."""
+  """[B, length, N, H] -> [blocks, B, Nkv, G, L, H]."""
   a = _blocks(a, block)
   return a.reshape(*a.shape[:3], num_kv_heads, -1, a.shape[-1]).transpose(1, 0, 3, 4, 2, 5)
 
 
 def _join(a: Array) -> Array:
-  """[C, B, Nkv, G, L, H] -> [B, C L, N, H]."""
+  """[blocks, B, Nkv, G, L, H] -> [B, blocks L, N, H]."""
   chunks, batch, num_kv_heads, groups, block, h = a.shape
   return a.transpose(1, 0, 4, 2, 3, 5).reshape(batch, chunks * block, num_kv_heads * groups, h)
 
@@ -108,7 +108,7 @@ def _scores(q: Array, k: Array, rows: Rows, i: Array, j: Array, scale: float) ->
 
 
 def _forward(q: Array, k: Array, v: Array, rows: Rows, scale: float) -> tuple[Array, Array]:
-  """(outputs [C, B, Nkv, G, L, Hv], logs of the softmax sums [C, B, Nkv, G, L])."""
+  """(outputs [blocks, B, Nkv, G, L, Hv], logs of the softmax sums [blocks, B, Nkv, G, L])."""
 
   def query_block(args):
     i, qi, first, end = args

@@ -6,7 +6,7 @@ block of latents is loaded once and serves both, with a running softmax. The con
 into splits that different multiprocessors take, and their partial sums are merged by the logarithm
 of their sums (flash-decoding). Slots behind a row's position are never loaded.
 
-Letters: B rows, S slots, N heads, R width of the latents, P of the rotated part, G splits.
+Axis letters are those of `moe_jax.models`; S are slots of the cache.
 """
 
 import functools
@@ -38,7 +38,7 @@ def serves(impl: str, latent: Array, rope_key: Array) -> bool:
   Args:
     impl: `model.attention.impl`; 'reference' asks for plain XLA.
     latent: [B, S, R].
-    rope_key: [B, S, P].
+    rope_key: [B, S, Hr].
   """
   alone = jax.sharding.get_abstract_mesh().size <= 1
   fits = suits(latent.shape[-1], rope_key.shape[-1], latent.dtype)
@@ -46,7 +46,7 @@ def serves(impl: str, latent: Array, rope_key: Array) -> bool:
 
 
 def num_splits(programs: int, num_slots: int) -> int:
-  """G: enough to fill the device, each of four blocks or more."""
+  """Splits: enough to fill the device, each of four blocks or more."""
   return max(1, min(-(-PROGRAMS // programs), num_slots // (4 * BLOCK)))
 
 
@@ -65,12 +65,12 @@ def attend(
 
   Args:
     q_latent: [B, N, R], queries with W^UK applied.
-    q_rope: [B, N, P], their rotated parts.
+    q_rope: [B, N, Hr], their rotated parts.
     latent: [B, S, R], the cache.
-    rope_key: [B, S, P].
+    rope_key: [B, S, Hr].
     positions: [B] int32: a row sees the slots up to its position.
     scale: of the scores.
-    splits: G; 0 = what fills the device.
+    splits: parts of a context; 0 = what fills the device.
     interpret: run on any platform, for tests.
 
   Returns:
@@ -115,7 +115,7 @@ def reference(
   """The same in plain JAX, all scores at once and in float32; arguments as above."""
   wide = lambda a: a.astype(jnp.float32)
   scores = jnp.einsum('BNR,BSR->BNS', wide(q_latent), wide(latent))
-  scores = (scores + jnp.einsum('BNP,BSP->BNS', wide(q_rope), wide(rope_key))) * scale
+  scores = (scores + jnp.einsum('BNH,BSH->BNS', wide(q_rope), wide(rope_key))) * scale
   seen = jnp.arange(latent.shape[1]) <= positions[:, None, None]
   probs = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
   return jnp.einsum('BNS,BSR->BNR', probs, wide(latent)).astype(latent.dtype)
