@@ -198,7 +198,8 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
   Raises:
     errors.InputError: whatever can be wrong with a command line.
   """
-  page = flags.FLAGS['config'] if 'config' in flags.FLAGS else None
+  # FLAGS has no `get`.
+  page = flags.FLAGS['config'] if 'config' in flags.FLAGS else None  # noqa: SIM401
   specs, overrides = [], []
   if page is not None:
     argv = flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False)

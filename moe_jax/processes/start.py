@@ -1,6 +1,6 @@
 """The start of JAX among many processes, once `launch.resolve` has found this one's place.
 
-`initialize` waits for all processes (`rendezvous`) and starts JAX, before the first use of a device.
+`initialize` waits for all processes (`rendezvous`) and starts JAX, before any device is used.
 The coordinator is process 0, as host:port; the rendezvous and JAX's coordination service use that
 one port, the one after the other.
 """
