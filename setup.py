@@ -63,6 +63,7 @@ setuptools.setup(
       'torch>=2.6',
       'transformers>=5.23',  # before, DeepSeek-V2 under YaRN lacked a factor of its logits
     ],
+    'docs': ['mkdocs-material>=9.5', 'mkdocstrings[python]>=0.26'],
     'colab': ['nbclient>=0.10', 'ipykernel>=6.29'],
   },
 )

@@ -1,3 +1,3 @@
 """moe_jax: DeepSeek's mixture-of-experts language models in JAX and Flax linen."""
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'

@@ -23,8 +23,9 @@ class YarnConfig:
   original_max_seq_len: int  # length that was trained before
   beta_fast: float  # pairs with more turns than this over the original length keep their frequency
   beta_slow: float  # pairs with fewer turns than this are slowed down by `factor`
-  mscale: float  # of the rotated part: the cosines grow by m(mscale) / m(mscale_all_dim), with
-  mscale_all_dim: float  # m(a) = 0.1 a ln s + 1; the softmax scale by m(mscale_all_dim)^2; 0 = 1
+  # The cosines grow by m(mscale) / m(mscale_all_dim), with m(a) = 0.1 a ln s + 1.
+  mscale: float
+  mscale_all_dim: float  # the softmax scale grows by m(mscale_all_dim)^2; 0 = by nothing
 
 
 @dataclasses.dataclass(frozen=True)

@@ -86,25 +86,24 @@ class OptimConfig:
   schedule: str  # one of SCHEDULES
   warmup_steps: int  # linear warm-up, from peak_lr / warmup_steps in the first step
   final_lr_fraction: float  # cosine and linear: last learning rate as a share of the peak
-  multi_step_boundaries: tuple[
-    float, ...
-  ]  # multi_step: shares of num_steps at which the rate drops
+  # multi_step: shares of num_steps at which the rate drops
+  multi_step_boundaries: tuple[float, ...]
   multi_step_factor: float  # factor at each boundary (0.316 in the DeepSeek papers)
   # stages: ((until share of num_steps, share of peak_lr at its end, one of STAGE_SHAPES), ...)
   stages: tuple[tuple[float, float, str], ...]
-  beta1: float
-  beta2: float
-  eps: float
-  weight_decay: float
+  beta1: float  # decay of AdamW's first moment
+  beta2: float  # decay of its second moment
+  eps: float  # added to the root of the second moment
+  weight_decay: float  # decoupled, on matrices only, times the learning rate
   clip_norm: float  # largest global gradient norm; 0 = no clipping
   moment_dtype: str  # dtype in which both moments are kept, one of DTYPES (DeepSeek-V3: bfloat16)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-  """The loop."""
+  """Length, batch, losses and rhythm of the training loop."""
 
-  num_steps: int
+  num_steps: int  # optimizer steps of the whole run
   batch_size: int  # sequences per optimizer step, over all devices and processes
   # Ramp ((until step, batch size), ...): batch_size holds from the last of these steps on.
   batch_ramp: tuple[tuple[int, int], ...]
@@ -124,6 +123,8 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
+  """When checkpoints are saved and which of them are kept."""
+
   save_every: int  # steps between checkpoints; the last step is always saved
   keep_last: int  # newest checkpoints kept
   keep_every: int  # checkpoints at multiples of this step are kept for ever; 0 = none
@@ -137,8 +138,8 @@ class PaperConfig:
   expert size). 0 = the model's own width.
   """
 
-  mlp_dim: float
-  moe_mlp_dim: float
+  mlp_dim: float  # of the dense layers
+  moe_mlp_dim: float  # of one expert
 
 
 @dataclasses.dataclass(frozen=True)

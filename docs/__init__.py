@@ -1,0 +1,1 @@
+"""Pages of the documentation site, and the scripts that write and build them."""
