@@ -2,8 +2,8 @@
 
 Run:  python -m docs.generate [--check]
 
-With --check nothing is written, and a table that differs from the code is an error. A test calls
-`tables()` for the same.
+With --check nothing is written, and a table that differs from the code is an error. A test holds
+them to the code in the same way.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from moe_jax import models
 from moe_jax.config import schema
 
 ROOT = pathlib.Path(__file__).parents[1]
+TABLES = ROOT / 'docs' / 'tables'
 NOTE = '<!-- Written by `python -m docs.generate`; do not edit. -->'
 ARXIV = 'https://arxiv.org/abs'
 WITH_TORCH = ('parity',)  # not imported here: only the extra `hf` has torch
@@ -217,17 +218,18 @@ def rooms() -> str:
   )
 
 
+MAKERS = {
+  'commands': commands,
+  'configs': config_pages,
+  'config_fields': config_fields,
+  'routers': routers,
+  'rooms': rooms,
+}
+
+
 def tables() -> dict[pathlib.Path, str]:
   """File -> text of every generated table."""
-  here = ROOT / 'docs' / 'tables'
-  makers = {
-    'commands': commands,
-    'configs': config_pages,
-    'config_fields': config_fields,
-    'routers': routers,
-    'rooms': rooms,
-  }
-  return {here / f'{name}.md': make() for name, make in makers.items()}
+  return {TABLES / f'{name}.md': make() for name, make in MAKERS.items()}
 
 
 def main():
