@@ -359,7 +359,7 @@ def _models(
     return None, generate.Generator(cfg, variables, ()), cfg
   with tempfile.TemporaryDirectory() as directory:
     model = torch_generate.make_model(shape, sizes.dtype, directory, os.cpu_count())
-    cfg, variables = huggingface.load(directory, base.get_config().to_dict())
+    cfg, variables = huggingface.load_variables(directory, base.get_config().to_dict())
   return model, generate.Generator(cfg.model, variables, ()), cfg.model
 
 

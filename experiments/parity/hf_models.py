@@ -136,7 +136,7 @@ def measure(name: str, directory: pathlib.Path) -> Measured:
   """Saves the checkpoint of a case in directory/saved, imports, exports to directory/exported."""
   saved, exported = directory / 'saved', directory / 'exported'
   make(name, saved)
-  cfg, variables = huggingface.load(saved, base.get_config().to_dict())
+  cfg, variables = huggingface.load_variables(saved, base.get_config().to_dict())
   huggingface.save(cfg, variables, exported)
   return Measured(reference(name, saved), ours(cfg, variables), reference(name, exported))
 

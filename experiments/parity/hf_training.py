@@ -70,7 +70,7 @@ def _values() -> dict[str, Any]:
 
 def ours(saved: pathlib.Path, into: pathlib.Path) -> Trained:
   """`STEPS` steps of `optimizer_step.make_train_step`; the weights go through the exporter."""
-  cfg, variables = huggingface.load(saved, _values())
+  cfg, variables = huggingface.load_variables(saved, _values())
   opt_state = optim.optimizer(cfg.optim, STEPS).init(variables['params'])
   state = train_state.TrainState(jnp.int32(0), jnp.uint32(0), opt_state=opt_state, **variables)
   step = _compiled_step(cfg, state)

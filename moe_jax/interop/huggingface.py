@@ -2,8 +2,9 @@
 
 `import_checkpoint` makes a workdir with a checkpoint of step 0, which `trained_run.load` and
 `config.init_from` read like any other; `export_checkpoint` makes a directory that transformers (or
-a released model's own code) reads. Both write beside their target and rename at the end. `load` and
-`save` are the same with all weights in memory.
+a released model's own code) reads. Both write beside their target and rename at the end. `load`
+reads a checkpoint for use, straight onto the devices; `load_variables` and `save` are import and
+export of a model in memory.
 """
 
 import contextlib
@@ -16,8 +17,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import tqdm
 
 from moe_jax import atomic_files, errors
 from moe_jax.checkpoints import stream_reader, stream_writer
@@ -28,21 +29,52 @@ from moe_jax.interop import (
   hf_config,
   hf_config_export,
   mapping,
+  placement,
   safetensors_files,
   sidecar,
 )
 from moe_jax.interop import source as source_lib
+from moe_jax.models import model_variables
 from moe_jax.planning import host_memory
 from moe_jax.runs import run_record, trained_run
 
 Say = Callable[[str], None]
-_NO_DATA = 'imported'  # data fingerprint: what it was trained on is not known
 
 
 def load(
+  directory: str | os.PathLike[str],
+  values: Mapping[str, Any],
+  *,
+  param_dtype: str = '',
+  say: Say = print,
+) -> trained_run.Run:
+  """Reads a downloaded checkpoint for use on the devices that are here; writes nothing.
+
+  The result is that of `import_checkpoint` and `trained_run.load`. Needs memory for the model, and
+  host memory for one tensor more.
+
+  Args:
+    directory: config.json, tokenizer.json and *.safetensors.
+    values: nested dicts of a whole config; model and special tokens are replaced.
+    param_dtype: of weights and computation, one of schema.DTYPES; '' for that of the files.
+    say: prints one line about what is not read as it is there.
+
+  Raises:
+    errors.InputError: see the message.
+  """
+  directory = pathlib.Path(directory)
+  source, tokenizer = _open(directory, values, directory, param_dtype)
+  for note in source.notes:
+    say(note)
+  cfg, mesh = trained_run.on_devices_here(source.cfg)
+  abstract = model_variables.abstract_variables(cfg.model, mesh)
+  return trained_run.Run(cfg, mesh, _place(source, abstract), tokenizer, 0, trained_run.NO_DATA)
+
+
+def load_variables(
   directory: str | os.PathLike[str], values: Mapping[str, Any], *, param_dtype: str = ''
 ) -> tuple[schema.Config, dict[str, Any]]:
-  """Reads a checkpoint into memory.
+  """Reads the weights of a checkpoint, which may lack a tokenizer, onto the default device.
 
   Args:
     directory: config.json and *.safetensors.
@@ -56,12 +88,17 @@ def load(
     errors.InputError: see the message.
   """
   source = source_lib.read(directory, values, param_dtype)
-  arrays = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in source.leaves.items()}
-  for entry, part in source.parts():
-    arrays[entry.leaf][entry.index] = part
-  abstract = source_lib.abstract_leaves(source.cfg.model)
-  leaves = [jnp.asarray(arrays[name]) for name in source_lib.by_name(abstract)]
-  return source.cfg, jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+  return source.cfg, _place(source, source_lib.abstract_leaves(source.cfg.model))
+
+
+def _place(source: source_lib.Source, abstract: Any) -> dict[str, Any]:
+  """The variables of a source, placed as the tree of shapes `abstract` says."""
+  leaves = placement.Leaves(source_lib.by_name(abstract))
+  with _progress(source, 'read') as bar:
+    for entry, part in source.parts():
+      leaves.write(entry, part)
+      bar.update(source.stored_bytes(entry))
+  return jax.tree.unflatten(jax.tree.structure(abstract), list(leaves.finish().values()))
 
 
 def save(
@@ -126,34 +163,28 @@ def import_checkpoint(
   """
   began = time.monotonic()
   directory, workdir = pathlib.Path(directory), pathlib.Path(workdir)
-  source = source_lib.read(directory, _with_tokenizer(directory, values, workdir), param_dtype)
+  source, tokenizer = _open(directory, values, workdir, param_dtype)
   cfg = source.cfg
-  tokenizer = tokenizer_lib.load(
-    directory / sidecar.TOKENIZER, cfg.data.bos_token, cfg.data.eos_token
-  )
-  tokenizer_lib.check_vocab_size(tokenizer, cfg.model.vocab_size)
   for note in source.notes:
     say(note)
   meta = {
     'config': parse.to_dict(cfg),
-    'data_fingerprint': _NO_DATA,
+    'data_fingerprint': trained_run.NO_DATA,
     'tokenizer': trained_run.digest(tokenizer),
   }
   leaves = source_lib.abstract_leaves(cfg.model)
-  total = sum(tensor.num_bytes for tensor in source.tensors.values())
   with _staged(workdir, '--workdir') as staging:
     with (
       stream_writer.Writer(staging / 'checkpoints', 0, leaves, meta) as writer,
-      export_plan.progress(total, f'import {source.family}') as bar,
+      _progress(source, 'import') as bar,
     ):
       for entry, part in source.parts():
         writer.write(entry.leaf, entry.index, part)
-        stored = safetensors_files.DTYPES[source.tensors[entry.hf_name].dtype]
-        bar.update(entry.size * stored.itemsize)
+        bar.update(source.stored_bytes(entry))
     sidecar.keep(directory, staging / sidecar.DIRECTORY)
     sidecar.write_record(source, staging / sidecar.DIRECTORY)
     shutil.copyfile(directory / sidecar.TOKENIZER, staging / sidecar.TOKENIZER)
-    run_record.write(staging, cfg, argv=argv, data_fingerprint=_NO_DATA)
+    run_record.write(staging, cfg, argv=argv, data_fingerprint=trained_run.NO_DATA)
   say(
     _closing_line(
       'imported', source.family, _num_parameters(source.leaves), len(source.tensors), began
@@ -235,16 +266,24 @@ def _copy_small_files(
     sidecar.write_tokenizer_config(into, cfg.data, cfg.model.max_seq_len)
 
 
-def _with_tokenizer(
-  directory: pathlib.Path, values: Mapping[str, Any], workdir: pathlib.Path
-) -> dict[str, Any]:
-  """`values` with the checkpoint's tokenizer, which is about to be `workdir`'s."""
+def _open(
+  directory: pathlib.Path, values: Mapping[str, Any], home: pathlib.Path, param_dtype: str
+) -> tuple[source_lib.Source, tokenizer_lib.Tokenizer]:
+  """A checked checkpoint and its tokenizer, which the config expects in the directory `home`."""
   hf = source_lib.read_json(directory / 'config.json')
   hf_config.family(hf)  # before anything is said about its tokenizer
   bos, eos = sidecar.special_tokens(directory, hf)
-  path = str(workdir / sidecar.TOKENIZER)
+  path = str(home / sidecar.TOKENIZER)
   data = values['data'] | {'bos_token': bos, 'eos_token': eos, 'tokenizer': path}
-  return dict(values) | {'data': data}
+  source = source_lib.read(directory, dict(values) | {'data': data}, param_dtype)
+  tokenizer = tokenizer_lib.load(directory / sidecar.TOKENIZER, bos, eos)
+  tokenizer_lib.check_vocab_size(tokenizer, source.cfg.model.vocab_size)
+  return source, tokenizer
+
+
+def _progress(source: source_lib.Source, doing: str) -> tqdm.tqdm:
+  total = sum(tensor.num_bytes for tensor in source.tensors.values())
+  return export_plan.progress(total, f'{doing} {source.family}')
 
 
 @contextlib.contextmanager

@@ -58,6 +58,10 @@ class Source:
         if entry.role != mapping.COPY:
           yield entry, self._convert(reader, entry)
 
+  def stored_bytes(self, entry: mapping.Entry) -> int:
+    """Bytes of an entry in the files."""
+    return entry.size * safetensors_files.DTYPES[self.tensors[entry.hf_name].dtype].itemsize
+
   def _convert(self, reader: safetensors_files.Reader, entry: mapping.Entry) -> np.ndarray:
     values = reader.read(entry.hf_name, entry.start, entry.hf_part)
     dtype = self.leaves[entry.leaf].dtype

@@ -7,7 +7,7 @@ import pathlib
 
 import jax
 
-from moe_jax import atomic_files, errors
+from moe_jax import atomic_files
 from moe_jax.balance import routing_figures
 from moe_jax.config import schema
 from moe_jax.data import corpus as corpus_lib
@@ -27,19 +27,6 @@ def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
   return {name: 8 * size / len(text) for name, size in sizes.items()}
 
 
-def encode_prompt(run: trained_run.Run, prompt: str) -> list[int]:
-  """Ids of a text to be continued, begin-of-document token included.
-
-  Raises:
-    errors.InputError: it is no UTF-8 text.
-  """
-  try:
-    prompt.encode()
-  except UnicodeEncodeError as e:
-    raise errors.InputError(f'--prompt={prompt!r} must be UTF-8 text; correct its bytes') from e
-  return [run.tokenizer.bos_id, *run.tokenizer.encode(prompt)]
-
-
 def sample(
   run: trained_run.Run, prompt: str, max_new_tokens: int, sampling: sampling_lib.Sampling
 ) -> tuple[str, generate.Generation]:
@@ -47,7 +34,7 @@ def sample(
   result = generate.generate(
     run.cfg.model,
     run.variables,
-    [encode_prompt(run, prompt)],
+    [trained_run.encode_prompt(run, prompt)],
     max_new_tokens,
     run.tokenizer.eos_id,
     sampling,

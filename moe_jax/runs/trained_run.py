@@ -20,6 +20,7 @@ from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.devices import partitioning
 from moe_jax.models import model_variables
 
+NO_DATA = 'imported'  # data fingerprint of a model whose training text is not known
 Say = Callable[[str], None]
 
 
@@ -84,11 +85,7 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Run:
     errors.InputError: there is none, it is damaged, or the tokenizer is not the one trained with.
   """
   workdir = pathlib.Path(workdir)
-  cfg = read_config(workdir, step)
-  # Whatever it was trained on, it is used on the devices that are here.
-  whole = dict.fromkeys(mesh_config.AXES, 1) | {'data': -1}
-  cfg = dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, **whole))
-  mesh = partitioning.make_mesh(cfg.mesh)
+  cfg, mesh = on_devices_here(read_config(workdir, step))
   with reader(workdir) as checkpointer:
     # The optimizer's moments, twice the size of the weights, are left on the disk.
     abstract = model_variables.abstract_variables(cfg.model, mesh)
@@ -116,12 +113,32 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Run:
   )
 
 
+def on_devices_here(cfg: schema.Config) -> tuple[schema.Config, jax.sharding.Mesh]:
+  """A config whose mesh has all devices along `data`, whatever it was trained on, and the mesh."""
+  whole = dict.fromkeys(mesh_config.AXES, 1) | {'data': -1}
+  cfg = dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, **whole))
+  return cfg, partitioning.make_mesh(cfg.mesh)
+
+
+def encode_prompt(run: Run, prompt: str) -> list[int]:
+  """Ids of a text to be continued, begin-of-document token included.
+
+  Raises:
+    errors.InputError: it is no UTF-8 text.
+  """
+  try:
+    prompt.encode()
+  except UnicodeEncodeError as e:
+    raise errors.InputError(f'--prompt={prompt!r} must be UTF-8 text; correct its bytes') from e
+  return [run.tokenizer.bos_id, *run.tokenizer.encode(prompt)]
+
+
 def heldout_corpus(run: Run, workdir: str | os.PathLike[str], warn: Say) -> corpus_lib.Corpus:
   """The corpus of a loaded run, tokenised with the run's own tokenizer."""
   path = str(pathlib.Path(workdir) / 'tokenizer.json')
   data = dataclasses.replace(run.cfg.data, tokenizer=path)
   corpus = corpus_lib.load_corpus(data, run.cfg.model.vocab_size, run.cfg.train.seed)
-  if corpus.fingerprint != run.data_fingerprint:
+  if run.data_fingerprint not in (corpus.fingerprint, NO_DATA):
     warn(
       'the text at config.data.path has changed since training (another Python version, edited '
       'files): held-out figures are of the text as it is now'

@@ -1,5 +1,6 @@
 """The command, there and back: bitwise equal files, whole workdirs, nothing after a refusal."""
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -42,6 +43,34 @@ def contents(directory) -> dict[str, bytes]:
   return {path.name: path.read_bytes() for path in paths}
 
 
+def read_and_converted(directory, workdir) -> tuple[trained_run.Run, trained_run.Run]:
+  """A downloaded checkpoint read directly, and its import read from the workdir."""
+  read = huggingface.load(directory, base.get_config().to_dict(), say=lambda line: None)
+  return read, trained_run.load(workdir)
+
+
+def same_runs(read: trained_run.Run, converted: trained_run.Run):
+  """Equal bit by bit, on the same devices, with the same tokenizer and config."""
+  home = {'tokenizer': ''}
+  data = [dataclasses.replace(run.cfg.data, **home) for run in (read, converted)]
+  assert dataclasses.replace(read.cfg, data=data[0]) == dataclasses.replace(
+    converted.cfg, data=data[1]
+  )
+  assert read.mesh == converted.mesh and read.mesh.size > 1
+  assert trained_run.digest(read.tokenizer) == trained_run.digest(converted.tokenizer)
+  assert (read.step, read.data_fingerprint) == (converted.step, converted.data_fingerprint)
+  leaves, others = source.by_name(read.variables), source.by_name(converted.variables)
+  assert list(leaves) == list(others)
+  for name, leaf in leaves.items():
+    assert (leaf.dtype, leaf.sharding) == (others[name].dtype, others[name].sharding), name
+    np.testing.assert_array_equal(bits(leaf), bits(others[name]), err_msg=name)
+
+
+def bits(array) -> np.ndarray:
+  array = np.asarray(array)
+  return array.view(f'u{array.itemsize}')
+
+
 CASES = [
   ('llama', {}, {}, 1),
   ('llama', {'tie_word_embeddings': True}, {}, 1),
@@ -70,12 +99,15 @@ def test_there_and_back(tmp_path, capsys, family, changes, options, num_shards):
   assert f'{len(weights)} tensors' in said and 'peak host memory' in said
   assert ('without multi-token prediction' in said) == (options == {'mtp': False})
 
-  cfg, variables = huggingface.load(original, base.get_config().to_dict())
+  cfg, variables = huggingface.load_variables(original, base.get_config().to_dict())
   with stream_reader.Reader(tmp_path / 'run/checkpoints') as reader:
     assert parse.from_dict(reader.meta['config']).model == cfg.model
     assert (reader.step, reader.meta['data_fingerprint']) == (0, 'imported')
     for name, leaf in source.by_name(variables).items():
       np.testing.assert_array_equal(reader.read(name), leaf)
+  read, converted = read_and_converted(original, tmp_path / 'run')
+  assert read.cfg.model == cfg.model and 'tokenizer.json' in read.cfg.data.tokenizer
+  same_runs(read, converted)
   wide = options.get('dtype') in (np.float32, np.float16)
   assert cfg.model.param_dtype == cfg.model.dtype == ('float32' if wide else 'bfloat16')
 
@@ -89,6 +121,7 @@ def test_float8(tmp_path, capsys):
   export(tmp_path / 'run', tmp_path / 'out')
   assert 'exported without quantisation' in capsys.readouterr().out
   got = checkpoints.read(tmp_path / 'out')
+  same_runs(*read_and_converted(original, tmp_path / 'run'))
   want = {}
   for name, weight in weights.items():
     scale = weights.get(f'{name}_scale_inv')
@@ -222,7 +255,7 @@ def test_models_of_our_own_are_saved_and_loaded(tmp_path, changes, fused):
   cfg = tiny.make(**changes, paper__mlp_dim=0.0)
   variables = {'params': tiny.params(cfg.model), 'router_state': tiny.router_state(cfg.model)}
   huggingface.save(cfg, variables, tmp_path / 'out', fused_experts=fused, shard_bytes=10_000)
-  got, loaded = huggingface.load(tmp_path / 'out', parse.to_dict(cfg))
+  got, loaded = huggingface.load_variables(tmp_path / 'out', parse.to_dict(cfg))
   assert got == cfg
   jax.tree.map(np.testing.assert_array_equal, loaded, variables)
 
@@ -238,7 +271,7 @@ def test_an_export_of_a_run_that_was_not_imported(imported, tmp_path):
   assert (made['bos_token_id'], made['eos_token_id'], made['torch_dtype']) == (0, 1, 'bfloat16')
   tokens = json.loads((tmp_path / 'out/tokenizer_config.json').read_text())
   assert (tokens['bos_token'], tokens['eos_token']) == ('<s>', '</s>')
-  cfg, _ = huggingface.load(tmp_path / 'out', tiny.values())
+  cfg, _ = huggingface.load_variables(tmp_path / 'out', tiny.values())
   assert cfg.model == trained_run.read_config(imported[1]).model
 
 
@@ -348,7 +381,7 @@ def test_an_export_of_a_training_run(tmp_path):
     checkpointer.save(1, state, meta, force=True)
   tokenizer.save(tmp_path / 'run/tokenizer.json')
   export(tmp_path / 'run', tmp_path / 'out')
-  got, loaded = huggingface.load(tmp_path / 'out', parse.to_dict(cfg))
+  got, loaded = huggingface.load_variables(tmp_path / 'out', parse.to_dict(cfg))
   assert got.model == cfg.model
   jax.tree.map(np.testing.assert_array_equal, loaded['params'], dict(state.params))
 

@@ -52,7 +52,7 @@ def largest_difference(a: hf_models.Logits, b: hf_models.Logits) -> float:
 
 
 def load(directory, **options):
-  return huggingface.load(directory, base.get_config().to_dict(), **options)
+  return huggingface.load_variables(directory, base.get_config().to_dict(), **options)
 
 
 def test_logits_and_experts_are_those_of_the_reference(case):
