@@ -1,4 +1,4 @@
-"""Held-out loss, bits per byte and expert balance of a trained run, or tasks of lm-eval.
+"""Held-out loss, bits per byte and expert balance of a model, or tasks of lm-eval.
 
 python -m experiments.evaluate --workdir=runs/quickstart [--step=200] [--json] \
   [--override=model.moe.num_experts_per_tok=3 ...]
@@ -16,14 +16,14 @@ from absl import flags
 
 from experiments.common import cli
 from moe_jax import errors
+from moe_jax.api import load, run
 from moe_jax.processes import agreement
 from moe_jax.runs import overrides, trained_run
-from moe_jax.training import evaluate
 
 
 def define_flags():
   """Flags of this command."""
-  cli.workdir_flag('directory of a trained run')
+  cli.workdir_flag('directory of a trained run, or of a downloaded checkpoint')
   flags.DEFINE_integer('step', None, 'checkpoint to evaluate; the newest whole one if not given')
   flags.DEFINE_bool('json', False, 'print one JSON object and nothing else')
   flags.DEFINE_multi_string(
@@ -52,17 +52,21 @@ def main(unused_argv: Sequence[str]):
     not flags.FLAGS.tasks or jax.process_count() == 1,
     '--tasks runs in one process; start the command once, with --distributed=off',
   )
-  cfg = trained_run.read_config(workdir, step)
-  values = overrides.parse(cfg, flags.FLAGS.override)
-  overrides.changed(cfg, values)  # mistakes show before anything is loaded
-  loaded = overrides.apply(trained_run.load(workdir, step), values)
+  values = {}
+  if flags.FLAGS.override and not load.is_downloaded(workdir, '--workdir'):
+    cfg = trained_run.read_config(workdir, step)
+    values = overrides.parse(cfg, flags.FLAGS.override)
+    overrides.changed(cfg, values)  # mistakes show before anything is loaded
+  trained = load.read(workdir, step=step, flag='--workdir')
+  values = values or overrides.parse(trained.cfg, flags.FLAGS.override)
+  loaded = run.Run(overrides.apply(trained, values), workdir)
   if flags.FLAGS.tasks:
-    _tasks(loaded, values)
+    _tasks(loaded.trained, values)
     return
   with agreement.together():
-    corpus = trained_run.heldout_corpus(loaded, workdir, warn=_warn)
+    corpus = loaded.heldout_corpus(warn=_warn)
   agreement.require_same({'the text of config.data': corpus.fingerprint})
-  figures = evaluate.evaluate(loaded.cfg, loaded.variables, corpus, loaded.mesh, progress=first)
+  figures = loaded.evaluate(corpus, progress=first)
   if not first:
     return
   if flags.FLAGS.json:

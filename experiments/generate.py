@@ -1,4 +1,4 @@
-"""Continues prompts with a trained or imported run.
+"""Continues prompts with a trained run or a downloaded checkpoint.
 
 python -m experiments.generate --workdir=runs/quickstart --prompt="def main(" --max_new_tokens=64 \
   [--temperature=0.8 --top_k=50 --top_p=0.95 --min_p=0.05 --repetition_penalty=1.1 --seed=0] \
@@ -11,22 +11,21 @@ as a JSON string): the prompts are one batch.
 
 import json
 import pathlib
-import sys
 from collections.abc import Sequence
 
 from absl import flags
 
 from experiments.common import cli
 from moe_jax import errors
+from moe_jax.api import load, run
 from moe_jax.data import fim
-from moe_jax.inference import generate, speculative
 from moe_jax.inference import sampling as sampling_lib
-from moe_jax.runs import final_report, trained_run
+from moe_jax.inference import speculative
 
 
 def define_flags():
   """Flags of this command."""
-  cli.workdir_flag('directory of a trained run')
+  cli.workdir_flag('directory of a trained run, or of a downloaded checkpoint')
   flags.DEFINE_multi_string('prompt', None, 'text to continue; repeat it for a batch')
   flags.DEFINE_string('prompts_file', None, 'file of prompts, one per line')
   flags.DEFINE_string('prefix', None, 'fill in the middle: what stands before it')
@@ -57,9 +56,9 @@ def main(unused_argv: Sequence[str]):
   names = ('temperature', 'top_k', 'top_p', 'seed', 'min_p', 'repetition_penalty')
   sampling = sampling_lib.Sampling(**{name: values[name].value for name in names})
   _check(len(texts))
-  loaded = trained_run.load(workdir, values.step)
+  loaded = load.load(workdir, step=values.step, flag='--workdir')
   if values.prefix is None:
-    prompts = [final_report.encode_prompt(loaded, text) for text in texts]
+    prompts = [loaded.encode(text) for text in texts]
   else:
     prompts = [fim.prompt(loaded.tokenizer, values.prefix, values.suffix)]
   if values.stream:
@@ -113,25 +112,26 @@ def _check(num_prompts: int):
 
 
 def _write(
-  loaded: trained_run.Run, prompts: list[list[int]], sampling: sampling_lib.Sampling
+  loaded: run.Run, prompts: list[list[int]], sampling: sampling_lib.Sampling
 ) -> tuple[list[str], list[list[int]], str, float]:
   """(completions, their tokens, a note for the last line, tokens per second)."""
-  values, tokenizer = flags.FLAGS, loaded.tokenizer
-  limit, model = values.max_new_tokens, (loaded.cfg.model, loaded.variables)
+  values, tokenizer, limit = flags.FLAGS, loaded.tokenizer, flags.FLAGS.max_new_tokens
   if values.speculative:
-    found = speculative.speculate(*model, prompts, limit, tokenizer.eos_id, sampling, timed=True)
+    model, eos = (loaded.config.model, loaded.variables), tokenizer.eos_id
+    found = speculative.speculate(*model, prompts, limit, eos, sampling, timed=True)
     texts = [tokenizer.decode(row) for row in found.tokens]
     note = f', {found.accepted} of {found.drafted} drafts accepted ({found.acceptance:.1%})'
     return texts, found.tokens, note, found.tokens_per_second
-  generate.padded(loaded.cfg.model, prompts, limit)  # mistakes show before any weight is copied
-  generator = generate.Generator(*model, (tokenizer.eos_id, *values.stop_id))
-  show = lambda row, text: (sys.stdout.write(text), sys.stdout.flush())
-  found = generator.generate(
+
+  def show(row: int, text: str):
+    print(text, end='', flush=True)
+
+  found = loaded.complete(
     prompts,
     limit,
     sampling,
-    decode_text=tokenizer.decode,
     stop=values.stop,
+    stop_ids=values.stop_id,
     on_text=show if values.stream else None,
     timed=True,
   )

@@ -21,6 +21,7 @@ FLOORS = (
   ('planning',),
   ('runs',),
   ('interop', 'analysis'),
+  ('api',),
 )
 # The same inside the largest room.
 MODEL_FLOORS = (
@@ -110,13 +111,14 @@ def test_no_cycles():
     assert name not in path, ' -> '.join([*path[path.index(name) :], name])
     if name not in done:
       path.append(name)
-      for target in sorted(needs(name)):
+      for target in sorted(needs(name) - {'moe_jax'}):
         visit(target)
       path.pop()
       done.add(name)
 
   for name in ALL:
-    visit(name)
+    if name != 'moe_jax':  # the public face imports what is asked for, when it is
+      visit(name)
 
 
 @pytest.mark.parametrize('name', LIBRARY)
@@ -154,7 +156,7 @@ def test_studies_import_what_is_common_and_not_each_other(name):
       assert room in (own, 'experiments.common'), f'{name} must not import {target}'
 
 
-@pytest.mark.parametrize('name', [*LIBRARY, *EXPERIMENTS])
+@pytest.mark.parametrize('name', sorted({*LIBRARY, *EXPERIMENTS} - {'moe_jax'}))
 def test_modules_are_imported_not_names(name):
   for target in imported(name):
     if target.split('.')[0] in ('moe_jax', 'configs', 'experiments'):

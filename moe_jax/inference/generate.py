@@ -214,6 +214,7 @@ class Generator:
     *,
     decode_text: Callable[[Sequence[int]], str] | None = None,
     stop: Sequence[str] = (),
+    stop_ids: Sequence[int] = (),
     on_text: OnText | None = None,
     timed: bool = False,
   ) -> Generation:
@@ -226,6 +227,7 @@ class Generator:
         other rows.
       decode_text: ids to text; needed by `stop` and `on_text`.
       stop: strings that end a continuation, and are cut off it.
+      stop_ids: further ids that end a continuation.
       on_text: called with (row, further text) as text is certain.
       timed: compile before the clock starts (at the price of one more prefill).
 
@@ -237,11 +239,12 @@ class Generator:
       raise ValueError('stop strings and streaming need decode_text')
     prompt, length = padded(self._cfg, prompts, max_new_tokens)
     seed = np.uint32(sampling.seed)
+    eos_ids = (*self._eos_ids, *stop_ids)
     # One compilation serves all seeds.
     static = dict(cfg=self._cfg, sampling=dataclasses.replace(sampling, seed=0))
     num_new = in_buckets(max_new_tokens)
     begin = lambda: _start(self._weights, prompt, length, seed, num_new=num_new, **static)
-    advance = functools.partial(_advance, self._weights, seed=seed, eos_ids=self._eos_ids, **static)
+    advance = functools.partial(_advance, self._weights, seed=seed, eos_ids=eos_ids, **static)
     if timed:
       jax.block_until_ready(advance(begin(), np.int32(0)))
     start = time.perf_counter()

@@ -102,6 +102,7 @@ class MoE(nn.Module):
       logits = None if kernel is None else self._logits(x, kernel, tokens, layer)
       selected, selection = self._select(router, logits, tokens, layer, state)
       kept = self._drop(selected, tokens, layer)
+    self.sow('intermediates', 'gates', selected.gates)
     self.sow('intermediates', 'expert_idx', selected.expert_idx)
     self.sow('intermediates', 'scores', selected.scores)
     routed = partitioning.per_shard(

@@ -75,7 +75,11 @@ def test_generate_prints_one_json_object_and_repeats_itself(workdir, env):
       ['--config=configs/smoke.py', '--workdir=x', '--config.model.moe.num_experts_per_tok=99'],
       'num_experts_per_tok=99 must not exceed model.moe.num_experts=8',
     ),
-    ('evaluate', ['--workdir=/nonexistent'], 'holds no checkpoints; train first'),
+    (
+      'evaluate',
+      ['--workdir=/nonexistent'],
+      'is neither a run (it holds no checkpoints)',
+    ),
     ('generate', ['--workdir=/nonexistent'], '--prompt is missing'),
     (
       'generate',

@@ -1,0 +1,89 @@
+"""Trains a config from Python as the command `train` does."""
+
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_collections
+
+from moe_jax import errors
+from moe_jax.api import run as run_lib
+from moe_jax.config import pages, parse, schema
+from moe_jax.runs import final_report, train_run
+
+Config = str | ml_collections.ConfigDict | Mapping[str, Any] | schema.Config
+
+
+def train(
+  config: Config,
+  workdir: str | os.PathLike[str],
+  *,
+  allow_config_change: bool = False,
+  report: bool = True,
+  say: Callable[[str], None] = print,
+  **overrides: Any,
+) -> run_lib.Run:
+  """Trains in a directory, or goes on where the run in it has stopped.
+
+      run = moe_jax.train('quickstart', 'runs/first', **{'train.num_steps': 100})
+      run = moe_jax.train('configs/routing.py:gshard', 'runs/gshard')
+
+  Args:
+    config: a page by name or path, with `:variant`; or what its `get_config()` returns, possibly
+      changed; or a checked config.
+    workdir: where everything is written.
+    allow_config_change: continue a run of another config.
+    report: at the end evaluate, sample and draw, as the command does.
+    say: prints one line.
+    **overrides: values by dotted key.
+
+  Returns:
+    The trained run; after Ctrl-C the run so far, which is saved, with `interrupted_by`.
+
+  Raises:
+    errors.InputError: a value that breaks a rule, before anything is written; or divergence.
+  """
+  cfg = resolve(config, overrides)
+  workdir = pathlib.Path(workdir)
+  trained, corpus = train_run.run_training(
+    cfg, workdir, allow_config_change=allow_config_change, say=say
+  )
+  if trained.interrupted_by:
+    say(
+      f'stopped by {trained.interrupted_by} after step {trained.step}, which is saved; the same '
+      'call again goes on'
+    )
+  elif report:
+    final_report.finish(trained, corpus, workdir, say)
+  return run_lib.Run(trained, workdir)
+
+
+def resolve(config: Config, overrides: Mapping[str, Any]) -> schema.Config:
+  """A checked config out of whatever names one, see `train`.
+
+  Raises:
+    errors.InputError: there is no such page, an unknown key, or a value that breaks a rule.
+  """
+  if isinstance(config, str):
+    config = pages.values(config)
+  elif isinstance(config, schema.Config):
+    config = parse.to_dict(config)
+  values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
+  for key, value in overrides.items():
+    values = _replaced(values, key.split('.'), value, 'config')
+  return parse.from_dict(values)
+
+
+def _replaced(
+  values: Mapping[str, Any], keys: list[str], value: Any, prefix: str
+) -> dict[str, Any]:
+  """Nested dicts with one leaf replaced."""
+  name, *rest = keys
+  errors.require(
+    isinstance(values, Mapping) and name in values,
+    f'{prefix}.{name} is not a known key'
+    + (errors.did_you_mean(name, values) if isinstance(values, Mapping) else ''),
+  )
+  new = _replaced(values[name], rest, value, f'{prefix}.{name}') if rest else value
+  return {**values, name: new}
