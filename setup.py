@@ -5,6 +5,7 @@ import re
 
 import setuptools
 
+REPOSITORY = ''  # address of the public repository; empty while there is none
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r"__version__ = '(.+)'", (ROOT / 'moe_jax/__init__.py').read_text()).group(1)
 
@@ -15,6 +16,7 @@ setuptools.setup(
   long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
   long_description_content_type='text/markdown',
   license='Apache-2.0',
+  url=REPOSITORY or None,
   python_requires='>=3.11',
   packages=setuptools.find_packages(include=['moe_jax*', 'configs*', 'experiments*']),
   package_data={'configs': ['tuned/*.json']},

@@ -2,9 +2,13 @@
 
 import ast
 import importlib
+import importlib.util
 import json
 import pathlib
 import re
+import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -40,16 +44,63 @@ def test_there_are_four():
   assert [page.name[0] for page in PAGES] == ['1', '2', '3', '4']
 
 
+def repository() -> str:
+  """The address that setup.py names, '' while there is none."""
+  return re.search(r"^REPOSITORY = '(.*)'", (ROOT / 'setup.py').read_text(), re.MULTILINE)[1]
+
+
 @pytest.mark.parametrize('page', PAGES, ids=lambda p: p.stem)
-def test_it_starts_with_its_badge_and_the_install_cell(page):
+def test_it_starts_with_the_install_cell_and_a_badge_only_if_it_leads_somewhere(page):
   cells = load(page)['cells']
-  address = re.search(
-    r'colab\.research\.google\.com/github/(\S+?)/blob/main/(\S+?)\)', source(cells[0])
-  )
-  assert address[2] == f'colab/{page.name}'
-  repository = re.search(r"REPOSITORY = 'https://github\.com/(.+)'", source(cells[1]))
-  assert repository[1] == address[1]
   assert source(cells[1]) == source(load(PAGES[0])['cells'][1])  # one install cell for all
+  badge = re.search(r'colab\.research\.google\.com/github/(\S+?)/blob/main/(\S+?)\)', source(cells[0]))
+  if not repository():
+    assert badge is None
+    return
+  assert f'https://github.com/{badge[1]}' == repository() and badge[2] == f'colab/{page.name}'
+  assert repository() in source(cells[1]), 'the install cell must clone the public repository'
+
+
+def test_no_file_names_another_address_of_the_repository():
+  listed = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True, check=True)
+  kinds = ('.md', '.ipynb', '.py', '.toml', '.yml', '.yaml', '.cff')
+  for name in listed.stdout.splitlines():
+    if name.endswith(kinds) and (ROOT / name).is_file():
+      text = (ROOT / name).read_text(encoding='utf-8')
+      for address in re.findall(r'https://github\.com/[\w.-]+/moe_jax\b', text):
+        assert address == repository(), f'{name}: {address} is not the REPOSITORY of setup.py'
+
+
+def install(page: pathlib.Path, monkeypatch) -> list[str]:
+  """The arguments that the install cell gives to pip where moe_jax is absent."""
+  calls = []
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  monkeypatch.setattr(subprocess, 'run', lambda command, check: calls.append(command))
+  monkeypatch.setattr(shutil, 'which', lambda name: None)
+  monkeypatch.setattr(sys, 'path', list(sys.path))
+  monkeypatch.delenv('TPU_NAME', raising=False)
+  exec(source(code_cells(page)[0]), {})
+  (command,) = calls
+  assert command[:5] == [sys.executable, '-m', 'pip', 'install', '-q']
+  return command[5:]
+
+
+def test_the_install_cell_finds_a_clone_or_a_wheel(tmp_path, monkeypatch):
+  page = PAGES[0]
+  monkeypatch.chdir(tmp_path)
+  with monkeypatch.context() as patch, pytest.raises(FileNotFoundError, match='beside this'):
+    install(page, patch)
+  for version in ('0.1.0', '0.2.0'):
+    (tmp_path / f'moe_jax-{version}-py3-none-any.whl').write_text('')
+  with monkeypatch.context() as patch:
+    assert install(page, patch) == [str(tmp_path / 'moe_jax-0.2.0-py3-none-any.whl')]
+  (tmp_path / 'moe_jax/moe_jax/api').mkdir(parents=True)
+  with monkeypatch.context() as patch:
+    assert install(page, patch) == ['-e', str(tmp_path / 'moe_jax')]
+  (tmp_path / 'moe_jax/colab').mkdir()
+  monkeypatch.chdir(tmp_path / 'moe_jax/colab')
+  with monkeypatch.context() as patch:
+    assert install(page, patch) == ['-e', str(tmp_path / 'moe_jax')]
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda p: p.stem)
