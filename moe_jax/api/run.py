@@ -125,6 +125,9 @@ class Run:
 
         run.generate(['def main('], max_new_tokens=64, temperature=0)
 
+    The first call lays the weights out for decoding and keeps that copy, which costs the memory of
+    the model once more.
+
     Args:
       prompts: texts, or token ids with the begin-of-document token; one text is a batch of one.
       max_new_tokens: limit per prompt.
