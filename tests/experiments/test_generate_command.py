@@ -54,6 +54,13 @@ def test_several_prompts_are_one_batch_from_flags_or_a_file(capsys, workdir, bat
   assert [r['tokens'] for r in found] == [r['tokens'] for r in alone]
 
 
+def test_a_downloaded_checkpoint_is_read_as_it_lies(capsys, workdir):
+  asked = ('--prompt=ab', SHORT, GREEDY)
+  direct = ask(capsys, workdir.parent / 'in', *asked)
+  assert direct['tokens'] == ask(capsys, workdir, *asked)['tokens']
+  assert not (workdir.parent / 'in/checkpoints').exists()
+
+
 def test_drafts_change_no_greedy_text_and_are_counted(capsys, workdir, batch):
   prompts, alone = batch(capsys)
   found = ask(capsys, workdir, f'--prompt={prompts[1]}', SHORT, GREEDY, '--speculative')
