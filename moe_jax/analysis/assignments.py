@@ -18,7 +18,7 @@ import numpy as np
 
 from moe_jax import errors
 from moe_jax.balance import routing_figures
-from moe_jax.config import moe_config, schema
+from moe_jax.config import moe_config, moe_rules, schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import pipeline
 from moe_jax.devices import partitioning
@@ -59,7 +59,7 @@ def check_devices(moe: moe_config.MoEConfig, num_devices: int):
     errors.InputError: names the rule.
   """
   try:
-    moe_config.validate(dataclasses.replace(moe, num_virtual_devices=num_devices))
+    moe_rules.validate(dataclasses.replace(moe, num_virtual_devices=num_devices))
   except errors.InputError as e:
     raise errors.InputError(f'--devices={num_devices}: {e}') from e
 

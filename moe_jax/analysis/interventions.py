@@ -15,10 +15,9 @@ import jax.numpy as jnp
 
 from moe_jax import errors
 from moe_jax.analysis import assignments
-from moe_jax.config import schema
+from moe_jax.config import router_traits, schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.models import moe_layer
-from moe_jax.models.routers import ROUTERS
 from moe_jax.runs import overrides
 from moe_jax.training import evaluate
 
@@ -77,7 +76,7 @@ def measure(
 def _check(cfg: Any, disabled: Sequence[int], shared_scale: Sequence[float]):
   most = cfg.num_experts - cfg.num_experts_per_tok
   errors.require(
-    not any(disabled) or ROUTERS[cfg.router].has_logits and cfg.router != 'expert_choice',
+    not any(disabled) or router_traits.of(cfg).uses_selection,
     f'config.model.moe.router={cfg.router!r} does not rank the experts of a token, so that none '
     'can be disabled as its best',
   )

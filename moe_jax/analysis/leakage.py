@@ -20,7 +20,11 @@ def bits_per_token(num_experts: int, experts_per_tok: int, tokens: int) -> float
   for T < E / K). For large T it rises to E times the binary entropy of r, K log2(1 / r) +
   (E - K) log2(1 / (1 - r)), which stays above the bound: the bound is not tight.
   """
-  taken = experts_per_tok * tokens // num_experts
+  return bits_of(num_experts, experts_per_tok * tokens // num_experts, tokens)
+
+
+def bits_of(num_experts: int, taken: int, tokens: int) -> float:
+  """(N / T) log2 C(T, m): the same for experts that take m = `taken` tokens each."""
   ln_choices = math.lgamma(tokens + 1) - math.lgamma(taken + 1) - math.lgamma(tokens - taken + 1)
   return num_experts / tokens * ln_choices / math.log(2)
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from moe_jax import errors
 from moe_jax.analysis import assignments, leakage
-from moe_jax.config import schema
+from moe_jax.config import router_traits, schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import packing
 from moe_jax.devices import partitioning
@@ -130,30 +130,34 @@ def _outcome(
 
 
 def theory(model: schema.ModelConfig) -> dict[str, float] | None:
-  """Bits that the allocation of router 'expert_choice' can carry; None for any other router.
+  """Bits about the future that the allocation can carry, where experts take a number of tokens.
+
+  None for a causal router, and for one whose experts take no fixed number of a chunk's tokens.
 
   Keys: bits_per_token_per_layer and lower_bound of one layer, bits_per_token of all MoE layers.
   """
   moe = model.moe
-  if moe.router != 'expert_choice':
+  traits = router_traits.of(moe)
+  if traits.causal or not (traits.bound and traits.bound.exact):
     return None
-  tokens = moe.options.chunk_tokens or model.max_seq_len
-  bits = leakage.bits_per_token(moe.num_experts, moe.num_experts_per_tok, tokens)
+  tokens = traits.bound.chunk(moe, model.max_seq_len)
+  bits = leakage.bits_of(moe.num_experts, traits.bound.room(moe, tokens), tokens)
+  active = traits.active_experts(moe, False)
   return {
     'bits_per_token_per_layer': bits,
-    'lower_bound': leakage.lower_bound(moe.num_experts, moe.num_experts_per_tok),
+    'lower_bound': leakage.lower_bound(moe.num_experts, active),
     'bits_per_token': bits * model.num_moe_layers,
   }
 
 
 def heldout_losses(run: trained_run.Run, corpus: corpus_lib.Corpus) -> dict[str, float]:
-  """Held-out loss in nats per target, `as_trained` and, for 'expert_choice', `shuffled`.
+  """Held-out loss in nats per target, `as_trained` and, if chunks can be, `shuffled`.
 
   Shuffling deals the tokens to chunks at random; the loss that it costs was leakage, or the habit
   of it.
   """
   variants = {'as_trained': {}}
-  if run.cfg.model.moe.router == 'expert_choice':
+  if 'shuffle_chunks' in router_traits.of(run.cfg.model.moe).options:
     variants['shuffled'] = {'model.moe.options.shuffle_chunks': True}
   losses = {}
   for name, values in variants.items():

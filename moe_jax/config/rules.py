@@ -1,7 +1,7 @@
 """The rules between the fields of a configuration that need no data and no devices."""
 
 from moe_jax import errors
-from moe_jax.config import attention_config, mesh_config, moe_config, schema
+from moe_jax.config import attention_config, mesh_config, moe_rules, router_traits, schema
 
 
 def validate(config: schema.Config):
@@ -26,6 +26,10 @@ def _validate_groups(config: schema.Config):
   moe, train, length = config.model.moe, config.train, config.model.max_seq_len
   if not config.model.is_moe:
     return
+  traits = router_traits.of(moe)
+  bound, chunked = traits.bound, f'router={moe.router!r}'
+  if 'chunk_tokens' in traits.options:
+    chunked = f'options.chunk_tokens={moe.options.chunk_tokens}'
   for batch_size in {train.batch_size, *(size for _, size in train.batch_ramp)}:
     rows = train.micro_batch_size or batch_size
     group = moe.capacity.group_rows or rows
@@ -34,12 +38,13 @@ def _validate_groups(config: schema.Config):
       f'config.model.moe.capacity.group_rows={group} must divide the rows of a forward pass, '
       f'{rows}; choose a divisor of {rows}, or 0 for all of them',
     )
-    chunk = moe.options.chunk_tokens or length
-    errors.require(
-      moe.router != 'expert_choice' or rows * length % chunk == 0,
-      f'config.model.moe.options.chunk_tokens={chunk} must divide the tokens of a forward pass, '
-      f'{rows} rows x {length}; choose a divisor, or 0 for one row',
-    )
+    if bound:
+      chunk = bound.chunk(moe, length)
+      errors.require(
+        rows * length % chunk == 0,
+        f'config.model.moe.{chunked} makes chunks of {chunk} tokens, which must divide the tokens '
+        f'of a forward pass, {rows} rows x {length}; choose a divisor, or chunks of one row',
+      )
 
 
 def validate_model(model: schema.ModelConfig):
@@ -74,7 +79,7 @@ def validate_model(model: schema.ModelConfig):
     'set it to 0',
   )
   if model.is_moe:
-    moe_config.validate(model.moe)
+    moe_rules.validate(model.moe)
     errors.require(
       model.num_dense_layers < model.num_layers,
       f'config.model.num_dense_layers={model.num_dense_layers} leaves no MoE layer among '

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import errors
-from moe_jax.config import schema
+from moe_jax.config import router_traits, schema
 from moe_jax.inference import cached_model
 from moe_jax.inference import sampling as sampling_lib
 
@@ -85,14 +85,13 @@ def check_router(cfg: schema.ModelConfig):
   """Refuses models that cannot write one token after the other.
 
   Raises:
-    errors.InputError: the router chooses tokens for experts, which needs the later tokens too.
+    errors.InputError: the router is not causal: which experts a token visits needs later tokens.
   """
-  if cfg.is_moe and cfg.moe.router == 'expert_choice':
-    raise errors.InputError(
-      "config.model.moe.router='expert_choice' has no causal decoding: an expert's choice among a "
-      "chunk's tokens needs the later ones; set config.train.sample_prompt='' and do without "
-      'generate'
-    )
+  errors.require(
+    not cfg.is_moe or router_traits.of(cfg.moe).causal,
+    f'config.model.moe.router={cfg.moe.router!r} has no causal decoding: which experts a token '
+    "visits depends on later ones; set config.train.sample_prompt='' and do without generate",
+  )
 
 
 def in_buckets(length: int) -> int:

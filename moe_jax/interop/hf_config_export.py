@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moe_jax import errors
-from moe_jax.config import attention_config, schema
+from moe_jax.config import attention_config, router_traits, schema
 from moe_jax.interop import hf_config
 
 _Rule = tuple[str, Any, bool]  # name of a field, its value, whether the family has it
@@ -51,7 +51,7 @@ def _moe_rules(cfg: schema.ModelConfig, kind: str) -> Iterator[_Rule]:
   bias, capacity = moe.expert_bias, moe.capacity
   biased, one_group = bias.update_rule != 'none', moe.num_expert_groups == 1
   unscaled = moe.routed_scaling_factor == 1
-  yield 'moe.router', moe.router, moe.router == 'topk'
+  yield 'moe.router', moe.router, router_traits.of(moe).exports
   yield 'moe.score_func', moe.score_func, mla or moe.score_func == 'softmax'
   yield 'moe.expert_bias.update_rule', bias.update_rule, biased == v3
   yield 'moe.expert_bias.form', bias.form, not biased or bias.form == 'additive'

@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.balance import balance_losses, loss_scopes, router_stats
-from moe_jax.config import schema
+from moe_jax.config import router_traits, schema
 from moe_jax.models import layers, moe_layer
 from moe_jax.models.attention import latent, multi_head
 from moe_jax.models.routers import routing
@@ -89,10 +89,10 @@ class Block(nn.Module):
     return multi_head.Attention(*sizes, threshold=threshold, name='attention', **dtypes)
 
   def _attention_threshold(self) -> float:
-    """DS-MoE's threshold rule prunes attention experts too; its top-K rules keep them all."""
-    options, router = self.cfg.moe.options, self.cfg.moe.router
-    prunes = router == 'ds_moe' and options.inference == 'threshold' and not self.train
-    return options.inference_threshold if prunes else 0.0
+    """Score below which attention experts are left out; 0 in training and in dense models."""
+    moe = self.cfg.moe
+    pruned = self.cfg.is_moe and not self.train
+    return router_traits.of(moe).attention_threshold(moe) if pruned else 0.0
 
   def _add_mixture(self, stats, mixture, slopes):
     """Enters the mixture of attention heads into the books of the layer."""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from moe_jax.balance import loss_scopes, router_stats
-from moe_jax.config import moe_config
+from moe_jax.config import moe_config, router_traits
 from moe_jax.devices import partitioning
 from moe_jax.models import exchange, layers
 from moe_jax.models.dispatch import DISPATCHES, gather
@@ -45,7 +45,7 @@ def _dispatch_name(cfg: moe_config.MoEConfig, train: bool, num_choices: int) -> 
 
   Outside of training, few choices are served by the weights of their experts alone.
   """
-  bounded = drops(cfg, train) or cfg.router == 'expert_choice'
+  bounded = drops(cfg, train) or router_traits.of(cfg).bound is not None
   name = cfg.dispatch if cfg.dispatch != 'capacity' or bounded else 'dropless'
   few = not train and num_choices <= gather.STREAMED_CHOICES * cfg.num_experts
   few = few and partitioning.axis_size('expert') == 1
@@ -89,7 +89,7 @@ class MoE(nn.Module):
     # The experts' weights are made first: their random numbers do not depend on the router.
     laid_out = self.get_variable('kernels', 'kernels')  # by `cached_model.unstack`
     kernels = (laid_out,) if laid_out else self._expert_kernels(x.shape[-1])
-    kernel = self._router_kernel(x.shape[-1]) if router.has_logits else None
+    kernel = self._router_kernel(x.shape[-1]) if router.traits.has_logits else None
     state = self._router_state(router)
     shared = self._shared(x)
     if self.is_initializing():

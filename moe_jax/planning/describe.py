@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.balance import balance_losses as balance_losses_lib
-from moe_jax.config import attention_config, moe_config, schema
+from moe_jax.config import attention_config, moe_rules, schema
 from moe_jax.models import model_variables
 from moe_jax.planning import flops, matched_budgets, virtual_devices
 
@@ -171,7 +171,7 @@ def _model_settings(config: schema.Config) -> dict[str, Any]:
   """The values of `model` by dotted key, and the widths of `paper` that replace the model's own."""
   model = config.model
   values = dataclasses.asdict(model)
-  moe = moe_config.effective_settings(model.moe) if model.is_moe else {'num_experts': 0}
+  moe = moe_rules.effective_settings(model.moe) if model.is_moe else {'num_experts': 0}
   values |= {'attention': attention_config.effective_settings(model.attention), 'moe': moe}
   settings = _flatten(values)
   if model.num_layers == model.num_moe_layers:

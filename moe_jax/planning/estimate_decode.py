@@ -21,7 +21,7 @@ from moe_jax.training import train_state
 
 def flops_per_token(model: schema.ModelConfig) -> float:
   """Arithmetic of one new token at the end of a full context."""
-  count = flops.count_activated(model)
+  count = flops.count_activated(model, train=False)
   weights = count.total - count.embedding - count.norms
   attention = model.attention
   if attention.kind == 'mla':
@@ -52,14 +52,15 @@ def estimate(
     weights += size * (leaf.dtype.itemsize if kept else min(a, leaf.dtype.itemsize))
   caches = flops.kv_cache_elements_per_token(model) * model.max_seq_len * here * a
   fsdp = math.prod(shape[axis] for axis in partitioning.FSDP_AXES)
-  share = _experts_in_use(model, rows)
+  active = flops.active_experts(model.moe, train=False) if model.is_moe else 0
+  share = 1 - (1 - active / model.moe.num_experts) ** rows if model.is_moe else 1.0
   count = flops.count_parameters(model)
   routed = count.routed_experts / max(count.total, 1)
   read = weights * fsdp * (1 - routed * (1 - share))
   layer = weights * fsdp / max(model.num_layers, 1)
   temporaries = {
     'logits and loss': here * model.vocab_size / shape['tensor'] * 4,
-    'experts': here * model.moe.num_experts_per_tok * 3 * model.moe.moe_mlp_dim * a,
+    'experts': here * active * 3 * model.moe.moe_mlp_dim * a,
     'weights in the compute dtype': layer if fsdp > 1 else 0,
   }
   return estimate_lib.Estimate(
@@ -69,13 +70,6 @@ def estimate(
     hbm_bytes=read + caches,
     collectives=_collectives(cfg, mesh, here, weights * fsdp, a),
   )
-
-
-def _experts_in_use(model: schema.ModelConfig, rows: int) -> float:
-  """Share of the experts that any of the rows needs, for random routing."""
-  if not model.is_moe:
-    return 1.0
-  return 1 - (1 - model.moe.num_experts_per_tok / model.moe.num_experts) ** rows
 
 
 def _collectives(
@@ -98,7 +92,7 @@ def _collectives(
   n = shape['expert']
   if n > 1:
     moe = dataclasses.replace(model.moe, num_virtual_devices=n)
-    copies = virtual_devices.expected_devices_per_token(moe)
+    copies = virtual_devices.expected_devices_per_token(moe, train=False)
     size = state * copies * collectives.on_the_wire('all-to-all', n)
     result.append(
       collectives.Collective('all-to-all', ('expert',), size, 2 * model.num_moe_layers, 'exchange')

@@ -13,8 +13,8 @@ Two countings of training FLOPs (forward and backward, backward = 2 x forward):
   "as if MHA" projections and unaligned FFN widths reproduce to the printed digits. It knows neither
   latent attention, whose real projections count here, nor multi-token prediction, which does not.
 
-A token's experts are those of training: K of them, on average with router 'expert_choice', and all
-with 'ds_moe', which is dense in training and sparse outside of it.
+A token's experts are those of training, as its router's traits count them: K of them in most, on
+average where experts choose tokens, and all where training is dense.
 
 Axis letters are those of `moe_jax.models`.
 """
@@ -22,7 +22,7 @@ Axis letters are those of `moe_jax.models`.
 import dataclasses
 from typing import TypeVar
 
-from moe_jax.config import moe_config, schema
+from moe_jax.config import moe_config, router_traits, schema
 
 _Number = TypeVar('_Number', int, float)
 
@@ -60,18 +60,18 @@ def count_parameters(model: schema.ModelConfig) -> ParameterCount:
   return _count(model, model.moe.num_experts)
 
 
-def count_activated(model: schema.ModelConfig) -> ParameterCount:
+def count_activated(model: schema.ModelConfig, train: bool = True) -> ParameterCount:
   """The parameters that one token meets in training: all but the experts that it does not visit.
 
   Both vocabulary matrices, the norms and the routers count, as in the "activated params" of
   DeepSeekMoE's tables (2.8B of the 16B model).
   """
-  return _count(model, active_experts(model.moe))
+  return _count(model, active_experts(model.moe, train) if model.is_moe else 0)
 
 
-def active_experts(moe: moe_config.MoEConfig) -> int:
-  """Routed experts that a token visits in training."""
-  return moe.num_experts if moe.router == 'ds_moe' else moe.num_experts_per_tok
+def active_experts(moe: moe_config.MoEConfig, train: bool = True) -> int:
+  """Routed experts that a token visits, in training or outside of it."""
+  return router_traits.of(moe).active_experts(moe, train)
 
 
 def _count(model: schema.ModelConfig, experts: int) -> ParameterCount:
@@ -98,7 +98,8 @@ def _swiglu(embed_dim: int, width: _Number) -> _Number:
 
 def _router(model: schema.ModelConfig) -> int:
   """Weights of one layer that make logits: none for a hash table, which reads token ids."""
-  return 0 if model.moe.router == 'hash' else model.embed_dim * model.moe.num_experts
+  has_logits = router_traits.of(model.moe).has_logits
+  return model.embed_dim * model.moe.num_experts if has_logits else 0
 
 
 def _norms(model: schema.ModelConfig) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 
 from moe_jax import errors
 from moe_jax.balance import router_stats
-from moe_jax.config import moe_config
+from moe_jax.config import moe_config, router_traits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,25 +177,24 @@ def expected_bytes_per_token(
   return expected_devices_per_token(moe) * (d - 1) / d * embed_dim * bytes_per_number * 2
 
 
-def expected_devices_per_token(moe: moe_config.MoEConfig) -> float:
+def expected_devices_per_token(moe: moe_config.MoEConfig, train: bool = True) -> float:
   """Mean number of virtual devices with an expert of a token, exact for uniformly random routing.
 
-  Each token draws K different experts, from M groups drawn before if groups limit it; with router
-  'expert_choice' each expert draws K T / E of many tokens T; with 'ds_moe' (training) every token
-  uses all. Drops, and second experts that GShard's rule leaves out, are not considered.
+  Each token draws its K active experts, all different, from M groups drawn before if groups limit
+  it; where tokens have no fixed number of experts each expert has a token with probability K / E.
+  Drops, and second experts that GShard's rule leaves out, are not considered.
   """
   devices = range(moe.num_virtual_devices)
-  return sum(1 - _unused(moe, device) for device in devices)
+  return sum(1 - _unused(moe, device, train) for device in devices)
 
 
-def _unused(moe: moe_config.MoEConfig, device: int) -> float:
+def _unused(moe: moe_config.MoEConfig, device: int, train: bool) -> float:
   """Probability that a token has no expert on `device`."""
-  k, e = moe.num_experts_per_tok, moe.num_experts
-  if moe.router == 'expert_choice':
+  traits = router_traits.of(moe)
+  k, e = traits.active_experts(moe, train), moe.num_experts
+  if not traits.ranked:
     on_device = int((_blocks(e, moe.num_virtual_devices) == device).sum())
     return (1 - k / e) ** on_device
-  if moe.router == 'ds_moe':
-    return 0.0
   reachable = _reachable(moe, device)
   # Hypergeometric: all K come from the experts in reach that are elsewhere.
   missed = sum(

@@ -26,7 +26,7 @@ from moe_jax.config import schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import pipeline
 from moe_jax.devices import compile_options, partitioning
-from moe_jax.runs import metric_log, run_record, train_run, trained_run
+from moe_jax.runs import metric_log, router_tables, run_record, train_run, trained_run
 from moe_jax.training import loop, optim, optimizer_step, step_timer, train_state
 
 
@@ -52,7 +52,7 @@ def init_state(
 ) -> train_state.TrainState:
   """The states at step 0, leaves [S, ...]; each is bit by bit that of a run of its own."""
   states = [
-    train_run.with_tables(cfg, train_state.init_state(cfg, mesh), corpus)
+    router_tables.with_tables(cfg, train_state.init_state(cfg, mesh), corpus)
     for cfg, corpus in zip(cfgs, corpora)
   ]
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)

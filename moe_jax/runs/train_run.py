@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import tqdm
 
 from moe_jax import atomic_files, errors
@@ -23,12 +22,10 @@ from moe_jax.data import cache, pipeline
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.devices import partitioning, peak_flops
 from moe_jax.inference import generate
-from moe_jax.models import model_variables
 from moe_jax.models.experts import backends, sorted_plan
-from moe_jax.models.routers import tables
 from moe_jax.planning import flops, profile
 from moe_jax.processes import agreement as agreement_lib
-from moe_jax.runs import metric_log, run_record, trained_run, warm_start
+from moe_jax.runs import metric_log, router_tables, run_record, trained_run, warm_start
 from moe_jax.training import evaluate, loop, optim, optimizer_step, train_state
 from moe_jax.training import step_timer as step_timer_lib
 
@@ -153,10 +150,10 @@ def _first_state(
 ) -> train_state.TrainState:
   """The state at step 0: random weights, or those of `init_from`."""
   if source is None:
-    return with_tables(cfg, train_state.init_state(cfg, mesh), corpus)
+    return router_tables.with_tables(cfg, train_state.init_state(cfg, mesh), corpus)
   with trained_run.reader(pathlib.Path(cfg.init_from)) as checkpointer:
     found = warm_start.read(cfg, parse.from_dict(source['config']), mesh, checkpointer, say)
-  state = with_tables(cfg, train_state.state_from(cfg, mesh, found['params']), corpus)
+  state = router_tables.with_tables(cfg, train_state.state_from(cfg, mesh, found['params']), corpus)
   return state.replace(router_state=warm_start.merge(state.router_state, found['router_state']))
 
 
@@ -362,35 +359,6 @@ def write_routing(cfg: schema.Config, workdir: pathlib.Path, report: loop.StepRe
   figures = evaluate.routing_figures(cfg.model, report.state.variables, report.metrics.stats)
   if agreement_lib.is_first():
     routing_figures.write(workdir / 'routing' / f'{report.step}.npz', figures)
-
-
-def with_tables(
-  cfg: schema.Config, state: train_state.TrainState, corpus: corpus_lib.Corpus
-) -> train_state.TrainState:
-  """Puts what a router reads from outside into a fresh state: token counts, a recording.
-
-  Raises:
-    errors.InputError: the recording does not fit the model.
-  """
-  found = dict(model_variables.moe_state(state.router_state))
-  moe = cfg.model.moe
-  if not cfg.model.is_moe:
-    return state
-  if moe.router == 'hash' and moe.options.hash_table == 'balanced':
-    counts = sum(
-      np.bincount(split.tokens, minlength=cfg.model.vocab_size) for split in corpus.train
-    )
-    rngs = [np.random.default_rng((cfg.train.seed, i)) for i in range(len(found['table']))]
-    found['table'] = np.stack(
-      [tables.balanced_table(counts, moe.num_experts, moe.num_experts_per_tok, rng) for rng in rngs]
-    )
-  elif moe.router == 'replay':
-    found['assignments'] = tables.load_assignments(moe, found['assignments'].shape)
-  else:
-    return state
-  old = model_variables.moe_state(state.router_state)
-  placed = {k: jax.device_put(v, old[k].sharding) for k, v in found.items()}
-  return state.replace(router_state=model_variables.with_moe_state(cfg.model, placed))
 
 
 def evaluate_midway(

@@ -8,8 +8,8 @@ in the top K, so that a token gets whole copies. Shared experts hold the first s
 
 The routed slices' down kernels are multiplied by (routed slices) / routed_scaling_factor. So the
 model starts as the dense one, exactly, wherever the gates of a token add up to
-routed_scaling_factor: with norm_topk_prob, or router hash or ds_moe. Raw probabilities add up to
-less, and the routed part of the output starts that much smaller.
+routed_scaling_factor: with norm_topk_prob, or where the router's own gates do (hash, ds_moe). Raw
+probabilities add up to less, and the routed part of the output starts that much smaller.
 
 Axis letters: W width of a dense FFN, m = W / F slices.
 """
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import errors
-from moe_jax.config import moe_config, schema
+from moe_jax.config import moe_config, router_traits, schema
 from moe_jax.devices import partitioning
 from moe_jax.models import model_variables
 
@@ -42,8 +42,6 @@ _EQUAL = (
   'attention.rope',
   'attention.mla',
 )
-# Routers that keep the slices of a copy together: they go by scores.
-_KEEP_COPIES_WHOLE = ('topk', 'expert_choice', 'ds_moe')
 
 
 class Layout(NamedTuple):
@@ -122,9 +120,10 @@ def _check_equal(dense: schema.ModelConfig, model: schema.ModelConfig):
 def _check_whole_copies(moe: moe_config.MoEConfig, routed: int):
   """Refuses routing that would tear the slices of a copy apart from the first step on."""
   errors.require(
-    routed == 1 or moe.router in _KEEP_COPIES_WHOLE,
+    routed == 1 or router_traits.of(moe).ties_stay_together,
     f'config.model.moe.router={moe.router!r} does not keep the {routed} routed slices of a copy '
-    f'together; choose {", ".join(_KEEP_COPIES_WHOLE)}, or experts of the dense width',
+    f'together; choose {", ".join(router_traits.names_with("ties_stay_together"))}, or experts of '
+    'the dense width',
   )
   size = moe_config.group_size(moe.num_experts, moe.num_expert_groups)
   errors.require(

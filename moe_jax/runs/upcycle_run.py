@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from moe_jax import atomic_files, errors
 from moe_jax.balance import expert_similarity
 from moe_jax.checkpoints import checkpointer as checkpointer_lib
-from moe_jax.config import moe_config, parse, schema
+from moe_jax.config import moe_config, parse, router_traits, schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import pipeline
 from moe_jax.devices import partitioning
 from moe_jax.models import transformer
-from moe_jax.runs import run_record, train_run, trained_run, upcycle
+from moe_jax.runs import router_tables, run_record, train_run, trained_run, upcycle
 from moe_jax.training import cross_entropy, loop, optim, train_state
 
 Array = jax.Array
@@ -101,7 +101,7 @@ def _state(
   noise: float,
 ) -> train_state.TrainState:
   """A fresh state of the MoE's run with the upcycled parameters."""
-  state = train_run.with_tables(cfg, train_state.init_state(cfg, mesh), corpus)
+  state = router_tables.with_tables(cfg, train_state.init_state(cfg, mesh), corpus)
   make = functools.partial(upcycle.upcycle, dense.cfg.model, model=cfg.model, noise=noise)
   out = jax.tree.map(lambda x: x.sharding, state.params)
   rng = jax.random.key(cfg.train.seed)
@@ -169,7 +169,8 @@ def _difference(
 def _fewest_rows(model: schema.ModelConfig, ways: int) -> int:
   """The least number of rows that fills all devices and every group of tokens that compete."""
   moe = model.moe
-  chunk = moe.options.chunk_tokens or model.max_seq_len
+  bound = router_traits.of(moe).bound
+  chunk = bound.chunk(moe, model.max_seq_len) if bound else 1
   group = moe.capacity.group_rows if moe.capacity.at_eval else 0
   return math.lcm(ways, chunk // math.gcd(chunk, model.max_seq_len), group or 1)
 
@@ -196,10 +197,11 @@ def _summary(
 
 
 def _reason(moe: moe_config.MoEConfig, noise: float) -> str:
+  traits = router_traits.of(moe)
   reasons = ['noise'] if noise else []
-  if not moe.norm_topk_prob and moe.router not in ('hash', 'ds_moe'):
+  if not moe.norm_topk_prob and not traits.gates_sum_to_scale:
     reasons.append('gates that are not divided by their sum (norm_topk_prob=False)')
-  if moe.router == 'expert_choice':
+  if traits.bound:
     reasons.append('tokens that no expert chose')
   if moe.capacity.policy != 'none' and moe.capacity.at_eval:
     reasons.append('dropped tokens')

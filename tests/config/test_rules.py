@@ -6,7 +6,7 @@ import pytest
 from configs import base
 from moe_jax import errors
 from moe_jax.balance import balance_losses
-from moe_jax.config import moe_config, parse, schema
+from moe_jax.config import moe_config, moe_rules, parse, router_traits, schema
 from moe_jax.models import dispatch, routers
 from tests import tiny
 
@@ -192,7 +192,7 @@ def test_a_mistyped_choice_names_the_nearest():
 
 
 def test_choices_are_the_entries_of_their_registries():
-  assert set(moe_config.ROUTERS) == set(routers.ROUTERS)
+  assert list(router_traits.LIBRARY) == list(routers.ROUTERS)
   assert set(moe_config.DISPATCHES) == set(dispatch.DISPATCHES)
   assert set(moe_config.LOSSES) == {*balance_losses.LOSSES, 'attention_mutual_information'}
   # The adaptive coefficient replaces the weight of any loss of the experts' routers.
@@ -354,7 +354,7 @@ def assert_refused(overrides, parts):
     ),
     (
       {'options.random_second_expert': True, 'router': 'ds_moe', 'dispatch': 'dense'},
-      ('random_second_expert=True', "'ds_moe'", 'one for every expert', 'set it to False'),
+      ('random_second_expert=True', "'ds_moe'", 'best first', 'set it to False'),
     ),
     (
       {'options.random_second_expert': True, 'router': 'expert_choice'},
@@ -404,7 +404,7 @@ def assert_refused(overrides, parts):
     ),
     (
       {'router': 'expert_choice', 'capacity.policy': 'score'},
-      ("capacity.policy='score'", "'expert_choice'", 'fills every expert', "'none'"),
+      ("capacity.policy='score'", "'expert_choice'", 'bounds itself', "'none'"),
     ),
     (
       {'capacity.policy': 'score', 'capacity.group_rows': 3},
@@ -412,7 +412,12 @@ def assert_refused(overrides, parts):
     ),
     (
       {'router': 'expert_choice', 'options.chunk_tokens': 3},
-      ('options.chunk_tokens=3', 'must divide', '8 rows x 16', 'choose a divisor, or 0'),
+      (
+        'options.chunk_tokens=3',
+        'must divide',
+        '8 rows x 16',
+        'choose a divisor, or chunks of one row',
+      ),
     ),
     (
       {'router': 'ds_moe', 'capacity.policy': 'score'},
@@ -479,7 +484,7 @@ def test_groups_and_chunks_fit_every_forward_pass():
 
 def test_settings_without_what_is_off():
   def flat(**overrides):
-    return moe_config.effective_settings(
+    return moe_rules.effective_settings(
       tiny.make(**{f'model__moe__{key}': v for key, v in overrides.items()}).model.moe
     )
 

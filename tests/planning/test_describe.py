@@ -18,7 +18,7 @@ from configs import (
   recipes,
 )
 from moe_jax.balance import balance_losses, router_stats
-from moe_jax.config import moe_config, parse, schema
+from moe_jax.config import parse, router_traits, schema
 from moe_jax.planning import describe as describe_lib
 from moe_jax.planning import virtual_devices
 
@@ -69,7 +69,7 @@ def test_real_shapes_add_up_to_the_closed_form(page):
   assert sum(m.count for m in d.modules) == d.parameters.total + d.parameters.mtp
 
 
-@pytest.mark.parametrize('router', moe_config.ROUTERS)
+@pytest.mark.parametrize('router', router_traits.LIBRARY)
 def test_router_weights_are_those_of_the_real_model(router):
   page = base.get_config()
   page.model.update(num_dense_layers=0, num_heads=4)

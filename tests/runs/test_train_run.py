@@ -19,7 +19,7 @@ from moe_jax.data import packing
 from moe_jax.devices import partitioning
 from moe_jax.inference import sampling as sampling_lib
 from moe_jax.models import model_variables
-from moe_jax.runs import final_report, metric_log, train_run, trained_run
+from moe_jax.runs import final_report, metric_log, router_tables, train_run, trained_run
 from moe_jax.training import evaluate, loop, train_state
 
 MAKE_MESH = partitioning.make_mesh
@@ -180,7 +180,7 @@ def test_balanced_hash_tables_follow_the_training_text(cache):
   corpus = corpus_lib.load_corpus(cfg.data, cfg.model.vocab_size, cfg.train.seed)
   mesh = partitioning.make_mesh(cfg.mesh)
   start = train_state.init_state(cfg, mesh)
-  state = train_run.with_tables(cfg, start, corpus)
+  state = router_tables.with_tables(cfg, start, corpus)
   tables = np.asarray(model_variables.moe_state(state.router_state)['table'])
   ids = np.asarray(corpus.train[0].tokens)
   for table in tables:

@@ -10,6 +10,7 @@ from matplotlib import figure
 from moe_jax import errors
 from moe_jax.analysis import interventions
 from moe_jax.analysis.probes import probe_types
+from moe_jax.config import router_traits
 from moe_jax.runs import plots
 
 SHARES = (1 / 16, 2 / 16, 3 / 16, 4 / 16)  # of the routed experts, Figure 4
@@ -131,7 +132,7 @@ def fewer_experts(context: probe_types.Context) -> probe_types.Finding:
   moe = subject.cfg.model.moe
   if moe.num_experts_per_tok < 2:
     raise probe_types.NotApplicableError('one routed expert per token: there are no fewer')
-  if moe.router in ('hash', 'replay', 'expert_choice', 'ds_moe'):
+  if not router_traits.of(moe).uses_selection:
     raise probe_types.NotApplicableError(
       f'router {moe.router!r} does not take the best K of a token, so K cannot be lowered'
     )

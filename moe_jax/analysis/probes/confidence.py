@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib import figure
 
 from moe_jax.analysis.probes import probe_types
-from moe_jax.models.routers import ROUTERS
+from moe_jax.config import router_traits
 
 
 def measures(scores: np.ndarray, k: int) -> dict[str, np.ndarray]:
@@ -32,7 +32,7 @@ def measures(scores: np.ndarray, k: int) -> dict[str, np.ndarray]:
 def confidence(context: probe_types.Context) -> probe_types.Finding:
   """The share of the score that the best expert and the best K get, and the entropy."""
   moe = context.subject.cfg.model.moe
-  if not ROUTERS[moe.router].has_logits:
+  if not router_traits.of(moe).has_logits:
     raise probe_types.NotApplicableError(f'router {moe.router!r} has no scores to be sure by')
   seen = context.observations
   figures = measures(seen.of_tokens(seen.scores), moe.num_experts_per_tok)  # [layers, T] each

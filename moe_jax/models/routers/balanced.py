@@ -6,7 +6,7 @@ Gates are the scores of the experts dealt, so that forward and backward cost wha
 import jax
 import jax.numpy as jnp
 
-from moe_jax.config import moe_config
+from moe_jax.config import moe_config, router_traits
 from moe_jax.models.routers import routing
 
 Array = jax.Array
@@ -27,4 +27,4 @@ def route(inputs: routing.Inputs, cfg: moe_config.MoEConfig, train: bool) -> rou
   return routing.Routing(gates, expert_idx, inputs.scores)
 
 
-ROUTER = routing.Router(route)
+ROUTER = routing.Router(route, router_traits.LIBRARY['balanced'])

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax import errors, integer_hash
-from moe_jax.config import moe_config
+from moe_jax.config import moe_config, router_traits
 from moe_jax.models.routers import routing
 
 Array = jax.Array
@@ -44,14 +44,15 @@ def group_capacity(cfg: moe_config.MoEConfig, tokens: int) -> int:
     tokens: places of the group, padding included.
 
   Returns:
-    ceil(factor K tokens / E), with P for E under policy 'device'; max(1, floor(K tokens / E)) for
-    router 'expert_choice', whose experts take exactly that; `tokens` where nothing is dropped.
+    The router's own bound where it has one; else ceil(factor K tokens / E), with P for E under
+    policy 'device'; `tokens` where nothing is dropped.
   """
-  assignments = tokens * cfg.num_experts_per_tok
-  if cfg.router == 'expert_choice':
-    return max(1, assignments // cfg.num_experts)
+  bound = router_traits.of(cfg).bound
+  if bound:
+    return bound.room(cfg, tokens)
   if cfg.capacity.policy == 'none':
     return tokens
+  assignments = tokens * cfg.num_experts_per_tok
   bins = cfg.num_virtual_devices if cfg.capacity.policy == 'device' else cfg.num_experts
   # The decimal number that was written: 0.07 as a float is more, and would round 7 up to 8.
   return math.ceil(fractions.Fraction(str(cfg.capacity.factor)) * assignments / bins)
@@ -62,11 +63,11 @@ def slots(cfg: moe_config.MoEConfig, num_rows: int, row_length: int, total_rows:
 
   A group is part of the rows of the whole forward pass, which may be spread over devices; then all
   that an expert keeps of it may lie on one device. So the bound is, for the worst device, the sum
-  over the groups it holds a part of of min(C, places of that part). Chunks of router
-  'expert_choice' are consecutive places and bounded alike; with `shuffle_chunks` every chunk may
-  take its tokens from this device, and the bound is C times all chunks, at most the places here.
+  over the groups it holds a part of of min(C, places of that part). Chunks of a router that bounds
+  itself are bounded alike where they are consecutive places; else every chunk may take its tokens
+  from this device, and the bound is C times all chunks, at most the places here.
 
-  It does not hold for exempt rows (`moe_config.validate` refuses them with dispatch 'capacity').
+  It does not hold for exempt rows (`moe_rules.validate` refuses them with dispatch 'capacity').
 
   Args:
     cfg: as in `group_capacity`.
@@ -79,10 +80,11 @@ def slots(cfg: moe_config.MoEConfig, num_rows: int, row_length: int, total_rows:
   """
   here, total = num_rows * row_length, total_rows * row_length
   group = (cfg.capacity.group_rows or total_rows) * row_length
-  if cfg.router == 'expert_choice':
-    group = cfg.options.chunk_tokens or row_length
+  bound = router_traits.of(cfg).bound
+  if bound:
+    group = bound.chunk(cfg, row_length)
   room = group_capacity(cfg, group)
-  if cfg.router == 'expert_choice' and cfg.options.shuffle_chunks:
+  if bound and not bound.consecutive(cfg):
     return min(here, room * -(-total // group))
   return max(
     sum(min(room, part) for part in _parts(start, start + here, group))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.config import moe_config
+from moe_jax.config import moe_config, router_traits
 from moe_jax.models.routers import routing
 
 Array = jax.Array
@@ -40,4 +40,4 @@ def _batch_threshold(scores: Array, mask: Array, k: int) -> Array:
   return ranked[last]
 
 
-ROUTER = routing.Router(route, across_rows=True)
+ROUTER = routing.Router(route, router_traits.LIBRARY['ds_moe'], across_rows=True)

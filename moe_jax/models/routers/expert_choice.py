@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax import errors
-from moe_jax.config import moe_config
+from moe_jax.config import moe_config, router_traits
 from moe_jax.models.routers import routing
 
 Array = jax.Array
@@ -56,4 +56,4 @@ def _take_chunks(flat: Array, cfg: moe_config.MoEConfig, chunk: int) -> Array:
   return ((rank < room[:, None, None]) & jnp.isfinite(chunks)).reshape(flat.shape)
 
 
-ROUTER = routing.Router(route, across_rows=True)
+ROUTER = routing.Router(route, router_traits.LIBRARY['expert_choice'], across_rows=True)

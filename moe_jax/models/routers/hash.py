@@ -1,15 +1,16 @@
 """Hash Layer: a fixed table from token id to experts (Roller et al., arXiv 2106.04426).
 
 No router weights and no gate: every chosen expert counts 1 / K. Each layer has a table of its own.
-The random table is drawn here; the balanced one needs token counts, so the run fills it in
-(`moe_jax/models/routers/tables.py`). Either is state, saved with the model.
+The random table is drawn with the weights; the balanced one needs the token counts of the training
+text, so it is made on the host before the first step. Either is state, saved with the model.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from moe_jax.config import moe_config
-from moe_jax.models.routers import routing
+from moe_jax.config import moe_config, router_traits
+from moe_jax.models.routers import routing, tables
 
 Array = jax.Array
 
@@ -31,4 +32,18 @@ def init_state(cfg: moe_config.MoEConfig, sizes: routing.Sizes, rng: Array) -> d
   return {'table': table.astype(jnp.int32)}
 
 
-ROUTER = routing.Router(route, has_logits=False, init_state=init_state)
+def host_tables(inputs: routing.HostInputs, cfg: moe_config.MoEConfig) -> dict[str, np.ndarray]:
+  """The balanced tables [layers, V, K]; nothing with random ones."""
+  if cfg.options.hash_table != 'balanced':
+    return {}
+  counts, (layers, *_) = inputs.token_counts(), inputs.shapes['table']
+  rngs = [np.random.default_rng((inputs.seed, layer)) for layer in range(layers)]
+  balanced = [
+    tables.balanced_table(counts, cfg.num_experts, cfg.num_experts_per_tok, rng) for rng in rngs
+  ]
+  return {'table': np.stack(balanced)}
+
+
+ROUTER = routing.Router(
+  route, router_traits.LIBRARY['hash'], init_state=init_state, host_tables=host_tables
+)

@@ -1,14 +1,15 @@
 """Replay of recorded assignments: who goes where is read from a file, how much is computed.
 
-Row r of a batch reads row r modulo the recorded rows; place l of a row reads place l. The run loads
-the file into the state (`moe_jax/models/routers/tables.py`), which is saved with the model.
+Row r of a batch reads row r modulo the recorded rows; place l of a row reads place l. The file is
+read into the state before the first step, and saved with the model.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from moe_jax.config import moe_config
-from moe_jax.models.routers import routing
+from moe_jax.config import moe_config, router_traits
+from moe_jax.models.routers import routing, tables
 
 Array = jax.Array
 
@@ -31,4 +32,15 @@ def init_state(cfg: moe_config.MoEConfig, sizes: routing.Sizes, rng: Array) -> d
   return {'assignments': jnp.full(shape, cfg.num_experts, jnp.int32)}
 
 
-ROUTER = routing.Router(route, init_state=init_state)
+def host_tables(inputs: routing.HostInputs, cfg: moe_config.MoEConfig) -> dict[str, np.ndarray]:
+  """The recorded assignments [layers, rows, L, K].
+
+  Raises:
+    errors.InputError: the recording does not fit the model.
+  """
+  return {'assignments': tables.load_assignments(cfg, inputs.shapes['assignments'])}
+
+
+ROUTER = routing.Router(
+  route, router_traits.LIBRARY['replay'], init_state=init_state, host_tables=host_tables
+)

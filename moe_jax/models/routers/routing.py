@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax import integer_hash
-from moe_jax.config import moe_config
+from moe_jax.config import moe_config, router_traits
 
 Array = jax.Array
 
@@ -63,18 +64,28 @@ class Sizes(NamedTuple):
   max_seq_len: int
 
 
+class HostInputs(NamedTuple):
+  """What a run can give the state of its routers before the first step."""
+
+  shapes: Mapping[str, tuple[int, ...]]  # of the state's arrays, [layers, ...]
+  token_counts: Callable[[], np.ndarray]  # [V] occurrences of each id in the training text
+  seed: int  # of the run
+
+
 class Router(NamedTuple):
-  """An entry of the registry.
+  """How a router computes, beside what is asked of it elsewhere, its traits.
 
   `route` runs on each device's own rows; with `per_token` on its own part of them, where
   `Tokens.place` has no meaning; with `across_rows` on the whole batch.
   """
 
   route: Callable[[Inputs, moe_config.MoEConfig, bool], Routing]
-  has_logits: bool = True  # False: no router weights at all
+  traits: router_traits.RouterTraits
   across_rows: bool = False
   per_token: bool = False
   init_state: Callable[[moe_config.MoEConfig, Sizes, Array], dict[str, Any]] | None = None
+  # Arrays of the state that are made on the host, [layers, ...]; the others stay as they are.
+  host_tables: Callable[[HostInputs, moe_config.MoEConfig], dict[str, np.ndarray]] | None = None
 
 
 def keep_best(scores: Array, k: int) -> Array:

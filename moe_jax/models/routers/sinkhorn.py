@@ -9,7 +9,7 @@ compete; a row keeps the choices free of micro-batches and devices.
 import jax
 import jax.numpy as jnp
 
-from moe_jax.config import moe_config
+from moe_jax.config import moe_config, router_traits
 from moe_jax.models.routers import routing
 
 Array = jax.Array
@@ -34,4 +34,4 @@ def balanced_scores(scores: Array, mask: Array) -> Array:
   return found
 
 
-ROUTER = routing.Router(route)
+ROUTER = routing.Router(route, router_traits.LIBRARY['sinkhorn'])

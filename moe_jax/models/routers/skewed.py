@@ -6,7 +6,7 @@ Gates are the scores of the experts dealt, as with router 'balanced'.
 import jax.numpy as jnp
 
 from moe_jax import integer_hash
-from moe_jax.config import moe_config
+from moe_jax.config import moe_config, router_traits
 from moe_jax.models.routers import balanced, routing
 
 
@@ -21,4 +21,4 @@ def route(inputs: routing.Inputs, cfg: moe_config.MoEConfig, train: bool) -> rou
   return routing.Routing(gates, expert_idx, inputs.scores)
 
 
-ROUTER = routing.Router(route)
+ROUTER = routing.Router(route, router_traits.LIBRARY['skewed'])

@@ -5,7 +5,7 @@ DeepSeekMoE (arXiv 2401.06066, Eq. 9-11) is the raw softmax; GShard and Skywork-
 by their sum; Switch keeps one raw gate, since a renormalised single one would have no gradient.
 """
 
-from moe_jax.config import moe_config
+from moe_jax.config import moe_config, router_traits
 from moe_jax.models.routers import routing
 
 
@@ -17,4 +17,4 @@ def route(inputs: routing.Inputs, cfg: moe_config.MoEConfig, train: bool) -> rou
   return routing.Routing(gates, expert_idx, inputs.scores)
 
 
-ROUTER = routing.Router(route, per_token=True)
+ROUTER = routing.Router(route, router_traits.LIBRARY['topk'], per_token=True)
