@@ -184,11 +184,8 @@ def _validate_capacity(moe: MoEConfig):
 
 def effective_settings(moe: MoEConfig) -> Mapping[str, object]:
   """Flat settings of `moe` without the options of routers, losses and policies that are off."""
-  flat = {}
-  for field in dataclasses.fields(moe):
-    value = getattr(moe, field.name)
-    if not dataclasses.is_dataclass(value):
-      flat[field.name] = value
+  values = {field.name: getattr(moe, field.name) for field in dataclasses.fields(moe)}
+  flat = {k: value for k, value in values.items() if not dataclasses.is_dataclass(value)}
   if moe.num_expert_groups == 1:
     del flat['num_limited_groups'], flat['group_score']
   own = router_traits.of(moe).options
