@@ -74,7 +74,8 @@ def measure(
 
 
 def _check(cfg: Any, disabled: Sequence[int], shared_scale: Sequence[float]):
-  most = cfg.num_experts - cfg.num_experts_per_tok
+  per_token = router_traits.of(cfg).per_token(cfg)
+  most = cfg.num_experts - per_token
   errors.require(
     not any(disabled) or router_traits.of(cfg).uses_selection,
     f'config.model.moe.router={cfg.router!r} does not rank the experts of a token, so that none '
@@ -83,7 +84,7 @@ def _check(cfg: Any, disabled: Sequence[int], shared_scale: Sequence[float]):
   errors.require(
     all(0 <= number <= most for number in disabled),
     f'disabled={list(disabled)} must be at most {most} in each layer: '
-    f'config.model.moe.num_experts={cfg.num_experts} less the {cfg.num_experts_per_tok} of a token',
+    f'config.model.moe.num_experts={cfg.num_experts} less the {per_token} of a token',
   )
   errors.require(
     cfg.num_shared_experts > 0 or all(scale == 1 for scale in shared_scale),

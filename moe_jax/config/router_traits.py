@@ -87,6 +87,10 @@ class RouterTraits:
     for option in self.options:
       errors.choice('model.moe.options', option, OPTIONS)
 
+  def per_token(self, moe: MoEConfig) -> int:
+    """Experts of a token outside of training: `active_experts`, or K where their number varies."""
+    return self.active_experts(moe, False) if self.ranked else moe.num_experts_per_tok
+
 
 OPTIONS = tuple(field.name for field in dataclasses.fields(moe_config.RouterOptions))
 

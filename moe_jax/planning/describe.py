@@ -6,6 +6,7 @@ shapes of the real model (`jax.eval_shape`, nothing is allocated), and a test ho
 
 import dataclasses
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.balance import balance_losses as balance_losses_lib
-from moe_jax.config import attention_config, moe_rules, schema
+from moe_jax.config import attention_config, moe_config, moe_rules, router_traits, schema
 from moe_jax.models import model_variables
 from moe_jax.planning import flops, matched_budgets, virtual_devices
 
@@ -21,8 +22,8 @@ NOTES = (
   'total         every parameter: both vocabulary matrices, norms and routers included.',
   '              Modules of multi-token prediction are counted apart: generation can do without.',
   'activated     the total without the routed experts that a token does not visit in training:',
-  '              with router ds_moe it visits all, with expert_choice K on average. Without the',
-  '              input embedding: as DeepSeek-V2 counts.',
+  '              on average where experts choose tokens. Without the input embedding: as',
+  '              DeepSeek-V2 counts.',
   'paper         training FLOPs of one sequence as DeepSeekMoE counts them: full attention, 4 D^2',
   '              attention weights, no router, FFN widths of config.paper where they are not 0.',
   '              Latent attention counts as it is, multi-token prediction not at all.',
@@ -87,6 +88,7 @@ class Description:
   kv_cache_bytes_per_token_by_bits: Mapping[int, int]  # for each of KV_CACHE_BITS
   num_virtual_devices: int  # 1 for a dense model
   all_to_all_bytes_per_token: float  # expected, forward pass, all MoE layers
+  router: str  # what it does and what it cannot do, for the notes; '' for a dense model
   balance_losses: Mapping[str, BalanceLoss]  # empty for a dense model
   transformers_coefficient: float | None  # see that function; None for a dense model
 
@@ -131,9 +133,23 @@ def describe(config: schema.Config, name: str) -> Description:
     },
     num_virtual_devices=model.moe.num_virtual_devices if model.is_moe else 1,
     all_to_all_bytes_per_token=_all_to_all_bytes(model, itemsize),
+    router=router_text(model.moe) if model.is_moe else '',
     balance_losses=_balance_losses(model),
     transformers_coefficient=transformers_coefficient(model) if model.is_moe else None,
   )
+
+
+def router_text(moe: moe_config.MoEConfig) -> str:
+  """One line from the router's traits: what it does, experts per token, whether it can generate."""
+  traits = router_traits.of(moe)
+  training, outside = (traits.active_experts(moe, train) for train in (True, False))
+  parts = [f'{traits.what} (arXiv {traits.paper})' if traits.paper else traits.what]
+  parts.append(f'{training} of {moe.num_experts} experts per token')
+  if outside != training:
+    parts.append(f'{outside} outside of training')
+  if not traits.causal:
+    parts.append('not causal: it cannot generate text')
+  return f'{moe.router}: ' + '; '.join(filter(None, parts))
 
 
 def _all_to_all_bytes(model: schema.ModelConfig, itemsize: int) -> float:
@@ -226,7 +242,13 @@ def table(descriptions: Sequence[Description]) -> str:
       '',
     ]
   notes = NOTES + MOE_NOTES if any(d.balance_losses for d in descriptions) else NOTES
-  return '\n'.join([*text, *notes])
+  routers = dict.fromkeys(d.router for d in descriptions if d.router)
+  return '\n'.join([*text, *notes, *(_note('router', line) for line in routers)])
+
+
+def _note(title: str, text: str) -> str:
+  """A note in the columns of `NOTES`."""
+  return textwrap.fill(text, 92, initial_indent=title.ljust(14), subsequent_indent=' ' * 14)
 
 
 def _costs(d: Description) -> dict[str, float]:

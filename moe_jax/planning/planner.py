@@ -17,6 +17,7 @@ import numpy as np
 
 from moe_jax.config import parse, schema
 from moe_jax.devices import partitioning
+from moe_jax.inference import generate
 from moe_jax.models import exchange as exchange_lib
 from moe_jax.planning import chips, compile_ahead, estimate_decode, roofline
 from moe_jax.planning import estimate as estimate_lib
@@ -98,7 +99,8 @@ def plan(request: Request, *, progress: bool = False) -> Plan:
     progress: show the seconds that pass while the compiler works.
 
   Raises:
-    errors.InputError: the sizes of config and mesh do not go together, or libtpu is missing.
+    errors.InputError: the sizes of config and mesh do not go together, libtpu is missing, or
+      decoding is planned for a router that is not causal.
   """
   cfg, notes = _prepared(request)
   mesh = estimate_lib.abstract_mesh(cfg.mesh, request.topology.num_devices)
@@ -106,6 +108,7 @@ def plan(request: Request, *, progress: bool = False) -> Plan:
   rows = request.rows or partitioning.row_ways(mesh)
   way = exchange_kind(cfg, request.topology)
   if request.decode:
+    generate.check_router(cfg.model)
     counted = estimate_decode.estimate(cfg, mesh, rows)
     tokens, flops = rows, estimate_decode.flops_per_token(cfg.model) * rows / mesh.size
   else:

@@ -20,13 +20,13 @@ def disable_top(context: probe_types.Context) -> probe_types.Finding:
   """Figure 4: the routed experts of highest score disabled; per layer 1/16 of them."""
   subject, base = context.sample, context.bits_per_byte
   cfg = subject.cfg
-  room = cfg.model.moe.num_experts - cfg.model.moe.num_experts_per_tok
+  per_token = router_traits.of(cfg.model.moe).per_token(cfg.model.moe)
+  room = cfg.model.moe.num_experts - per_token
   numbers = [interventions.num_disabled(cfg, share) for share in SHARES]
   numbers = sorted({number for number in numbers if 0 < number <= room})
   if not numbers:
     raise probe_types.NotApplicableError(
-      f'{cfg.model.moe.num_experts} experts, {cfg.model.moe.num_experts_per_tok} of them active, '
-      'leave none to disable'
+      f'{cfg.model.moe.num_experts} experts, {per_token} of them active, leave none to disable'
     )
   layers = range(cfg.model.num_moe_layers)
   try:

@@ -32,16 +32,18 @@ def measures(scores: np.ndarray, k: int) -> dict[str, np.ndarray]:
 def confidence(context: probe_types.Context) -> probe_types.Finding:
   """The share of the score that the best expert and the best K get, and the entropy."""
   moe = context.subject.cfg.model.moe
-  if not router_traits.of(moe).has_logits:
+  traits = router_traits.of(moe)
+  if not traits.has_logits:
     raise probe_types.NotApplicableError(f'router {moe.router!r} has no scores to be sure by')
+  k = traits.per_token(moe)
   seen = context.observations
-  figures = measures(seen.of_tokens(seen.scores), moe.num_experts_per_tok)  # [layers, T] each
+  figures = measures(seen.of_tokens(seen.scores), k)  # [layers, T] each
   names = context.layer_names()
   means = {key: values.mean(axis=1) for key, values in figures.items()}
   reading = (
-    f'Of the sum of all scores the chosen {moe.num_experts_per_tok} of {moe.num_experts} experts '
+    f'Of the sum of all scores the chosen {k} of {moe.num_experts} experts '
     f'get {probe_types.per_layer(100 * means["chosen"], names, "{:.0f} %")} '
-    f'(all alike would be {100 * moe.num_experts_per_tok / moe.num_experts:.0f} %), the best one '
+    f'(all alike would be {100 * k / moe.num_experts:.0f} %), the best one '
     f'{probe_types.per_layer(100 * means["best"], names, "{:.0f} %")}. Entropy, as a share of '
     f'that of scores that are all alike: {probe_types.per_layer(means["entropy"], names)}.'
   )
@@ -55,7 +57,7 @@ def confidence(context: probe_types.Context) -> probe_types.Finding:
         share, _ = np.histogram(figures[key][i], edges)
         axes.stairs(share / share.sum(), edges, color=colour, label=name)
     left.set_title('score of the best expert', fontsize=10)
-    right.set_title(f'score of the chosen {moe.num_experts_per_tok} together', fontsize=10)
+    right.set_title(f'score of the chosen {k} together', fontsize=10)
     for axes in (left, right):
       axes.set_xlabel('share of the sum of scores')
       axes.set_ylabel('share of the tokens')

@@ -5,6 +5,7 @@ from matplotlib import figure
 
 from moe_jax.analysis import observations
 from moe_jax.analysis.probes import probe_types
+from moe_jax.config import router_traits
 
 
 def kept_share(before: np.ndarray, after: np.ndarray, num_experts: int) -> float:
@@ -31,10 +32,11 @@ def saturation(context: probe_types.Context) -> probe_types.Finding:
   steps = sorted(context.others)
   shares = np.array([_compare(context, context.others[step], now) for step in steps])
   moe = context.subject.cfg.model.moe
-  chance = moe.num_experts_per_tok / moe.num_experts
+  k = router_traits.of(moe).per_token(moe)
+  chance = k / moe.num_experts
   names = context.layer_names()
   reading = (
-    f'Of the top {moe.num_experts_per_tok} experts of step {steps[0]}, the tokens still choose '
+    f'Of the top {k} experts of step {steps[0]}, the tokens still choose '
     f'{probe_types.per_layer(100 * shares[0], names, "{:.0f} %")} at step {context.step}'
     + (
       f', of those of step {steps[-1]} {probe_types.per_layer(100 * shares[-1], names, "{:.0f} %")}'
