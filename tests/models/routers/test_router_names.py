@@ -10,8 +10,8 @@ from moe_jax.config import router_traits
 ROOT = pathlib.Path(__file__).parents[3]
 NAMES = frozenset(router_traits.LIBRARY)
 
-# Where names may stand as values: the routers themselves and their registry.
 LOOKUPS = ('get', 'startswith', 'endswith', 'index', 'count')
+# Where names may stand as values: the routers themselves and their registry.
 EXEMPT = ('moe_jax/models/routers/', 'moe_jax/config/router_traits.py')
 
 
