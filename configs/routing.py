@@ -5,33 +5,7 @@ Run:    python -m experiments.train --config=configs/routing.py:<name> --workdir
 Takes:  minutes on 2 CPU cores; measured in experiments/routing_zoo/README.md.
 Expect: the losses, loads and drops of experiments/routing_zoo/README.md.
 
-  name                      what                                                        arXiv
-  deepseekmoe               raw softmax gates, expert-level loss 0.01                   2401.06066
-  deepseekmoe_norm          deepseekmoe, gates divided by their sum                     2401.06066
-  sigmoid                   sigmoid gates, expert-level loss 0.001                      2408.15664
-  gshard                    GShard whole: random second expert, capacity 2 N / E        2006.16668
-  gshard_dropless           GShard's gates only: no drops, expert-level loss 0.01       2401.06066
-  capacity_score            gshard, but the lowest scores are dropped                   2006.16668
-  capacity_batch_priority   gshard, but tokens queue by their best score               2106.05974
-  switch                    Switch whole: top-1, jitter 0.01, capacity 1.25             2101.03961
-  hash                      a random expert per token id, no router                     2106.04426
-  hash_balanced             hash, ids dealt so that experts see equally many            2106.04426
-  expert_choice             every expert takes its best tokens of a row; not causal     2202.09368
-  expert_choice_shuffled    expert_choice, rows replaced by random tokens of the batch  2408.15664
-  sinkhorn                  S-BASE: balanced choices in training, plain top-K outside     2202.01169
-  device_limited_v2         V2: 3 of 8 devices; expert, device, communication losses    2405.04434
-  v2_dropping               device_limited_v2, drops above a device's mean in training  2405.04434
-  group_limited_v3          V3's gates and 4 of 8 groups, balanced by a loss of 0.01    2412.19437
-  v3                        group_limited_v3, balanced by a bias and a loss of 1e-4     2412.19437
-  loss_free                 sigmoid, b += u sign(e), TopK(s + b)                        2408.15664
-  loss_free_softmax         softmax, b += u e / mean load                               2408.15664
-  loss_free_proportional    sigmoid, b += u e / mean load                               2408.15664
-  loss_free_multiplicative  sigmoid, b += u sign(e), TopK(s * b)                        2408.15664
-  skywork                   normalised logits, loss weight driven by the drop rate      2406.06563
-  ds_moe                    all experts and heads train; sparse only outside of it      2404.05567
-  dense                     one FFN of the activated width                              2401.06066
-  balanced                  forced: tokens are dealt to experts in turn                 -
-  skewed                    forced: half of all first choices are expert 0              -
+What each name is, and the paper it comes from: `SUMMARY` at the end of this page.
 
 Fine-grained: 1 shared + 7 of 63 experts, 32 wide. Coarse: 16 experts, 128 wide, two per token
 (gshard*, capacity_*, expert_choice*, skywork) or one (switch, hash*). ds_moe: 64 experts, 32 wide.
@@ -242,7 +216,7 @@ VARIANTS: base.Variants = {
   'skewed': _skewed,
 }
 
-# Name -> (what it is, arXiv id of where it comes from): the rows of the table above.
+# Name -> (what it is, arXiv id of where it comes from): the one table that all others are made of.
 SUMMARY = {
   'deepseekmoe': ('raw softmax gates, expert-level loss 0.01', '2401.06066'),
   'deepseekmoe_norm': ('deepseekmoe, gates divided by their sum', '2401.06066'),

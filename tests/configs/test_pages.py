@@ -156,12 +156,10 @@ def test_routing_names_are_kept():
   assert set(ROUTING_NAMES) <= routing.VARIANTS.keys()
 
 
-def test_routing_summary_is_the_table_of_the_page():
+def test_routing_summary_has_a_line_for_every_variant():
   assert list(routing.SUMMARY) == list(routing.VARIANTS)
-  lines = [tuple(re.split(r' {2,}', line.strip())) for line in routing.__doc__.splitlines()]
-  for name, (what, paper) in routing.SUMMARY.items():
-    assert (name, what, paper) in lines
-    assert re.fullmatch(r'[0-9]{4}\.[0-9]{5}|-', paper)
+  for what, paper in routing.SUMMARY.values():
+    assert 10 < len(what) <= 60 and re.fullmatch(r'[0-9]{4}\.[0-9]{5}|-', paper)
 
 
 @pytest.mark.parametrize('variant', routing.VARIANTS)
