@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from moe_jax import errors
+from moe_jax import errors, trees
 from moe_jax.balance import routing_figures
 from moe_jax.config import moe_config, moe_rules, schema
 from moe_jax.data import corpus as corpus_lib
@@ -65,7 +65,7 @@ def check_devices(moe: moe_config.MoEConfig, num_devices: int):
 
 
 def apply(
-  model: schema.ModelConfig, variables: Any, batch: Mapping[str, jax.Array]
+  model: schema.ModelConfig, variables: trees.Variables, batch: trees.Batch
 ) -> tuple[jax.Array, jax.Array]:
   """Logits [B, L, V] and choices [layers, B, L, K] of a batch, outside of training."""
   out, sown = transformer.Transformer(model).apply(
@@ -76,7 +76,9 @@ def apply(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _choices(model: schema.ModelConfig, variables: Any, batch: dict[str, jax.Array]) -> jax.Array:
+def _choices(
+  model: schema.ModelConfig, variables: trees.Variables, batch: trees.Batch
+) -> jax.Array:
   return apply(model, variables, batch)[1]
 
 
@@ -107,7 +109,7 @@ def collect(run: trained_run.Run, corpus: corpus_lib.Corpus, num_batches: int) -
   return Recording(*arrays)
 
 
-def _record(batch: dict[str, np.ndarray], run: trained_run.Run) -> np.ndarray:
+def _record(batch: trees.HostBatch, run: trained_run.Run) -> np.ndarray:
   """[layers, B, L, K] of a whole batch; micro-batch i has rows i, i + n, ... as in training."""
   num_rows = len(batch['row'])
   num_micro = num_rows // (run.cfg.train.micro_batch_size or num_rows)
@@ -123,7 +125,7 @@ def _record(batch: dict[str, np.ndarray], run: trained_run.Run) -> np.ndarray:
   return record
 
 
-def pad_rows(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
+def pad_rows(batch: trees.HostBatch, mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
   """Adds rows of padding until the devices can share the batch evenly."""
   missing = -len(batch['tokens']) % partitioning.row_ways(mesh)
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax import errors
+from moe_jax import errors, trees
 from moe_jax.analysis import assignments
 from moe_jax.config import router_traits, schema
 from moe_jax.data import corpus as corpus_lib
@@ -26,7 +26,7 @@ class Subject(NamedTuple):
   """A trained model and the text it is measured on."""
 
   cfg: schema.Config
-  variables: Any  # params and router_state
+  variables: trees.Variables  # params and router_state
   corpus: corpus_lib.Corpus
   mesh: jax.sharding.Mesh
 

@@ -10,13 +10,12 @@ Axis letters are those of `moe_jax.models`.
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import errors
+from moe_jax import errors, trees
 from moe_jax.analysis import assignments, leakage
 from moe_jax.config import router_traits, schema
 from moe_jax.data import corpus as corpus_lib
@@ -119,7 +118,7 @@ def _compare(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _outcome(
-  model: schema.ModelConfig, variables: Any, batch: dict[str, jax.Array]
+  model: schema.ModelConfig, variables: trees.Variables, batch: trees.Batch
 ) -> tuple[jax.Array, jax.Array]:
   """Choices [layers, B, L, K] and log-likelihoods [B, L] float32, 0 where there is no target."""
   logits, expert_idx = assignments.apply(model, variables, batch)

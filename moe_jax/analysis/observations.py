@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from moe_jax import trees
 from moe_jax.analysis import assignments, interventions
 from moe_jax.config import schema
 from moe_jax.data import packing
@@ -42,7 +43,7 @@ class Observations(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _routing(model: schema.ModelConfig, variables: Any, batch: dict[str, jax.Array]) -> Any:
+def _routing(model: schema.ModelConfig, variables: trees.Variables, batch: trees.Batch) -> Any:
   _, sown = transformer.Transformer(model).apply(
     variables,
     *(batch[key] for key in ('tokens', 'positions', 'segment_ids')),
@@ -74,9 +75,7 @@ def collect(subject: interventions.Subject, num_tokens: int) -> Observations:
   return Observations(*joined)
 
 
-def _observe(
-  subject: interventions.Subject, batch: dict[str, np.ndarray], size: int
-) -> Observations:
+def _observe(subject: interventions.Subject, batch: trees.HostBatch, size: int) -> Observations:
   """One batch, filled up to `size` rows and what devices can share, so that it compiles once."""
   num_rows = len(batch['tokens'])
   inputs = {key: batch[key] for key in ('tokens', 'positions', 'segment_ids')}

@@ -27,7 +27,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from moe_jax import errors
+from moe_jax import errors, trees
 from moe_jax.checkpoints import integrity, orbax_noise
 from moe_jax.config import schema
 
@@ -40,7 +40,7 @@ MAX_CHUNK_BYTES, MIN_CHUNK_BYTES = 32 * 2**20, 2**20
 class Restored:
   """One whole checkpoint: the state on its devices and the meta saved with it (plus `step`)."""
 
-  state: Any
+  state: trees.Tree
   meta: dict[str, Any]
   step: int
 
@@ -92,7 +92,7 @@ class Checkpointer:
     """Whether `step` is one at which the schedule saves."""
     return self._cfg is not None and step % self._cfg.save_every == 0
 
-  def prepare(self, abstract_state: Any):
+  def prepare(self, abstract_state: trees.Tree):
     """Compiles in the background what a save runs, so that the first one does not stall training.
 
     Args:
@@ -102,7 +102,7 @@ class Checkpointer:
     self._prepared = worker.submit(integrity.compile_checksums, abstract_state)
     worker.shutdown(wait=False)
 
-  def save(self, step: int, state: Any, meta: Mapping[str, Any], *, force: bool = False) -> bool:
+  def save(self, step: int, state: trees.Tree, meta: trees.Json, *, force: bool = False) -> bool:
     """Starts writing `state` and `meta` as one step and returns once the state may be donated.
 
     Args:
@@ -132,7 +132,7 @@ class Checkpointer:
     return self._manager.save(step, args=items, force=True)
 
   def restore(
-    self, abstract_state: Any, step: int | None = None, *, partial: bool = False
+    self, abstract_state: trees.Tree, step: int | None = None, *, partial: bool = False
   ) -> Restored | None:
     """Restores the newest whole step, or exactly `step`.
 
@@ -241,7 +241,7 @@ class Checkpointer:
       raise _DamagedError('its state/_METADATA or what it points to is missing')
     return json_item
 
-  def _restore_whole(self, step: int, target: Any, partial: bool) -> Restored:
+  def _restore_whole(self, step: int, target: trees.Tree, partial: bool) -> Restored:
     state, reason = None, 'another process could not read it'
     shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
     arrays = ocp.args.PyTreeRestore(

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from moe_jax import errors, integer_hash
+from moe_jax import errors, integer_hash, trees
 
 
-def checksums(tree: Any) -> dict[str, int]:
+def checksums(tree: trees.Tree) -> dict[str, int]:
   """One 32-bit checksum per array, by path, whatever the sharding, mesh and process count."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   # One small program per distinct array type: parameters and both moments share theirs. One after
@@ -20,7 +20,7 @@ def checksums(tree: Any) -> dict[str, int]:
   return {leaf_name(path): int(_checksum(leaf)) for path, leaf in leaves}
 
 
-def compile_checksums(abstract_state: Any):
+def compile_checksums(abstract_state: trees.Tree):
   """Compiles `_checksum` once per distinct kind of array; its calls find what was compiled."""
   leaves = jax.tree.leaves(abstract_state)
   for leaf in {(leaf.shape, leaf.dtype, leaf.sharding): leaf for leaf in leaves}.values():
@@ -49,7 +49,7 @@ def _checksum(x: jax.Array) -> jax.Array:
   return jnp.sum(mixed, dtype=jnp.uint32)
 
 
-def leaf_records(state: Any) -> dict[str, dict[str, Any]]:
+def leaf_records(state: trees.Tree) -> dict[str, dict[str, Any]]:
   """`leaf_record` of every array of a state, by its path."""
   sums = checksums(state)
   return {
@@ -63,9 +63,7 @@ def leaf_record(shape: Sequence[int], dtype: Any, checksum: int) -> dict[str, An
   return {'shape': list(shape), 'dtype': str(dtype), 'checksum': checksum}
 
 
-def record(
-  step: int, leaves: Mapping[str, Mapping[str, Any]], meta: Mapping[str, Any]
-) -> dict[str, Any]:
+def record(step: int, leaves: Mapping[str, Mapping[str, Any]], meta: trees.Json) -> dict[str, Any]:
   """The JSON item of a step: what the caller wants to know of it, and what proves it whole.
 
   Args:
@@ -78,12 +76,12 @@ def record(
   return {**item, 'crc32': crc(item)}
 
 
-def crc(item: Mapping[str, Any]) -> int:
+def crc(item: trees.Json) -> int:
   """CRC-32 of what JSON holds, whatever the order of its keys."""
   return zlib.crc32(json.dumps(item, sort_keys=True).encode())
 
 
-def check_leaves(saved: Mapping[str, Any], target: Any, where: epath.Path, partial: bool):
+def check_leaves(saved: trees.Json, target: trees.Tree, where: epath.Path, partial: bool):
   """Compares names, shapes and types of the checkpoint's arrays with those of the model at hand."""
   wanted = {
     leaf_name(path): (tuple(leaf.shape), str(leaf.dtype))

@@ -16,13 +16,13 @@ import operator
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import jax
 import numpy as np
 import tensorstore as ts
 
-from moe_jax import errors
+from moe_jax import errors, trees
 from moe_jax.checkpoints import integrity
 
 T = TypeVar('T')
@@ -173,7 +173,7 @@ def ahead(started: Iterable[T]) -> Iterator[T]:
   yield from waiting
 
 
-def specs(leaves: Any) -> dict[str, jax.ShapeDtypeStruct]:
+def specs(leaves: trees.Tree) -> dict[str, jax.ShapeDtypeStruct]:
   """Shape and dtype by name."""
   specs = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(leaves):

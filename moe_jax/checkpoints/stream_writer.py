@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from moe_jax import errors
+from moe_jax import errors, trees
 from moe_jax.checkpoints import checkpointer as checkpointer_lib
 from moe_jax.checkpoints import integrity, stream_layout
 
@@ -42,7 +42,7 @@ class Writer:
   """
 
   def __init__(
-    self, directory: str | os.PathLike[str], step: int, leaves: Any, meta: Mapping[str, Any]
+    self, directory: str | os.PathLike[str], step: int, leaves: trees.Tree, meta: trees.Json
   ):
     self._step, self._leaves, self._meta = step, leaves, meta
     self._specs = stream_layout.specs(leaves)
@@ -178,7 +178,7 @@ def _chunk_shape(extents: tuple[int, ...], itemsize: int) -> list[int]:
   return chunk
 
 
-def _write_metadata(step_dir: pathlib.Path, leaves: Any, record: Mapping[str, Any]):
+def _write_metadata(step_dir: pathlib.Path, leaves: trees.Tree, record: trees.Json):
   """Everything of a step but its arrays, in orbax's on-disk format."""
 
   def is_empty(node):

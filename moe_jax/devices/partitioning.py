@@ -11,7 +11,7 @@ of the MoE layers the expert axis is one more axis of data parallelism.
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from flax import linen as nn
 from flax.linen import spmd
 from jax.experimental import mesh_utils
 
-from moe_jax import errors
+from moe_jax import errors, trees
 from moe_jax.config import mesh_config, schema
 
 MESH_AXES = mesh_config.AXES
@@ -55,6 +55,7 @@ LOGICAL_AXIS_RULES = (
 )
 BATCH_SPEC = jax.P(ROW_AXES, 'sequence')  # of [B, L]
 
+_T = TypeVar('_T')
 Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh  # the latter has sizes, and no devices
 Names = tuple[str | None, ...]  # one logical axis per dimension, None = replicated
 
@@ -156,7 +157,7 @@ def _divides(mesh: Mesh, name: str, size: int, axes: Sequence[str]):
   )
 
 
-def rules(mesh: Any) -> tuple[tuple[str, Any], ...]:
+def rules(mesh: Mesh) -> tuple[tuple[str, str | tuple[str, ...] | None], ...]:
   """The table for one mesh: axes of size 1 left out, None where nothing is left."""
   shape = dict(mesh.shape)
   table = []
@@ -177,7 +178,7 @@ def axis_size(axis: str) -> int:
   return dict(jax.sharding.get_abstract_mesh().shape).get(axis, 1)
 
 
-def shardings(boxed: Any, mesh: Mesh) -> Any:
+def shardings(boxed: trees.Tree, mesh: Mesh) -> trees.Tree:
   """NamedSharding of every leaf of an (abstract) tree whose parameters carry axis names."""
   specs = nn.get_partition_spec(boxed)
   # Flax states a mesh of devices, but builds NamedShardings only, which take either.
@@ -201,7 +202,7 @@ def split_further(sharding: jax.NamedSharding, shape: Sequence[int]) -> jax.Name
   return jax.NamedSharding(mesh, jax.P(*(entry or None for entry in axes)))
 
 
-def unbox(boxed: Any) -> Any:
+def unbox(boxed: trees.Tree) -> trees.Tree:
   """The tree without its axis names. Unlike `nn.unbox` it also works on shapes under a mesh."""
 
   def is_box(x):
@@ -222,7 +223,7 @@ def row_shards(mesh: jax.sharding.Mesh) -> tuple[int, ...]:
   return tuple(sorted({index[0].indices(ways)[0] for index in indices if index is not None}))
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+def put_batch(batch: trees.HostBatch, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
   """Puts this process's rows of a global batch onto the mesh.
 
   Args:
@@ -248,7 +249,7 @@ def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str
   return {key: put(x) for key, x in batch.items()}
 
 
-def put_global_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+def put_global_batch(batch: trees.HostBatch, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
   """Puts arrays [B, L] and [B] that every process holds whole onto the mesh."""
 
   def put(x: np.ndarray) -> jax.Array:
@@ -270,9 +271,7 @@ def without_mesh() -> contextlib.AbstractContextManager[Any]:
   return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
 
 
-def per_shard(
-  fn: Callable[..., Any], in_axes: tuple[Any, ...], out_axes: Any
-) -> Callable[..., Any]:
+def per_shard(fn: Callable[..., _T], in_axes: tuple[Any, ...], out_axes: Any) -> Callable[..., _T]:
   """Runs `fn` on every device's own part of its arguments, under the mesh in force at tracing time.
 
   Sorting tokens by expert and grouped kernels must not be left to the partitioner: it would gather

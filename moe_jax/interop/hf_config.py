@@ -11,7 +11,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from moe_jax import errors
+from moe_jax import errors, trees
 from moe_jax.config import moe_config
 
 ARCHITECTURES = {
@@ -36,10 +36,8 @@ _GREEDY = ('greedy', 'gready')  # the second is how the released code spells its
 # DeepSeek's code has this default for the balance loss, and moe-16b's config leaves the key out.
 _AUX_LOSS_ALPHA = {'deepseek': 0.001, 'deepseek_v2': 0.001, 'deepseek_v3': 0.0}
 
-Json = Mapping[str, Any]
 
-
-def family(hf: Json) -> str:
+def family(hf: trees.Json) -> str:
   """The `model_type`, one of ARCHITECTURES.
 
   Raises:
@@ -53,7 +51,7 @@ def family(hf: Json) -> str:
   )
 
 
-def to_values(hf: Json, values: Json, num_mtp_layers: int = 0) -> dict[str, Any]:
+def to_values(hf: trees.Json, values: trees.Json, num_mtp_layers: int = 0) -> dict[str, Any]:
   """A config's nested dict with the model that config.json describes.
 
   Args:
@@ -91,7 +89,7 @@ def to_values(hf: Json, values: Json, num_mtp_layers: int = 0) -> dict[str, Any]
   return values
 
 
-def quantization(hf: Json) -> tuple[int, int] | None:
+def quantization(hf: trees.Json) -> tuple[int, int] | None:
   """Rows and columns of a block of float8 weights that shares a scale; None without quantisation.
 
   Raises:
@@ -120,12 +118,12 @@ def quantization(hf: Json) -> tuple[int, int] | None:
   return block[0], block[1]
 
 
-def declared_mtp_layers(hf: Json) -> int:
+def declared_mtp_layers(hf: trees.Json) -> int:
   """Prediction modules that config.json speaks of; its files may leave them out."""
   return int(hf.get('num_nextn_predict_layers') or 0) if family(hf) == 'deepseek_v3' else 0
 
 
-def _get(hf: Json, name: str) -> Any:
+def _get(hf: trees.Json, name: str) -> Any:
   errors.require(
     hf.get(name) is not None,
     f'config.json: {name} is missing, and no default is safe to take; put it in',
@@ -138,7 +136,7 @@ def _get(hf: Json, name: str) -> Any:
   return value
 
 
-def _set_attention(kind: str, hf: Json, model: dict[str, Any]):
+def _set_attention(kind: str, hf: trees.Json, model: dict[str, Any]):
   attention, heads = model['attention'], model['num_heads']
   attention |= {'kind': 'gqa', 'num_experts': 0}
   if kind in MLA_FAMILIES:
@@ -166,7 +164,7 @@ def _set_attention(kind: str, hf: Json, model: dict[str, Any]):
   }
 
 
-def _rope_parameters(hf: Json) -> tuple[Json, float]:
+def _rope_parameters(hf: trees.Json) -> tuple[trees.Json, float]:
   """The dict on stretched rotations, in the older or newer spelling, and theta."""
   newer, older = hf.get('rope_parameters'), hf.get('rope_scaling')
   for name, section in (('rope_parameters', newer), ('rope_scaling', older)):
@@ -185,7 +183,7 @@ def _rope_parameters(hf: Json) -> tuple[Json, float]:
   return rope, errors.present(theta, missing)
 
 
-def _yarn(kind: str, rope: Json, off: Json) -> dict[str, Any]:
+def _yarn(kind: str, rope: trees.Json, off: trees.Json) -> dict[str, Any]:
   """The section `model.attention.rope.yarn`; `off`, with factor 1, where nothing is stretched."""
   rope_type = rope.get('rope_type', rope.get('type', 'default'))
   errors.require(
@@ -225,7 +223,7 @@ def _yarn(kind: str, rope: Json, off: Json) -> dict[str, Any]:
   }
 
 
-def _set_moe(kind: str, hf: Json, model: dict[str, Any]):
+def _set_moe(kind: str, hf: trees.Json, model: dict[str, Any]):
   moe, layers = model['moe'], model['num_layers']
   num_experts = 0 if kind == 'llama' else hf.get('n_routed_experts') or 0
   dense = min(hf.get('first_k_dense_replace') or 0, layers) if num_experts else layers
@@ -249,7 +247,7 @@ def _set_moe(kind: str, hf: Json, model: dict[str, Any]):
   _set_losses(kind, hf, moe)
 
 
-def _set_v1(hf: Json, moe: dict[str, Any]):
+def _set_v1(hf: trees.Json, moe: dict[str, Any]):
   _require_gate(hf, 'deepseek', 'softmax', _GREEDY)
   scaling = hf.get('routed_scaling_factor')
   errors.require(
@@ -261,7 +259,7 @@ def _set_v1(hf: Json, moe: dict[str, Any]):
   moe['expert_bias'] = moe['expert_bias'] | {'update_rule': 'none'}
 
 
-def _set_v2(hf: Json, moe: dict[str, Any]):
+def _set_v2(hf: trees.Json, moe: dict[str, Any]):
   _require_gate(hf, 'deepseek_v2', 'softmax', (*_GREEDY, 'group_limited_greedy'))
   scaling = float(hf.get('routed_scaling_factor') or 1.0)
   # The released code divides the gates by their sum OR scales them, where this model does the one
@@ -274,7 +272,7 @@ def _set_v2(hf: Json, moe: dict[str, Any]):
     moe |= {'num_expert_groups': _get(hf, 'n_group'), 'num_limited_groups': _get(hf, 'topk_group')}
 
 
-def _set_v3(hf: Json, moe: dict[str, Any]):
+def _set_v3(hf: trees.Json, moe: dict[str, Any]):
   _require_gate(hf, 'deepseek_v3', 'sigmoid', ('noaux_tc',))
   moe |= {
     'score_func': 'sigmoid',
@@ -286,7 +284,7 @@ def _set_v3(hf: Json, moe: dict[str, Any]):
   moe['expert_bias'] = moe['expert_bias'] | {'update_rule': 'sign', 'form': 'additive'}
 
 
-def _require_gate(hf: Json, kind: str, score_func: str, methods: tuple[str, ...]):
+def _require_gate(hf: trees.Json, kind: str, score_func: str, methods: tuple[str, ...]):
   value = hf.get('scoring_func', score_func)
   errors.require(
     value == score_func,
@@ -301,7 +299,7 @@ def _require_gate(hf: Json, kind: str, score_func: str, methods: tuple[str, ...]
   )
 
 
-def _set_losses(kind: str, hf: Json, moe: dict[str, Any]):
+def _set_losses(kind: str, hf: trees.Json, moe: dict[str, Any]):
   """One balance loss: V3 divides the scores by their sum first (its report, section 2.1.2)."""
   name = 'normalized_expert_level' if kind == 'deepseek_v3' else 'expert_level'
   alpha = hf.get('aux_loss_alpha')

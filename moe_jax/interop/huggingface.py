@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import tqdm
 
-from moe_jax import atomic_files, errors
+from moe_jax import atomic_files, errors, trees
 from moe_jax.checkpoints import stream_reader, stream_writer
 from moe_jax.config import parse, schema
 from moe_jax.data import tokenizer as tokenizer_lib
@@ -43,7 +43,7 @@ Say = Callable[[str], None]
 
 def load(
   directory: str | os.PathLike[str],
-  values: Mapping[str, Any],
+  values: trees.Json,
   *,
   param_dtype: str = '',
   say: Say = print,
@@ -72,7 +72,7 @@ def load(
 
 
 def load_variables(
-  directory: str | os.PathLike[str], values: Mapping[str, Any], *, param_dtype: str = ''
+  directory: str | os.PathLike[str], values: trees.Json, *, param_dtype: str = ''
 ) -> tuple[schema.Config, dict[str, Any]]:
   """Reads the weights of a checkpoint, which may lack a tokenizer, onto the default device.
 
@@ -103,9 +103,9 @@ def _place(source: source_lib.Source, abstract: Any) -> dict[str, Any]:
 
 def save(
   cfg: schema.Config,
-  variables: Mapping[str, Any],
+  variables: trees.Variables,
   directory: str | os.PathLike[str],
-  hf: Mapping[str, Any] | None = None,
+  hf: trees.Json | None = None,
   *,
   dtype: str = 'original',
   fused_experts: bool = False,
@@ -138,7 +138,7 @@ def save(
 
 def import_checkpoint(
   directory: str | os.PathLike[str],
-  values: Mapping[str, Any],
+  values: trees.Json,
   workdir: str | os.PathLike[str],
   *,
   param_dtype: str = '',
@@ -267,7 +267,7 @@ def _copy_small_files(
 
 
 def _open(
-  directory: pathlib.Path, values: Mapping[str, Any], home: pathlib.Path, param_dtype: str
+  directory: pathlib.Path, values: trees.Json, home: pathlib.Path, param_dtype: str
 ) -> tuple[source_lib.Source, tokenizer_lib.Tokenizer]:
   """A checked checkpoint and its tokenizer, which the config expects in the directory `home`."""
   hf = source_lib.read_json(directory / 'config.json')
@@ -333,5 +333,5 @@ def _closing_line(done: str, family: str, parameters: int, tensors: int, began: 
   )
 
 
-def _write_json(path: pathlib.Path, content: Mapping[str, Any]):
+def _write_json(path: pathlib.Path, content: trees.Json):
   path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')

@@ -20,7 +20,7 @@ from lm_eval import evaluator, tasks  # pyright: ignore[reportMissingImports]
 from lm_eval import utils as harness_utils  # pyright: ignore[reportMissingImports]
 from lm_eval.api import model as harness_model  # pyright: ignore[reportMissingImports]
 
-from moe_jax import errors
+from moe_jax import errors, trees
 from moe_jax.config import schema
 from moe_jax.devices import partitioning
 from moe_jax.inference import generate
@@ -87,7 +87,7 @@ def evaluate_tasks(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _continuation(
-  cfg: schema.ModelConfig, variables: Any, ids: Array, length: Array, start: Array
+  cfg: schema.ModelConfig, variables: trees.Variables, ids: Array, length: Array, start: Array
 ) -> tuple[Array, Array]:
   """Log-likelihood of ids[start:length] after ids[:start], and whether each is the most likely.
 

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from moe_jax import errors
+from moe_jax import errors, trees
 
 SINGLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 SHARD_BYTES = 5_000_000_000  # of a written file; memory does not depend on it
@@ -171,7 +171,7 @@ def _header(path: pathlib.Path) -> dict[str, Tensor]:
   return items
 
 
-def _tensor(path: pathlib.Path, data: int, item: Mapping[str, Any]) -> Tensor:
+def _tensor(path: pathlib.Path, data: int, item: trees.Json) -> Tensor:
   begin, end = item['data_offsets']
   tensor = Tensor(path, data + begin, item['dtype'], tuple(item['shape']))
   if any(type(n) is not int or n < 0 for n in (*tensor.shape, begin)):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
-from moe_jax import errors
+from moe_jax import errors, trees
 from moe_jax.interop import mapping, safetensors_files, source
 
 DIRECTORY, RECORD = 'hf', 'moe_jax.json'
@@ -65,7 +65,7 @@ def read_record(workdir: pathlib.Path) -> Record | None:
     ) from e
 
 
-def special_tokens(directory: pathlib.Path, hf: Mapping[str, Any]) -> tuple[str, str]:
+def special_tokens(directory: pathlib.Path, hf: trees.Json) -> tuple[str, str]:
   """Begin and end token of a checkpoint's tokenizer.json, by name.
 
   tokenizer_config.json names them, or special_tokens_map.json, or config.json has their ids.
@@ -88,7 +88,7 @@ def special_tokens(directory: pathlib.Path, hf: Mapping[str, Any]) -> tuple[str,
 
 
 def _special_token(
-  kind: str, named: Sequence[Mapping[str, Any]], hf: Mapping[str, Any], path: pathlib.Path
+  kind: str, named: Sequence[Mapping[str, Any]], hf: trees.Json, path: pathlib.Path
 ) -> str:
   for content in named:
     token = content.get(f'{kind}_token')

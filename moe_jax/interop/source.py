@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax import errors
+from moe_jax import errors, trees
 from moe_jax.checkpoints import integrity
 from moe_jax.config import parse, schema
 from moe_jax.devices import partitioning
@@ -37,7 +37,7 @@ class Source:
   """A checked checkpoint."""
 
   directory: pathlib.Path
-  hf: Mapping[str, Any]  # config.json
+  hf: trees.Json  # config.json
   cfg: schema.Config
   layout: mapping.Layout
   tensors: Mapping[str, safetensors_files.Tensor]  # scales included
@@ -73,22 +73,20 @@ class Source:
     return entry.to_ours(values.astype(dtype, copy=False))
 
 
-def abstract_leaves(model: schema.ModelConfig) -> Any:
+def abstract_leaves(model: schema.ModelConfig) -> trees.Variables:
   """{'params', 'router_state'} as nested dicts of ShapeDtypeStruct; allocates nothing."""
   made = jax.eval_shape(lambda: model_variables.init(model, jax.random.key(0)))
   return partitioning.unbox(made)
 
 
-def by_name(tree: Any) -> dict[str, Any]:
+def by_name(tree: trees.Tree) -> dict[str, Any]:
   """The leaves of a nested dict, by the names that checkpoints use."""
   return {
     integrity.leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
   }
 
 
-def read(
-  directory: str | os.PathLike[str], values: Mapping[str, Any], param_dtype: str = ''
-) -> Source:
+def read(directory: str | os.PathLike[str], values: trees.Json, param_dtype: str = '') -> Source:
   """Reads config.json and all headers, and checks them.
 
   Args:
@@ -148,7 +146,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   return content
 
 
-def _present_mtp_layers(tensors: Mapping[str, Any], hf: Mapping[str, Any]) -> int:
+def _present_mtp_layers(tensors: Mapping[str, Any], hf: trees.Json) -> int:
   """All the prediction modules that config.json speaks of, or none of them."""
   first = hf.get('num_hidden_layers') or 0
   declared = hf_config.declared_mtp_layers(hf)

@@ -17,7 +17,6 @@ import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -26,7 +25,7 @@ import numpy as np
 import tqdm
 
 import moe_jax
-from moe_jax import errors
+from moe_jax import errors, trees
 from moe_jax.config import parse, schema
 from moe_jax.data import cache
 from moe_jax.devices import partitioning
@@ -48,7 +47,7 @@ _MEMORY = ('argument', 'output', 'temp', 'alias', 'generated_code', 'host_temp')
 class Job:
   """What to compile."""
 
-  values: Mapping[str, Any]  # of the config, resolved
+  values: trees.Json  # of the config, resolved
   topology: str
   decode: bool = False
   rows: int = 0  # sequences that are decoded together, over all devices
@@ -173,7 +172,9 @@ def lower_decode(
   return arguments, lowered
 
 
-def _place_weights(weights: cached_model.Weights, params: Any, mesh: jax.sharding.Mesh) -> Any:
+def _place_weights(
+  weights: cached_model.Weights, params: trees.Params, mesh: jax.sharding.Mesh
+) -> cached_model.Weights:
   """Gives the weights of single layers the layouts of their stacks, less the axis of layers."""
   known = {}
   for path, leaf in jax.tree.leaves_with_path(params):
@@ -197,7 +198,7 @@ def _placed(leaf: Any, sharding: jax.NamedSharding) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def bytes_per_device(tree: Any) -> int:
+def bytes_per_device(tree: trees.Tree) -> int:
   """Bytes that one device holds of (abstract) arrays, which are split evenly."""
   return sum(
     int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize

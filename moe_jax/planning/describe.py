@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from moe_jax import trees
 from moe_jax.balance import balance_losses as balance_losses_lib
 from moe_jax.config import attention_config, moe_config, moe_rules, router_traits, schema
 from moe_jax.models import model_variables
@@ -196,7 +197,7 @@ def _model_settings(config: schema.Config) -> dict[str, Any]:
   return settings | {key: value for key, value in paper.items() if value}
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+def _flatten(values: trees.Json, prefix: str = '') -> dict[str, Any]:
   flat = {}
   for key, value in values.items():
     nested = isinstance(value, Mapping)

@@ -14,7 +14,7 @@ import pathlib
 import secrets
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from moe_jax import errors
+from moe_jax import errors, trees
 
 _TEXT_BYTES = 2000
 _SHARED_SECONDS = 10.0  # network file systems may show a new file late
@@ -67,7 +67,7 @@ def together() -> Iterator[None]:
   raise errors.InputError(problem or prefix + problems[number])
 
 
-def require_same(values: Mapping[str, Any]):
+def require_same(values: trees.Json):
   """Makes sure that every process holds the same values, for example of its own copy of the text.
 
   Args:
@@ -123,7 +123,7 @@ def require_shared(directory: pathlib.Path):
     )
 
 
-def fetch(tree: Any) -> Any:
+def fetch(tree: trees.Tree) -> trees.Tree:
   """Arrays of any sharding as whole numpy arrays, on every process."""
   return jax.tree.map(_fetch, tree)
 

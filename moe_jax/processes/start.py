@@ -5,17 +5,13 @@ The coordinator is process 0, as host:port; the rendezvous and JAX's coordinatio
 one port, the one after the other.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import jax
 
+from moe_jax import trees
 from moe_jax.processes import launch, rendezvous, watchdog
 
 
-def initialize(
-  place: launch.Place, flags: launch.Flags, record: Mapping[str, Any]
-) -> watchdog.Watchdog:
+def initialize(place: launch.Place, flags: launch.Flags, record: trees.Json) -> watchdog.Watchdog:
   """Waits for all processes, and starts JAX among the processes.
 
   Args:
