@@ -41,7 +41,7 @@ setuptools.setup(
       'pytest>=8.0',
       'pytest-xdist>=3.6',
       'ruff>=0.15',
-      'pyright[nodejs]>=1.1.400',  # node comes as a wheel: nothing is fetched from elsewhere but npm
+      'pyright[nodejs]>=1.1.400',  # with node as a wheel
       'pyarrow>=17.0',
       'safetensors>=0.5',
       'tensorboard>=2.18',

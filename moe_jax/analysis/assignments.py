@@ -68,9 +68,11 @@ def apply(
   model: schema.ModelConfig, variables: trees.Variables, batch: trees.Batch
 ) -> tuple[jax.Array, jax.Array]:
   """Logits [B, L, V] and choices [layers, B, L, K] of a batch, outside of training."""
-  out, sown = transformer.Transformer(model).apply(
-    variables, *(batch[key] for key in _INPUTS), row=batch['row'], mutable=['intermediates']
+  inputs = [batch[key] for key in _INPUTS]
+  result: Any = transformer.Transformer(model).apply(
+    variables, *inputs, row=batch['row'], mutable=['intermediates']
   )
+  out, sown = result
   (expert_idx,) = sown['intermediates']['moe_layers']['moe']['expert_idx']
   return out.logits, expert_idx
 

@@ -103,7 +103,7 @@ def _continuation(
   """
   at = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
   real = (at < length[:, None]).astype(jnp.int32)
-  logits = transformer.Transformer(cfg).apply(variables, ids, at, real).logits[:, :-1]
+  logits = transformer.apply(cfg, variables, ids, at, real).logits[:, :-1]
   aims, place = ids[:, 1:], at[:, 1:]
   scored = (place >= start[:, None]) & (place < length[:, None])
   label = jnp.take_along_axis(logits, aims[..., None], axis=-1)[..., 0]

@@ -7,12 +7,13 @@ A layer is `decoder_block.Block`, multi-token prediction is in `token_prediction
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from moe_jax import trees
 from moe_jax.balance import router_stats
 from moe_jax.config import schema
 from moe_jax.devices import partitioning
@@ -165,6 +166,17 @@ class Transformer(nn.Module):
       routed,
     )
     return normed, stats, seen[1:]
+
+
+def apply(
+  cfg: schema.ModelConfig,
+  variables: trees.Variables,
+  *inputs: Array,
+  train: bool = False,
+  **options,
+) -> Output:
+  """The model's output for arrays [B, L]; inputs and options of `Transformer.__call__`."""
+  return cast(Output, Transformer(cfg, train).apply(variables, *inputs, **options))
 
 
 def embedded(ids: Array, embedding: Array) -> Array:

@@ -9,7 +9,7 @@ import os
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import tensorboardX
 from absl import logging
@@ -72,7 +72,7 @@ class MetricWriter:
       raise ValueError(f'metrics must have the keys {", ".join(KEYS)}; missing or extra: {wrong}')
     if not self._enabled:
       return
-    step = int(metrics['step'])
+    step = int(cast(float, metrics['step']))
     line = {'step': step, **{key: _json_number(metrics[key]) for key in KEYS[1:]}}
     self._file.write(json.dumps(line, allow_nan=False) + '\n')
     self._file.flush()

@@ -18,7 +18,7 @@ from matplotlib.backends import backend_agg
 from moe_jax import atomic_files
 
 _Path = str | os.PathLike[str]
-STYLE = {
+STYLE: dict[Any, Any] = {
   'font.size': 10,
   'axes.spines.top': False,
   'axes.spines.right': False,
@@ -251,10 +251,10 @@ def _scale(values: np.ndarray) -> tuple[float, float, str]:
 
 def _cell_edges(steps: Sequence[int]) -> np.ndarray:
   """Borders half-way between neighbours; the last step of a run may come early."""
-  steps = np.asarray(steps, dtype=float)
-  middle = (steps[1:] + steps[:-1]) / 2
-  first, last = (middle[0], middle[-1]) if len(steps) > 1 else (steps[0] - 0.5, steps[0] + 0.5)
-  return np.concatenate([[2 * steps[0] - first], middle, [2 * steps[-1] - last]])
+  at = np.asarray(steps, dtype=float)
+  middle = (at[1:] + at[:-1]) / 2
+  first, last = (middle[0], middle[-1]) if len(at) > 1 else (at[0] - 0.5, at[0] + 0.5)
+  return np.concatenate([[2 * at[0] - first], middle, [2 * at[-1] - last]])
 
 
 def tokens_sent(matrix: np.ndarray, path: _Path, title: str):
@@ -280,7 +280,7 @@ def tokens_sent(matrix: np.ndarray, path: _Path, title: str):
     if devices <= _MAX_WRITTEN_DEVICES:
       for i, j in np.ndindex(matrix.shape):
         dark = i != j and matrix[i, j] > 0.5 * top
-        text = _short(matrix[i, j])
+        text = _short(float(matrix[i, j]))
         axes.text(j, i, text, ha='center', va='center', fontsize=8, color='w' if dark else '0.2')
     for axis in (axes.xaxis, axes.yaxis):
       axis.set_major_locator(ticker.MaxNLocator(min(devices, 16), integer=True))

@@ -127,8 +127,8 @@ def _compare(
   batch: dict[str, Array],
 ) -> Difference:
   inputs = [batch[key] for key in ('tokens', 'positions', 'segment_ids')]
-  want = transformer.Transformer(dense).apply(dense_variables, *inputs).logits
-  got = transformer.Transformer(model).apply(variables, *inputs).logits
+  want = transformer.apply(dense, dense_variables, *inputs).logits
+  got = transformer.apply(model, variables, *inputs).logits
   real = (batch['segment_ids'] > 0)[..., None]
   largest = lambda x: jnp.where(real, jnp.abs(x), 0.0).max()
   targets = jnp.maximum((batch['targets'] >= 0).sum(), 1)

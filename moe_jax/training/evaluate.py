@@ -71,9 +71,7 @@ class Evaluation:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _sums(cfg: schema.ModelConfig, chunk: int, variables: Any, batch: dict[str, jax.Array]):
   head, targets = variables['params']['head'], batch['targets']
-  out = transformer.Transformer(cfg).apply(
-    variables, batch['tokens'], batch['positions'], batch['segment_ids']
-  )
+  out = transformer.apply(cfg, variables, batch['tokens'], batch['positions'], batch['segment_ids'])
   found = cross_entropy.head_loss(out.normed, head, targets, chunk=chunk, z_weight=0.0)
   return found.cross_entropy, (targets >= 0).sum(), out.stats
 
@@ -100,7 +98,7 @@ def evaluate(
   batch_size = -(-(cfg.train.micro_batch_size or cfg.train.batch_size) // ways) * ways
   batches = pipeline.heldout_batches(corpus, length, batch_size)
   total = -(-packing.num_rows(corpus.heldout, length) // batch_size)
-  sums = None
+  sums: Any = None
   bar = functools.partial(tqdm.tqdm, desc='held-out', unit='batch', leave=False)
   for batch in bar(batches, total=total, disable=None if progress else True):
     del batch['domain_ids']

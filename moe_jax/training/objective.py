@@ -58,11 +58,13 @@ def batch_loss(
   Returns:
     (the loss that is minimised, its parts).
   """
-  out = transformer.Transformer(cfg.model, train=True).apply(
+  out = transformer.apply(
+    cfg.model,
     {'params': params, 'router_state': router_state},
     batch['tokens'],
     batch['positions'],
     batch['segment_ids'],
+    train=True,
     targets=batch['targets'],
     row=batch['row'],
     seed=seed,

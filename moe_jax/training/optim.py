@@ -1,11 +1,10 @@
 """Learning-rate schedules, the batch-size ramp and the AdamW chain."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 
+from moe_jax import trees
 from moe_jax.config import schema
 
 
@@ -70,7 +69,7 @@ def mtp_weight(cfg: schema.TrainConfig, step: jax.Array) -> jax.Array:
   return weight
 
 
-def decay_mask(params: Any) -> Any:
+def decay_mask(params: trees.Params) -> trees.Tree:
   """True for the matrices, False for norm scales: only matrices decay.
 
   Told by name, because the scales of stacked layers are two-dimensional too.
@@ -99,14 +98,20 @@ def optimizer(cfg: schema.OptimConfig, num_steps: int) -> optax.GradientTransfor
 
 def _kept_in(dtype: jnp.dtype, adamw: optax.GradientTransformation) -> optax.GradientTransformation:
   """AdamW that keeps both moments in `dtype` between steps and computes with them in float32."""
-  is_adam = lambda node: isinstance(node, optax.ScaleByAdamState)
 
-  def cast(state: Any, dtype: jnp.dtype) -> Any:
-    both = lambda s: s._replace(**optax.tree.cast({'mu': s.mu, 'nu': s.nu}, dtype))
+  def is_adam(node):
+    return isinstance(node, optax.ScaleByAdamState)
+
+  def cast(state: trees.Tree, dtype: jnp.dtype) -> trees.Tree:
+    def both(s):
+      return s._replace(mu=optax.tree.cast(s.mu, dtype), nu=optax.tree.cast(s.nu, dtype))
+
     return jax.tree.map(lambda s: both(s) if is_adam(s) else s, state, is_leaf=is_adam)
 
-  def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-    updates, state = adamw.update(grads, cast(state, jnp.float32), params)
+  def update(
+    updates: trees.Params, state: trees.Tree, params: trees.Params | None = None
+  ) -> tuple[trees.Params, trees.Tree]:
+    updates, state = adamw.update(updates, cast(state, jnp.float32), params)
     return updates, cast(state, dtype)
 
   if dtype == jnp.float32:

@@ -46,7 +46,7 @@ def attend(
   return checkpoint_name(out[:, :length, :, :v_dim], 'attn_out')
 
 
-def cudnn_runs(head_dim: int, v_head_dim: int, dtype: jnp.dtype) -> bool:
+def cudnn_runs(head_dim: int, v_head_dim: int, dtype: jnp.dtype | str) -> bool:
   """Whether cuDNN's flash attention serves these sizes here: 16 bits, Ampere; above 128 Hopper."""
   if hardware.platform() != 'gpu' or jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
     return False
