@@ -4,58 +4,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from moe_jax.planning.hlo import collectives, hlo_text
-
-
-class Device:
-  def __init__(self, number):
-    self.id = number
-
-
-class Mesh:
-  """Names and sizes of axes, and devices with the numbers that a topology gives them."""
-
-  def __init__(self, ids=None, **shape):
-    self.shape = shape
-    ids = range(int(np.prod(list(shape.values())))) if ids is None else ids
-    self.devices = np.array([Device(i) for i in ids])
-
-
-MESH = Mesh(data=2, fsdp=2, expert=2)
-CONDITION = """
-%condition (p.0: (s32[], f32[8,4])) -> pred[] {
-  %p.0 = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) parameter(0)
-  %bound = s32[]{:T(128)} constant(7)
-  %i.0 = s32[]{:T(128)} get-tuple-element(%p.0), index=0
-  ROOT %lt = pred[]{:T(512)} compare(%i.0, %bound), direction=LT, metadata={op_name="while/lt"}
-}
-"""
-LOOP = (
-  CONDITION
-  + """
-%body (p.1: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
-  %p.1 = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) parameter(0)
-  %i.1 = s32[]{:T(128)} get-tuple-element(%p.1), index=0
-  %x.1 = f32[8,4]{1,0:T(8,128)} get-tuple-element(%p.1), index=1
-  %one = s32[]{:T(128)} constant(2)
-  %next = s32[]{:T(128)} add(%i.1, %one)
-  %sum = f32[8,4]{1,0:T(8,128)} all-reduce(%x.1), replica_groups=[4,2]<=[8], to_apply=%add
-  ROOT %out.1 = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) tuple(%next, %sum)
-}
-
-ENTRY %main (x: f32[8,4]) -> f32[8,4] {
-  %x = f32[8,4]{1,0:T(8,128)} parameter(0)
-  %first = s32[]{:T(128)} constant(1)
-  %start = s32[]{:T(128)} copy(%first)
-  %init = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) tuple(%start, %x)
-  %loop = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) while(%init), condition=%condition, body=%body
-  ROOT %out = f32[8,4]{1,0:T(8,128)} get-tuple-element(%loop), index=1
-}
-"""
-)
+from moe_jax.planning.hlo import collectives
+from tests.planning.hlo import programs
 
 
 def program(line: str, partitions: int = 8) -> str:
@@ -69,7 +21,9 @@ ENTRY %main (x: f32[8,4]) -> f32[8,4] {{
 """
 
 
-def one(line: str, mesh: Mesh = MESH, partitions: int = 8) -> collectives.Collective:
+def one(
+  line: str, mesh: programs.Mesh = programs.MESH, partitions: int = 8
+) -> collectives.Collective:
   (found,) = collectives.collectives(program(line, partitions), mesh)
   return found
 
@@ -124,7 +78,7 @@ def test_the_end_of_a_pair_and_groups_of_one_are_not_counted():
     'f32[32,4]{1,0} all-gather-done(%x)',
     'f32[8,4]{1,0} all-reduce(%x), replica_groups=[8,1]<=[8], to_apply=%add',
   ):
-    assert not collectives.collectives(program(line), MESH)
+    assert not collectives.collectives(program(line), programs.MESH)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +90,9 @@ def test_the_end_of_a_pair_and_groups_of_one_are_not_counted():
   ],
 )
 def test_transfers_between_slices(kind, target, axes, wanted):
-  mesh = Mesh(ids=[100_000 * (s + 1) + i for s in range(2) for i in range(4)], dcn=2, fsdp=4)
+  mesh = programs.Mesh(
+    ids=[100_000 * (s + 1) + i for s in range(2) for i in range(4)], dcn=2, fsdp=4
+  )
   line = (
     '(f32[8,4]{1,0}, u32[], token[]) send(%x, %x), channel_id=2, is_host_transfer=true, '
     f'frontend_attributes={{_xla_megascale_target={target},_xla_megascale_transfer_type="{kind}"}}'
@@ -162,53 +118,20 @@ ENTRY %main (x: f32[8,4]) -> f32[4,4] {
   ROOT %f = f32[4,4]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter
 }
 """
-  (found,) = collectives.collectives(text, MESH)
+  (found,) = collectives.collectives(text, programs.MESH)
   assert (found.kind, found.axes, found.bytes) == ('reduce-scatter', ('fsdp',), 64)
 
 
 def test_pieces_of_one_collective_are_counted_once():
   piece = 'replica_groups=[4,2]<=[8], to_apply=%add'
   chained = 'channel_id=5, ' + piece + ', frontend_attributes={chain_id="3"}'
-  text = LOOP.replace(piece, chained)
+  text = programs.LOOP.replace(piece, chained)
   # Its start, before the loop.
   text = text.replace(
     '  %first = s32[]', f'  %begun = f32[8,4]{{1,0}} all-reduce(%x), {chained}\n  %first = s32[]'
   )
-  (found,) = collectives.collectives('HloModule test, num_partitions=8\n' + text, MESH)
+  (found,) = collectives.collectives('HloModule test, num_partitions=8\n' + text, programs.MESH)
   assert (found.count, found.bytes) == (1, 128.0)
-
-
-def test_a_loop_is_multiplied_out_from_its_condition():
-  text = 'HloModule test, num_partitions=8\n' + LOOP
-  (found,) = collectives.collectives(text, MESH)
-  # 1, 3 and 5 are below 7.
-  assert (found.count, found.bytes, found.total) == (3, 128.0, 384.0)
-  assert (
-    collectives.summary(text, MESH).split()
-    == 'all-reduce expert in loop x3 1 ops 384 bytes'.split()
-  )
-
-
-def test_a_recorded_trip_count_comes_first():
-  recorded = 'body=%body, backend_config={"known_trip_count":{"n":"11"}}'
-  text = 'HloModule test, num_partitions=8\n' + LOOP.replace('body=%body', recorded)
-  assert collectives.collectives(text, MESH)[0].count == 11
-
-
-def test_a_loop_that_depends_on_data_is_counted_once_and_says_so():
-  text = LOOP.replace('%start = s32[]{:T(128)} copy(%first)', '%start = s32[] custom-call(%x)')
-  text = 'HloModule test, num_partitions=8\n' + text
-  (found,) = collectives.collectives(text, MESH)
-  assert (found.count, found.is_known) == (1, False)
-  assert 'in loop x?' in collectives.summary(text, MESH)
-
-
-def test_shapes():
-  (shape,) = hlo_text.shapes_of('bf16[6,1024]{1,0:T(8,128)(2,1)S(1)}')
-  assert (shape.dims, shape.bytes, shape.on_chip) == ((6, 1024), 12288, True)
-  sizes = [s.bytes for s in hlo_text.shapes_of('(f32[2,3]{1,0}, /*index=5*/f8e4m3fn[5], pred[])')]
-  assert sizes == [24, 5, 1]
-  assert [s.bytes for s in hlo_text.shapes_of('(s4[3], token[])')] == [2, 0]
 
 
 @functools.cache

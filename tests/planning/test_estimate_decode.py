@@ -1,0 +1,19 @@
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.planning import (
+  flops,
+  planner,
+)
+from tests.planning import requests
+
+
+def test_decode_reads_weights_and_caches():
+  plan = planner.plan(dataclasses.replace(requests.request(), decode=True, rows=8))
+  model = requests.request().cfg.model
+  elements = flops.kv_cache_elements_per_token(model) * model.max_seq_len
+  assert plan.breakdown['caches'] == elements * jnp.dtype(model.dtype).itemsize
+  assert plan.traffic_bytes > plan.breakdown['caches']
+  assert np.isfinite(plan.step_seconds_bound) and plan.how == planner.ESTIMATED

@@ -1,0 +1,41 @@
+import dataclasses
+
+from configs import deepseek_v2_lite
+from moe_jax.config import parse
+from moe_jax.planning import (
+  chips,
+  planner,
+  planner_search,
+)
+from tests.planning import requests
+
+
+def test_the_search_prefers_what_fits_and_is_fast():
+  plans, tried = planner_search.search(dataclasses.replace(requests.request(), estimate=True), 3)
+  assert len(plans) == 3 and tried > 20
+  assert all(plan.fits for plan in plans)
+  bounds = [plan.step_seconds_bound for plan in plans]
+  assert bounds[0] <= 1.05 * bounds[-1]
+
+
+def test_what_does_not_fit_says_what_would():
+  large = deepseek_v2_lite.get_config()
+  large.train.batch_size = large.train.micro_batch_size = 64
+  wanted = planner.Request(parse.from_dict(large.to_dict()), chips.parse('h100:8'))
+  plan = planner.plan(wanted)
+  assert not plan.fits
+  # No single change is enough: 15.7B parameters with their moments are 188 GB, on 8 x 80 GB.
+  (way,) = planner_search.suggestions(wanted, plan)
+  arguments = dict(part.lstrip('-').split('=', 1) for part in way.partition(' (')[0].split())
+  mesh = dict(part.split('=') for part in arguments['mesh'].split(','))
+  micro = int(arguments['config.train.micro_batch_size'])
+  cfg = dataclasses.replace(
+    wanted.cfg,
+    mesh=dataclasses.replace(wanted.cfg.mesh, data=1, **{a: int(size) for a, size in mesh.items()}),
+    model=dataclasses.replace(wanted.cfg.model, remat=arguments['config.model.remat']),
+    train=dataclasses.replace(wanted.cfg.train, micro_batch_size=micro),
+  )
+  assert planner.plan(dataclasses.replace(wanted, cfg=cfg)).fits
+  small = dataclasses.replace(wanted, topology=chips.parse('h100:1'))
+  (way,) = planner_search.suggestions(small, plan)
+  assert way.startswith('--topology=h100:')
