@@ -263,7 +263,8 @@ def key(job: Job) -> str:
   root = pathlib.Path(moe_jax.__file__).parent
   for path in sorted(root.rglob('*.py')):
     # What reads the result does not decide it.
-    if path.parent.name != 'analysis' or path.name == 'aot.py':
+    reads = path.relative_to(root).parts[0] in ('analysis', 'planning')
+    if not reads or path.name == pathlib.Path(__file__).name:
       digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
   return digest.hexdigest()[:32]
 
@@ -287,7 +288,8 @@ def _compile_apart(job: Job, directory: pathlib.Path, progress: bool):
   (directory / 'job.json').write_text(json.dumps(dataclasses.asdict(job)), encoding='utf-8')
   root = pathlib.Path(moe_jax.__file__).parents[1]
   path = os.pathsep.join(filter(None, (str(root), os.environ.get('PYTHONPATH'))))
-  command = [sys.executable, '-c', 'from moe_jax.analysis import aot; aot.main()', str(directory)]
+  code = f'import {__name__} as own; own.main()'
+  command = [sys.executable, '-c', code, str(directory)]
   log = directory / 'log.txt'
   with log.open('wb') as output:
     process = subprocess.Popen(

@@ -232,7 +232,7 @@ def test_small_batches_and_long_documents_give_the_same_tokens(make_config, monk
 SCRIPT = """
 import json, sys
 from configs import base
-from moe_jax import config
+from moe_jax.config import schema
 from moe_jax.data import corpus, hashing
 data = schema.DataConfig(**base.get_config().data.to_dict() | json.loads(sys.argv[1]))
 loaded = corpus.load_corpus(data, 300, 0)

@@ -7,7 +7,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = """
 import sys
 import jax
-from moe_jax import compile_cache
+from moe_jax.devices import compile_cache
 
 directory = compile_cache.enable(sys.argv[1])
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)

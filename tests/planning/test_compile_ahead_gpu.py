@@ -25,11 +25,13 @@ import sys
 import jax
 import jax.numpy as jnp
 from configs import deepseek_v2_lite
-from moe_jax import compile_options, config, losses, partitioning
-from moe_jax.analysis import gpu_targets
-from moe_jax.models import attend, attention, mla
+from moe_jax.config import parse
+from moe_jax.devices import compile_options, partitioning
+from moe_jax.models.attention import kernels, latent, multi_head
 from moe_jax.models.attention.kernels import tokamax
 from moe_jax.models.dispatch import dropless
+from moe_jax.planning import gpu_targets
+from moe_jax.training import cross_entropy
 
 cfg = parse.from_dict(deepseek_v2_lite.get_config().to_dict())
 (device,) = gpu_targets.describe('h100')

@@ -18,8 +18,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from configs import base
-from moe_jax import config, flops, partitioning, train
-from moe_jax.analysis import hlo, hlo_cost
+from moe_jax.config import parse
+from moe_jax.devices import partitioning
+from moe_jax.planning import flops
+from moe_jax.planning.hlo import collectives, hlo_cost
+from moe_jax.training import loop, optimizer_step, train_state
 
 page = base.get_config()
 page.update_from_flattened_dict({
@@ -69,7 +72,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from configs import base
-from moe_jax import config, partitioning
+from moe_jax.config import parse
+from moe_jax.devices import partitioning
 from moe_jax.models.dispatch import dropless
 
 tokens, d, e, f, k = 32768, 1024, 16, 512, 6

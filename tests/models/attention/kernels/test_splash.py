@@ -52,8 +52,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from configs import base
-from moe_jax import config, partitioning
-from moe_jax.models import attend
+from moe_jax.config import parse
+from moe_jax.devices import partitioning
+from moe_jax.models.attention import kernels
 from moe_jax.models.attention.kernels import sharded
 
 chips = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x4').devices

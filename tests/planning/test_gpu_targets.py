@@ -1,0 +1,34 @@
+import jax
+import pytest
+from jax.extend import backend
+
+from moe_jax import errors
+from moe_jax.planning import gpu_targets
+
+
+def test_an_unknown_target_names_the_nearest():
+  with pytest.raises(errors.InputError, match="target='h10'.*h100"):
+    gpu_targets.describe('h10')
+
+
+def test_without_the_plugin_it_says_what_to_install(monkeypatch):
+  monkeypatch.setattr(gpu_targets, 'installed', lambda: False)
+  with pytest.raises(errors.InputError, match="'h100' needs the CUDA plugin.*jax-cuda13-plugin"):
+    gpu_targets.describe('h100')
+
+
+def test_the_two_descriptions_differ_in_memory_and_name_only():
+  lines = [text.splitlines() for text in gpu_targets.TARGETS.values()]
+  differing = [a.split(':')[0].strip() for a, b in zip(*lines) if a != b]
+  assert differing == ['memory_bandwidth', 'device_memory_size', 'device_description_str']
+  # The makers' 3.35 TB/s and 80 GB, in bytes.
+  assert 'memory_bandwidth: 3352320000000' in gpu_targets.TARGETS['h100']
+
+
+def test_a_device_is_the_default_inside_only_and_also_after_an_error():
+  real, device = backend.get_default_device, jax.devices()[3]
+  with gpu_targets.as_default(device):
+    assert backend.get_default_device() is device
+  with pytest.raises(KeyError), gpu_targets.as_default(device):
+    raise KeyError
+  assert backend.get_default_device is real

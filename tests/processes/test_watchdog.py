@@ -1,0 +1,71 @@
+"""What a process does when another one ends: a child beside this process, over a pair of sockets."""
+
+import json
+import socket
+import subprocess
+import sys
+
+import pytest
+
+CHILD = """
+import socket, sys, time
+from moe_jax.processes import watchdog
+watchdog._FIRST_GRACE_SECONDS = watchdog._GRACE_SECONDS = 0.2
+number, ends = int(sys.argv[1]), sys.argv[2]
+connection = socket.socket(fileno=int(sys.argv[3]))
+line = watchdog.Lifeline(number, ['host0', 'host1'], {1 - number: connection})
+print('started', flush=True)
+if ends == 'finish':
+  line.finish()
+elif ends == 'fail':
+  line.fail('no such file', 2)
+else:
+  time.sleep(20)
+"""
+
+
+def child(ends, says=None, number=1):
+  """(exit status, what it told the other, standard error); `says` is what it hears, None nothing."""
+  ours, theirs = socket.socketpair()
+  command = [sys.executable, '-c', CHILD, str(number), ends, str(theirs.fileno())]
+  process = subprocess.Popen(
+    command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, pass_fds=[theirs.fileno()]
+  )
+  theirs.close()
+  assert process.stdout.readline() == 'started\n'
+  if ends == 'wait' and says is not None:
+    ours.sendall(json.dumps(says).encode() + b'\n')
+  elif ends == 'wait':
+    ours.close()
+  try:
+    _, error = process.communicate(timeout=60)
+  finally:
+    process.kill()
+  told = b'' if ours.fileno() < 0 else ours.recv(10_000)
+  ours.close()
+  return process.returncode, told and json.loads(told), error
+
+
+def test_who_finishes_says_so():
+  assert child('finish') == (0, '', '')
+
+
+def test_who_fails_tells_why_and_keeps_its_own_status():
+  assert child('fail') == (2, 'process 1 (host1) ended: no such file', '')
+
+
+@pytest.mark.parametrize('number', [0, 1])
+def test_silence_is_a_crash_and_the_other_process_is_named(number):
+  status, _, error = child('wait', number=number)
+  other = 1 - number
+  assert status == 1
+  assert error == (
+    f'error: process {other} (host{other}) was killed or has crashed, see its own output; '
+    'start all processes again to go on from the newest checkpoint\n'
+  )
+
+
+def test_last_words_are_repeated_on_one_line():
+  status, told, error = child('wait', says='process 0 (host0) ended:\n bad   input')
+  assert status == 1 and told == 'process 0 (host0) ended:\n bad   input'
+  assert error.startswith('error: process 0 (host0) ended: bad input; start all processes again')
