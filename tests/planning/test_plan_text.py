@@ -39,16 +39,16 @@ estimated from shapes
 note: rows are few
 
 MEMORY per device
-  parameters                           2.00 GiB
-  logits and loss                      1.00 GiB
-  needed                               3.00 GiB
-  HBM that a program may use           4.00 GiB
-  exchange buffers, at their most      0.50 GiB
+  parameters                            2.00 GiB
+  logits and loss                       1.00 GiB
+  needed                                3.00 GiB
+  HBM that a program may use            4.00 GiB
+  exchange buffers, at their most       0.50 GiB
 fits, 1.00 GiB are left
 
 TIME per step, each resource alone at its peak
-  compute             0.250 s
-    along expert      0.125 s
+  compute              0.250 s
+    along expert       0.125 s
 at least 0.250 s, bound by compute: at most 12,346 tokens/s and 62.5 % MFU
 
 WORK per device and step

@@ -1,4 +1,4 @@
-"""What a process does when another one ends: a child beside this process, over a pair of sockets."""
+"""What a process does when another one ends: a child beside it, over a pair of sockets."""
 
 import json
 import socket
@@ -13,7 +13,7 @@ from moe_jax.processes import watchdog
 watchdog._FIRST_GRACE_SECONDS = watchdog._GRACE_SECONDS = 0.2
 number, ends = int(sys.argv[1]), sys.argv[2]
 connection = socket.socket(fileno=int(sys.argv[3]))
-line = watchdog.Lifeline(number, ['host0', 'host1'], {1 - number: connection})
+line = watchdog.Watchdog(number, ['host0', 'host1'], {1 - number: connection})
 print('started', flush=True)
 if ends == 'finish':
   line.finish()
@@ -25,7 +25,7 @@ else:
 
 
 def child(ends, says=None, number=1):
-  """(exit status, what it told the other, standard error); `says` is what it hears, None nothing."""
+  """(exit status, what it told the other, standard error); `says` is what it hears."""
   ours, theirs = socket.socketpair()
   command = [sys.executable, '-c', CHILD, str(number), ends, str(theirs.fileno())]
   process = subprocess.Popen(
