@@ -272,7 +272,9 @@ def _advance(
 def _random_caches(
   cfg: schema.ModelConfig, weights: cached_model.Weights, batch: int, slots: int
 ) -> cached_model.Caches:
-  fill = lambda w, t, n: cached_model.prefill(cfg, w, t, n, slots).caches
+  def fill(w, t, n):
+    return cached_model.prefill(cfg, w, t, n, slots).caches
+
   one = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
   shapes = jax.eval_shape(fill, weights, one, jax.ShapeDtypeStruct((batch,), jnp.int32))
   leaves, tree = jax.tree.flatten(shapes)
@@ -341,7 +343,10 @@ def _generation(
       )
     ]
     if theirs:
-      run_theirs = lambda n, f=fresh, t=theirs: t(f(n))
+
+      def run_theirs(n, f=fresh, t=theirs):
+        return t(f(n))
+
       programs.append(
         harness.Program(label, 'transformers', run_theirs, role='transformers', detail=detail)
       )

@@ -195,7 +195,10 @@ def _generate(
   del variables
   ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
   lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
-  fill = lambda w, t, n: cached_model.prefill(cfg, w, t, n, context).caches
+
+  def fill(w, t, n):
+    return cached_model.prefill(cfg, w, t, n, context).caches
+
   one = jax.eval_shape(fill, weights, ids, lengths)
   per_row = sum(int(np.prod(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(one))
   rows = max(1, int(limit // per_row))

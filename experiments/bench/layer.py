@@ -123,7 +123,10 @@ def make_moe(case: Case, variant: str) -> tuple[Callable, Any]:
   ids = jnp.zeros(case.shape[:2], jnp.int32)
   row = jnp.arange(case.shape[0], dtype=jnp.int32)
   tokens = routing.Tokens(ids, ids == 0, row, jnp.uint32(0))
-  apply = lambda variables, x: module.apply(variables, x, tokens, jnp.int32(0), {})[0]
+
+  def apply(variables, x):
+    return module.apply(variables, x, tokens, jnp.int32(0), {})[0]
+
   make = jax.jit(lambda x: module.init(jax.random.key(0), x, tokens, jnp.int32(0), {}))
   return apply, partitioning.unbox(make(jnp.zeros(case.shape, dtype)))
 
@@ -142,7 +145,9 @@ def program(
   """The compiled program."""
   if backward:
     # A cotangent that depends on the output, so that nothing can be left out.
-    loss = lambda v, x: (fn(v, x).astype(jnp.float32) ** 2).mean()
+    def loss(v, x):
+      return (fn(v, x).astype(jnp.float32) ** 2).mean()
+
     rest = {k: v for k, v in variables.items() if k != 'params'}
 
     def run(params: Any, x: jax.Array) -> Any:
@@ -184,9 +189,15 @@ def torch_program(
   )
   cfg._experts_implementation = 'grouped_mm'
   module = modeling_deepseek_v2.DeepseekV2Moe(cfg)
-  to = lambda a: torch.from_numpy(np.array(a.astype(jnp.float32)))
+
+  def to(a):
+    return torch.from_numpy(np.array(a.astype(jnp.float32)))
+
   params = variables['params']
-  flat = lambda a: a.reshape(*a.shape[:-2], -1)  # the pair before F: gate, then up
+
+  def flat(a):
+    return a.reshape(*a.shape[:-2], -1)  # the pair before F: gate, then up
+
   state = {
     'gate.weight': params['router'].T,
     'experts.gate_up_proj': jnp.swapaxes(flat(params['gate_up']), 1, 2),

@@ -108,7 +108,10 @@ def _programs(
   has = importlib.util.find_spec('transformers') and importlib.util.find_spec('torch')
   if case.transformers and options.transformers and has:
     step = torch_step.make_step(cfg)
-    several = lambda number: [step(case.steps * number + i) for i in range(case.steps)]
+
+    def several(number):
+      return [step(case.steps * number + i) for i in range(case.steps)]
+
     variant = f'transformers {torch_step.EXPERTS}'
     yield harness.Program(
       name, variant, several, role='transformers', flops=case.steps * _flops(cfg)

@@ -193,9 +193,12 @@ def temporaries(compiled: Any) -> int:
 def environment() -> dict[str, Any]:
   """Where and with what a benchmark ran: for the head of its results."""
   root = os.path.dirname(__file__)
-  git = lambda *words: subprocess.run(
-    ['git', *words], cwd=root, capture_output=True, text=True, check=False
-  ).stdout.strip()
+
+  def git(*words):
+    return subprocess.run(
+      ['git', *words], cwd=root, capture_output=True, text=True, check=False
+    ).stdout.strip()
+
   versions = {}
   for package in PACKAGES:
     try:

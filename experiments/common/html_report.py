@@ -120,7 +120,10 @@ def _html(block: Block) -> str:
     case Code(lines):
       return f'<pre>{html.escape(chr(10).join(lines))}</pre>'
     case Table(header, rows):
-      row = lambda tag, cells: ''.join(f'<{tag}>{_inline(cell)}</{tag}>' for cell in cells)
+
+      def row(tag, cells):
+        return ''.join(f'<{tag}>{_inline(cell)}</{tag}>' for cell in cells)
+
       body = ''.join(f'<tr>{row("td", cells)}</tr>' for cells in rows)
       return f'<table><tr>{row("th", header)}</tr>{body}</table>'
     case Picture(path, caption):

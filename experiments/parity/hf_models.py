@@ -181,11 +181,14 @@ def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torc
 
 def _make_v1(values: dict[str, Any], directory: pathlib.Path, dtype: torch.dtype):
   d, experts = values['hidden_size'], values['n_routed_experts']
-  ffn = lambda prefix, width: {
-    f'{prefix}gate_proj.weight': (width, d),
-    f'{prefix}up_proj.weight': (width, d),
-    f'{prefix}down_proj.weight': (d, width),
-  }
+
+  def ffn(prefix, width):
+    return {
+      f'{prefix}gate_proj.weight': (width, d),
+      f'{prefix}up_proj.weight': (width, d),
+      f'{prefix}down_proj.weight': (d, width),
+    }
+
   shapes = {'model.embed_tokens.weight': (VOCAB, d), 'lm_head.weight': (VOCAB, d)}
   shapes['model.norm.weight'] = (d,)
   for layer in range(values['num_hidden_layers']):
@@ -261,7 +264,10 @@ def reference(name: str, directory: pathlib.Path) -> Logits:
 def theirs(model: transformers.PreTrainedModel) -> Logits:
   """`tokens` through a model of transformers."""
   chosen = []
-  keep = lambda module, args, out: chosen.append(out[2])
+
+  def keep(module, args, out):
+    return chosen.append(out[2])
+
   hooks = [gate.register_forward_hook(keep) for gate in gates(model)]
   logits = model(torch.from_numpy(tokens()).long(), use_cache=False).logits
   for hook in hooks:

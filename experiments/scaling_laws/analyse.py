@@ -71,7 +71,10 @@ class Analysis:
 
 def analyse(rows: Sequence[Row]) -> Analysis:
   """Fits everything."""
-  of = lambda phase, kind: [r for r in rows if r['phase'] == phase and r['kind'] == kind]
+
+  def of(phase, kind):
+    return [r for r in rows if r['phase'] == phase and r['kind'] == kind]
+
   measured, heldout = {}, {}
   for kind in study.KINDS:
     isoflop, unseen = of('isoflop', kind), of('heldout', kind)
@@ -83,7 +86,10 @@ def analyse(rows: Sequence[Row]) -> Analysis:
 def _hyper(rows: Sequence[Row], repeats: Sequence[Row]) -> Hyper:
   losses = [row['bits_per_byte'] for row in repeats]
   noise = statistics.stdev(losses) / statistics.mean(losses)
-  column = lambda name: [row[name] for row in rows]
+
+  def column(name):
+    return [row[name] for row in rows]
+
   samples = [
     scaling_laws.bootstrap_near_optimal(
       column('budget'), column(name), column('bits_per_byte'), noise

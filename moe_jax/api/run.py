@@ -9,13 +9,13 @@ import functools
 import os
 import pathlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 import jax
 import numpy as np
 
-from moe_jax import errors
+from moe_jax import errors, trees
 from moe_jax.config import schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import tokenizer as tokenizer_lib
@@ -61,7 +61,7 @@ class Run:
     self.trained = trained
     self.directory = pathlib.Path(directory)
     self.config: schema.Config = trained.cfg
-    self.variables: Mapping[str, Any] = trained.variables
+    self.variables: trees.Variables = trained.variables
     self.tokenizer: tokenizer_lib.Tokenizer = trained.tokenizer
     self.mesh: jax.sharding.Mesh = trained.mesh
     self.step: int = trained.step
@@ -261,7 +261,7 @@ class Run:
   def _generator(self) -> generate_lib.Generator:
     return generate_lib.Generator(self.config.model, self.variables, (self.tokenizer.eos_id,))
 
-  def _apply(self, function: Callable[..., Any], batch: dict[str, np.ndarray]) -> Any:
+  def _apply(self, function: Callable[..., Any], batch: trees.HostBatch) -> Any:
     with partitioning.activate(self.mesh):
       put = partitioning.put_global_batch(batch, self.mesh)
       return function(self.config.model, self.variables, put)
@@ -328,14 +328,14 @@ def _padded(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(model: schema.ModelConfig, variables: Any, batch: dict[str, Array]) -> Array:
+def _logits(model: schema.ModelConfig, variables: trees.Variables, batch: trees.Batch) -> Array:
   out: Any = transformer.Transformer(model).apply(variables, *(batch[key] for key in _INPUTS))
   return out.logits
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _routing(
-  model: schema.ModelConfig, variables: Any, batch: dict[str, Array]
+  model: schema.ModelConfig, variables: trees.Variables, batch: trees.Batch
 ) -> tuple[Array, Array]:
   """Experts and gates, [layers, B, L, K]."""
   sown: Any = transformer.Transformer(model).apply(

@@ -7,7 +7,7 @@ from typing import Any
 
 import ml_collections
 
-from moe_jax import errors
+from moe_jax import errors, trees
 from moe_jax.api import run as run_lib
 from moe_jax.config import pages, parse, schema
 from moe_jax.runs import final_report, train_run
@@ -75,9 +75,7 @@ def resolve(config: Config, overrides: Mapping[str, Any]) -> schema.Config:
   return parse.from_dict(values)
 
 
-def _replaced(
-  values: Mapping[str, Any], keys: list[str], value: Any, prefix: str
-) -> dict[str, Any]:
+def _replaced(values: trees.Json, keys: list[str], value: Any, prefix: str) -> dict[str, Any]:
   """Nested dicts with one leaf replaced."""
   name, *rest = keys
   errors.require(

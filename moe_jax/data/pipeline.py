@@ -10,7 +10,7 @@ Axis letters are those of `moe_jax.models`, B being a global batch; its `num_sha
 shared out among the processes.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import cast
 
 import grain
@@ -129,7 +129,7 @@ def train_batches(
   shards: Sequence[int] = (0,),
   num_shards: int = 1,
   prefetch: int = 8,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
   """Yields this process's batches of the steps start_step, ..., num_steps - 1.
 
   Args:
@@ -162,7 +162,9 @@ def train_batches(
   return _prefetched(source, start_step, prefetch)
 
 
-def _prefetched(source: TrainBatches, start_step: int, prefetch: int) -> Iterator[Batch]:
+def _prefetched(
+  source: TrainBatches, start_step: int, prefetch: int
+) -> Generator[Batch, None, None]:
   if start_step >= len(source):
     return
   steps = grain.MapDataset.source(cast(Sequence[Batch], source))[start_step:]

@@ -56,7 +56,7 @@ def draw(
   written.append(workdir / 'plots' / 'expert_load.png')
   title = f'{workdir.name}: expert load on held-out text, step {step}'
   first = cfg.model.num_dense_layers
-  plots.expert_load(figures.load, written[1], title, first_layer=first)
+  plots.expert_load(figures.routing['load'], written[1], title, first_layer=first)
   written.append(workdir / 'plots' / 'routing.png')
   history = routing_figures.read_history(workdir / 'routing')
   plots.routing_overview(history, written[2], f'{workdir.name}: routing', first_layer=first)

@@ -35,4 +35,5 @@ def with_tables(
 
 def _token_counts(corpus: corpus_lib.Corpus, vocab_size: int) -> np.ndarray:
   """[V], over the training splits of all domains."""
-  return sum(np.bincount(split.tokens, minlength=vocab_size) for split in corpus.train)
+  counts = (np.bincount(split.tokens, minlength=vocab_size) for split in corpus.train)
+  return np.asarray(sum(counts))

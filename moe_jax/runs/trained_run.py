@@ -89,7 +89,10 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Run:
   with reader(workdir) as checkpointer:
     # The optimizer's moments, twice the size of the weights, are left on the disk.
     abstract = model_variables.abstract_variables(cfg.model, mesh)
-    restored = checkpointer.restore(abstract, step, partial=True)
+    restored = errors.present(
+      checkpointer.restore(abstract, step, partial=True),
+      f'--workdir={workdir} holds no finished checkpoint; give a workdir that has one',
+    )
   if not (workdir / 'tokenizer.json').is_file():
     raise errors.InputError(
       f'--workdir={workdir} has lost its tokenizer.json, without which its checkpoints mean '

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import errors
+from moe_jax import errors, trees
 from moe_jax.config import moe_config, router_traits, schema
 from moe_jax.devices import partitioning
 from moe_jax.models import model_variables
@@ -109,7 +109,10 @@ def plan(dense: schema.ModelConfig, model: schema.ModelConfig) -> Layout:
 def _check_equal(dense: schema.ModelConfig, model: schema.ModelConfig):
   names = [*_EQUAL, *(('mlp_dim',) if model.num_dense_layers else ())]
   for name in names:
-    get = lambda cfg, name=name: functools.reduce(getattr, name.split('.'), cfg)
+
+    def get(cfg, name=name):
+      return functools.reduce(getattr, name.split('.'), cfg)
+
     errors.require(
       get(dense) == get(model),
       f'config.model.{name}={get(model)} must be that of the dense model in --from, {get(dense)}; '
@@ -135,7 +138,7 @@ def _check_whole_copies(moe: moe_config.MoEConfig, routed: int):
 
 def upcycle(
   dense: schema.ModelConfig,
-  dense_params: Any,
+  dense_params: trees.Params,
   model: schema.ModelConfig,
   *,
   noise: float,

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import tqdm
 
+from moe_jax import trees
 from moe_jax.balance import expert_similarity, router_stats
 from moe_jax.balance import routing_figures as routing_figures_lib
 from moe_jax.config import schema
@@ -69,7 +70,7 @@ class Evaluation:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _sums(cfg: schema.ModelConfig, chunk: int, variables: Any, batch: dict[str, jax.Array]):
+def _sums(cfg: schema.ModelConfig, chunk: int, variables: trees.Variables, batch: trees.Batch):
   head, targets = variables['params']['head'], batch['targets']
   out = transformer.apply(cfg, variables, batch['tokens'], batch['positions'], batch['segment_ids'])
   found = cross_entropy.head_loss(out.normed, head, targets, chunk=chunk, z_weight=0.0)
@@ -78,7 +79,7 @@ def _sums(cfg: schema.ModelConfig, chunk: int, variables: Any, batch: dict[str, 
 
 def evaluate(
   cfg: schema.Config,
-  variables: Any,
+  variables: trees.Variables,
   corpus: corpus_lib.Corpus,
   mesh: jax.sharding.Mesh,
   *,
@@ -117,12 +118,12 @@ def evaluate(
 
 
 @jax.jit
-def _similarity(experts: Any) -> jax.Array:
+def _similarity(experts: trees.Tree) -> jax.Array:
   return expert_similarity.expert_similarity(experts['gate_up'], experts['down'])
 
 
 def routing_figures(
-  model: schema.ModelConfig, variables: Any, stats: router_stats.RouterStats
+  model: schema.ModelConfig, variables: trees.Variables, stats: router_stats.RouterStats
 ) -> dict[str, np.ndarray]:
   """The arrays of `router_metrics` for the sums `stats` over a batch or a whole evaluation."""
   moe, state = (

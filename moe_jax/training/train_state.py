@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from moe_jax import trees
 from moe_jax.config import schema
 from moe_jax.devices import partitioning
 from moe_jax.models import model_variables
@@ -15,15 +16,14 @@ Array = jax.Array
 Batch = dict[str, Array]
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
   """Everything that a step changes."""
 
   step: Array  # [] int32, optimizer steps done
   seed: Array  # [] uint32, fixed; with the step it decides the random choices of routing
-  params: Any  # nested dict of weights
-  router_state: Any  # nested dict of what routing remembers; the optimizer never sees it
-  opt_state: Any
+  params: trees.Params
+  router_state: trees.RouterState  # the optimizer never sees it
+  opt_state: trees.Tree
 
   @property
   def variables(self) -> dict[str, Any]:
@@ -46,10 +46,16 @@ def abstract_state(cfg: schema.Config, mesh: partitioning.Mesh) -> TrainState:
   boxed = jax.eval_shape(lambda: _init(cfg, jax.random.key(0)))
   shapes, shardings = partitioning.unbox(boxed), partitioning.shardings(boxed, mesh)
   if cfg.mesh.zero1:
-    further = lambda s, x: partitioning.split_further(s, x.shape) if x.ndim else s
+
+    def further(s, x):
+      return partitioning.split_further(s, x.shape) if x.ndim else s
+
     opt_state = jax.tree.map(further, shardings.opt_state, shapes.opt_state)
     shardings = shardings.replace(opt_state=opt_state)
-  struct_of = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+
+  def struct_of(x, s):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+
   return jax.tree.map(struct_of, shapes, shardings)
 
 
@@ -60,11 +66,11 @@ def init_state(cfg: schema.Config, mesh: jax.sharding.Mesh) -> TrainState:
   return create(jax.random.key(cfg.train.seed))
 
 
-def state_from(cfg: schema.Config, mesh: jax.sharding.Mesh, params: Any) -> TrainState:
+def state_from(cfg: schema.Config, mesh: jax.sharding.Mesh, params: trees.Params) -> TrainState:
   """The state at step 0 with these weights, which lie on the mesh, in place of random ones."""
   out = jax.tree.map(lambda x: x.sharding, abstract_state(cfg, mesh))
 
-  def create(rng: Array, params: Any) -> TrainState:
+  def create(rng: Array, params: trees.Params) -> TrainState:
     # What the given weights replace is dead code to the compiler.
     state = partitioning.unbox(_init(cfg, rng))
     opt_state = optim.optimizer(cfg.optim, cfg.train.num_steps).init(params)

@@ -37,8 +37,9 @@ class Tokens(NamedTuple):
 class Inputs(NamedTuple):
   """What a router decides by."""
 
-  scores: Array | None  # [B, L, E] float32; None for a router without logits
-  selection: Array | None  # [B, L, E] float32, scores plus bias, -inf where out of reach
+  # Both are None, and not to be asked for, with a router without logits (traits.has_logits).
+  scores: Array  # [B, L, E] float32
+  selection: Array  # [B, L, E] float32, scores plus bias, -inf where out of reach
   tokens: Tokens
   layer: Array  # [] int32, number of the layer in the model
   state: Mapping[str, Array]  # the layer's variables of collection `router_state`
