@@ -11,21 +11,21 @@ import json
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from experiments.common import cli, html_report
 from moe_jax import errors
-from moe_jax.analysis import assignments, interventions, probes
-from moe_jax.analysis.probes import probe_types, report
-from moe_jax.balance import routing_figures
-from moe_jax.runs import trained_run
+
+if TYPE_CHECKING:
+  from moe_jax.analysis.probes import probe_types
 
 
 def define_flags():
   """Flags of this command."""
   cli.workdir_flag('directory of a trained run')
-  flags.DEFINE_list('probe', ['all'], f'some of {", ".join(probes.PROBES)}')
+  flags.DEFINE_list('probe', ['all'], 'names of probes; an unknown one lists them all')
   flags.DEFINE_integer('step', None, 'checkpoint to use; the newest whole one if not given')
   flags.DEFINE_integer('compare_step', None, 'checkpoint for saturation; all others if not given')
   flags.DEFINE_integer('tokens', 32_768, 'held-out tokens to look at; 0 = all')
@@ -34,6 +34,8 @@ def define_flags():
 
 
 def _chosen() -> list[str]:
+  from moe_jax.analysis import probes
+
   names = flags.FLAGS.probe
   if names == ['all']:
     return list(probes.PROBES)
@@ -46,8 +48,12 @@ def _chosen() -> list[str]:
   return list(dict.fromkeys(names))
 
 
-def _context(workdir: str) -> probe_types.Context:
+def _context(workdir: str) -> 'probe_types.Context':
   """The run, and for saturation its other checkpoints."""
+  from moe_jax.analysis import assignments, interventions
+  from moe_jax.analysis.probes import probe_types
+  from moe_jax.runs import trained_run
+
   values = flags.FLAGS
   errors.require(values.tokens >= 0, f'--tokens={values.tokens} must be at least 0 (0 = all)')
   assignments.check(trained_run.read_config(workdir, values.step).model)
@@ -68,6 +74,9 @@ def _context(workdir: str) -> probe_types.Context:
 
 def main(unused_argv: Sequence[str]):
   """Runs the probes and writes what they found."""
+  from moe_jax.analysis.probes import report
+  from moe_jax.balance import routing_figures
+
   workdir, names = cli.required('workdir'), _chosen()
   context = _context(workdir)
   found, skipped = report.run(context, names, progress=not flags.FLAGS.json)

@@ -11,10 +11,8 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from configs import base
 from experiments.common import cli
 from moe_jax import errors
-from moe_jax.interop import huggingface
 
 
 def define_flags():
@@ -29,6 +27,9 @@ def define_flags():
 
 def main(unused_argv: Sequence[str]):
   """Converts, and says what was converted."""
+  from configs import base
+  from moe_jax.interop import huggingface
+
   values = flags.FLAGS
   workdir = cli.required('workdir')
   errors.require(

@@ -7,12 +7,10 @@ Run:  python -m experiments.describe --config=configs/deepseekmoe_16b.py
 import json
 from collections.abc import Sequence
 
-import jax
 from absl import flags
 
 from experiments.common import cli
 from moe_jax import errors
-from moe_jax.planning import describe
 
 
 def define_flags():
@@ -24,6 +22,10 @@ def define_flags():
 def main(argv: Sequence[str]):
   """Prints the comparison."""
   del argv
+  import jax
+
+  from moe_jax.planning import describe
+
   pages = flags.FLAGS.config
   errors.require(bool(pages), cli.MISSING_CONFIG)
   configs = [cli.resolve(page) for _, page in pages]

@@ -10,15 +10,15 @@ import importlib.util
 import json
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import jax
 from absl import flags
 
 from experiments.common import cli
 from moe_jax import errors
-from moe_jax.api import load, run
-from moe_jax.processes import agreement
-from moe_jax.runs import overrides, trained_run
+
+if TYPE_CHECKING:
+  from moe_jax.runs import trained_run
 
 
 def define_flags():
@@ -43,6 +43,12 @@ def define_flags():
 
 def main(unused_argv: Sequence[str]):
   """Prints the figures of one checkpoint."""
+  import jax
+
+  from moe_jax.api import load, run
+  from moe_jax.processes import agreement
+  from moe_jax.runs import overrides, trained_run
+
   workdir, step = cli.required('workdir'), flags.FLAGS.step
   if flags.FLAGS.tasks:
     _check_tasks()
@@ -77,6 +83,8 @@ def main(unused_argv: Sequence[str]):
 
 
 def _warn(line: str):
+  from moe_jax.processes import agreement
+
   if agreement.is_first():
     print(line, file=sys.stderr)
 
@@ -89,7 +97,7 @@ def _check_tasks():
   )
 
 
-def _tasks(loaded: trained_run.Run, values: dict[str, object]):
+def _tasks(loaded: 'trained_run.Run', values: dict[str, object]):
   """Runs the harness and prints a line per task, or one JSON object."""
   from moe_jax.interop import lm_harness  # needs the extra, which nobody else does
 

@@ -12,15 +12,16 @@ as a JSON string): the prompts are one batch.
 import json
 import pathlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from experiments.common import cli
 from moe_jax import errors
-from moe_jax.api import load, run
-from moe_jax.data import fim
-from moe_jax.inference import sampling as sampling_lib
-from moe_jax.inference import speculative
+
+if TYPE_CHECKING:
+  from moe_jax.api import run
+  from moe_jax.inference import sampling as sampling_lib
 
 
 def define_flags():
@@ -51,6 +52,10 @@ def define_flags():
 
 def main(unused_argv: Sequence[str]):
   """Prints prompts and continuations."""
+  from moe_jax.api import load
+  from moe_jax.data import fim
+  from moe_jax.inference import sampling as sampling_lib
+
   values = flags.FLAGS
   workdir, texts = cli.required('workdir'), _texts()
   names = ('temperature', 'top_k', 'top_p', 'seed', 'min_p', 'repetition_penalty')
@@ -112,9 +117,11 @@ def _check(num_prompts: int):
 
 
 def _write(
-  loaded: run.Run, prompts: list[list[int]], sampling: sampling_lib.Sampling
+  loaded: 'run.Run', prompts: list[list[int]], sampling: 'sampling_lib.Sampling'
 ) -> tuple[list[str], list[list[int]], str, float]:
   """(completions, their tokens, a note for the last line, tokens per second)."""
+  from moe_jax.inference import speculative
+
   values, tokenizer, limit = flags.FLAGS, loaded.tokenizer, flags.FLAGS.max_new_tokens
   if values.speculative:
     model, eos = (loaded.config.model, loaded.variables), tokenizer.eos_id

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from absl import flags
 
 from experiments.common import cli
-from moe_jax.analysis import assignments, leakage_probe
-from moe_jax.runs import trained_run
 
 _LOSS_NAMES = {'as_trained': 'as trained', 'shuffled': 'with tokens dealt to chunks at random'}
 
@@ -26,6 +24,9 @@ def define_flags():
 
 def main(unused_argv: Sequence[str]):
   """Prints what changes in the first halves of rows when their second halves are exchanged."""
+  from moe_jax.analysis import assignments, leakage_probe
+  from moe_jax.runs import trained_run
+
   workdir, step = cli.required('workdir'), flags.FLAGS.step
   assignments.check(trained_run.read_config(workdir, step).model)
   loaded = trained_run.load(workdir, step)

@@ -12,13 +12,12 @@ train.batch_size rows, whatever fewer a ramp begins with.
 import json
 from collections.abc import Sequence
 
-import jax
 from absl import flags
 
 from experiments.common import cli
 from moe_jax import errors
 from moe_jax.config import parse
-from moe_jax.planning import chips, plan_text, planner, planner_search
+from moe_jax.planning import chips
 
 
 def define_flags():
@@ -38,6 +37,10 @@ def define_flags():
 def main(argv: Sequence[str]):
   """Prints the plan."""
   del argv
+  import jax
+
+  from moe_jax.planning import plan_text, planner, planner_search
+
   args = flags.FLAGS
   topology = chips.parse(cli.required('topology'))
   page = args.config

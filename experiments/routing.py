@@ -13,8 +13,6 @@ from absl import flags
 
 from experiments.common import cli
 from moe_jax import errors
-from moe_jax.analysis import assignments
-from moe_jax.runs import trained_run
 
 
 def define_flags():
@@ -49,6 +47,9 @@ def _numbers(name: str, kind: type, minimum: float) -> list:
 
 def main(unused_argv: Sequence[str]):
   """Prints a table per number of devices."""
+  from moe_jax.analysis import assignments
+  from moe_jax.runs import trained_run
+
   values, workdir = flags.FLAGS, cli.required('workdir')
   errors.require(values.batches >= 1, f'--batches={values.batches} must be at least 1')
   limits = _numbers('limit', int, 1)

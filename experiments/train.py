@@ -12,15 +12,12 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-import jax
 import tqdm
 from absl import flags
 
 from experiments.common import cli
 from moe_jax import errors
 from moe_jax.config import parse
-from moe_jax.processes import agreement
-from moe_jax.runs import final_report, train_run
 
 
 def define_flags():
@@ -48,6 +45,11 @@ def _say(line: str):
 
 def main(unused_argv: Sequence[str]):
   """Trains, then reports; an interrupted run says how to go on."""
+  import jax
+
+  from moe_jax.processes import agreement
+  from moe_jax.runs import final_report, train_run
+
   cfg = cli.resolve(flags.FLAGS.config)
   workdir = pathlib.Path(cli.required('workdir'))
   allow = flags.FLAGS.allow_config_change

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from absl import flags
 
 from experiments.common import cli
-from moe_jax.runs import upcycle_run
 
 
 def define_flags():
@@ -24,6 +23,8 @@ def define_flags():
 
 def main(unused_argv: Sequence[str]):
   """Writes the workdir, and says how to train in it."""
+  from moe_jax.runs import upcycle_run
+
   values = flags.FLAGS
   source, workdir = cli.required('from'), cli.required('workdir')
   upcycle_run.create(

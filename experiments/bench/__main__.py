@@ -13,11 +13,9 @@ import json
 import pathlib
 from collections.abc import Sequence
 
-import jax
 from absl import flags
 
-from experiments.bench import report
-from experiments.common import cli, harness
+from experiments.common import cli
 from moe_jax import errors
 
 SUITES = ('layer', 'step', 'decode', 'compile', 'scale')
@@ -37,6 +35,11 @@ def define_flags():
 
 def main(unused_argv: Sequence[str]):
   """Measures, prints and writes."""
+  import jax
+
+  from experiments.bench import report
+  from experiments.common import harness
+
   args = flags.FLAGS
   suite, platform = cli.required('suite'), jax.default_backend()
   errors.require(args.repeats >= 1, f'--repeats={args.repeats} must be at least 1')

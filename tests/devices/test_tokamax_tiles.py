@@ -9,7 +9,7 @@ import pathlib
 import jax
 import pytest
 
-from experiments.bench import tune
+from experiments.bench import tune_tiles
 from moe_jax import errors
 from moe_jax.devices import hardware, tokamax_tiles
 from moe_jax.models.experts import grouped_kernels
@@ -25,7 +25,7 @@ class Hopper:
   core_count = 132
 
 
-SHAPES = {'test': tune.Shapes(64, 128, 4, 64, 2, 2, 128, (192, 128))}
+SHAPES = {'test': tune_tiles.Shapes(64, 128, 4, 64, 2, 2, 128, (192, 128))}
 
 
 @pytest.fixture
@@ -39,7 +39,10 @@ def hopper(monkeypatch):
 
 def found(products=('mosaic',), flash=()):
   """Name of a program -> the kernels that it calls."""
-  return {name: tune.calls(fn, args) for name, fn, args in tune.programs(SHAPES, products, flash)}
+  return {
+    name: tune_tiles.calls(fn, args)
+    for name, fn, args in tune_tiles.programs(SHAPES, products, flash)
+  }
 
 
 def written(directory, bound, config, kind=Hopper.device_kind):
@@ -138,14 +141,14 @@ def test_a_tokamax_without_triton_says_what_to_install(hopper, monkeypatch):
 
 
 def test_what_is_measured_is_kept_and_not_measured_again(tmp_path, monkeypatch):
-  wanted = list(tune.programs(tune.TOY, ('xla',), ()))[:2]
+  wanted = list(tune_tiles.programs(tune_tiles.TOY, ('xla',), ()))[:2]
   path = tokamax_tiles.path_of('cpu', tmp_path)
   kernels_of_cpu = jax.devices()[0].device_kind
-  assert tune.measure(wanted[:1], path, 60) == (1, 0)
-  assert tune.measure(wanted, path, 60) == (1, 0)
-  assert tune.measure(wanted, path, 60) == (0, 0)
-  other = list(tune.programs(tune.TOY, ('xla',), ()))[2:3]
-  assert tune.measure(other, path, -1) == (0, 1)
+  assert tune_tiles.measure(wanted[:1], path, 60) == (1, 0)
+  assert tune_tiles.measure(wanted, path, 60) == (1, 0)
+  assert tune_tiles.measure(wanted, path, 60) == (0, 0)
+  other = list(tune_tiles.programs(tune_tiles.TOY, ('xla',), ()))[2:3]
+  assert tune_tiles.measure(other, path, -1) == (0, 1)
   tokamax_tiles.enter.cache_clear()
   assert tokamax_tiles.enter(kernels_of_cpu, tmp_path) == 2
   tokamax_tiles.enter.cache_clear()

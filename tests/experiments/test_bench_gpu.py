@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.bench import gpu, gpu_checks, gpu_kernels, gpu_sizes
+from experiments.bench import gpu_checks, gpu_kernels, gpu_parts, gpu_sizes
 from experiments.common import harness
 
 PEAKS = harness.Peaks(flops=1e12, bytes=1e11)
@@ -34,8 +34,8 @@ MODELS = ('step', 'generation')  # whole ones, which take long to compile
 @pytest.fixture(scope='module')
 def journal(tmp_path_factory):
   path = tmp_path_factory.mktemp('gpu') / 'toy.json'
-  made = gpu.Journal(path, {'environment': {}})
-  assert gpu.run(gpu_sizes.TOY, made, 600, sorted(set(PART_OF) - set(MODELS)), peaks=PEAKS)
+  made = gpu_parts.Journal(path, {'environment': {}})
+  assert gpu_parts.run(gpu_sizes.TOY, made, 600, sorted(set(PART_OF) - set(MODELS)), peaks=PEAKS)
   return json.loads(path.read_text())['results']
 
 
@@ -49,14 +49,14 @@ def check_parts(results, parts):
 
 @pytest.mark.slow
 def test_parts_run_and_are_written_down(journal):
-  assert set(PART_OF) >= set(gpu.PARTS) - {'decode_suite'}
+  assert set(PART_OF) >= set(gpu_parts.PARTS) - {'decode_suite'}
   check_parts(journal, set(PART_OF) - set(MODELS))
 
 
 @pytest.mark.slow
 def test_parts_with_whole_models_run(tmp_path):
-  made = gpu.Journal(tmp_path / 'toy.json', {})
-  assert gpu.run(gpu_sizes.TOY, made, 600, MODELS, peaks=PEAKS)
+  made = gpu_parts.Journal(tmp_path / 'toy.json', {})
+  assert gpu_parts.run(gpu_sizes.TOY, made, 600, MODELS, peaks=PEAKS)
   check_parts(made.results, MODELS)
 
 
@@ -91,9 +91,11 @@ def test_time_is_kept_and_failures_do_not_stop_the_rest(monkeypatch, tmp_path):
     yield {'name': 'after'}
 
   parts = {'long': (100, works), 'bad': (1, fails), 'good': (1, works)}
-  monkeypatch.setattr(gpu, 'PARTS', parts)
-  journal = gpu.Journal(tmp_path / 'a' / 'b.json', {})
-  assert not gpu.run(dataclasses.replace(gpu_sizes.TOY, patience=1.0), journal, 50, peaks=PEAKS)
+  monkeypatch.setattr(gpu_parts, 'PARTS', parts)
+  journal = gpu_parts.Journal(tmp_path / 'a' / 'b.json', {})
+  assert not gpu_parts.run(
+    dataclasses.replace(gpu_sizes.TOY, patience=1.0), journal, 50, peaks=PEAKS
+  )
   results = json.loads((tmp_path / 'a' / 'b.json').read_text())['results'][1:-1]
   assert [r.get('name') for r in results] == [None, 'before', None, 'after']
   assert 'may take 100' in results[0]['skipped']
