@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from configs import base, routing
 from experiments.common import command_list
 from moe_jax import models
-from moe_jax.config import schema
+from moe_jax.config import router_traits, schema
 
 ROOT = pathlib.Path(__file__).parents[1]
 TABLES = ROOT / 'docs' / 'tables'
@@ -167,20 +167,33 @@ def config_pages() -> str:
 
 
 def routers() -> str:
-  """The page of the routings of `configs/routing.py`."""
+  """The page of the routings of `configs/routing.py`, and of the traits of what selects."""
   rows = []
   for name, (what, paper) in routing.SUMMARY.items():
     moe = routing.get_config(name).model.moe
-    link = f'[{paper}]({ARXIV}/{paper})' if paper != '-' else ''
     selects = code(moe.router) if moe.num_experts else ''
-    rows.append((code(name), what, selects, code(moe.dispatch) if selects else '', link))
+    rows.append((code(name), what, selects, code(moe.dispatch) if selects else '', _arxiv(paper)))
+  traits = [
+    (code(name), one.what, 'yes' if one.causal else 'no', 'yes' if one.bound else 'no')
+    + (' '.join(code(option) for option in one.options), _arxiv(one.paper))
+    for name, one in router_traits.LIBRARY.items()
+  ]
   return page(
     'Routers',
     'Each of these is a variant of one tiny model, `--config=configs/routing.py:NAME`, with the '
     'same data and the same start; their losses and loads are in '
     '[the comparison of all](../../experiments/routing_zoo/README.md).',
     table(('name', 'what', 'model.moe.router', 'dispatch', 'arXiv'), rows),
+    '## What selects',
+    'The values of `model.moe.router`, with their traits (`moe_jax/config/router_traits.py`). '
+    "Causal: a token's experts do not depend on later tokens, so that text can be generated. "
+    'Bounded: an expert takes no more than a known number of tokens.',
+    table(('router', 'what', 'causal', 'bounded', 'own options', 'arXiv'), traits),
   )
+
+
+def _arxiv(paper: str) -> str:
+  return f'[{paper}]({ARXIV}/{paper})' if paper.strip('-') else ''
 
 
 def commands() -> str:

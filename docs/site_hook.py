@@ -119,18 +119,23 @@ def resolved(match: re.Match, page: str, sources: set[str]) -> str:
   return match[0]
 
 
+def widened(markdown: str) -> str:
+  """Numbered lists whose parts are indented by three spaces, which mkdocs wants to be four."""
+  lines, in_list = [], False
+  for line in markdown.split('\n'):
+    if line and not line.startswith(' '):
+      in_list = re.match(r'\d\. ', line) is not None
+    lines.append(f' {line}' if in_list and line.startswith('   ') else line)
+  return '\n'.join(lines)
+
+
 def on_page_markdown(markdown, page, config, files):
-  """Rewrites the links of a page; blocks of code stay as they are."""
+  """Rewrites the links of a page, and its lists; blocks of code stay as they are."""
   sources = {file.src_uri for file in files}
   uri = page.file.src_uri
   outside = {'index.md': FRONT} | {p: p for p in (*studies(), *guides(), *project())}
   path = outside.get(uri, f'docs/{uri}')
-  parts, end = [], 0
-  for block in CODE.finditer(markdown):
-    parts += [
-      LINK.sub(lambda m: resolved(m, path, sources), markdown[end : block.start()]),
-      block[0],
-    ]
-    end = block.end()
-  parts.append(LINK.sub(lambda m: resolved(m, path, sources), markdown[end:]))
+  parts = CODE.split(widened(markdown))  # prose, code, prose, code, ...
+  for i in range(0, len(parts), 2):
+    parts[i] = LINK.sub(lambda match: resolved(match, path, sources), parts[i])
   return ''.join(parts)

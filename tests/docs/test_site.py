@@ -98,6 +98,12 @@ def test_links_are_rewritten_for_the_site():
   assert on_site('[nothing](none.md)', 'docs/topics/a.md') == '[nothing](none.md)'
 
 
+def test_parts_of_numbered_lists_are_indented_as_mkdocs_wants_it():
+  text = '    code\n\n1. a\n\n       code\n\n   * b\n\nend\n\n    code'
+  want = '    code\n\n1. a\n\n        code\n\n    * b\n\nend\n\n    code'
+  assert site_hook.widened(text) == want
+
+
 def test_no_repository_is_invented():
   for page in PAGES:
     assert not re.search(r'https?://(www\.)?git(hub|lab)\.com/[\w-]+/moe_jax', page.read_text())
