@@ -69,7 +69,7 @@ def mtp_weight(cfg: schema.TrainConfig, step: jax.Array) -> jax.Array:
   return weight
 
 
-def decay_mask(params: trees.Params) -> trees.Tree:
+def decay_mask(params: trees.Tree) -> trees.Tree:
   """True for the matrices, False for norm scales: only matrices decay.
 
   Told by name, because the scales of stacked layers are two-dimensional too.
@@ -109,8 +109,8 @@ def _kept_in(dtype: jnp.dtype, adamw: optax.GradientTransformation) -> optax.Gra
     return jax.tree.map(lambda s: both(s) if is_adam(s) else s, state, is_leaf=is_adam)
 
   def update(
-    updates: trees.Params, state: trees.Tree, params: trees.Params | None = None
-  ) -> tuple[trees.Params, trees.Tree]:
+    updates: trees.Tree, state: trees.Tree, params: trees.Tree = None
+  ) -> tuple[trees.Tree, trees.Tree]:
     updates, state = adamw.update(updates, cast(state, jnp.float32), params)
     return updates, cast(state, dtype)
 
