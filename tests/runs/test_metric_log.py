@@ -1,14 +1,11 @@
 import json
 import math
 
-import jax
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
-from moe_jax.devices import peak_flops
 from moe_jax.runs import metric_log
-from moe_jax.training import step_timer
 
 
 def line(step: int, **changes):
@@ -130,55 +127,3 @@ def test_format_line():
   assert metric_log.format_line(line(120, overflow_rate=0.25)).endswith(' overflow=25.0%')
   dense = metric_log.format_line(line(120, loss=math.nan, max_vio=None))
   assert 'loss=nan' in dense and 'max_vio=- ' in dense
-
-
-def test_step_timer():
-  now = [0.0]
-  timer = step_timer.StepTimer(flops_per_token=50.0, peak=10_000.0, clock=lambda: now[0])
-
-  def spend(seconds):
-    now[0] += seconds
-
-  with timer.paused():
-    spend(100)
-  with timer.waiting():
-    spend(1)
-  timer.add_tokens(600)
-  spend(4)
-  timer.add_tokens(400)
-  spend(5)
-  # 1000 tokens in 10 s that count; 100 tokens/s * 50 FLOPs of 10000 FLOP/s.
-  rates = {'tokens_per_second': 100.0, 'mfu': 0.5, 'data_wait_share': 0.1}
-  assert timer.report() == {**rates, 'save_stall_share': 0.0}
-  timer.add_tokens(30)
-  with timer.saving():
-    spend(2)
-  spend(3)
-  # 2 s of saving do not count as training; they are 2 of the 10 + 3 + 2 s so far.
-  rates = {'tokens_per_second': 10.0, 'mfu': 0.05, 'data_wait_share': 0.0}
-  assert timer.report() == {**rates, 'save_stall_share': pytest.approx(2 / 15)}
-  assert timer.report()['tokens_per_second'] == 0.0
-
-
-def test_matmul_peak_is_measured_and_cached(tmp_path, monkeypatch, caplog):
-  cache = tmp_path / 'cache'
-  peak = peak_flops.matmul_peak('float32', cache)
-  assert 1e8 < peak < 1e16
-  (key,) = json.loads((cache / 'matmul_peak.json').read_text())
-  assert jax.devices()[0].device_kind in key and 'float32' in key and jax.__version__ in key
-  monkeypatch.setattr(peak_flops, 'measure_peak', lambda *_: 7e9)
-  assert peak_flops.matmul_peak('float32', cache) == peak, 'eight virtual devices count once'
-  assert peak_flops.matmul_peak('bfloat16', cache) == 7e9
-  assert len(json.loads((cache / 'matmul_peak.json').read_text())) == 2
-  for broken in ('{"a": 1', '[]', '{"a": -1.0}', '{"a": "fast"}'):
-    caplog.clear()
-    (cache / 'matmul_peak.json').write_text(broken)
-    assert peak_flops.matmul_peak('float32', cache) == 7e9
-    assert 'unusable' in caplog.text
-
-
-def test_matmul_peak_without_a_writable_cache(tmp_path, monkeypatch, caplog):
-  monkeypatch.setattr(peak_flops, 'measure_peak', lambda *_: 7e9)
-  (tmp_path / 'file').write_text('')
-  assert peak_flops.matmul_peak('float32', tmp_path / 'file' / 'cache') == 7e9
-  assert 'not cached' in caplog.text
