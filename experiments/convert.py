@@ -21,6 +21,7 @@ def define_flags():
   flags.DEFINE_string('from_hf', None, 'directory of a downloaded checkpoint, to import')
   flags.DEFINE_string('to_hf', None, 'directory to export to; absent or empty')
   flags.DEFINE_string('param_dtype', '', "import: dtype of the weights; '' = that of the files")
+  flags.DEFINE_bool('allow_nonfinite', False, 'import: take NaN and infinity as they are')
   flags.DEFINE_integer('step', None, 'export: the checkpoint; the newest whole one if not given')
   flags.DEFINE_string('dtype', 'original', 'export: original, bfloat16 or float32')
 
@@ -37,7 +38,11 @@ def main(unused_argv: Sequence[str]):
     'give either --from_hf=DIR, to import a checkpoint into --workdir, or --to_hf=DIR, to export '
     'one from it',
   )
-  way, idle = ('--from_hf', ('step', 'dtype')) if values.from_hf else ('--to_hf', ('param_dtype',))
+  way, idle = (
+    ('--from_hf', ('step', 'dtype'))
+    if values.from_hf
+    else ('--to_hf', ('param_dtype', 'allow_nonfinite'))
+  )
   for name in idle:
     errors.require(
       not values[name].present,
@@ -46,7 +51,12 @@ def main(unused_argv: Sequence[str]):
   if values.from_hf:
     page = base.get_config().to_dict()
     huggingface.import_checkpoint(
-      values.from_hf, page, workdir, param_dtype=values.param_dtype, argv=sys.argv
+      values.from_hf,
+      page,
+      workdir,
+      param_dtype=values.param_dtype,
+      allow_nonfinite=values.allow_nonfinite,
+      argv=sys.argv,
     )
   else:
     huggingface.export_checkpoint(workdir, values.to_hf, step=values.step, dtype=values.dtype)

@@ -189,17 +189,26 @@ class Checkpointer:
     meta = self.read_record(step)
     return None if meta is None else meta['meta']
 
-  def read_record(self, step: int | None = None) -> dict[str, Any] | None:
-    """What `record` made of `step`, or of the newest step where it is readable; see `read_meta`."""
+  def read_record(self, step: int | None = None, *, tell: bool = False) -> dict[str, Any] | None:
+    """What `integrity.record` made of `step`, or of the newest step where it is readable.
+
+    See `read_meta`. With `tell` a warning names the newer steps that were passed over; `restore`
+    says that of its own.
+    """
     self._reload()
     if step is not None:
       self._require_step(step)
+    orbax_noise.drop_abandoned_reads()
     damaged = {}
     for candidate in [step] if step is not None else reversed(self.steps()):
       try:
-        return self._read_record(candidate)
+        found = self._read_record(candidate)
       except _DamagedError as e:
         damaged[candidate] = str(e)
+        continue
+      if tell:
+        self._tell_damaged(damaged, candidate)
+      return found
     if damaged:
       raise errors.InputError(self._none_whole(damaged))
     return None
@@ -275,10 +284,7 @@ class Checkpointer:
     self._may_save = True
     newer = [s for s in self.steps() if s > step] if self._cfg is not None else []
     moved = {s: self._free_name(s, 'damaged' if s in damaged else 'superseded') for s in newer}
-    for old, reason in damaged.items():
-      kept = f' (kept as {moved[old].name})' if old in moved else ''
-      where = f'Checkpoint step {old} in {self._directory}'
-      logging.warning(f'{where} is damaged: {reason}{kept}. Using step {step} in its place.')
+    self._tell_damaged(damaged, step, moved)
     if not newer:
       return
     _on_all_processes(True)  # everyone has chosen its names before the first one changes
@@ -287,6 +293,14 @@ class Checkpointer:
         (self._directory / str(old)).rename(name)
     _on_all_processes(True)
     self._manager.reload()
+
+  def _tell_damaged(
+    self, damaged: Mapping[int, str], step: int, moved: Mapping[int, epath.Path] | None = None
+  ):
+    for old, reason in damaged.items():
+      kept = f' (kept as {moved[old].name})' if moved and old in moved else ''
+      where = f'Checkpoint step {old} in {self._directory}'
+      logging.warning(f'{where} is damaged: {reason}{kept}. Using step {step} in its place.')
 
   def _free_name(self, step: int, label: str) -> epath.Path:
     names = (self._directory / f'{step}.{label}-{k}' for k in itertools.count(1))

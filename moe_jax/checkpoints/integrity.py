@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from moe_jax import errors, integer_hash, trees
@@ -14,20 +15,53 @@ from moe_jax import errors, integer_hash, trees
 
 def checksums(tree: trees.Tree) -> dict[str, int]:
   """One 32-bit checksum per array, by path, whatever the sharding, mesh and process count."""
+  return {name: checksum for name, (checksum, _) in _summaries(tree).items()}
+
+
+def _summaries(tree: trees.Tree) -> dict[str, tuple[int, bool]]:
+  """(checksum, whether all numbers are finite) of every array, by path."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   # One small program per distinct array type: parameters and both moments share theirs. One after
   # the other, because sums over devices that run side by side can starve each other on the CPU.
-  return {leaf_name(path): int(_checksum(leaf)) for path, leaf in leaves}
+  found = {leaf_name(path): jax.device_get(_summary(leaf)) for path, leaf in leaves}
+  return {name: (int(checksum), bool(finite)) for name, (checksum, finite) in found.items()}
 
 
 def compile_checksums(abstract_state: trees.Tree):
-  """Compiles `_checksum` once per distinct kind of array; its calls find what was compiled."""
+  """Compiles `_summary` once per distinct kind of array; its calls find what was compiled."""
   leaves = jax.tree.leaves(abstract_state)
   for leaf in {(leaf.shape, leaf.dtype, leaf.sharding): leaf for leaf in leaves}.values():
-    _checksum.lower(leaf).compile()
+    _summary.lower(leaf).compile()
+
+
+def require_finite(tree: trees.Tree, where: str):
+  """Refuses arrays with a NaN or an infinity.
+
+  Args:
+    tree: of arrays.
+    where: begins the message, 'checkpoint W/checkpoints/3'.
+
+  Raises:
+    errors.InputError: names the first such array and the place in it.
+  """
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(_summary(leaf)[1]):
+      flat = int(jnp.argmin(jnp.isfinite(leaf)))
+      index = [int(i) for i in np.unravel_index(flat, leaf.shape)]
+      raise errors.InputError(
+        f'{where} holds {float(leaf[tuple(index)])} in {leaf_name(path)} at {index} (of a stack of '
+        'layers the first number is the layer, of experts the second is the expert); use an '
+        'earlier step'
+      )
 
 
 @jax.jit
+def _summary(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(`_checksum`, whether all numbers are finite) of an array."""
+  finite = jnp.isfinite(x).all() if jnp.issubdtype(x.dtype, jnp.floating) else jnp.bool_(True)
+  return _checksum(x), finite
+
+
 def _checksum(x: jax.Array) -> jax.Array:
   """Sum modulo 2^32 of the bits of each element mixed with its position.
 
@@ -50,10 +84,21 @@ def _checksum(x: jax.Array) -> jax.Array:
 
 
 def leaf_records(state: trees.Tree) -> dict[str, dict[str, Any]]:
-  """`leaf_record` of every array of a state, by its path."""
-  sums = checksums(state)
+  """`leaf_record` of every array of a state, by its path.
+
+  Raises:
+    errors.InputError: an array holds a number that is not finite, so the state is not worth saving.
+  """
+  summaries = _summaries(state)
+  bad = [name for name, (_, finite) in summaries.items() if not finite]
+  errors.require(
+    not bad,
+    f'{len(bad)} arrays of the training state are not finite, first {bad[0] if bad else ""}: it is '
+    'not saved, and the checkpoints before it stay; lower config.optim.peak_lr or lengthen '
+    'config.optim.warmup_steps, and start from the last checkpoint with config.init_from',
+  )
   return {
-    leaf_name(path): leaf_record(leaf.shape, leaf.dtype, sums[leaf_name(path)])
+    leaf_name(path): leaf_record(leaf.shape, leaf.dtype, summaries[leaf_name(path)][0])
     for path, leaf in jax.tree_util.tree_leaves_with_path(state)
   }
 

@@ -40,7 +40,7 @@ class Reader:
   ):
     directory = stream_layout.local(directory)
     with checkpointer_lib.Checkpointer(directory, None, read_only=True) as checkpointer:
-      record = checkpointer.read_record(step)
+      record = checkpointer.read_record(step, tell=True)
     if record is None:
       raise errors.InputError(f'{directory} holds no checkpoints; train or import a model first')
     self.step: int = record['step']

@@ -58,7 +58,13 @@ class Plan:
 
     def parts(bar: tqdm.tqdm) -> Iterator[np.ndarray]:
       for entry in self.entries:
-        values = read(entry.leaf, entry.index).astype(dtype_of[entry.hf_name], copy=False)
+        values = read(entry.leaf, entry.index)
+        errors.require(
+          bool(np.isfinite(values).all()),
+          f'{entry.leaf} holds numbers that are not finite where {entry.hf_name!r} is made of it; '
+          'export an earlier step (--step), nothing was written',
+        )
+        values = values.astype(dtype_of[entry.hf_name], copy=False)
         yield entry.to_hf(values)
         bar.update(values.nbytes)
 

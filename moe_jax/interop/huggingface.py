@@ -8,6 +8,7 @@ export of a model in memory.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -142,6 +143,7 @@ def import_checkpoint(
   workdir: str | os.PathLike[str],
   *,
   param_dtype: str = '',
+  allow_nonfinite: bool = False,
   argv: Sequence[str] = (),
   say: Say = print,
 ):
@@ -155,6 +157,7 @@ def import_checkpoint(
     values: nested dicts of a whole config; model and special tokens are replaced.
     workdir: absent or empty.
     param_dtype: of weights and computation, one of schema.DTYPES; '' for that of the files.
+    allow_nonfinite: take tensors with NaN or infinity as they are.
     argv: command line, for the record.
     say: prints one line.
 
@@ -164,6 +167,7 @@ def import_checkpoint(
   began = time.monotonic()
   directory, workdir = pathlib.Path(directory), pathlib.Path(workdir)
   source, tokenizer = _open(directory, values, workdir, param_dtype)
+  source = dataclasses.replace(source, allow_nonfinite=allow_nonfinite)
   cfg = source.cfg
   for note in source.notes:
     say(note)
@@ -220,15 +224,14 @@ def export_checkpoint(
   """
   began = time.monotonic()
   workdir, directory = pathlib.Path(workdir), pathlib.Path(directory)
-  meta = trained_run.read_meta(workdir, step)
-  cfg = parse.from_dict(meta['config'])
+  cfg = trained_run.read_config(workdir, step)
   record = sidecar.read_record(workdir)
   kept = workdir / sidecar.DIRECTORY
   errors.require(
     (workdir / sidecar.TOKENIZER).is_file(),
     f'--workdir={workdir} has lost its {sidecar.TOKENIZER}; put the file back',
   )
-  with stream_reader.Reader(workdir / 'checkpoints', meta['step']) as reader:
+  with stream_reader.Reader(workdir / 'checkpoints', step, verify=True) as reader:
     names = [name for name in reader.leaves if name.startswith(('params/', 'router_state/'))]
     leaves = {name: jax.ShapeDtypeStruct(*reader.leaves[name]) for name in names}
     tied = record is not None and not record.layout.lm_head
@@ -248,7 +251,11 @@ def export_checkpoint(
       plan.write(staging, reader.read, shard_bytes)
   say(
     _closing_line(
-      'exported', content['model_type'], _num_parameters(leaves), len(plan.specs), began
+      f'exported step {reader.step} as',
+      content['model_type'],
+      _num_parameters(leaves),
+      len(plan.specs),
+      began,
     )
   )
 

@@ -45,6 +45,7 @@ class Source:
   leaves: Mapping[str, jax.ShapeDtypeStruct]  # of params and router_state, by name
   block: tuple[int, int] | None  # of float8 weights
   notes: tuple[str, ...]  # what is not imported as it is there, and why
+  allow_nonfinite: bool = False
 
   @property
   def family(self) -> str:
@@ -70,7 +71,21 @@ class Source:
       scale = reader.read(name, 0, self.tensors[name].shape)
       block = errors.present(self.block, f'tensor {entry.hf_name!r} is float8 of no known block')
       values = float8.dequantise(values, scale, block, dtype)
-    return entry.to_ours(values.astype(dtype, copy=False))
+    values = values.astype(dtype, copy=False)
+    if not self.allow_nonfinite:
+      self._require_finite(entry, values)
+    return entry.to_ours(values)
+
+  def _require_finite(self, entry: mapping.Entry, values: np.ndarray):
+    finite = np.isfinite(values).reshape(-1)
+    if not finite.all():
+      flat = int(finite.argmin())
+      index = [int(i) for i in np.unravel_index(entry.start + flat, entry.hf_shape)]
+      raise errors.InputError(
+        f'tensor {entry.hf_name!r} in {self.tensors[entry.hf_name].path} holds '
+        f'{float(values.reshape(-1)[flat])} at {index}: the file is damaged or its model diverged; '
+        'download it again, or import it as it is with --allow_nonfinite'
+      )
 
 
 def abstract_leaves(model: schema.ModelConfig) -> trees.Variables:

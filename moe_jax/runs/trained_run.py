@@ -14,6 +14,7 @@ import jax
 
 from moe_jax import errors
 from moe_jax.checkpoints import checkpointer as checkpointer_lib
+from moe_jax.checkpoints import integrity
 from moe_jax.config import mesh_config, parse, schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import tokenizer as tokenizer_lib
@@ -82,7 +83,8 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Run:
   """Loads a checkpoint of a workdir: the newest whole one, or that of `step`.
 
   Raises:
-    errors.InputError: there is none, it is damaged, or the tokenizer is not the one trained with.
+    errors.InputError: there is none, it is damaged or holds numbers that are not finite, or the
+      tokenizer is not the one trained with.
   """
   workdir = pathlib.Path(workdir)
   cfg, mesh = on_devices_here(read_config(workdir, step))
@@ -93,6 +95,8 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Run:
       checkpointer.restore(abstract, step, partial=True),
       f'--workdir={workdir} holds no finished checkpoint; give a workdir that has one',
     )
+  where = f'--workdir={workdir}: the checkpoint of step {restored.step}'
+  integrity.require_finite(restored.state, where)
   if not (workdir / 'tokenizer.json').is_file():
     raise errors.InputError(
       f'--workdir={workdir} has lost its tokenizer.json, without which its checkpoints mean '
