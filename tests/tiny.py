@@ -15,7 +15,7 @@ from configs import base
 from moe_jax.config import parse, schema
 from moe_jax.devices import partitioning
 from moe_jax.models import model_variables
-from moe_jax.training import loop, objective
+from moe_jax.training import objective
 
 SIZES = {
   'model.vocab_size': 32,
@@ -99,7 +99,7 @@ LENGTHS = ((16,), (7, 9), (5, 4, 3), (10,), (), (1, 2), (13,), (8, 8))
 def batch(lengths=LENGTHS) -> dict[str, np.ndarray]:
   """One row per entry of `lengths`."""
   rows = [row(entry, seed=i) for i, entry in enumerate(lengths)]
-  return {key: np.stack([r[key] for r in rows]) for key in loop.BATCH_KEYS}
+  return {key: np.stack([r[key] for r in rows]) for key in objective.BATCH_KEYS}
 
 
 def num_targets(rows: dict[str, np.ndarray]) -> int:

@@ -27,7 +27,7 @@ from moe_jax.config import schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import packing, pipeline
 from moe_jax.devices import partitioning
-from moe_jax.training import evaluate, loop, objective, optim, train_state
+from moe_jax.training import evaluate, objective, optim, stop_signal, train_state
 
 Array = jax.Array
 
@@ -67,7 +67,7 @@ def make_step(cfg: schema.Config, mesh: jax.sharding.Mesh) -> Any:
   of_rate_one = dataclasses.replace(cfg.optim, peak_lr=1.0, schedule='constant', warmup_steps=0)
   optimizer = optim.optimizer(of_rate_one, 1)
 
-  def step(state: train_state.TrainState, batch: loop.Batch, num_micro: Array, rate: Array):
+  def step(state: train_state.TrainState, batch: objective.Batch, num_micro: Array, rate: Array):
     seed = integer_hash.combine(state.seed, state.step)
     count = lambda real: jnp.maximum(real.sum(), 1)
     totals = objective.Totals(count(batch['targets'] >= 0), count(batch['segment_ids'] > 0))
@@ -118,7 +118,9 @@ class Trainer:
     self._copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state))
     self._starts = {}  # by seed
 
-  def run(self, recipe: Recipe, directory: pathlib.Path, stop: loop.StopSignal) -> Outcome | None:
+  def run(
+    self, recipe: Recipe, directory: pathlib.Path, stop: stop_signal.StopSignal
+  ) -> Outcome | None:
     """Trains and evaluates one point; goes on from a checkpoint in `directory` if there is one.
 
     Returns:
@@ -154,7 +156,7 @@ class Trainer:
     """Before the clock runs."""
     if self._step is None:
       shape = (self._max_micro, self._micro_rows, self._cfg.model.max_seq_len)
-      batch = {key: np.zeros(shape, np.int32) for key in loop.BATCH_KEYS}
+      batch = {key: np.zeros(shape, np.int32) for key in objective.BATCH_KEYS}
       step = make_step(self._cfg, self._mesh)
       self._step = step.lower(state, batch, np.int32(1), np.float32(0)).compile()
 
@@ -171,7 +173,7 @@ class Trainer:
       num_steps=recipe.num_steps,
     ):
       whole = {}
-      for key in loop.BATCH_KEYS:
+      for key in objective.BATCH_KEYS:
         fill = np.tile(padding[key], (self._max_micro * rows - recipe.rows, 1))
         whole[key] = np.concatenate([batch[key], fill]).reshape(-1, rows, length)
       yield whole

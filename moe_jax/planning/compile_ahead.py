@@ -31,7 +31,7 @@ from moe_jax.data import cache
 from moe_jax.devices import partitioning
 from moe_jax.inference import cached_model
 from moe_jax.planning import chips, host_memory
-from moe_jax.training import loop, optimizer_step, train_state
+from moe_jax.training import objective, optimizer_step, train_state
 
 PACKAGES = ('jax', 'jaxlib', 'libtpu', 'flax', 'optax')
 ENVIRONMENT = {
@@ -114,7 +114,7 @@ def lower_train(
   shape = (cfg.train.batch_size, cfg.model.max_seq_len)
   sharding = jax.NamedSharding(mesh, partitioning.BATCH_SPEC)
   rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
-  batch = dict.fromkeys(loop.BATCH_KEYS, rows)
+  batch = dict.fromkeys(objective.BATCH_KEYS, rows)
   arguments = train_arguments(state) | {'batch': bytes_per_device(batch)}
   with partitioning.activate(mesh):
     return arguments, step.lower(state, batch)

@@ -23,8 +23,7 @@ from moe_jax.devices import partitioning
 from moe_jax.planning import compile_ahead, virtual_devices
 from moe_jax.planning import flops as flops_lib
 from moe_jax.planning.hlo import collectives as collectives_lib
-from moe_jax.training import loop as loop_lib
-from moe_jax.training import train_state
+from moe_jax.training import objective, train_state
 
 _WIDE = 4  # bytes of float32
 # Forward passes' worth of what is recomputed: of attention's projections and shared experts in
@@ -97,7 +96,7 @@ def estimate(
   tokens = cfg.train.batch_size * cfg.model.max_seq_len / mesh.size
   need = work(cfg)
   stretched = need.model + need.repeated + need.experts * (sizes.stretch - 1)
-  batch = len(loop_lib.BATCH_KEYS) * tokens * mesh.shape['tensor'] * 4
+  batch = len(objective.BATCH_KEYS) * tokens * mesh.shape['tensor'] * 4
   arguments = state_bytes(cfg, mesh) | {'batch': int(batch)}
   return Estimate(
     arguments=arguments,

@@ -27,10 +27,6 @@ from moe_jax import errors, trees
 _TEXT_BYTES = 2000
 _SHARED_SECONDS = 10.0  # network file systems may show a new file late
 
-# Steps between a flag's being sent and its being read. The loop never runs further ahead of its
-# devices (`loop.MAX_IN_FLIGHT`), so the flag of that step has arrived and nobody waits for it.
-LAG = 2
-
 
 def is_first() -> bool:
   """Whether this process is the one that writes logs and says things."""
@@ -138,12 +134,18 @@ class StopAgreement:
   """A signal that one process was sent becomes the decision of all, at the same step.
 
   After every step each device contributes the number of the signal that its process was sent, 0 for
-  none, and the largest is read `LAG` steps later. That costs one all-reduce of a number per step
+  none, and the largest is read `lag` steps later. That costs one all-reduce of a number per step
   and no waiting, works for every signal, and needs only what training needs anyway. JAX's
   preemption service would also find a common step, but it takes the handler of SIGTERM for itself.
+
+  Args:
+    mesh: devices of all processes.
+    lag: steps that the loop may run ahead of its devices, `loop.MAX_IN_FLIGHT`: the flag of a step
+      so long ago has arrived, and nobody waits for it.
   """
 
-  def __init__(self, mesh: jax.sharding.Mesh):
+  def __init__(self, mesh: jax.sharding.Mesh, lag: int):
+    self._lag = lag
     self._sharding = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
     self._size = mesh.size
     self._largest = jax.jit(jnp.max, out_shardings=jax.NamedSharding(mesh, jax.P()))
@@ -164,7 +166,7 @@ class StopAgreement:
         (self._size,), self._sharding, lambda index: np.full(1, number, np.int32)
       )
     self._sent.append(self._largest(self._flags[number]))
-    if len(self._sent) <= LAG:
+    if len(self._sent) <= self._lag:
       return ''
     agreed = int(self._sent.popleft())
     return signal.Signals(agreed).name if agreed else ''

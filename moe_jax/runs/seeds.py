@@ -10,6 +10,7 @@ Legend: S seeds.
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import shutil
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
 from moe_jax import atomic_files, errors
 from moe_jax.checkpoints import checkpointer as checkpointer_lib
@@ -26,8 +26,8 @@ from moe_jax.config import schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import pipeline
 from moe_jax.devices import compile_options, partitioning
-from moe_jax.runs import metric_log, router_tables, run_record, train_run, trained_run
-from moe_jax.training import loop, optim, optimizer_step, step_timer, train_state
+from moe_jax.runs import checks, first_state, fit, loop_actions, run_record, trained_run
+from moe_jax.training import objective, optim, optimizer_step, stop_signal, train_state
 
 
 def configs(cfg: schema.Config, seeds: Sequence[int]) -> list[schema.Config]:
@@ -51,10 +51,7 @@ def init_state(
   corpora: Sequence[corpus_lib.Corpus],
 ) -> train_state.TrainState:
   """The states at step 0, leaves [S, ...]; each is bit by bit that of a run of its own."""
-  states = [
-    router_tables.with_tables(cfg, train_state.init_state(cfg, mesh), corpus)
-    for cfg, corpus in zip(cfgs, corpora)
-  ]
+  states = [first_state.random(cfg, mesh, corpus) for cfg, corpus in zip(cfgs, corpora)]
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
 
@@ -99,7 +96,7 @@ def _batches(
     for source in sources:
       stack.callback(source.close)
     for together in zip(*sources):
-      yield {key: np.stack([batch[key] for batch in together]) for key in loop.BATCH_KEYS}
+      yield {key: np.stack([b[key] for b in together]) for key in objective.BATCH_KEYS}
 
 
 def run_training(
@@ -138,7 +135,7 @@ def run_training(
     f'seeds as an axis train on one device, and config.mesh has {mesh.size}; train one seed after '
     'the other (--together=1), or show the process a single device',
   )
-  corpora = [train_run.prepare(one)[1] for one in cfgs]
+  corpora = [checks.prepare(one)[1] for one in cfgs]
   for one in cfgs:
     run_record.check_workdir(workdir / str(one.train.seed), one, allow_change=False)
   together = workdir / 'together'
@@ -148,7 +145,7 @@ def run_training(
     checkpointer = stack.enter_context(
       checkpointer_lib.Checkpointer(together / 'checkpoints', cfg.checkpoint)
     )
-    stop = stack.enter_context(loop.StopSignal())
+    stop = stack.enter_context(stop_signal.StopSignal())
     restored = checkpointer.restore(abstract_state(cfg, mesh, len(seeds)))
     if restored is not None:
       _check_continues(restored.meta, cfgs, corpora, together)
@@ -160,9 +157,8 @@ def run_training(
       fingerprint = corpus.fingerprint
       run_record.write(workdir / str(seed), one, argv=argv, data_fingerprint=fingerprint)
       corpus.tokenizer.save(workdir / str(seed) / 'tokenizer.json')
-    state = _fit(cfgs, workdir, corpora, mesh, state, checkpointer, stop, say)
+    state, stopped_by = _fit(cfgs, workdir, corpora, mesh, state, checkpointer, stop, say)
     step = int(state.step[0])
-  stopped_by = stop.name if step < cfg.train.num_steps else ''
   if not stopped_by:
     for i, one in enumerate(cfgs):
       save_one(one, workdir / str(one.train.seed), corpora[i], mesh, take(state, i))
@@ -174,11 +170,6 @@ def run_training(
     for i, (one, corpus) in enumerate(zip(cfgs, corpora))
   ]
   return runs, corpora
-
-
-def _meta(cfgs: Sequence[schema.Config], corpora: Sequence[corpus_lib.Corpus]) -> dict[str, Any]:
-  """What is saved with all seeds' states."""
-  return {'seeds': [train_run.meta(cfg, corpus) for cfg, corpus in zip(cfgs, corpora)]}
 
 
 def _check_continues(
@@ -196,7 +187,7 @@ def _check_continues(
     'the same seeds, or use another --workdir',
   )
   for saved, cfg, corpus in zip(meta['seeds'], cfgs, corpora):
-    train_run.check_continues(cfg, saved | {'step': meta['step']}, corpus, allow=False)
+    checks.check_continues(cfg, saved | {'step': meta['step']}, corpus, allow=False)
 
 
 def _trained(
@@ -215,7 +206,7 @@ def _trained(
       found = checkpointer.restore(train_state.abstract_state(cfg, mesh))
     if found is None or found.step < cfg.train.num_steps:
       return None
-    train_run.check_continues(cfg, found.meta, corpus, allow=False)
+    checks.check_continues(cfg, found.meta, corpus, allow=False)
     states.append(found.state)
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
@@ -227,68 +218,37 @@ def _fit(
   mesh: jax.sharding.Mesh,
   state: train_state.TrainState,
   checkpointer: checkpointer_lib.Checkpointer,
-  stop: loop.StopSignal,
+  stop: stop_signal.StopSignal,
   say: trained_run.Say,
-) -> train_state.TrainState:
-  """The loop with its periodic actions; returns the last state, which is saved."""
-  cfg, start, total = cfgs[0], int(state.step[0]), cfgs[0].train.num_steps
-  directories = [workdir / str(one.train.seed) for one in cfgs]
-  timer = train_run.step_timer(cfg)
-  writers = [metric_log.MetricWriter(d, resume_step=start, enabled=True) for d in directories]
-  for directory in directories:
-    train_run.drop_routing_after(directory, start)
-  batches = _batches(cfgs, corpora, start)
-  put = lambda batch, mesh: jax.device_put(batch, jax.NamedSharding(mesh, jax.P()))
-  train_step = make_train_step(cfg, mesh)
-  reports = loop.steps(cfg, mesh, state, batches, timer, train_step=train_step, put=put)
-  for report in tqdm.tqdm(reports, unit='step', initial=start, total=total):
-    step, state, found = report
-    last = step == total or bool(stop.name)
-    if step % cfg.train.log_every == 0 or step == total:
-      _log(cfgs, step, found, timer, writers, say)
-    with timer.paused():
-      every = cfg.train.routing_every
-      if cfg.model.is_moe and (step == total or every and step % every == 0):
-        for i, one in enumerate(cfgs):
-          train_run.write_routing(one, directories[i], loop.StepReport(step, *take(report[1:], i)))
-      if cfg.train.eval_every and step % cfg.train.eval_every == 0 and step < total:
-        for i, one in enumerate(cfgs):
-          variables = take(state, i).variables
-          train_run.evaluate_midway(one, step, variables, corpora[i], mesh, writers[i], say)
-    if last or checkpointer.is_due(step):
-      _check_finite(cfgs, step, found)
-      jax.block_until_ready(state)
-      with timer.saving():
-        checkpointer.save(step, state, _meta(cfgs, corpora), force=last)
-    if last:
-      break
-  for writer in writers:
-    writer.close()
-  batches.close()
-  checkpointer.wait()
-  return state
-
-
-def _log(
-  cfgs: Sequence[schema.Config],
-  step: int,
-  found: optimizer_step.StepMetrics,
-  timer: step_timer.StepTimer,
-  writers: Sequence[metric_log.MetricWriter],
-  say: trained_run.Say,
-):
-  """A line per seed; tokens/s and MFU are those of all seeds together."""
-  speed = timer.report()
-  for i, (cfg, writer) in enumerate(zip(cfgs, writers)):
-    line = {'step': step, **loop.host_metrics(take(found, i)), **speed}
-    writer.write(line)
-    say(f'seed={cfg.train.seed} {metric_log.format_line(line)}')
-  _check_finite(cfgs, step, found)
-
-
-def _check_finite(cfgs: Sequence[schema.Config], step: int, found: optimizer_step.StepMetrics):
-  for i, cfg in enumerate(cfgs):
-    train_run.check_finite(cfg, step, take(found, i))
+) -> tuple[train_state.TrainState, str]:
+  """Trains all seeds from `state` on; see `fit.fit`."""
+  start, whole = int(state.step[0]), jax.NamedSharding(mesh, jax.P())
+  with contextlib.ExitStack() as stack:
+    members = [
+      stack.enter_context(
+        loop_actions.member(
+          cfg,
+          corpus,
+          workdir / str(cfg.train.seed),
+          start,
+          label=f'seed={cfg.train.seed} ',
+          take=functools.partial(take, i=i),
+        )
+      )
+      for i, (cfg, corpus) in enumerate(zip(cfgs, corpora))
+    ]
+    return fit.fit(
+      members,
+      make_train_step(cfgs[0], mesh),
+      state,
+      _batches(cfgs, corpora, start),
+      mesh=mesh,
+      put=lambda batch: jax.device_put(batch, whole),
+      checkpointer=checkpointer,
+      meta={'seeds': [trained_run.meta(cfg, corpus) for cfg, corpus in zip(cfgs, corpora)]},
+      stop=stop,
+      say=say,
+    )
 
 
 def save_one(
@@ -301,5 +261,5 @@ def save_one(
   """Writes the last state of a seed as the checkpoint of its own run; a whole one stands."""
   with checkpointer_lib.Checkpointer(workdir / 'checkpoints', cfg.checkpoint) as checkpointer:
     checkpointer.restore(train_state.abstract_state(cfg, mesh))
-    checkpointer.save(int(state.step), state, train_run.meta(cfg, corpus), force=True)
+    checkpointer.save(int(state.step), state, trained_run.meta(cfg, corpus), force=True)
     checkpointer.wait()

@@ -43,6 +43,15 @@ def digest(tokenizer: tokenizer_lib.Tokenizer) -> str:
   return hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
 
 
+def meta(cfg: schema.Config, corpus: corpus_lib.Corpus) -> dict[str, Any]:
+  """What is saved with every checkpoint of a run."""
+  return {
+    'config': parse.to_dict(cfg),
+    'data_fingerprint': corpus.fingerprint,
+    'tokenizer': digest(corpus.tokenizer),
+  }
+
+
 def read_meta(
   workdir: str | os.PathLike[str], step: int | None = None, flag: str = '--workdir'
 ) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import pipeline
 from moe_jax.devices import partitioning
 from moe_jax.models import transformer
-from moe_jax.runs import router_tables, run_record, train_run, trained_run, upcycle
-from moe_jax.training import cross_entropy, loop, optim, train_state
+from moe_jax.runs import checks, first_state, run_record, trained_run, upcycle
+from moe_jax.training import cross_entropy, objective, optim, train_state
 
 Array = jax.Array
 
@@ -60,7 +60,7 @@ def create(
   _check_no_checkpoints(workdir)
   meta = trained_run.read_meta(source, step)
   layout = upcycle.plan(parse.from_dict(meta['config']).model, cfg.model)
-  mesh, corpus = train_run.prepare(cfg)
+  mesh, corpus = checks.prepare(cfg)
   errors.require(
     trained_run.digest(corpus.tokenizer) == meta['tokenizer'],
     f'config.data.tokenizer={cfg.data.tokenizer!r} is not the tokenizer of the dense run, whose '
@@ -79,7 +79,7 @@ def create(
     if first:
       run_record.write(workdir, cfg, argv=argv, data_fingerprint=corpus.fingerprint)
       corpus.tokenizer.save(workdir / 'tokenizer.json')
-    checkpointer.save(0, state, train_run.meta(cfg, corpus), force=True)
+    checkpointer.save(0, state, trained_run.meta(cfg, corpus), force=True)
     checkpointer.wait()
   say(summary)
 
@@ -101,7 +101,7 @@ def _state(
   noise: float,
 ) -> train_state.TrainState:
   """A fresh state of the MoE's run with the upcycled parameters."""
-  state = router_tables.with_tables(cfg, train_state.init_state(cfg, mesh), corpus)
+  state = first_state.random(cfg, mesh, corpus)
   make = functools.partial(upcycle.upcycle, dense.cfg.model, model=cfg.model, noise=noise)
   out = jax.tree.map(lambda x: x.sharding, state.params)
   rng = jax.random.key(cfg.train.seed)
@@ -156,7 +156,7 @@ def _difference(
     num_steps=1,
   )
   rows = _fewest_rows(cfg.model, partitioning.row_ways(mesh))
-  batch = {key: value[:rows] for key, value in batches[0].items() if key in loop.BATCH_KEYS}
+  batch = {key: value[:rows] for key, value in batches[0].items() if key in objective.BATCH_KEYS}
   moe = dataclasses.replace(cfg.model.moe, dispatch='dense')
   model = dataclasses.replace(cfg.model, dtype='float32', moe=moe)
   dense_model = dataclasses.replace(dense.cfg.model, dtype='float32')

@@ -1,59 +1,59 @@
-"""The training loop: one optimizer step per batch, a few steps ahead of the device.
+"""The training loop of every stage: one optimizer step per batch, and callbacks after each.
 
-A run resumes by these rules:
+It knows no objective: a stage brings its step function, its state (whose `step` counts the steps
+done), its batches and its callbacks. A run resumes by these rules:
   1. The newest whole checkpoint decides the step; metrics past it are dropped, and the steps are
   redone. 2. The batch at step n is a pure function of (seed, n), so n is all the data pipeline
   needs. 3. State and batch being equal, the redone steps are bit-identical on the same hardware.
 """
 
 import collections
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
-from moe_jax.balance import router_stats
-from moe_jax.config import schema
 from moe_jax.devices import partitioning
-from moe_jax.training import optimizer_step, step_timer, train_state
+from moe_jax.training import step_timer
 
 Array = jax.Array
-Batch = dict[str, Array]
-
-BATCH_KEYS = ('tokens', 'targets', 'positions', 'segment_ids')
+HostBatch = Mapping[str, np.ndarray]
+Batch = Mapping[str, Array]
 
 # Steps the host may run ahead of the device: enough to keep it busy, few enough that waiting for
 # data is seen as waiting.
 MAX_IN_FLIGHT = 2
 
 
-class StopSignal:
-  """Turns SIGTERM and SIGINT into a flag that the loop reads between steps.
+class StepReport(NamedTuple):
+  """What callbacks are given after a step. The state is donated to the next one."""
 
-  A second signal ends the program at once, as the first would have without this.
-  """
+  step: int  # optimizer steps done, this one included
+  state: Any
+  metrics: Any  # with a scalar `loss`
+  complete: bool = False  # whether this was the last of the run's steps
+  stopped_by: str = ''  # the signal after which no step follows; '' = none came
 
-  def __init__(self):
-    self.name = ''
+  @property
+  def last(self) -> bool:
+    """Whether no step follows, the run being complete or stopped."""
+    return self.complete or bool(self.stopped_by)
 
-  def __enter__(self) -> 'StopSignal':
-    self._old = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
-    return self
 
-  def __exit__(self, *unused):
-    for number, handler in self._old.items():
-      signal.signal(number, handler)
+class Callback(Protocol):
+  """Something that is done after steps: logging, evaluating, saving."""
 
-  def _handle(self, number: int, unused_frame: Any):
-    if self.name:
-      raise KeyboardInterrupt
-    self.name = signal.Signals(number).name
+  def after_step(self, report: StepReport):
+    """Called after every step, which may still be running on the device.
+
+    Looking at values of `report.state` or `report.metrics` waits for it, so a callback does that
+    only when it is due.
+    """
 
 
 class Profile(Protocol):
-  """Watches the steps from `first` to `last`; see `analysis.profile.Window`."""
+  """Watches the steps from `first` to `last`; see `planning.profile.Window`."""
 
   first: int
   last: int
@@ -65,33 +65,72 @@ class Profile(Protocol):
     """Called when the last one is done."""
 
 
-class StepReport(NamedTuple):
-  """What the loop hands to its caller after each step."""
+def _go_on() -> str:
+  return ''
 
-  step: int  # optimizer steps done, this one included
-  state: train_state.TrainState
-  metrics: optimizer_step.StepMetrics
+
+def run(
+  reports: Iterator[StepReport],
+  callbacks: Sequence[Callback],
+  *,
+  num_steps: int,
+  stop_requested: Callable[[], str] = _go_on,
+) -> StepReport | None:
+  """Takes steps until `num_steps` are done or a stop is requested; calls all callbacks after each.
+
+  Args:
+    reports: of `steps`.
+    callbacks: called in this order.
+    num_steps: optimizer steps of the whole run.
+    stop_requested: called once per step; the name of a signal, or '' to go on. All processes of a
+      run must be told the same.
+
+  Returns:
+    The last report; None if there was no step to take.
+  """
+  report = None
+  for report in reports:
+    # Asked once and before all callbacks, since a signal may come during any of them.
+    report = report._replace(complete=report.step == num_steps, stopped_by=stop_requested())
+    for callback in callbacks:
+      callback.after_step(report)
+    if report.last:
+      break
+  return report
+
+
+def _num_tokens(batch: Batch) -> int:
+  return batch['tokens'].size
 
 
 def steps(
-  cfg: schema.Config,
+  train_step: Any,
+  state: Any,
+  batches: Iterator[HostBatch],
+  *,
   mesh: jax.sharding.Mesh,
-  state: train_state.TrainState,
-  batches: Iterator[dict[str, np.ndarray]],
+  put: Callable[[HostBatch], Batch],
   timer: step_timer.StepTimer,
   profile: Profile | None = None,
-  *,
-  train_step: Any = None,
-  put: Callable[[Batch, jax.sharding.Mesh], Batch] = partitioning.put_batch,
+  num_tokens: Callable[[Batch], int] = _num_tokens,
 ) -> Iterator[StepReport]:
   """Runs one optimizer step per batch, a few steps ahead of the device, and yields after each.
 
-  The yielded state is donated to the next step: use it before asking for the next report. Each
-  batch size of a ramp is compiled when it first comes, and `timer` leaves that time out, as
-  it does that of starting and reading a profile. `seeds` has a `train_step` and a `put` of its own:
-  the jitted step, and what lays a batch of this process onto the mesh.
+  The yielded state is donated to the next step: use it before asking for the next report. The next
+  batch is asked for after that, so it may depend on what was done with the report.
+
+  Args:
+    train_step: the jitted step, (state, batch) -> (state, metrics); traced under `mesh`. Each shape
+      of a batch is compiled when it first comes.
+    state: of the first step; `step` is [] int32, or [S] for S seeds that run in step.
+    batches: of this process, one per step; the loop ends with them.
+    mesh: devices of all processes.
+    put: lays a batch of this process onto the mesh.
+    timer: is told the tokens and the time of waiting; compiling, starting a profile and reading it
+      are left out.
+    profile: the steps to profile.
+    num_tokens: of a batch on the mesh.
   """
-  train_step = train_step or optimizer_step.make_train_step(cfg, mesh)
   compiled = {}
   in_flight = collections.deque()
   step = int(np.ravel(state.step)[0])  # of several seeds all are the same
@@ -100,16 +139,16 @@ def steps(
       host_batch = next(batches, None)
     if host_batch is None:
       return
-    batch = put({key: host_batch[key] for key in BATCH_KEYS}, mesh)
-    shape = batch['tokens'].shape
+    batch = put(host_batch)
+    shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
     with partitioning.activate(mesh):
-      if shape not in compiled:
+      if shapes not in compiled:
         with timer.paused():
-          compiled[shape] = train_step.lower(state, batch).compile()
+          compiled[shapes] = train_step.lower(state, batch).compile()
       if profile is not None and step + 1 == profile.first:
         with timer.paused():
-          profile.start(compiled[shape].as_text())
-      state, metrics = compiled[shape](state, batch)
+          profile.start(compiled[shapes].as_text())
+      state, metrics = compiled[shapes](state, batch)
     step += 1
     if profile is not None and step == profile.last:
       jax.block_until_ready((state, metrics))  # these steps' time counts, that of reading does not
@@ -118,34 +157,5 @@ def steps(
     in_flight.append(metrics.loss)
     if len(in_flight) > MAX_IN_FLIGHT:
       in_flight.popleft().block_until_ready()
-    timer.add_tokens(batch['tokens'].size)
+    timer.add_tokens(num_tokens(batch))
     yield StepReport(step, state, metrics)
-
-
-def host_metrics(metrics: optimizer_step.StepMetrics) -> dict[str, float | None]:
-  """Waits for a step and returns its scalars; those of routing are None for a dense model.
-
-  Keys: loss, mtp_loss (None without multi-token prediction), lr, grad_norm, aux_loss, max_vio,
-  drop_rate (means over the layers) and overflow_rate, the share of all chosen assignments that did
-  not fit the buffers of the exchange.
-  """
-  stats = metrics.stats
-  stats = None if stats is None else (stats.sums.load, stats.dropped, stats.overflow)
-  scalars = (metrics.loss, metrics.mtp_loss, metrics.lr, metrics.grad_norm, metrics.aux_loss)
-  (loss, mtp_loss, lr, grad_norm, aux), stats = jax.device_get((scalars, stats))
-  max_vio = drop_rate = overflow = None
-  if stats is not None:
-    load, dropped, lost = (np.asarray(a, np.float64) for a in stats)
-    overflow = float(lost.sum() / max(load.sum(), 1))
-    max_vio = float(router_stats.max_vio(load).mean())
-    drop_rate = float((dropped.sum(-1) / np.maximum(load.sum(-1), 1)).mean())
-  return {
-    'loss': float(loss),
-    'mtp_loss': None if mtp_loss is None else float(mtp_loss),
-    'lr': float(lr),
-    'grad_norm': float(grad_norm),
-    'aux_loss': None if stats is None else float(aux),
-    'max_vio': max_vio,
-    'drop_rate': drop_rate,
-    'overflow_rate': overflow,
-  }

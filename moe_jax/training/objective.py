@@ -15,6 +15,8 @@ from moe_jax.training import cross_entropy as cross_entropy_lib
 Array = jax.Array
 Batch = dict[str, Array]
 
+BATCH_KEYS = ('tokens', 'targets', 'positions', 'segment_ids')
+
 
 class Loss(NamedTuple):
   """Shares of a (micro-)batch; they add up to the values of the whole batch."""
@@ -30,6 +32,11 @@ class Totals(NamedTuple):
 
   targets: Array  # [] int32, real targets, of the cross-entropy
   tokens: Array  # [] int32, real tokens, of the balance losses
+
+
+def inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+  """The arrays of a batch that the loss reads."""
+  return {key: batch[key] for key in BATCH_KEYS}
 
 
 def batch_loss(

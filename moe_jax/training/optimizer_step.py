@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from flax import struct
 
@@ -29,6 +30,35 @@ class StepMetrics:
   lr: Array  # [] float32
   grad_norm: Array  # [] float32, before clipping
   stats: router_stats.RouterStats | None  # of the global batch, leaves [num_moe_layers, ...]
+
+
+def host_metrics(metrics: StepMetrics) -> dict[str, float | None]:
+  """Waits for a step and returns its scalars; those of routing are None for a dense model.
+
+  Keys: loss, mtp_loss (None without multi-token prediction), lr, grad_norm, aux_loss, max_vio,
+  drop_rate (means over the layers) and overflow_rate, the share of all chosen assignments that did
+  not fit the buffers of the exchange.
+  """
+  stats = metrics.stats
+  stats = None if stats is None else (stats.sums.load, stats.dropped, stats.overflow)
+  scalars = (metrics.loss, metrics.mtp_loss, metrics.lr, metrics.grad_norm, metrics.aux_loss)
+  (loss, mtp_loss, lr, grad_norm, aux), stats = jax.device_get((scalars, stats))
+  max_vio = drop_rate = overflow = None
+  if stats is not None:
+    load, dropped, lost = (np.asarray(a, np.float64) for a in stats)
+    overflow = float(lost.sum() / max(load.sum(), 1))
+    max_vio = float(router_stats.max_vio(load).mean())
+    drop_rate = float((dropped.sum(-1) / np.maximum(load.sum(-1), 1)).mean())
+  return {
+    'loss': float(loss),
+    'mtp_loss': None if mtp_loss is None else float(mtp_loss),
+    'lr': float(lr),
+    'grad_norm': float(grad_norm),
+    'aux_loss': None if stats is None else float(aux),
+    'max_vio': max_vio,
+    'drop_rate': drop_rate,
+    'overflow_rate': overflow,
+  }
 
 
 def next_router_state(

@@ -15,7 +15,7 @@ from moe_jax.balance import routing_figures
 from moe_jax.config import parse, schema
 from moe_jax.data import pipeline
 from moe_jax.devices import partitioning
-from moe_jax.runs import metric_log, train_run, trained_run
+from moe_jax.runs import checks, metric_log, train_run, trained_run
 from moe_jax.training import cross_entropy, optim, train_state
 
 MAKE_MESH = partitioning.make_mesh
@@ -62,7 +62,7 @@ def make_config(cache: pathlib.Path, **overrides) -> schema.Config:
 def fresh(cache):
   """(an untrained run, its corpus)."""
   cfg = make_config(cache)
-  mesh, corpus = train_run.prepare(cfg)
+  mesh, corpus = checks.prepare(cfg)
   variables = train_state.init_state(cfg, mesh).variables
   return trained_run.Run(cfg, mesh, variables, corpus.tokenizer, 0, corpus.fingerprint), corpus
 

@@ -10,7 +10,7 @@ from moe_jax.analysis import leakage, leakage_probe
 from moe_jax.config import parse
 from moe_jax.data import packing
 from moe_jax.devices import partitioning
-from moe_jax.runs import train_run, trained_run
+from moe_jax.runs import checks, trained_run
 from moe_jax.training import train_state
 
 MAKE_MESH = partitioning.make_mesh
@@ -46,7 +46,7 @@ def fresh(cache, **overrides):
   page.update_from_flattened_dict(SIZES | {'data.cache_dir': str(cache), 'train.sample_prompt': ''})
   page.update_from_flattened_dict(overrides)
   cfg = parse.from_dict(page.to_dict())
-  mesh, corpus = train_run.prepare(cfg)
+  mesh, corpus = checks.prepare(cfg)
   variables = train_state.init_state(cfg, mesh).variables
   return trained_run.Run(cfg, mesh, variables, corpus.tokenizer, 0, corpus.fingerprint), corpus
 

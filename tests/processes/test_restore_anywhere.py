@@ -12,7 +12,7 @@ from moe_jax.checkpoints import checkpointer
 from moe_jax.config import parse, schema
 from moe_jax.data import pipeline
 from moe_jax.devices import partitioning
-from moe_jax.runs import train_run
+from moe_jax.runs import checks, train_run
 from moe_jax.training import train_state
 from tests.processes import launch
 
@@ -107,7 +107,7 @@ def test_a_checkpoint_goes_on_on_another_mesh(finished, cache, tmp_path, source,
 def test_the_data_is_the_same_on_every_mesh(cache):
   """The parts of all devices, put together, are the batch of one device."""
   cfg = make(cache, 'eight')
-  _, corpus = train_run.prepare(make(cache, 'one'))
+  _, corpus = checks.prepare(make(cache, 'one'))
   length = cfg.model.max_seq_len
   options = dict(seed=0, max_seq_len=length, batch_size_at=lambda n: 8, num_steps=3)
   whole = pipeline.TrainBatches(corpus, **options)

@@ -14,7 +14,7 @@ from configs import smoke
 from moe_jax import errors
 from moe_jax.config import parse, schema
 from moe_jax.devices import partitioning
-from moe_jax.runs import metric_log, seeds, train_run, trained_run
+from moe_jax.runs import checks, metric_log, seeds, train_run, trained_run
 from moe_jax.training import optimizer_step, train_state
 from tests import tiny
 
@@ -142,7 +142,7 @@ def test_saving_each_seed_goes_on_where_it_was_killed(trained):
   fresh = root / 'again'
   seeds.run_training(cfg, SEEDS, fresh, say=lambda line: None)
   one = seeds.configs(cfg, SEEDS)[1]
-  mesh, corpus = train_run.prepare(one)
+  mesh, corpus = checks.prepare(one)
   with trained_run.reader(fresh / str(SEEDS[1])) as reader:
     state = reader.restore(train_state.abstract_state(one, mesh)).state
   seeds.save_one(one, workdir / str(SEEDS[1]), corpus, mesh, state)
@@ -165,13 +165,13 @@ def test_a_trained_arm_is_not_taken_for_one_of_another_text(trained, monkeypatch
   root, cfg, _ = trained
   records = [root / 'arm' / str(seed) / 'config.json' for seed in SEEDS]
   before = [path.read_bytes() for path in records]
-  prepare = train_run.prepare
+  prepare = checks.prepare
 
   def another_text(one):
     mesh, corpus = prepare(one)
     return mesh, dataclasses.replace(corpus, fingerprint='another')
 
-  monkeypatch.setattr(train_run, 'prepare', another_text)
+  monkeypatch.setattr(checks, 'prepare', another_text)
   with pytest.raises(errors.InputError, match='the corpus has changed'):
     seeds.run_training(cfg, SEEDS, root / 'arm')
   assert [path.read_bytes() for path in records] == before

@@ -107,8 +107,8 @@ def test_a_run_reads_nothing_from_the_device_between_log_lines(cache, tmp_path, 
   cfg = make_config(cache, checkpoint__save_every=12, **overrides)
   steps, hidden = loop.steps, []
 
-  def guarded(*args):
-    for done in steps(*args):
+  def guarded(*args, **kwargs):
+    for done in steps(*args, **kwargs):
       if done.step in (5, 10, 12):
         yield done
       else:

@@ -17,7 +17,7 @@ from moe_jax.config import parse, schema
 from moe_jax.data import pipeline
 from moe_jax.devices import partitioning
 from moe_jax.models import model_variables, transformer
-from moe_jax.runs import metric_log, train_run, trained_run, upcycle_run
+from moe_jax.runs import checks, metric_log, train_run, trained_run, upcycle_run
 from moe_jax.runs import upcycle as runs_upcycle
 from moe_jax.training import cross_entropy
 from tests import in_process, tiny
@@ -245,7 +245,7 @@ def dense(cache, tmp_path_factory):
 
 def first_loss(loaded: trained_run.Run, cfg: schema.Config) -> float:
   """Loss of a model on the first training batch of `cfg`."""
-  _, corpus = train_run.prepare(cfg)
+  _, corpus = checks.prepare(cfg)
   size = cfg.train.batch_size
   batch = pipeline.TrainBatches(
     corpus,

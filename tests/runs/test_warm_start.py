@@ -11,7 +11,7 @@ from moe_jax import errors
 from moe_jax.config import parse, schema
 from moe_jax.devices import partitioning
 from moe_jax.models import model_variables
-from moe_jax.runs import train_run, warm_start
+from moe_jax.runs import checks, first_state, train_run, warm_start
 
 MAKE_MESH = partitioning.make_mesh
 LATENT = {
@@ -65,8 +65,8 @@ def start(cache, source, **overrides):
   """(state before the first step, lines said) of a run that starts from `source`."""
   lines = []
   cfg = make(cache, init_from=str(source), **overrides)
-  mesh, corpus = train_run.prepare(cfg)
-  return train_run._first_state(cfg, train_run._source(cfg), mesh, corpus, lines.append), lines
+  mesh, corpus = checks.prepare(cfg)
+  return first_state.make(cfg, first_state.source_meta(cfg), mesh, corpus, lines.append), lines
 
 
 def long_context(length: int = 128) -> dict:

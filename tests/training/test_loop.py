@@ -1,6 +1,6 @@
 import functools
-import signal
 import types
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from moe_jax.devices import partitioning
+from moe_jax.models import model_variables, transformer
 from moe_jax.training import loop as loop_lib
 from moe_jax.training import objective, optim, optimizer_step, step_timer, train_state
 from tests import tiny
@@ -108,7 +109,7 @@ def test_loss_is_cross_entropy_per_real_target_plus_weighted_z_and_balance_losse
     batch = rows | {'row': jnp.arange(2)}
     totals = objective.Totals(num_targets, num_tokens)
     total, loss = objective.batch_loss(cfg, params, {}, batch, jnp.uint32(0), totals)
-    model = loop_lib.transformer.Transformer(cfg.model)
+    model = transformer.Transformer(cfg.model)
     args = (rows[k] for k in ('tokens', 'positions', 'segment_ids'))
     return total, loss.cross_entropy, model.apply({'params': params}, *args)
 
@@ -125,6 +126,10 @@ def test_loss_is_cross_entropy_per_real_target_plus_weighted_z_and_balance_losse
   np.testing.assert_allclose(total, want, rtol=1e-5)
 
 
+def put(mesh):
+  return lambda batch: partitioning.put_batch(objective.inputs(batch), mesh)
+
+
 @pytest.fixture(scope='module')
 def dense_run():
   """(config, mesh, state at seed 0, the reports of three steps)."""
@@ -134,8 +139,11 @@ def dense_run():
   rows = [tiny.batch(((16,), (9,))), tiny.batch(((5, 5), (16,))), tiny.batch(((1,), (16,)))]
   timer = step_timer.StepTimer(flops_per_token=1.0, peak=1.0)
   reports = []
-  for report in loop_lib.steps(cfg, mesh, state, iter(rows), timer):
-    reports.append((report.step, loop_lib.host_metrics(report.metrics)))
+  train_step = optimizer_step.make_train_step(cfg, mesh)
+  for report in loop_lib.steps(
+    train_step, state, iter(rows), mesh=mesh, put=put(mesh), timer=timer
+  ):
+    reports.append((report.step, optimizer_step.host_metrics(report.metrics)))
     state = report.state
   return cfg, mesh, start, state, reports
 
@@ -161,7 +169,7 @@ class OnDevice:
     return self
 
 
-def test_steps_are_not_waited_for_but_a_few_steps_behind(monkeypatch):
+def test_steps_are_not_waited_for_but_a_few_steps_behind():
   launched, waits = [], []
 
   class Step:  # in place of the jitted one; what it returns has no value that the host could read
@@ -177,10 +185,10 @@ def test_steps_are_not_waited_for_but_a_few_steps_behind(monkeypatch):
       loss = OnDevice(launched[-1], waits)
       return object(), optimizer_step.StepMetrics(loss, *[object()] * 5)
 
-  monkeypatch.setattr(optimizer_step, 'make_train_step', lambda cfg, mesh: Step())
   timer = step_timer.StepTimer(flops_per_token=1.0, peak=1.0)
   rows, state = tiny.batch(((16,), (9,))), types.SimpleNamespace(step=0)
-  loop = loop_lib.steps(tiny.make(**DENSE), one_device(), state, iter([rows] * 6), timer)
+  mesh = one_device()
+  loop = loop_lib.steps(Step(), state, iter([rows] * 6), mesh=mesh, put=put(mesh), timer=timer)
   assert [report.step for report in loop] == [1, 2, 3, 4, 5, 6]
   assert waits == [1, 2, 3, 4]
 
@@ -234,7 +242,7 @@ def test_stacked_layers_start_different():
   cfg = tiny.make(model__moe__num_experts=0, model__num_layers=2).model
   kernel = jax.tree.leaves(
     jax.jit(
-      lambda key: loop_lib.transformer.init(cfg, key)['params']['dense_layers']['mlp']['down'].value
+      lambda key: model_variables.init(cfg, key)['params']['dense_layers']['mlp']['down'].value
     )(jax.random.key(0))
   )[0]
   assert not np.array_equal(kernel[0], kernel[1])
@@ -245,7 +253,7 @@ def test_host_metrics_average_over_layers():
   sums = types.SimpleNamespace(load=load)
   dropped = jnp.array([[4, 0, 0, 0], [0, 0, 0, 0]])
   stats = types.SimpleNamespace(sums=sums, dropped=dropped, overflow=jnp.array([2, 0]))
-  values = loop_lib.host_metrics(
+  values = optimizer_step.host_metrics(
     optimizer_step.StepMetrics(
       loss=jnp.float32(2),
       mtp_loss=jnp.float32(7),
@@ -268,17 +276,6 @@ def test_host_metrics_average_over_layers():
   }
 
 
-def test_the_first_signal_is_noted_and_the_second_ends_the_program():
-  before = signal.getsignal(signal.SIGTERM)
-  with loop_lib.StopSignal() as stop:
-    assert stop.name == ''
-    signal.raise_signal(signal.SIGTERM)
-    assert stop.name == 'SIGTERM'
-    with pytest.raises(KeyboardInterrupt):
-      signal.raise_signal(signal.SIGINT)
-  assert signal.getsignal(signal.SIGTERM) == before
-
-
 def test_accumulation_reports_losses_of_the_whole_batch_also_those_without_weight():
   scope = {'model__moe__balance__squared_deviation__scope': 'global_batch'}
   params = tiny.params(tiny.make().model)
@@ -289,3 +286,100 @@ def test_accumulation_reports_losses_of_the_whole_batch_also_those_without_weigh
       parts.stats.losses[name], whole.stats.losses[name], rtol=1e-4, err_msg=name
     )
   np.testing.assert_allclose(parts.aux, whole.aux, rtol=1e-5)
+
+
+class Recorder:
+  """A callback that notes what it was given."""
+
+  def __init__(self, log, name, on_step=lambda report: None):
+    self._log, self._name, self._on_step = log, name, on_step
+
+  def after_step(self, report):
+    self._log.append((self._name, report.step, report.complete, report.stopped_by))
+    self._on_step(report)
+
+
+def reports(num_steps):
+  return (loop_lib.StepReport(step, f'state {step}', None) for step in range(1, num_steps + 1))
+
+
+def test_callbacks_are_called_in_order_up_to_the_last_step():
+  log = []
+  last = loop_lib.run(reports(5), [Recorder(log, 'a'), Recorder(log, 'b')], num_steps=2)
+  assert log == [
+    ('a', 1, False, ''), ('b', 1, False, ''), ('a', 2, True, ''), ('b', 2, True, '')
+  ]  # fmt: skip
+  assert last.state == 'state 2' and last.last
+
+
+def test_a_stop_is_asked_for_once_per_step_and_told_to_all_callbacks_from_the_next_on():
+  log, asked, signals = [], [], ['']
+
+  def stop_requested():
+    asked.append(signals[0])
+    return signals[0]
+
+  def raise_signal(report):
+    if report.step == 2:  # as if it came while the first callback runs
+      signals[0] = 'SIGTERM'
+
+  callbacks = [Recorder(log, 'a', raise_signal), Recorder(log, 'b')]
+  last = loop_lib.run(reports(9), callbacks, num_steps=9, stop_requested=stop_requested)
+  assert [entry[1:] for entry in log if entry[0] == 'b'] == [
+    (1, False, ''), (2, False, ''), (3, False, 'SIGTERM')
+  ]  # fmt: skip
+  assert asked == ['', '', 'SIGTERM']
+  assert last.step == 3 and last.last and not last.complete
+
+
+def test_no_step_is_no_report():
+  assert loop_lib.run(iter(()), [Recorder([], 'a')], num_steps=3) is None
+
+
+class Regression(NamedTuple):
+  """State of a stage that trains no language model."""
+
+  step: jax.Array
+  weight: jax.Array
+
+
+class SquaredError(NamedTuple):
+  loss: jax.Array
+
+
+def test_another_objective_with_batches_made_on_the_way_uses_the_same_loop():
+  """As in reinforcement learning: what the next batch is depends on the state so far."""
+
+  @jax.jit
+  def step(state, batch):
+    error = lambda w: jnp.square(batch['x'] * w - batch['y']).mean()
+    loss, grad = jax.value_and_grad(error)(state.weight)
+    return Regression(state.step + 1, state.weight - 0.1 * grad), SquaredError(loss)
+
+  seen, timer = [1.0], step_timer.StepTimer(flops_per_token=1.0, peak=1.0)
+
+  class Rollouts:
+    def after_step(self, report):
+      seen.append(float(report.state.weight))
+
+  def batches():
+    while True:
+      x = np.full(len(seen), seen[-1], np.float32)  # another shape in each step
+      yield {'x': x, 'y': 3 * x}
+
+  last = loop_lib.run(
+    loop_lib.steps(
+      step,
+      Regression(jnp.int32(0), jnp.float32(1)),
+      batches(),
+      mesh=one_device(),
+      put=lambda batch: {key: jnp.asarray(value) for key, value in batch.items()},
+      timer=timer,
+      num_tokens=lambda batch: batch['x'].size,
+    ),
+    [Rollouts()],
+    num_steps=3,
+  )
+  # w <- w + 0.2 x^2 (3 - w) with x = w: 1, 1.4, 1.4 + 0.2 * 1.96 * 1.6 = 2.0272, ...
+  np.testing.assert_allclose(seen[:3], [1, 1.4, 2.0272], rtol=1e-5)
+  assert last.step == 3 and last.complete and timer._tokens == 1 + 2 + 3

@@ -59,9 +59,9 @@ def num_rows(num_choices: int, num_experts: int, align: int) -> int:
   return most // align * align
 
 
-def fits(num_choices: int, num_experts: int) -> bool:
-  """Whether M choices among E experts (and the unrouted) can be packed into int32 sort keys."""
-  return (num_experts + 1) << (num_choices - 1).bit_length() < 2**31
+def max_choices(num_experts: int) -> int:
+  """The most choices M among E experts (and the unrouted) that int32 sort keys can number."""
+  return 1 << ((2**31 - 1) // (num_experts + 1)).bit_length() - 1
 
 
 def make_plan(expert_idx: Array, num_experts: int, align: int, limit: int | None = None) -> Plan:
@@ -79,7 +79,7 @@ def make_plan(expert_idx: Array, num_experts: int, align: int, limit: int | None
   num_tokens, k = expert_idx.shape
   m = num_tokens * k
   bits = (m - 1).bit_length()
-  if not fits(m, num_experts):
+  if m > max_choices(num_experts):
     raise ValueError(
       f'{num_experts} experts x {m} choices overflow the int32 sort key; '
       'lower train.micro_batch_size so that a forward pass holds fewer tokens'

@@ -1,0 +1,136 @@
+"""Whether a run can be what its config says: found out before anything is compiled or written."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from moe_jax import errors
+from moe_jax.config import parse, schema
+from moe_jax.data import corpus as corpus_lib
+from moe_jax.data import pipeline
+from moe_jax.devices import partitioning
+from moe_jax.inference import generate
+from moe_jax.models.experts import sorted_plan
+from moe_jax.processes import agreement
+from moe_jax.runs import run_record, trained_run, warm_start
+
+
+def prepare(cfg: schema.Config) -> tuple[jax.sharding.Mesh, corpus_lib.Corpus]:
+  """The devices and the text of a run, checked against its config.
+
+  Raises:
+    errors.InputError: see the message.
+  """
+  mesh = partitioning.make_mesh(cfg.mesh)
+  partitioning.check(cfg, mesh)
+  _check_sort_key(cfg, mesh)
+  corpus = corpus_lib.load_corpus(
+    cfg.data, cfg.model.vocab_size, cfg.train.seed, progress=agreement.is_first()
+  )
+  _check_rows(cfg, corpus, mesh)
+  if cfg.train.sample_prompt and cfg.train.sample_tokens:
+    prompt = corpus.tokenizer.encode(cfg.train.sample_prompt)
+    names = ('config.train.sample_prompt', 'config.train.sample_tokens')
+    generate.check_router(cfg.model)
+    generate.check_lengths(cfg.model, 1 + len(prompt), cfg.train.sample_tokens, names)
+  return mesh, corpus
+
+
+def _batch_sizes(cfg: schema.Config) -> list[int]:
+  return [cfg.train.batch_size, *(size for _, size in cfg.train.batch_ramp)]
+
+
+def _check_rows(cfg: schema.Config, corpus: corpus_lib.Corpus, mesh: jax.sharding.Mesh):
+  pipeline.check_corpus(
+    corpus,
+    max_seq_len=cfg.model.max_seq_len,
+    batch_sizes=_batch_sizes(cfg),
+    num_shards=partitioning.row_ways(mesh),
+  )
+
+
+def _check_sort_key(cfg: schema.Config, mesh: jax.sharding.Mesh):
+  """Refuses a forward pass whose choices per device overflow the sort key of the dropless plan.
+
+  A device of an expert-parallel group may be sent the tokens of all of it.
+  """
+  model, data_ways, ways = cfg.model, partitioning.row_ways(mesh), mesh.shape['expert']
+  if not model.is_moe or model.moe.dispatch != 'dropless':
+    return
+  rows = cfg.train.micro_batch_size or max(_batch_sizes(cfg))
+  per_row = model.max_seq_len // mesh.shape['sequence'] * model.moe.num_experts_per_tok * ways
+  legal = max(sorted_plan.max_choices(model.moe.num_experts // ways) // per_row, 1) * data_ways
+  if legal < rows:
+    raise errors.InputError(
+      f'config.train.micro_batch_size={cfg.train.micro_batch_size} (0 = the whole batch) puts '
+      f'{rows // data_ways} rows on a device, more tokens than the int32 sort key of '
+      f'{model.moe.num_experts} experts can number; choose a divisor of the batch size of at most '
+      f'{legal}'
+    )
+
+
+def check_source(cfg: schema.Config, source: Mapping[str, Any] | None, corpus: corpus_lib.Corpus):
+  """Refuses weights that do not fit the model, or were trained with another tokenizer.
+
+  Args:
+    cfg: the run.
+    source: `meta` of the checkpoint at its `init_from`; None without one.
+    corpus: of the run.
+
+  Raises:
+    errors.InputError: names what is different.
+  """
+  if source is None:
+    return
+  warm_start.check(cfg, parse.from_dict(source['config']))
+  errors.require(
+    source['tokenizer'] == trained_run.digest(corpus.tokenizer),
+    f'config.data.tokenizer={cfg.data.tokenizer!r} is not the tokenizer of config.init_from='
+    f'{cfg.init_from}, whose embedding is used; pass '
+    f'--config.data.tokenizer={pathlib.Path(cfg.init_from) / "tokenizer.json"}',
+  )
+
+
+def check_processes(workdir: pathlib.Path, corpus: corpus_lib.Corpus):
+  """Makes sure that all processes see the same text and the same directory.
+
+  Raises:
+    errors.InputError: on all processes; names what is different.
+  """
+  digest = trained_run.digest(corpus.tokenizer)
+  agreement.require_same(
+    {'the text of config.data': corpus.fingerprint, 'the tokenizer of config.data': digest}
+  )
+  agreement.require_shared(workdir)
+
+
+def check_continues(
+  cfg: schema.Config, meta: Mapping[str, Any], corpus: corpus_lib.Corpus, allow: bool
+):
+  """Refuses to continue on other token ids and, unless allowed, under other settings.
+
+  Raises:
+    errors.InputError: names what is different.
+  """
+  if meta['tokenizer'] != trained_run.digest(corpus.tokenizer):
+    raise errors.InputError(
+      f'config.data.tokenizer: the checkpoint of step {meta["step"]} was trained with another '
+      'tokenizer, so its vocabulary would not match; keep the old one with '
+      '--config.data.tokenizer=WORKDIR/tokenizer.json, or use another --workdir'
+    )
+  if allow:
+    return
+  if meta['data_fingerprint'] != corpus.fingerprint:
+    raise errors.InputError(
+      f'config.data.path: the corpus has changed since the checkpoint of step {meta["step"]} (was '
+      f'{meta["data_fingerprint"]}, is {corpus.fingerprint}), so the run would not continue on the '
+      'same data; restore the text, use another --workdir, or pass --allow_config_change'
+    )
+  changes, _ = run_record.differences(meta['config'], cfg)
+  if changes:
+    raise errors.InputError(
+      f'the checkpoint of step {meta["step"]} was trained with another config: '
+      f'{"; ".join(changes)}; undo the change, use another --workdir, or pass --allow_config_change'
+    )

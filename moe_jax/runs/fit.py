@@ -1,0 +1,87 @@
+"""The training loop of a run, or of several seeds as one state, with all of its actions."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.checkpoints import checkpointer as checkpointer_lib
+from moe_jax.config import schema
+from moe_jax.data import cache
+from moe_jax.devices import peak_flops
+from moe_jax.planning import flops
+from moe_jax.processes import agreement
+from moe_jax.runs import loop_actions, trained_run
+from moe_jax.training import loop, optimizer_step, stop_signal, train_state
+from moe_jax.training import step_timer as step_timer_lib
+
+
+def fit(
+  members: Sequence[loop_actions.Member],
+  train_step: Any,
+  state: train_state.TrainState,
+  batches: Iterator[loop.HostBatch],
+  *,
+  mesh: jax.sharding.Mesh,
+  put: Callable[[loop.HostBatch], loop.Batch],
+  checkpointer: checkpointer_lib.Checkpointer,
+  meta: Mapping[str, Any],
+  stop: stop_signal.StopSignal,
+  say: trained_run.Say,
+  profile: loop.Profile | None = None,
+) -> tuple[train_state.TrainState, str]:
+  """Trains to the end or to a signal, and saves the last state.
+
+  All processes do the same, step by step; only writing is left to the first.
+
+  Args:
+    members: what is trained: one run, or seeds that differ in nothing else.
+    train_step: see `loop.steps`, as `state`, `mesh`, `put` and `profile`.
+    state: of all members.
+    batches: of all members, from the state's step on; closed at the end.
+    mesh: devices of all processes.
+    put: lays a batch onto the mesh.
+    checkpointer: for the state.
+    meta: saved with it.
+    stop: this process's signals.
+    say: prints one line.
+    profile: the steps to profile.
+
+  Returns:
+    (the last state, which is saved; the name of the signal that ended the run early, or '').
+  """
+  cfg = members[0].cfg
+  train, timer = cfg.train, step_timer(cfg)
+  start = int(jnp.ravel(state.step)[0])  # of several seeds all are the same
+  stops = agreement.StopAgreement(mesh, loop.MAX_IN_FLIGHT)
+  with contextlib.closing(batches), loop_actions.ProgressBar(start, train.num_steps) as bar:
+    actions = [
+      bar,
+      loop_actions.LogMetrics(
+        members, train.log_every, optimizer_step.host_metrics, timer, bar, say
+      ),
+      loop_actions.WriteRoutingFigures(members, train.routing_every, timer),
+      loop_actions.EvaluateMidway(members, train.eval_every, mesh, timer, say),
+      loop_actions.SaveCheckpoint(members, checkpointer, meta, timer),
+    ]
+    last = loop.run(
+      loop.steps(train_step, state, batches, mesh=mesh, put=put, timer=timer, profile=profile),
+      actions,
+      num_steps=train.num_steps,
+      stop_requested=lambda: stops.after_step(stop.name),
+    )
+  checkpointer.wait()
+  if last is None:
+    return state, ''
+  return last.state, '' if last.complete else last.stopped_by
+
+
+def step_timer(cfg: schema.Config) -> step_timer_lib.StepTimer:
+  """The clock of the first process; the others' is never looked at, so it measures no peak."""
+  peak = math.inf
+  if agreement.is_first():
+    peak = peak_flops.matmul_peak(cfg.model.dtype, cache.root(cfg.data.cache_dir))
+  return step_timer_lib.StepTimer(flops.train_flops_per_token(cfg.model), peak)
