@@ -3,14 +3,23 @@
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Protocol, TypeVar
 
 from moe_jax import errors
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class _Path(Protocol):
+  def exists(self) -> bool: ...
+
+
+_AnyPath = TypeVar('_AnyPath', bound=_Path)
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes):
@@ -46,6 +55,11 @@ def disk_full(path: str | os.PathLike[str], needed: int) -> errors.InputError:
 def write_text(path: str | os.PathLike[str], text: str):
   """UTF-8 `write_bytes`."""
   write_bytes(path, text.encode())
+
+
+def free_name(numbered: Callable[[int], _AnyPath]) -> _AnyPath:
+  """The first of the paths numbered(1), numbered(2), ... at which there is nothing."""
+  return next(path for path in map(numbered, itertools.count(1)) if not path.exists())
 
 
 @contextlib.contextmanager

@@ -14,7 +14,6 @@ for weights that do not fit into memory.
 
 import concurrent.futures
 import dataclasses
-import itertools
 import math
 import os
 from collections.abc import Mapping
@@ -27,7 +26,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from moe_jax import errors, trees
+from moe_jax import atomic_files, errors, trees
 from moe_jax.checkpoints import integrity, orbax_noise
 from moe_jax.config import schema
 
@@ -303,8 +302,7 @@ class Checkpointer:
       logging.warning(f'{where} is damaged: {reason}{kept}. Using step {step} in its place.')
 
   def _free_name(self, step: int, label: str) -> epath.Path:
-    names = (self._directory / f'{step}.{label}-{k}' for k in itertools.count(1))
-    return next(name for name in names if not name.exists())
+    return atomic_files.free_name(lambda k: self._directory / f'{step}.{label}-{k}')
 
   def _require_step(self, step: int):
     if step not in self.steps():

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from moe_jax import errors
+from moe_jax.checkpoints import integrity
 from moe_jax.config import parse as parse_lib
 from moe_jax.config import schema
 from moe_jax.devices import partitioning
@@ -117,7 +118,7 @@ def _arrays(model: schema.ModelConfig) -> dict[str, str]:
     jax.eval_shape(lambda: model_variables.init(model, jax.random.key(0)))
   )
   return {
-    jax.tree_util.keystr(path, simple=True, separator='/'): f'{leaf.dtype}{list(leaf.shape)}'
+    integrity.leaf_name(path): f'{leaf.dtype}{list(leaf.shape)}'
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
   }
 

@@ -6,7 +6,6 @@ is kept as `config.<k>.json`.
 """
 
 import importlib.metadata
-import itertools
 import json
 import os
 import pathlib
@@ -114,7 +113,8 @@ def write(
     if path.read_bytes() == text.encode():
       return path
     # A copy, so that no moment is without a config.json.
-    atomic_files.write_bytes(_free_name(path), path.read_bytes())
+    kept = atomic_files.free_name(lambda k: path.with_name(f'{path.stem}.{k}{path.suffix}'))
+    atomic_files.write_bytes(kept, path.read_bytes())
   atomic_files.write_text(path, text)
   return path
 
@@ -132,7 +132,7 @@ def versions() -> dict[str, str | None]:
 
 def git_state() -> dict[str, Any] | None:
   """`commit` and `dirty` of the repository that this package is run from; None outside of one."""
-  root = pathlib.Path(__file__).resolve().parent.parent
+  root = pathlib.Path(moe_jax.__file__).resolve().parents[1]
   top = _git(root, 'rev-parse', '--show-toplevel')
   commit = _git(root, 'rev-parse', '--verify', 'HEAD')
   # An installed copy may lie inside some other repository, whose commit says nothing about it.
@@ -168,8 +168,3 @@ def _git(root: pathlib.Path, *args: str) -> str | None:
   except (OSError, subprocess.SubprocessError):
     return None
   return done.stdout.strip()
-
-
-def _free_name(path: pathlib.Path) -> pathlib.Path:
-  names = (path.with_name(f'{path.stem}.{k}{path.suffix}') for k in itertools.count(1))
-  return next(name for name in names if not name.exists())

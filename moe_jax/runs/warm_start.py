@@ -13,6 +13,7 @@ import jax
 
 from moe_jax import errors
 from moe_jax.checkpoints import checkpointer as checkpointer_lib
+from moe_jax.checkpoints import integrity
 from moe_jax.config import parse, schema
 from moe_jax.models import model_variables
 from moe_jax.training import train_state
@@ -84,8 +85,7 @@ def read(
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  name = lambda path: jax.tree_util.keystr(path, simple=True, separator='/')
-  return {name(path): leaf.shape for path, leaf in leaves}
+  return {integrity.leaf_name(path): leaf.shape for path, leaf in leaves}
 
 
 def _describe(shape: tuple[int, ...] | None) -> str:

@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 
+import moe_jax
 from moe_jax import errors
 from moe_jax.config import parse, schema
 from moe_jax.runs import run_record
@@ -127,11 +128,16 @@ def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
   assert names(tmp_path / 'run') == [], 'the probe leaves nothing behind'
 
 
+def test_the_repository_of_this_package_is_found():
+  root = pathlib.Path(__file__).parents[2]
+  assert (run_record.git_state() is not None) == (root / '.git').exists()
+
+
 def test_git_state_of_a_repository(tmp_path, monkeypatch):
   package = tmp_path / 'moe_jax'
   package.mkdir()
-  (package / 'run_record.py').write_text('')
-  monkeypatch.setattr(run_record, '__file__', str(package / 'run_record.py'))
+  (package / '__init__.py').write_text('')
+  monkeypatch.setattr(moe_jax, '__file__', str(package / '__init__.py'))
   assert run_record.git_state() is None
 
   def git(*args):
@@ -144,9 +150,9 @@ def test_git_state_of_a_repository(tmp_path, monkeypatch):
   git('commit', '-m', 'first')
   clean = run_record.git_state()
   assert len(clean['commit']) == 40 and not clean['dirty']
-  (package / 'run_record.py').write_text('changed')
+  (package / '__init__.py').write_text('changed')
   assert run_record.git_state()['dirty']
   inner = tmp_path / 'venv/moe_jax'
   inner.mkdir(parents=True)
-  monkeypatch.setattr(run_record, '__file__', str(inner / 'run_record.py'))
+  monkeypatch.setattr(moe_jax, '__file__', str(inner / '__init__.py'))
   assert run_record.git_state() is None, "another repository's commit"

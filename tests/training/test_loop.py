@@ -352,7 +352,9 @@ def test_another_objective_with_batches_made_on_the_way_uses_the_same_loop():
 
   @jax.jit
   def step(state, batch):
-    error = lambda w: jnp.square(batch['x'] * w - batch['y']).mean()
+    def error(w):
+      return jnp.square(batch['x'] * w - batch['y']).mean()
+
     loss, grad = jax.value_and_grad(error)(state.weight)
     return Regression(state.step + 1, state.weight - 0.1 * grad), SquaredError(loss)
 
