@@ -1,0 +1,44 @@
+"""What is refused before a run begins; refusals of whole runs are in test_train_run."""
+
+import types
+
+import jax
+import pytest
+
+from moe_jax import errors
+from moe_jax.devices import partitioning
+from moe_jax.models.experts import sorted_plan
+from moe_jax.runs import checks, trained_run
+from tests import tiny
+
+
+def test_rows_that_overflow_the_sort_key_are_refused_with_the_largest_that_do_not():
+  # 16 tokens x 2 choices per row; 100,000 experts leave 14 bits: 16,384 choices = 512 rows.
+  assert sorted_plan.max_choices(100_000) == 2**14
+  sizes = {'model__moe__num_experts': 100_000, 'train__batch_size': 1024}
+  mesh = tiny.mesh(data=1)
+  with pytest.raises(errors.InputError, match='puts 1024 rows on a device.* of at most 512'):
+    checks._check_sort_key(tiny.make(**sizes), mesh)
+  checks._check_sort_key(tiny.make(**sizes, train__micro_batch_size=512), mesh)
+  two = tiny.make(**sizes, mesh__data=2)
+  checks._check_sort_key(two, partitioning.make_mesh(two.mesh, jax.devices()[:2]))
+
+
+def corpus(fingerprint='same'):
+  return types.SimpleNamespace(
+    fingerprint=fingerprint, tokenizer=types.SimpleNamespace(to_json=lambda: 'a tokenizer')
+  )
+
+
+def test_a_run_goes_on_under_its_own_text_and_config_only():
+  cfg = tiny.make()
+  meta = trained_run.meta(cfg, corpus()) | {'step': 7}
+  checks.check_continues(cfg, meta, corpus(), allow=False)
+  with pytest.raises(errors.InputError, match='changed since the checkpoint of step 7'):
+    checks.check_continues(cfg, meta, corpus('another'), allow=False)
+  changed = tiny.make(optim__peak_lr=0.5)
+  with pytest.raises(errors.InputError, match=r'optim\.peak_lr: 0\.01 -> 0\.5'):
+    checks.check_continues(changed, meta, corpus(), allow=False)
+  checks.check_continues(changed, meta, corpus('another'), allow=True)
+  with pytest.raises(errors.InputError, match='another tokenizer'):
+    checks.check_continues(cfg, meta | {'tokenizer': 'x'}, corpus(), allow=True)

@@ -1,0 +1,179 @@
+"""When each action acts, on which values, and in which order; no model is trained."""
+
+import contextlib
+import math
+import types
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from moe_jax import errors
+from moe_jax.runs import loop_actions, metric_log
+from moe_jax.training import evaluate, loop, step_timer
+from tests import tiny
+
+CFG = tiny.make(model__moe__num_experts=0)
+
+
+class Metrics(NamedTuple):
+  """What a stage reports, leaves [S] for S members."""
+
+  loss: np.ndarray
+  grad_norm: np.ndarray
+
+
+class Bar:
+  def __init__(self):
+    self.shown = []
+
+  def show(self, loss):
+    self.shown.append(loss)
+
+
+class Saver:
+  """A checkpointer that is due every third step and notes what it is given."""
+
+  def __init__(self):
+    self.saved = []
+
+  def is_due(self, step):
+    return step % 3 == 0
+
+  def save(self, step, state, meta, force):
+    self.saved.append((step, state, meta, force))
+
+
+def scalars(metrics):
+  line = dict.fromkeys(metric_log.KEYS[1:])
+  for key in step_timer.StepTimer(1.0, 1.0).report():
+    del line[key]
+  return line | {'loss': float(metrics.loss), 'grad_norm': 1.0, 'lr': 0.1}
+
+
+@pytest.fixture
+def members(tmp_path):
+  """Two members of one loop."""
+  with contextlib.ExitStack() as stack:
+    yield [
+      stack.enter_context(
+        loop_actions.member(
+          CFG,
+          None,
+          tmp_path / str(i),
+          start=0,
+          label=f'seed={i} ',
+          take=lambda tree, i=i: (
+            type(tree)(*(a[i] for a in tree))
+            if hasattr(tree, '_fields')
+            else tuple(a[i] for a in tree)
+          ),
+        )
+      )
+      for i in range(2)
+    ]
+
+
+def report(step, losses=(2.0, 4.0), **kwargs):
+  return loop.StepReport(step, 'state', Metrics(np.array(losses), np.ones(2)), **kwargs)
+
+
+def timer():
+  return step_timer.StepTimer(flops_per_token=1.0, peak=1.0)
+
+
+def test_each_member_logs_its_own_line_when_due_and_at_the_end_but_not_when_stopped(members):
+  said, bar = [], Bar()
+  log = loop_actions.LogMetrics(members, 2, scalars, timer(), bar, said.append)
+  for step in (1, 2, 3):
+    log.after_step(report(step))
+  log.after_step(report(5, stopped_by='SIGTERM'))
+  log.after_step(report(7, complete=True))
+  for i, one in enumerate(members):
+    lines = metric_log.read_metrics(one.workdir)
+    assert [(line['step'], line['loss']) for line in lines] == [(2, 2.0 + 2 * i), (7, 2.0 + 2 * i)]
+  assert [line.split(' lr')[0] for line in said] == [
+    'seed=0 step=2 loss=2.0000',
+    'seed=1 step=2 loss=4.0000',
+    'seed=0 step=7 loss=2.0000',
+    'seed=1 step=7 loss=4.0000',
+  ]
+  assert bar.shown == [3.0, 3.0]
+
+
+def test_the_clock_is_read_after_the_step_is_done(members):
+  """Steps are launched ahead: before a value of the last one is there, its time has not passed."""
+  now = [0.0]
+  clock = step_timer.StepTimer(flops_per_token=1.0, peak=1.0, clock=lambda: now[0])
+
+  def wait(metrics):
+    now[0] += 1.0
+    return scalars(metrics)
+
+  clock.add_tokens(20)
+  loop_actions.LogMetrics(members, 1, wait, clock, Bar(), str).after_step(report(1))
+  (line,) = metric_log.read_metrics(members[0].workdir)
+  assert line['tokens_per_second'] == 10  # 20 tokens in the 2 seconds that two members waited
+
+
+def test_one_diverged_member_stops_all_and_nothing_is_saved(members):
+  saver = Saver()
+  save = loop_actions.SaveCheckpoint(members, saver, {}, timer())
+  for action in (save, loop_actions.LogMetrics(members, 1, scalars, timer(), Bar(), str)):
+    with pytest.raises(errors.InputError, match='loss nan .* at step 3: training diverged'):
+      action.after_step(report(3, losses=(2.0, math.nan)))
+  assert not saver.saved
+
+
+def test_a_state_is_saved_when_due_and_forced_when_no_step_follows(members):
+  saver = Saver()
+  save = loop_actions.SaveCheckpoint(members, saver, {'of': 'both'}, timer())
+  for step in (1, 2, 3):
+    save.after_step(report(step))
+  save.after_step(report(4, stopped_by='SIGINT'))
+  save.after_step(report(5, complete=True))
+  meta = {'of': 'both'}
+  assert saver.saved == [
+    (3, 'state', meta, False), (4, 'state', meta, True), (5, 'state', meta, True)
+  ]  # fmt: skip
+
+
+def test_a_run_is_evaluated_on_the_way_and_not_at_its_end(members, monkeypatch):
+  evaluated, said = [], []
+
+  def figures(cfg, variables, corpus, mesh):
+    evaluated.append(variables)
+    return types.SimpleNamespace(loss=1.0, bits_per_byte=2.0)
+
+  monkeypatch.setattr(evaluate, 'evaluate', figures)
+  state = types.SimpleNamespace(variables=('first', 'second'))
+  members = [
+    loop_actions.Member(one.cfg, None, one.workdir, one.writer, take=lambda tree, i=i: tree[i])
+    for i, one in enumerate(members)
+  ]
+  midway = loop_actions.EvaluateMidway(members, 2, None, timer(), said.append)
+  for step in (1, 2):
+    midway.after_step(loop.StepReport(step, state, None))
+  midway.after_step(loop.StepReport(4, state, None, complete=True))
+  assert evaluated == ['first', 'second']
+  assert said == ['step=2 heldout_loss=1.0000 heldout_bits_per_byte=2.0000'] * 2
+
+
+def test_actions_that_are_off_or_not_due_look_at_nothing(members):
+  class Untouchable:
+    def __getattr__(self, name):
+      raise AssertionError(f'{name} was read')
+
+  hidden = loop.StepReport(1, Untouchable(), Untouchable())
+  loop_actions.LogMetrics(members, 2, scalars, timer(), Bar(), str).after_step(hidden)
+  loop_actions.WriteRoutingFigures(members, 0, timer()).after_step(hidden)
+  loop_actions.EvaluateMidway(members, 0, None, timer(), str).after_step(hidden)
+  loop_actions.SaveCheckpoint(members, Saver(), {}, timer()).after_step(hidden)
+
+
+def test_files_of_steps_that_come_again_are_dropped(tmp_path):
+  (tmp_path / 'routing').mkdir()
+  for name in ('2.npz', '3.npz', 'heldout.npz'):
+    (tmp_path / 'routing' / name).touch()
+  with loop_actions.member(CFG, None, tmp_path, start=2):
+    assert sorted(p.name for p in (tmp_path / 'routing').iterdir()) == ['2.npz', 'heldout.npz']
