@@ -37,7 +37,7 @@ chips = topologies.get_topology_desc(platform='tpu', topology_name=sys.argv[2]).
 mesh = partitioning.make_mesh(cfg.mesh, chips)
 rows = jax.NamedSharding(mesh, partitioning.BATCH_SPEC)
 shape = jax.ShapeDtypeStruct((cfg.train.batch_size, 256), jnp.int32, sharding=rows)
-batch = dict.fromkeys(loop.BATCH_KEYS, shape)
+batch = dict.fromkeys(objective.BATCH_KEYS, shape)
 with partitioning.activate(mesh):
   state = train_state.abstract_state(cfg, mesh)
   compiled = optimizer_step.make_train_step(cfg, mesh).lower(state, batch).compile()
