@@ -1,5 +1,6 @@
 """What is refused before a run begins; refusals of whole runs are in test_train_run."""
 
+import json
 import types
 
 import jax
@@ -32,7 +33,7 @@ def corpus(fingerprint='same'):
 
 def test_a_run_goes_on_under_its_own_text_and_config_only():
   cfg = tiny.make()
-  meta = trained_run.meta(cfg, corpus()) | {'step': 7}
+  meta = json.loads(json.dumps(trained_run.meta(cfg, corpus()))) | {'step': 7}
   checks.check_continues(cfg, meta, corpus(), allow=False)
   with pytest.raises(errors.InputError, match='changed since the checkpoint of step 7'):
     checks.check_continues(cfg, meta, corpus('another'), allow=False)
