@@ -22,7 +22,7 @@ from moe_jax.config import parse
 from moe_jax.devices import partitioning
 from moe_jax.planning import flops
 from moe_jax.planning.hlo import collectives, hlo_cost
-from moe_jax.training import loop, optimizer_step, train_state
+from moe_jax.training import objective, optimizer_step, train_state
 
 page = base.get_config()
 page.update_from_flattened_dict({

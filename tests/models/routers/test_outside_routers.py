@@ -21,7 +21,7 @@ from moe_jax.interop import hf_config_export
 from moe_jax.models import moe_layer, routers, transformer
 from moe_jax.models.routers import capacity, routing
 from moe_jax.planning import chips, describe, estimate, flops, planner, virtual_devices
-from moe_jax.runs import train_run, upcycle
+from moe_jax.runs import checks, upcycle
 from tests import tiny
 
 MOE = 'model__moe__'
@@ -135,7 +135,7 @@ def test_the_sample_prompt_is_checked_before_training(tmp_path):
   def prepare(**overrides):
     page = smoke.get_config()
     page.update_from_flattened_dict({'data.cache_dir': str(tmp_path), 'mesh.data': -1, **overrides})
-    return train_run.prepare(parse.from_dict(page.to_dict()))
+    return checks.prepare(parse.from_dict(page.to_dict()))
 
   quarter = {'model.moe.router': 'quarter', 'model.moe.dispatch': 'capacity'}
   refused('router=.quarter. has no causal decoding', prepare, **quarter)
