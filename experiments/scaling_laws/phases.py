@@ -15,7 +15,7 @@ from experiments.scaling_laws import report, study, trainer
 from moe_jax import atomic_files, errors
 from moe_jax.config import schema
 from moe_jax.data import corpus as corpus_lib
-from moe_jax.training import loop
+from moe_jax.training import stop_signal
 
 MODULE = 'experiments.scaling_laws'
 
@@ -133,7 +133,7 @@ def _train(scale: study.Scale, points: Sequence[study.Point], workdir: pathlib.P
   cfg = _page(scale, points[0])
   corpus = corpus_lib.load_corpus(cfg.data, cfg.model.vocab_size, 0)
   _check_text(scale, cfg, corpus, points)
-  with loop.StopSignal() as stop:
+  with stop_signal.StopSignal() as stop:
     model = trainer.Trainer(cfg, corpus, 2 * scale.rows[-1])
     for point in tqdm.tqdm(_unfinished(points, workdir), unit='point', leave=False):
       outcome = model.run(study.recipe(point, cfg), workdir / 'unfinished' / point.key, stop)
