@@ -3,7 +3,7 @@
 python -m experiments.bench --suite=layer|step|decode|compile|scale [--platform=cpu|gpu] [--json]
   [--only=words] [--repeats=10] [--out=experiments/bench/results] [--notransformers]
 
-Writes SUITE_PLATFORM.json and .png below --out, and the suite's table in the README beside it.
+Writes SUITE_PLATFORM.json, its table .md and its picture .png into --out.
 With --only, lines that were not measured anew are kept. See the README for what the ratios mean.
 """
 

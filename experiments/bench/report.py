@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: JSON, a table in the README, and a picture of the ratios."""
+"""What a benchmark leaves behind: JSON, a table, and a picture of the ratios."""
 
 import json
 import pathlib
@@ -13,7 +13,6 @@ from moe_jax import atomic_files, errors
 from moe_jax.runs import plots
 
 MARKERS = 'osD^v'
-BEGIN, END = '<!-- {name}: written by the command -->', '<!-- end of {name} -->'
 HEADER = (
   '| what | variant | ms, median (min-max) | / dense twin | of peak | x transformers | temporaries '
   '| more |'
@@ -48,7 +47,7 @@ def _value(value: Any) -> str:
 
 
 def write(out: pathlib.Path, name: str, head: Mapping[str, Any], results: Sequence[harness.Result]):
-  """Writes NAME.json and NAME.png, and the table of that name in README.md one level up.
+  """Writes NAME.json, the table NAME.md and the picture NAME.png.
 
   Lines of an earlier run that this one did not measure stay, with the head of their own run.
   """
@@ -61,11 +60,10 @@ def write(out: pathlib.Path, name: str, head: Mapping[str, Any], results: Sequen
   atomic_files.write_text(path, json.dumps(entries, indent=1) + '\n')
   merged = [r for r, _ in runs.values()]
   plots.save(picture(name, merged), out / f'{name}.png')
-  readme = out.parent / 'README.md'
-  if readme.exists():
-    atomic_files.write_text(
-      readme, with_table(readme.read_text(encoding='utf-8'), name, table(merged))
-    )
+  title = f'# {name.replace("_", ", ")}'
+  command = f'python -m experiments.bench --suite={name.partition("_")[0]}'
+  words = f'Written by `{command}`; the columns are explained in [README](../README.md).'
+  atomic_files.write_text(out / f'{name}.md', f'{title}\n\n{words}\n\n{table(merged)}\n')
 
 
 def read(path: pathlib.Path) -> list[tuple[harness.Result, dict[str, Any]]]:
@@ -75,15 +73,6 @@ def read(path: pathlib.Path) -> list[tuple[harness.Result, dict[str, Any]]]:
     return [(harness.Result(**entry), head) for entry, head in pairs]
   except (ValueError, TypeError, KeyError, AttributeError) as e:
     raise errors.InputError(f'{path} holds no results ({e}); remove it to start anew') from e
-
-
-def with_table(text: str, name: str, body: str) -> str:
-  """README text with the table of that name replaced, where it has a place for it."""
-  begin, end = BEGIN.format(name=name), END.format(name=name)
-  if begin not in text:
-    return text
-  before, _, rest = text.partition(begin)
-  return f'{before}{begin}\n\n{body}\n\n{end}{rest.partition(end)[2]}'
 
 
 def picture(name: str, results: Sequence[harness.Result]) -> figure.Figure:
