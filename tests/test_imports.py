@@ -27,6 +27,7 @@ MODEL_FLOORS = (
   ('layers',),
   ('attention', 'routers', 'experts'),
   ('dispatch', 'exchange'),
+  ('routed_experts',),
   ('moe_layer',),
   ('decoder_block',),
   ('token_prediction',),
@@ -34,7 +35,12 @@ MODEL_FLOORS = (
   ('model_variables',),
 )
 # Within a floor, rooms may import these others and no more.
-NEIGHBOURS = {('atomic_files', 'errors'), ('checkpoints', 'devices'), ('inference', 'training')}
+NEIGHBOURS = {
+  ('atomic_files', 'errors'),
+  ('balance', 'devices'),
+  ('checkpoints', 'devices'),
+  ('inference', 'training'),
+}
 
 # Names, not modules: the tables that a layer looks its functions up in.
 ALLOWED_NAMES = {

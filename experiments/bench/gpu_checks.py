@@ -68,7 +68,7 @@ def _legs(sizes: gpu_sizes.Sizes) -> Iterator[dict[str, Any]]:
   normal = gpu_kernels.normal
   x, g, w = normal(1, ROWS, WIDE), normal(2, ROWS, NARROW), normal(3, EXPERTS, WIDE, NARROW)
   for kernel in sizes.kernels:
-    backend = grouped_kernels.tokamax_backend((kernel,), (kernel,))
+    backend = grouped_kernels.tokamax_products((kernel,), (kernel,))
     legs = jax.jit(
       lambda x, g, w, n, b=backend: (b.gmm(x, w, n), b.gmm_t(g, w, n), b.tgmm(x, g, n))
     )

@@ -89,7 +89,7 @@ def legs(sizes: gpu_sizes.Sizes, peaks: harness.Peaks) -> Iterator[dict[str, Any
     case: jnp.bincount(gpu_sizes.routing(case, sizes.tokens, e, sizes.k).reshape(-1), length=e)
     for case in ('balanced', 'hot')
   }
-  for product, (a, b) in {'w13': (d, 2 * f), 'w2': (f, d)}.items():
+  for product, (a, b) in {'gate_up': (d, 2 * f), 'down': (f, d)}.items():
     x = [normal(i, rows, a) for i in range(INPUTS)]
     g = [normal(i + 9, rows, b) for i in range(INPUTS)]
     w = normal(7, e, a, b)
@@ -100,7 +100,7 @@ def legs(sizes: gpu_sizes.Sizes, peaks: harness.Peaks) -> Iterator[dict[str, Any
     }.items():
       programs = []
       for kernel in sizes.kernels:
-        backend = grouped_kernels.tokamax_backend((kernel,), (kernel,))
+        backend = grouped_kernels.tokamax_products((kernel,), (kernel,))
         for case, n in counts.items():
           inputs = [(*pair, n.astype(jnp.int32)) for pair in operands]
           variant, fn = f'{kernel}, {case}', getattr(backend, leg)

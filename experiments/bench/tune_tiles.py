@@ -54,10 +54,10 @@ def programs(
   for model, s in models.items():
     rows, sizes = s.tokens * s.k, array(s.num_experts, dtype=jnp.int32)
     for kernel in products:
-      backend = grouped_kernels.tokamax_backend((kernel,), (kernel,))
+      backend = grouped_kernels.tokamax_products((kernel,), (kernel,))
       for name, (a, b) in {
-        'w13': (s.embed_dim, 2 * s.mlp_dim),
-        'w2': (s.mlp_dim, s.embed_dim),
+        'gate_up': (s.embed_dim, 2 * s.mlp_dim),
+        'down': (s.mlp_dim, s.embed_dim),
       }.items():
         x, g, w = array(rows, a), array(rows, b), array(s.num_experts, a, b)
         yield f'{model} gmm {name} {kernel}', backend.gmm, (x, w, sizes)

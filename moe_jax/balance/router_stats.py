@@ -7,7 +7,6 @@ Axis letters are those of `moe_jax.models`, P being virtual devices. A token wit
 (one past the last) is not routed and not counted.
 """
 
-import functools
 from typing import NamedTuple, TypeVar, overload
 
 import jax
@@ -16,6 +15,7 @@ import numpy as np
 from flax import struct
 
 from moe_jax.config import moe_config
+from moe_jax.devices import unrolled
 
 Array = jax.Array
 
@@ -69,21 +69,12 @@ def expert_load(expert_idx: Array, num_experts: int) -> Array:
   return chosen(expert_idx, num_experts).sum(axis=-2, dtype=jnp.int32)
 
 
-UNROLLED = 16  # choices per token up to which they are compared one after the other
-
-
 def chosen(expert_idx: Array, num_experts: int) -> Array:
-  """Which experts a token uses: expert_idx [..., K] int32 -> [..., E] bool.
-
-  A CPU reduces an axis that is not the last number by number; K comparisons in a row are one pass.
-  """
+  """Which experts a token uses: expert_idx [..., K] int32 -> [..., E] bool."""
   experts, k = jnp.arange(num_experts), expert_idx.shape[-1]
-  if k > UNROLLED:
+  if not unrolled.pays(k):
     return (expert_idx[..., None] == experts).any(axis=-2)
-  none = jnp.zeros((*expert_idx.shape[:-1], num_experts), bool)
-  return functools.reduce(
-    jnp.logical_or, (expert_idx[..., i, None] == experts for i in range(k)), none
-  )
+  return unrolled.reduce(jnp.logical_or, lambda i: expert_idx[..., i, None] == experts, k)
 
 
 def by_device(values: Array, num_devices: int, fill: float) -> Array:

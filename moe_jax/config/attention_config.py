@@ -47,6 +47,11 @@ class MLAConfig:
   qk_rope_head_dim: int  # d_h^R, rotated part, whose key is one for all heads; even
   v_head_dim: int  # width of a value
 
+  @property
+  def latent_width(self) -> int:
+    """Numbers per token that keys and values of all heads are made from: R + Hr."""
+    return self.kv_lora_rank + self.qk_rope_head_dim
+
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:

@@ -1,4 +1,6 @@
-"""Devices and shardings. The model names logical axes only; this module maps them onto a mesh.
+"""Devices and shardings. Layers name logical axes only; this module maps them onto a mesh.
+
+The exchanges alone know a mesh axis, `expert`, over which they move tokens.
 
 One table says which mesh axes split which logical axis, for parameters, optimizer state and
 activations alike. Every mesh has all of `MESH_AXES`, most of them of size 1; the sizes come from
@@ -53,6 +55,7 @@ LOGICAL_AXIS_RULES = (
   ('expert_embed', FSDP_AXES),
   ('expert_mlp', ('tensor',)),
 )
+_MESH_AXES = dict(LOGICAL_AXIS_RULES)
 BATCH_SPEC = jax.P(ROW_AXES, 'sequence')  # of [B, L]
 
 _T = TypeVar('_T')
@@ -303,18 +306,35 @@ def _specs(axes: Any) -> Any:
   return tuple(map(_specs, axes))
 
 
-def fsdp_axes() -> tuple[str, ...]:
-  """The mesh axes in force that split parameters along their embedding."""
-  return tuple(name for name in FSDP_AXES if axis_size(name) > 1)
+def split_axes(name: str) -> tuple[str, ...]:
+  """The mesh axes in force, of more than one device, that split a logical axis."""
+  return tuple(axis for axis in _MESH_AXES[name] if axis_size(axis) > 1)
 
 
-def gather_shards(part: jax.Array, axis: int) -> jax.Array:
-  """Inside `per_shard`: a parameter made whole along an axis that FSDP splits.
+def sum_over(name: str, part: jax.Array) -> jax.Array:
+  """Inside `per_shard`: the sum of all devices' parts of a contraction over a logical axis."""
+  axes = split_axes(name)
+  return jax.lax.psum(part, axes) if axes else part
+
+
+def first_index(name: str, size: int) -> jax.Array | int:
+  """Inside `per_shard`: where this device's part, of `size`, of a logical axis begins."""
+  axes = split_axes(name)
+  return jax.lax.axis_index(axes) * size if axes else 0
+
+
+def gather_over(name: str, part: jax.Array, axis: int) -> jax.Array:
+  """Inside `per_shard`: an array made whole along `axis`, whose logical axis is `name`.
 
   Its gradient is summed and split again by one reduce-scatter.
   """
-  axes = fsdp_axes()
+  axes = split_axes(name)
   return jax.lax.all_gather(part, axes, axis=axis, tiled=True) if axes else part
+
+
+def gather_shards(part: jax.Array, axis: int) -> jax.Array:
+  """Inside `per_shard`: a parameter made whole along an axis that FSDP splits."""
+  return gather_over('embed', part, axis)
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

@@ -16,11 +16,10 @@ from flax import struct
 
 from moe_jax.config import schema
 from moe_jax.devices import hardware
+from moe_jax.inference import decode_layers
 from moe_jax.models import decoder_block, transformer
 from moe_jax.models import layers as layers_lib
-from moe_jax.models.attention import latent as latent_lib
 from moe_jax.models.attention import multi_head
-from moe_jax.models.dispatch import gather
 from moe_jax.models.routers import routing
 
 Array = jax.Array
@@ -35,7 +34,7 @@ class Weights:
   layers: tuple[dict[str, Any], ...]  # variables of one `decoder_block.Block` each
   final_norm: dict[str, Array]
   head: Array | None  # [D, V]; None where `head_rows` is in its place
-  head_rows: layers_lib.Rows | None = None  # [V, D]
+  head_rows: decode_layers.Rows | None = None  # [V, D]
 
 
 class Decoded(NamedTuple):
@@ -49,10 +48,8 @@ def unstack(cfg: schema.ModelConfig, variables: Mapping[str, Any]) -> Weights:
   """Takes the stacks of layers apart: every weight of a layer is copied once.
 
   Weights wider than the compute dtype are rounded to it, as every application of the model would.
-  The up-projection of latent attention is laid out as its absorbed form reads it. On a CPU all
-  matrices are laid out with their input axis last (`layers.product`, `gather.apply`), and those
-  that multiply the same input in attention are joined. No weight is kept twice; `variables` can be
-  let go.
+  They are laid out as `decode_layers` multiplies with them. No weight is kept twice; `variables`
+  can be let go.
   """
   params, state = variables['params'], variables.get('router_state', {})
   dtype = jnp.dtype(cfg.dtype)
@@ -61,7 +58,7 @@ def unstack(cfg: schema.ModelConfig, variables: Mapping[str, Any]) -> Weights:
     keep = path[-1].key in ('scale', 'router') or leaf.dtype.itemsize <= dtype.itemsize
     return leaf if keep else leaf.astype(dtype)
 
-  lay_out = jax.jit(_lay_out, static_argnums=(0, 1))
+  lay_out = jax.jit(decode_layers.lay_out, static_argnums=(0, 1))
   found = []
   for kind in decoder_block.stacks(cfg):
     for i in range(kind.length):
@@ -69,42 +66,15 @@ def unstack(cfg: schema.ModelConfig, variables: Mapping[str, Any]) -> Weights:
       own = jax.tree_util.tree_map_with_path(narrow, own)
       own, kernels = lay_out(cfg, kind.is_moe, own)
       layer = {'router_state': jax.tree.map(lambda a: a[i], state.get(kind.name, {}))}  # noqa: B023
-      found.append({'params': own, 'kernels': kernels, **layer})
+      found.append({'params': own, decode_layers.KERNELS: kernels, **layer})
   outside = {k: params[k] for k in ('embedding', 'final_norm', 'head')}
   outside = jax.tree_util.tree_map_with_path(narrow, outside)
   if hardware.platform() == 'cpu':
     outside |= {
       'head': None,
-      'head_rows': jax.jit(lambda w: layers_lib.in_rows(w.T))(outside['head']),
+      'head_rows': jax.jit(lambda w: decode_layers.in_rows(w.T))(outside['head']),
     }
   return Weights(layers=tuple(found), **outside)
-
-
-def _lay_out(
-  cfg: schema.ModelConfig, is_moe: bool, params: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-  """A block's parameters that stay as they are, and what is made of the others."""
-  params = {name: dict(inner) for name, inner in params.items()}
-  own, kernels = params['attention'], {}
-  latent, on_cpu = cfg.attention.kind == 'mla', hardware.platform() == 'cpu'
-  if latent:
-    kernels['absorbed'] = latent_lib.lay_out(own.pop('kv_b'), cfg.attention)
-  if on_cpu:
-    first = 'q_a' if 'q_a' in own else 'q'
-    names = (first, 'kv_a', 'o') if latent else ('q', 'k', 'v', 'o')
-    kernels['projections'] = multi_head.lay_out(*map(own.pop, names))
-  kernels = {'attention': kernels} if kernels else {}
-  if on_cpu and is_moe:
-    moe, kernels['moe'] = params['moe'], {}
-    if 'shared' in moe:
-      shared = moe.pop('shared')
-      kernels['moe']['shared'] = {'ffn': layers_lib.lay_out(shared['gate_up'], shared['down'])}
-    if cfg.moe.dispatch != 'dense':
-      kernels['moe']['kernels'] = gather.lay_out(moe.pop('gate_up'), moe.pop('down'))
-  elif on_cpu:
-    mlp = params.pop('mlp')
-    kernels['mlp'] = {'ffn': layers_lib.lay_out(mlp['gate_up'], mlp['down'])}
-  return params, kernels
 
 
 def _embed(cfg: schema.ModelConfig, weights: Weights, tokens: Array) -> Array:
@@ -127,7 +97,7 @@ def head(weights: Weights, x: Array) -> Array:
   if weights.head_rows is None:
     return transformer.logits_of(x, weights.head)
   with jax.named_scope('head'):
-    return layers_lib.product(x, weights.head_rows, jnp.float32)
+    return decode_layers.product(x, weights.head_rows, jnp.float32)
 
 
 def _apply(
@@ -144,7 +114,8 @@ def _apply(
   new = []
   for number, (kind, own) in enumerate(zip(kinds, weights.layers, strict=True)):
     inputs = decoder_block.LayerInputs(caches and caches[number], jnp.int32(number), {})
-    block = decoder_block.Block(cfg, kind.is_moe, train=False, keep_cache=True)
+    types = decode_layers.layer_types(own[decode_layers.KERNELS])
+    block = decoder_block.Block(cfg, kind.is_moe, train=False, keep_cache=True, types=types)
     x, (cache, _) = block.apply(own, x, inputs, ctx, routed)
     new.append(cache)
   return Decoded(x, tuple(new))

@@ -49,6 +49,15 @@ def stacks(cfg: schema.ModelConfig) -> list[Stack]:
   return [kind for kind in kinds if kind.length]
 
 
+class LayerTypes(NamedTuple):
+  """The classes of a block's layers; decoding has its own, with weights in another layout."""
+
+  attention: type[multi_head.Attention] = multi_head.Attention
+  latent_attention: type[latent.MLA] = latent.MLA
+  feed_forward: type[layers.FeedForward] = layers.FeedForward
+  moe: type[moe_layer.MoE] = moe_layer.MoE
+
+
 class Block(nn.Module):
   """One layer; the scan's carry is the residual stream, its scanned inputs are the layer's own."""
 
@@ -56,6 +65,7 @@ class Block(nn.Module):
   is_moe: bool
   train: bool
   keep_cache: bool = False  # return the keys and values of this call although it has no cache
+  types: LayerTypes = LayerTypes()
 
   @nn.compact
   def __call__(self, x: Array, own: LayerInputs, ctx: multi_head.Context, tokens: routing.Tokens):
@@ -71,11 +81,11 @@ class Block(nn.Module):
     u = norm(name='ffn_norm')(x)
     if self.is_moe:
       sizes = routing.Sizes(cfg.vocab_size, cfg.max_seq_len)
-      layer = moe_layer.MoE(cfg.moe, sizes, cfg.init_std, train=self.train, name='moe', **dtypes)
+      layer = self.types.moe(cfg.moe, sizes, cfg.init_std, train=self.train, name='moe', **dtypes)
       update, stats = layer(u, tokens, own.number, own.slopes)
       stats = self._add_mixture(stats, mixture, own.slopes)
     else:
-      update = layers.FeedForward(cfg.mlp_dim, cfg.init_std, name='mlp', **dtypes)(u)
+      update = self.types.feed_forward(cfg.mlp_dim, cfg.init_std, name='mlp', **dtypes)(u)
       stats = None
     x = nn.with_logical_constraint(x + update, ('act_batch', 'act_len', 'act_embed'))
     return x, (cache if self.keep_cache or own.cache is not None else None, stats)
@@ -84,9 +94,9 @@ class Block(nn.Module):
     cfg = self.cfg
     sizes = (cfg.attention, cfg.num_heads, cfg.init_std)
     if cfg.attention.kind == 'mla':
-      return latent.MLA(*sizes, name='attention', **dtypes)
+      return self.types.latent_attention(*sizes, name='attention', **dtypes)
     threshold = self._attention_threshold()
-    return multi_head.Attention(*sizes, threshold=threshold, name='attention', **dtypes)
+    return self.types.attention(*sizes, threshold=threshold, name='attention', **dtypes)
 
   def _attention_threshold(self) -> float:
     """Score below which attention experts are left out; 0 in training and in dense models."""

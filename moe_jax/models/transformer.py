@@ -187,14 +187,14 @@ def embedded(ids: Array, embedding: Array) -> Array:
   """
 
   def look_up(ids: Array, table: Array) -> Array:
-    if partitioning.axis_size('tensor') > 1:
-      local = ids - jax.lax.axis_index('tensor') * len(table)
-      local = jnp.where((local >= 0) & (local < len(table)), local, len(table))
-      return jax.lax.psum(table.at[local].get(mode='fill', fill_value=0), 'tensor')
-    return jnp.take(table, ids, axis=0)
+    if not partitioning.split_axes('vocab'):
+      return jnp.take(table, ids, axis=0)
+    local = ids - partitioning.first_index('vocab', len(table))
+    local = jnp.where((local >= 0) & (local < len(table)), local, len(table))
+    return partitioning.sum_over('vocab', table.at[local].get(mode='fill', fill_value=0))
 
   def part(ids: Array, table: Array) -> Array:
-    axes = partitioning.fsdp_axes()
+    axes = partitioning.split_axes('embed')
     if not axes:
       return look_up(ids, table)
     rows = look_up(jax.lax.all_gather(ids.reshape(-1), axes, tiled=True), table)

@@ -35,7 +35,7 @@ STABLE_KEYS = (
 # Scope of the program -> the name under which its temporaries are reported; the first that fits.
 _SCOPES = (
   ('exchange', 'exchange'),
-  ('w13 w2 swiglu combine dispatch plan moe._experts router books capacity', 'experts'),
+  ('gate_up down swiglu combine dispatch plan moe._experts router books capacity', 'experts'),
   ('head head_loss mtp_loss', 'logits and loss'),
   ('attention mla_proj mla_core', 'attention'),
   ('optimizer', 'optimizer'),

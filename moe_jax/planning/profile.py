@@ -29,7 +29,7 @@ SCOPES: Mapping[str, str] = {
   **dict.fromkeys(('attention_norm', 'ffn_norm', 'final_norm'), 'norms'),
   **dict.fromkeys(('router', 'books', 'router_state'), 'router'),
   **dict.fromkeys(('plan', 'gather', 'combine', 'exchange', 'moe._experts'), 'dispatch'),
-  **dict.fromkeys(('w13', 'swiglu', 'w2'), 'experts'),
+  **dict.fromkeys(('gate_up', 'swiglu', 'down'), 'experts'),
   'shared': 'shared',
   'mlp': 'dense_ffn',
   **dict.fromkeys(('head', 'head_loss', 'mtp_loss'), 'loss'),

@@ -80,14 +80,14 @@ def test_kernels_of_a_model_are_found_in_its_trace(hopper):
 
 def test_measured_tiles_are_taken_and_others_are_left_to_the_library(hopper, tmp_path):
   bounds = found()
-  (bound,), (other,) = bounds['test gmm w13 mosaic'], bounds['test gmm w2 mosaic']
+  (bound,), (other,) = bounds['test gmm gate_up mosaic'], bounds['test gmm down mosaic']
   before = bound.default_config
   wanted = type(before)(block_m=128, block_n=64, block_k=64, num_stages=3, split_k=1)
   assert before not in (None, wanted)
   written(tmp_path, bound, wanted)
   assert tokamax_tiles.enter(Hopper.device_kind, tmp_path) == 1
   assert bound.default_config == wanted
-  assert found()['test gmm w13 mosaic'][0].default_config == wanted
+  assert found()['test gmm gate_up mosaic'][0].default_config == wanted
   assert other.default_config == before
 
 
@@ -109,14 +109,14 @@ def test_a_file_that_cannot_be_read_or_is_of_another_device(hopper, tmp_path):
   path.write_text('{"device_kind": 3}')
   with pytest.raises(errors.InputError, match=r'nvidia_h100_of_a_test\.json .*bench\.tune'):
     tokamax_tiles.enter(Hopper.device_kind, tmp_path)
-  (bound,) = found()['test gmm w13 mosaic']
+  (bound,) = found()['test gmm gate_up mosaic']
   written(tmp_path, bound, bound.default_config, kind='NVIDIA B200')
   tokamax_tiles.enter.cache_clear()
   with pytest.raises(errors.InputError, match=r"'NVIDIA B200', not of 'NVIDIA H100 of a test'"):
     tokamax_tiles.enter(Hopper.device_kind, tmp_path)
 
 
-# tokamax_backend
+# tokamax_products
 
 
 def test_widths_that_mosaic_fails_on_are_left_to_triton(hopper):
@@ -133,8 +133,8 @@ def test_a_tokamax_without_triton_says_what_to_install(hopper, monkeypatch):
   fewer = {k: v for k, v in api.IMPLEMENTATIONS.items() if k != 'triton'}
   monkeypatch.setattr(api, 'IMPLEMENTATIONS', fewer)
   with pytest.raises(errors.InputError, match=r'jax-triton .*moe_jax\[cuda\]'):
-    grouped_kernels.tokamax_backend(('mosaic', 'triton'), ('triton', 'mosaic'))
-  grouped_kernels.tokamax_backend(('mosaic',), ('mosaic',))
+    grouped_kernels.tokamax_products(('mosaic', 'triton'), ('triton', 'mosaic'))
+  grouped_kernels.tokamax_products(('mosaic',), ('mosaic',))
 
 
 # The command

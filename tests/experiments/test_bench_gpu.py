@@ -18,7 +18,7 @@ PART_OF = {  # part -> names that its results begin with
   'cache': ('MLA cache',),
   'step': ('tiny step',),
   'attention': ('attention forward', 'attention fwd + bwd'),
-  'legs': ('gmm w13', 'gmm_t w13', 'tgmm w13', 'gmm w2', 'gmm_t w2', 'tgmm w2'),
+  'legs': ('gmm gate_up', 'gmm_t gate_up', 'tgmm gate_up', 'gmm down', 'gmm_t down', 'tgmm down'),
   'dispatch': ('plan', 'gather', 'combine'),
   'head_loss': ('head loss',),
   'generation': ('generation',),

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from moe_jax import errors
-from moe_jax.inference import cached_model, generate
+from moe_jax.inference import cached_model, decode_layers, generate
 from moe_jax.inference import sampling as sampling_lib
-from moe_jax.models import layers, transformer
+from moe_jax.models import transformer
 from tests import tiny
 
 B, L, SLOTS = 3, 12, 16
@@ -162,7 +162,7 @@ def test_weights_are_rounded_to_the_compute_dtype_only_when_they_are_wider():
   weights = cached_model.unstack(model, variables(model))
   projections = weights.layers[0]['kernels']['attention']['projections']
   assert weights.head_rows.dtype == projections.o.dtype == jnp.bfloat16
-  assert weights.layers[1]['kernels']['moe']['kernels'].down.dtype == jnp.bfloat16
+  assert weights.layers[1]['kernels']['moe']['experts'].down.dtype == jnp.bfloat16
   assert weights.layers[1]['params']['moe']['router'].dtype == jnp.float32
   assert weights.final_norm['scale'].dtype == jnp.float32
   narrow = dataclasses.replace(make('mla'), param_dtype='bfloat16')
@@ -231,16 +231,16 @@ def test_expert_choice_is_refused():
 @pytest.mark.parametrize('height, parts', [(7, 1), (129, 1), (128, 2)])
 def test_product_with_a_matrix_laid_out_for_decoding(monkeypatch, rows, dtype, height, parts):
   """Few rows, many, and widths that are no multiples of a vector register."""
-  monkeypatch.setattr(layers.os, 'cpu_count', lambda: 2)
-  monkeypatch.setattr(layers, 'LEAST_SIZE', 64 * 19)
+  monkeypatch.setattr(decode_layers.os, 'cpu_count', lambda: 2)
+  monkeypatch.setattr(decode_layers, 'LEAST_SIZE', 64 * 19)
   rng = np.random.default_rng(rows)
   x, w = (jnp.array(rng.normal(size=shape), dtype) for shape in ((rows, 1, 19), (height, 19)))
-  matrix = layers.in_rows(w)
+  matrix = decode_layers.in_rows(w)
   assert len(matrix.parts) == parts and matrix.num == height
-  got = layers.product(x, matrix)
+  got = decode_layers.product(x, matrix)
   assert got.shape == (rows, 1, height) and got.dtype == dtype
   want = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
   # bfloat16: 8 bits of mantissa in the result.
   tolerance = CLOSE if dtype == jnp.float32 else dict(rtol=0.01, atol=0.02)
   np.testing.assert_allclose(np.asarray(got, np.float64), want, **tolerance)
-  assert layers.product(x, matrix, jnp.float32).dtype == jnp.float32
+  assert decode_layers.product(x, matrix, jnp.float32).dtype == jnp.float32

@@ -21,7 +21,10 @@ def test_own_times_leave_out_what_is_nested():
 @pytest.mark.parametrize(
   'path, scope',
   [
-    ('jit(f)/jvp(Transformer)/while/body/closed_call/moe_layers/moe/moe._experts/w13/dot', 'w13'),
+    (
+      'jit(f)/jvp(Transformer)/while/body/closed_call/moe_layers/moe/moe._experts/gate_up/dot',
+      'gate_up',
+    ),
     (
       'jit(f)/transpose(jvp(Transformer))/while/body/moe_layers/moe/moe._experts/add',
       'moe._experts',

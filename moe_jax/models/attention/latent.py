@@ -15,7 +15,6 @@ The latents are RMS-normed before their up-projections, and the cache holds them
 Axis letters are those of `moe_jax.models`: Q is q_lora_rank, R kv_lora_rank.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -55,6 +54,14 @@ class Queries(NamedTuple):
 
   nope: Array  # [B, L, N, Hn]
   rope: Array  # [B, L, N, Hr], rotated
+
+
+class Projected(NamedTuple):
+  """The projections of a layer's input."""
+
+  q: Array  # [B, L, Q] where `q_lora_rank` is set, else [B, L, N, Hn + Hr] or these two in one
+  q_up: Array | None  # [Q, N, Hn + Hr], what is left to multiply q with
+  kv: Array  # [B, L, R + Hr]
 
 
 def lay_out(kv_b: Array, cfg: attention_config.AttentionConfig) -> Absorbed:
@@ -125,15 +132,20 @@ def absorbed(
     [B, L, N, Hv].
   """
   batch, length, num_heads, _ = q.nope.shape
+
   # One batch of matrices after the other, the heads of all queries as rows: nothing is transposed.
-  rows = lambda a: a.reshape(batch, length * num_heads, -1)
+  def rows(a: Array) -> Array:
+    return a.reshape(batch, length * num_heads, -1)
+
   q_latent = rows(jnp.einsum('BLNH,NHR->BLNR', q.nope, up.uk))
   if length == 1 and latent_decode.serves(cfg.impl, *cache):
     mixed = latent_decode.attend(q_latent, rows(q.rope), *cache, positions[:, 0], cfg.softmax_scale)
     return _values(mixed.reshape(batch, length, num_heads, -1), up)
-  dot = lambda a, b, axis: jax.lax.dot_general(
-    a, b, (((2,), (axis,)), ((0,), (0,))), preferred_element_type=jnp.float32
-  )
+
+  def dot(a: Array, b: Array, axis: int) -> Array:
+    dims = (((2,), (axis,)), ((0,), (0,)))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+
   scores = dot(q_latent, cache.latent, 2) + dot(rows(q.rope), cache.rope_key, 2)
   scores = scores.reshape(batch, length, num_heads, -1) * cfg.softmax_scale
   mask = multi_head.seen_slots(positions, cache.latent.shape[1])
@@ -162,62 +174,62 @@ class MLA(nn.Module):
     self, x: Array, ctx: multi_head.Context, cache: LatentCache | None
   ) -> tuple[Array, LatentCache, None]:
     """Applies the layer; arguments and results as of `multi_head.Attention`, no mixture."""
-    mla, d = self.cfg.mla, x.shape[-1]
-    laid_out = self.get_variable('kernels', 'projections')
     with jax.named_scope('mla_proj'):
-      angle = rope_lib.angles(ctx.positions, mla.qk_rope_head_dim, self.cfg.rope)
-      from_x = self._from_x(x, laid_out)
-      q, own = self._queries(next(from_x), angle), self._latent(next(from_x), angle)
+      angle = rope_lib.angles(ctx.positions, self.cfg.mla.qk_rope_head_dim, self.cfg.rope)
+      projected = self._project_in(x)
+      q, own = self._queries(projected, angle), self._latent(projected.kv, angle)
     with jax.named_scope('mla_core'):
       if cache is None:
         cache, out = own, expanded(q, own, self._kv_b(), ctx, self.cfg)
       else:
         cache = multi_head.write(cache, own, ctx.positions)
-        up = self.get_variable('kernels', 'absorbed') or lay_out(self._kv_b(), self.cfg)
-        out = absorbed(q, cache, up, ctx.positions, self.cfg)
-    if laid_out:
-      return multi_head.project_out(out, laid_out.o), cache, None
-    o = self._weight('o', (self.num_heads, mla.v_head_dim, d), 'heads', 'head_dim', 'embed')
-    return multi_head.project_out(out, o), cache, None
+        out = absorbed(q, cache, self._absorbed(), ctx.positions, self.cfg)
+    return self._project_out(out, x.shape[-1]), cache, None
 
-  def _kv_b(self) -> Array:
-    """[R, N, Hn + Hv], from the parameters or from what `cached_model.unstack` made of them."""
-    mla, laid_out = self.cfg.mla, self.get_variable('kernels', 'absorbed')
-    if laid_out:
-      return restore(laid_out)
-    shape = (mla.kv_lora_rank, self.num_heads, mla.qk_nope_head_dim + mla.v_head_dim)
-    return self._weight('kv_b', shape, 'kv_lora', 'heads', 'head_dim')
+  # Initial numbers depend on the order in which a layer's parameters are made:
+  # q_a, q_b (or q), kv_a, kv_b, o.
 
-  def _from_x(self, x: Array, laid_out: multi_head.Projections | None) -> Iterator[Array]:
-    """The input's projections: queries [B, L, N (Hn + Hr)] or their latent, then [B, L, R + Hr]."""
+  def _project_in(self, x: Array) -> Projected:
     mla, d = self.cfg.mla, x.shape[-1]
-    width = mla.kv_lora_rank + mla.qk_rope_head_dim
-    if laid_out:
-      yield from jnp.split(layers.product(x, laid_out.x), [laid_out.x.num - width], axis=-1)
-    elif mla.q_lora_rank:
-      down = self._weight('q_a', (d, mla.q_lora_rank), 'embed', 'q_lora')
-      yield jnp.einsum('BLD,DQ->BLQ', x, down)
+    if mla.q_lora_rank:
+      q = jnp.einsum('BLD,DQ->BLQ', x, self._weight('q_a', (d, mla.q_lora_rank), 'embed', 'q_lora'))
     else:
       shape = (d, self.num_heads, self.cfg.qk_head_dim)
       q = jnp.einsum('BLD,DNH->BLNH', x, self._weight('q', shape, 'embed', 'heads', 'head_dim'))
-      yield q
-    if not laid_out:
-      down = self._weight('kv_a', (d, width), 'embed', 'kv_lora')
-      yield jnp.einsum('BLD,DR->BLR', x, down)
+    q_up = self._query_up()
+    down = self._weight('kv_a', (d, mla.latent_width), 'embed', 'kv_lora')
+    return Projected(q, q_up, jnp.einsum('BLD,DR->BLR', x, down))
 
-  def _queries(self, from_x: Array, angle: Array) -> Queries:
+  def _query_up(self) -> Array | None:
+    rank = self.cfg.mla.q_lora_rank
+    if not rank:
+      return None
+    shape = (rank, self.num_heads, self.cfg.qk_head_dim)
+    return self._weight('q_b', shape, 'q_lora', 'heads', 'head_dim')
+
+  def _kv_b(self) -> Array:
     mla = self.cfg.mla
-    heads = (self.num_heads, self.cfg.qk_head_dim)
-    if mla.q_lora_rank:
-      latent = self._norm('q_a_norm', from_x)
-      up = self._weight('q_b', (mla.q_lora_rank, *heads), 'q_lora', 'heads', 'head_dim')
-      from_x = jnp.einsum('BLQ,QNH->BLNH', checkpoint_name(latent, 'latent'), up)
-    q = from_x.reshape(*from_x.shape[:2], *heads)
+    shape = (mla.kv_lora_rank, self.num_heads, mla.qk_nope_head_dim + mla.v_head_dim)
+    return self._weight('kv_b', shape, 'kv_lora', 'heads', 'head_dim')
+
+  def _absorbed(self) -> Absorbed:
+    return lay_out(self._kv_b(), self.cfg)
+
+  def _project_out(self, out: Array, d: int) -> Array:
+    shape = (*out.shape[2:], d)
+    return multi_head.project_out(out, self._weight('o', shape, 'heads', 'head_dim', 'embed'))
+
+  def _queries(self, projected: Projected, angle: Array) -> Queries:
+    mla, q = self.cfg.mla, projected.q
+    if projected.q_up is not None:
+      latent = checkpoint_name(self._norm('q_a_norm', q), 'latent')
+      q = jnp.einsum('BLQ,QNH->BLNH', latent, projected.q_up)
+    q = q.reshape(*q.shape[:2], self.num_heads, self.cfg.qk_head_dim)
     nope, rotated = jnp.split(q, [mla.qk_nope_head_dim], axis=-1)
     return Queries(nope, rope_lib.rotate(rotated, angle, self.cfg.rope))
 
-  def _latent(self, from_x: Array, angle: Array) -> LatentCache:
-    latent, key = jnp.split(from_x, [self.cfg.mla.kv_lora_rank], axis=-1)
+  def _latent(self, kv: Array, angle: Array) -> LatentCache:
+    latent, key = jnp.split(kv, [self.cfg.mla.kv_lora_rank], axis=-1)
     latent = self._norm('kv_a_norm', latent)
     key = rope_lib.rotate(key[:, :, None], angle, self.cfg.rope)[:, :, 0]
     return jax.tree.map(lambda a: checkpoint_name(a, 'latent'), LatentCache(latent, key))

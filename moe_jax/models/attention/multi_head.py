@@ -32,21 +32,6 @@ class KVCache(NamedTuple):
   value: Array  # [B, S, Nkv, H]
 
 
-class Projections(NamedTuple):
-  """The weights of an attention layer's outer projections with the input axis last."""
-
-  x: layers.Rows  # [.., D], all that multiply the layer's input, one below the other
-  o: layers.Rows  # [D, N H]
-
-
-def lay_out(*weights: Array) -> Projections:
-  """The kernels [D, ...] that multiply the layer's input, then o [N, H, D]; copies them."""
-  *from_x, o = weights
-  rows = [w.reshape(len(w), -1).T for w in from_x]
-  whole = jnp.concatenate(rows), o.reshape(-1, o.shape[-1]).T
-  return Projections(*map(layers.in_rows, whole))
-
-
 class Context(NamedTuple):
   """What attention needs to know of the batch; the same for every layer."""
 
@@ -74,14 +59,12 @@ def seen_slots(positions: Array, num_slots: int) -> Array:
   return jnp.arange(num_slots) <= positions[..., None]
 
 
-def project_out(out: Array, o: Array | layers.Rows) -> Array:
-  """The output projection: heads [B, L, N, H], o [N, H, D] (or laid out, [D, N H]) -> [B, L, D].
+def project_out(out: Array, o: Array) -> Array:
+  """The output projection: heads [B, L, N, H], o [N, H, D] -> [B, L, D].
 
   Heads and their width are one axis: contracted as two, a CPU would transpose the weights first.
   """
   flat = out.reshape(*out.shape[:2], -1)
-  if isinstance(o, layers.Rows):
-    return layers.product(flat, o)
   return jnp.einsum('BLH,HD->BLD', flat, o.reshape(-1, o.shape[-1]))
 
 
@@ -137,7 +120,7 @@ class Attention(nn.Module):
       mixture of attention heads per sequence, or None without one).
     """
     cfg, d = self.cfg, x.shape[-1]
-    q, k, v = self._projections(x)
+    q, k, v = self._project_in(x)
     angle = rope.angles(ctx.positions, cfg.head_dim, cfg.rope)
     q, k = rope.rotate(q, angle, cfg.rope), rope.rotate(k, angle, cfg.rope)
     own = KVCache(k, v)
@@ -148,20 +131,21 @@ class Attention(nn.Module):
       cache = write(cache, own, ctx.positions)
       mask = seen_slots(ctx.positions, cache.key.shape[1])
       out = reference.masked(q, cache.key, cache.value, mask, cfg.softmax_scale)
-    laid_out = self.get_variable('kernels', 'projections')
-    o = laid_out.o if laid_out else self._output_kernel(d)
-    sums = None
+    o, sums = self._output_kernel(d), None
     if cfg.num_experts:
       gates, sums = self._gates(x, ctx.segment_ids > 0)
       # Head j * num_experts + i is the i-th of key-value head j.
       grouped = out.reshape(*out.shape[:2], -1, cfg.num_experts, cfg.head_dim)
       out = (grouped * gates[:, :, None, :, None].astype(out.dtype)).reshape(out.shape)
-    return project_out(out, o), cache, sums
+    return self._project_out(out, o), cache, sums
 
   def _output_kernel(self, d: int) -> Array:
     init = layers.init_weight(self.init_std, 'heads', 'head_dim', 'embed')
     shape = (self.num_heads, self.cfg.head_dim, d)
     return self.param('o', init, shape, self.param_dtype).astype(self.dtype)
+
+  def _project_out(self, out: Array, o: Array) -> Array:
+    return project_out(out, o)
 
   def _gates(self, x: Array, mask: Array) -> tuple[Array, router_stats.MixtureSums]:
     """Weights of the attention experts [B, L, num_experts] float32, and their sums per sequence."""
@@ -181,12 +165,9 @@ class Attention(nn.Module):
     )
     return jnp.where(active, prob, 0.0), sums
 
-  def _projections(self, x: Array) -> tuple[Array, Array, Array]:
+  def _project_in(self, x: Array) -> tuple[Array, Array, Array]:
     """Queries [B, L, N, H], keys and values [B, L, Nkv, H], not rotated."""
-    num, laid_out = self.cfg.num_kv_heads, self.get_variable('kernels', 'projections')
-    if laid_out:
-      heads = layers.product(x, laid_out.x).reshape(*x.shape[:2], -1, self.cfg.head_dim)
-      return tuple(jnp.split(heads, [self.num_heads, self.num_heads + num], axis=2))
+    num = self.cfg.num_kv_heads
     q = self._project('q', x, self.num_heads, 'heads')
     return q, self._project('k', x, num, 'kv_heads'), self._project('v', x, num, 'kv_heads')
 

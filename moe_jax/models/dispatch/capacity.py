@@ -40,12 +40,12 @@ def dispatch(
   token = choice // k  # T where the slot is empty: gathers read zeros there, the sum drops it
   # Through float32, so that the gradients of a token's K copies are added in float32.
   rows = sorted_plan.take(x.astype(jnp.float32), token).astype(x.dtype)
-  with jax.named_scope('w13'):
+  with jax.named_scope('gate_up'):
     h = checkpoint_name(jnp.einsum('ECD,EDGF->ECGF', rows, gate_up), 'moe_h')
   with jax.named_scope('swiglu'):
     gate = sorted_plan.take(gates.reshape(-1), choice)[..., None]
     a = (layers.swiglu(h.astype(jnp.float32)) * gate).astype(x.dtype)
-  with jax.named_scope('w2'):
+  with jax.named_scope('down'):
     y = jnp.einsum('ECF,EFD->ECD', a, down)
   with jax.named_scope('combine'):
     out = jnp.zeros((num_tokens, d), jnp.float32).at[token].add(y.astype(jnp.float32), mode='drop')

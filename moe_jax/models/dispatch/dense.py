@@ -32,10 +32,10 @@ def dispatch(
   token = jnp.arange(len(x))[:, None]
   gate_matrix = jnp.zeros((len(x), len(gate_up)), jnp.float32)
   gate_matrix = gate_matrix.at[token, expert_idx].add(gates, mode='drop').astype(x.dtype)
-  with jax.named_scope('w13'):
+  with jax.named_scope('gate_up'):
     h = jnp.einsum('TD,EDGF->TEGF', x, gate_up)
   with jax.named_scope('swiglu'):
     activation = layers.swiglu(h)
-  with jax.named_scope('w2'):
+  with jax.named_scope('down'):
     out = jnp.einsum('TE,TEF,EFD->TD', gate_matrix, activation, down)
   return jnp.where(routed, out, 0)

@@ -1,16 +1,18 @@
 """Dropless dispatch: tokens sorted by expert, grouped products, nothing dropped, static shapes.
 
-One custom VJP around the whole expert computation: `legs`, which scatter-add no activation, so that
-no result depends on the order of atomics; on a CPU `blocks`, whose loops add in a fixed order.
+One custom VJP around the whole expert computation, an `expert_backend.ExpertBackend`. Grouped
+products scatter-add no activation, so that no result depends on the order of atomics; on a CPU the
+loops of `cpu_blocks` add in a fixed order.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax.models.experts import backends, sorted_plan
+from moe_jax.models.experts import backends, expert_backend, sorted_plan
 
 Array = jax.Array
 
@@ -39,36 +41,45 @@ def dispatch(
   Returns:
     [T, D] in the dtype of x.
   """
-  num_experts, d = gate_up.shape[:2]
+  (num_experts, d), chosen = gate_up.shape[:2], backends.choose(backend)
   with jax.named_scope('plan'):
-    unlimited = None if backends.choose(backend).covers else expert_idx.size
+    unlimited = None if chosen.covers else expert_idx.size
     plan = sorted_plan.make_plan(expert_idx, num_experts, 1, room or unlimited)
     plan = jax.tree.map(lambda a: checkpoint_name(a, 'plan'), plan)
-  return _experts(backend, bool(room), x, gates, gate_up.reshape(num_experts, d, -1), down, plan)
+  pair = gate_up.reshape(num_experts, d, -1)
+  return _experts(chosen, bool(room), expert_backend.Operands(x, gates, pair, down, plan))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _experts(
-  backend: str,
-  limited: bool,
-  x: Array,
-  gates: Array,
-  w13: Array,
-  w2: Array,
-  plan: sorted_plan.Plan,
+  backend: expert_backend.ExpertBackend, limited: bool, operands: expert_backend.Operands
 ) -> Array:
-  return backends.choose(backend).forward(False, limited, x, gates, w13, w2, plan)[0]
+  """The gated sum of each token's experts, [T, D]."""
+  run = functools.partial(backend.forward, keep=False, limited=limited)
+  return _one_by_one(run, operands)[0]
 
 
-def _forward(backend, limited, x, gates, w13, w2, plan):
-  out, h = backends.choose(backend).forward(True, limited, x, gates, w13, w2, plan)
-  return out, (x, gates, w13, w2, plan, h)
+def _forward(backend, limited, operands):
+  run = functools.partial(backend.forward, keep=True, limited=limited)
+  out, h = _one_by_one(run, operands)
+  return out, (operands, checkpoint_name(h, 'moe_h'))  # the name that remat looks for
 
 
 def _backward(backend, limited, residuals, d_out):
-  plan = residuals[4]
-  gradients = backends.choose(backend).backward(limited, *residuals, d_out)
-  return *gradients, jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), plan)
+  operands, h = residuals
+  run = functools.partial(backend.backward, limited=limited)
+  gradients = _one_by_one(run, operands, h, d_out)
+  no_gradient = sorted_plan.no_gradient(operands.plan)
+  return (expert_backend.Operands(*gradients, no_gradient),)
 
 
 _experts.defvjp(_forward, _backward)
+
+
+def _one_by_one(run: Callable[..., Any], *args: Any) -> Any:
+  """run(*args), whose batches under `jax.vmap` (seeds as an axis) run one after the other.
+
+  Loops with a batched number of blocks would go on until all are done and select on everything they
+  carry; and kernels know no axis in front of the experts.
+  """
+  return jax.custom_batching.sequential_vmap(run)(*args)

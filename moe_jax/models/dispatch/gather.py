@@ -60,11 +60,11 @@ def dispatch(
   expert = jnp.minimum(expert_idx, len(gate_up) - 1)
   # Before the product too: its gradient would be the token's NaN times 0.
   x = jnp.where(routed.any(axis=1), x, 0)
-  with jax.named_scope('w13'):
+  with jax.named_scope('gate_up'):
     h = jnp.einsum('TD,TKDGF->TKGF', x, gate_up[expert]).astype(jnp.float32)
   with jax.named_scope('swiglu'):
     a = (layers.swiglu(h) * gates[..., None]).astype(x.dtype)
-  with jax.named_scope('w2'):
+  with jax.named_scope('down'):
     y = jnp.einsum('TKF,TKFD->TKD', a, down[expert])
   with jax.named_scope('combine'):
     # Where, not times 0: what a token that is not routed holds must reach nobody, a NaN included.
@@ -100,15 +100,15 @@ def _streamed(x: Array, gates: Array, expert_idx: Array, kernels: Kernels) -> Ar
     chosen, order = jax.lax.sort((flat, choice), num_keys=1)
     rows, gate = x[order // k], gate[order]
   expert = jnp.minimum(chosen, num_experts - 1)
-  with jax.named_scope('w13'):
-    w13 = kernels.gate_up.reshape(num_experts, 2 * f, d)
-    h = _picked_product(rows, expert, w13)
+  with jax.named_scope('gate_up'):
+    gate_up = kernels.gate_up.reshape(num_experts, 2 * f, d)
+    h = _picked_product(rows, expert, gate_up)
   with jax.named_scope('swiglu'):
     # SwiGLU times gate with a quotient as its last step: any other would be computed within the
     # next loop, anew for each of its D outputs.
     h = h.reshape(-1, 2, f)
     a = h[:, 0] * h[:, 1] * gate[:, None] / (1 + jnp.exp(-h[:, 0]))
-  with jax.named_scope('w2'):
+  with jax.named_scope('down'):
     y = _picked_product(a.astype(x.dtype), expert, kernels.down)
   with jax.named_scope('combine'):
     y = jnp.where((chosen < num_experts)[:, None], y, 0)
@@ -152,11 +152,11 @@ def _blocks(x: Array, gates: Array, expert_idx: Array, kernels: Kernels) -> Arra
     expert = jnp.minimum(jnp.searchsorted(end, block, side='right'), num_experts - 1)
   rows = sorted_plan.take(x, plan.row_choice // k)
   gate = sorted_plan.take(gates.reshape(-1), plan.row_choice)[:, None]
-  w13 = kernels.gate_up.reshape(num_experts, 2 * f, d)
+  gate_up = kernels.gate_up.reshape(num_experts, 2 * f, d)
 
   def compute(i: Array, out: Array) -> Array:
     own = jax.lax.dynamic_slice_in_dim(rows, i * size, size)
-    h = jnp.einsum('RD,GD->RG', own, w13[expert[i]]).reshape(size, 2, f).astype(jnp.float32)
+    h = jnp.einsum('RD,GD->RG', own, gate_up[expert[i]]).reshape(size, 2, f).astype(jnp.float32)
     a = layers.swiglu(h) * jax.lax.dynamic_slice_in_dim(gate, i * size, size)
     y = jnp.einsum('RF,DF->RD', a.astype(x.dtype), kernels.down[expert[i]])
     return jax.lax.dynamic_update_slice_in_dim(out, y, i * size, 0)

@@ -4,6 +4,7 @@ Each device receives P - 1 times its own tokens, whatever the routing: the simpl
 the cheapest while most tokens need most devices.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -11,12 +12,13 @@ import jax.numpy as jnp
 
 from moe_jax.config import moe_config
 from moe_jax.models.exchange import buffers
+from moe_jax.models.experts import sorted_plan
 
 Array = jax.Array
 
 
 def exchange(
-  compute: Callable[[buffers.Local], tuple[Array, Array]],
+  compute: Callable[[sorted_plan.Assigned], tuple[Array, Array]],
   cfg: moe_config.MoEConfig,
   x: Array,
   gates: Array,
@@ -39,10 +41,10 @@ def exchange(
   """
   del most  # all tokens are gathered
   num_here = cfg.num_experts // jax.lax.axis_size(buffers.AXIS)
-  gather = lambda a: jax.lax.all_gather(a, buffers.AXIS, tiled=True)
+  gather = functools.partial(jax.lax.all_gather, axis_name=buffers.AXIS, tiled=True)
   everyone = gather(expert_idx)
   device = jnp.broadcast_to(jax.lax.axis_index(buffers.AXIS), everyone.shape[:1])
   local = buffers.localise(everyone, device, num_here)
-  out, beyond = compute(buffers.Local(gather(x), gather(gates), local))
+  out, beyond = compute(sorted_plan.Assigned(gather(x), gather(gates), local))
   out = jax.lax.psum_scatter(out, buffers.AXIS, scatter_dimension=0, tiled=True)
   return out, beyond

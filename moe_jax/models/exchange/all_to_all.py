@@ -5,6 +5,7 @@ C is the number of tokens T, which always suffices, or what capacities leave of 
 balanced experts need.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -12,12 +13,13 @@ import jax.numpy as jnp
 
 from moe_jax.config import moe_config
 from moe_jax.models.exchange import buffers
+from moe_jax.models.experts import sorted_plan
 
 Array = jax.Array
 
 
 def exchange(
-  compute: Callable[[buffers.Local], tuple[Array, Array]],
+  compute: Callable[[sorted_plan.Assigned], tuple[Array, Array]],
   cfg: moe_config.MoEConfig,
   x: Array,
   gates: Array,
@@ -39,10 +41,12 @@ def exchange(
     ids = buffers.spread(expert_idx + 1, plan) - 1
     local = buffers.localise(jnp.where(ids < 0, cfg.num_experts, ids), device, num_here)
   with jax.named_scope('exchange'):
-    swap = lambda a: jax.lax.all_to_all(a, buffers.AXIS, 0, 0, tiled=True)
+    swap = functools.partial(
+      jax.lax.all_to_all, axis_name=buffers.AXIS, split_axis=0, concat_axis=0, tiled=True
+    )
     both = buffers.pack(buffers.spread(gates, plan), local)
     both = buffers.unpack(swap(both), num_here)
-    received = buffers.Local(swap(buffers.spread(x, plan)), *both)
+    received = sorted_plan.Assigned(swap(buffers.spread(x, plan)), *both)
   out, beyond = compute(received)
   with jax.named_scope('exchange'):
     out = buffers.collect(swap(out), plan)

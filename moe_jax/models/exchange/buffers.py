@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.config import moe_config
@@ -86,10 +85,6 @@ def lost_choices(expert_idx: Array, sent: Array, num_here: int) -> Array:
   return ((device < num_devices) & ~arrived).sum(dtype=jnp.int32)
 
 
-def _no_gradient(plan: SendPlan) -> SendPlan:
-  return jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), plan)
-
-
 @jax.custom_vjp
 def spread(x: Array, plan: SendPlan) -> Array:
   """[T, ...] -> [rows, ...]: every copy of every token; zeros on rows that hold none."""
@@ -105,11 +100,11 @@ def collect(rows: Array, plan: SendPlan) -> Array:
 # Each is the transpose of the other: gathers in both directions, never a scatter of activations.
 spread.defvjp(
   lambda x, plan: (spread(x, plan), plan),
-  lambda plan, g: (collect(g, plan), _no_gradient(plan)),
+  lambda plan, g: (collect(g, plan), sorted_plan.no_gradient(plan)),
 )
 collect.defvjp(
   lambda rows, plan: (collect(rows, plan), plan),
-  lambda plan, g: (spread(g, plan), _no_gradient(plan)),
+  lambda plan, g: (spread(g, plan), sorted_plan.no_gradient(plan)),
 )
 
 
@@ -127,14 +122,6 @@ def unpack(both: Array, num_here: int) -> tuple[Array, Array]:
   gates, ids = jnp.split(both, 2, axis=1)
   ids = jax.lax.stop_gradient(ids).astype(jnp.int32)
   return gates, jnp.where(ids == 0, num_here, ids - 1)
-
-
-class Local(NamedTuple):
-  """What a device computes on what it has received."""
-
-  x: Array  # [rows, D]
-  gates: Array  # [rows, K] float32
-  expert_idx: Array  # [rows, K] int32, numbers among the experts here; E/P = none of them
 
 
 def localise(expert_idx: Array, device: Array, num_here: int) -> Array:

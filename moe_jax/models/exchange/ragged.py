@@ -4,17 +4,18 @@ The buffer that receives has P T rows, which always suffice, or `buffer_factor` 
 experts fill. The devices tell each other their counts first, so that all know what fits.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.config import moe_config
 from moe_jax.devices import hardware
 from moe_jax.models.exchange import buffers
+from moe_jax.models.experts import sorted_plan
 
 Array = jax.Array
 
@@ -31,7 +32,7 @@ class Offsets(NamedTuple):
 
 
 def exchange(
-  compute: Callable[[buffers.Local], tuple[Array, Array]],
+  compute: Callable[[sorted_plan.Assigned], tuple[Array, Array]],
   cfg: moe_config.MoEConfig,
   x: Array,
   gates: Array,
@@ -59,7 +60,7 @@ def exchange(
     # Rows that nobody fills stay zeros.
     both = buffers.pack(buffers.spread(gates, plan), local)
     both = buffers.unpack(send(both, offsets), num_here)
-    received = buffers.Local(send(buffers.spread(x, plan), offsets), *both)
+    received = sorted_plan.Assigned(send(buffers.spread(x, plan), offsets), *both)
   out, beyond = compute(received)
   with jax.named_scope('exchange'):
     home = _transfer(num_tokens * fan, room, back=True)
@@ -85,7 +86,7 @@ def _transfer(num_rows: int, num_rows_back: int, back: bool = False) -> Callable
     return _ragged_all_to_all(rows, num_rows, offsets, back)
 
   def backward(offsets, g):
-    no_gradient = jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), offsets)
+    no_gradient = sorted_plan.no_gradient(offsets)
     return _ragged_all_to_all(g, num_rows_back, offsets, not back), no_gradient
 
   move.defvjp(lambda rows, offsets: (move(rows, offsets), offsets), backward)
@@ -129,7 +130,7 @@ def emulated(
   """
   del send_sizes  # every device knows what it receives
   me = jax.lax.axis_index(axis_name)
-  gather = lambda a: jax.lax.all_gather(a, axis_name)
+  gather = functools.partial(jax.lax.all_gather, axis_name=axis_name)
   first, lands = gather(input_offsets)[:, me], gather(output_offsets)[:, me]
   row = jnp.arange(len(output), dtype=jnp.int32)[:, None]
   from_device = (lands <= row) & (row < lands + recv_sizes)  # [received rows, P]

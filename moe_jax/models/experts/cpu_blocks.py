@@ -13,14 +13,15 @@ against one loop per product over blocks of equal height (experiments/bench has 
 Legend: T tokens, K choices per token, E experts, R rows of the plan, D, F, G = 2 F.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.models import layers
-from moe_jax.models.experts import low_precision, sorted_plan
+from moe_jax.models.experts import expert_backend, low_precision, sorted_plan
 
 Array = jax.Array
 
@@ -116,100 +117,95 @@ def _for_each_block(
   return carry
 
 
-def forward(
-  keep: bool,
-  x: Array,
-  gates: Array,
-  w13: Array,
-  w2: Array,
-  plan: sorted_plan.Plan,
-  rounding: low_precision.Rounding = low_precision.NONE,
-) -> tuple[Array, Array | None]:
-  """The gated sum of each token's experts, and what the backward pass needs.
+def _product(form: str, a: Array, b: Array) -> Array:
+  return jnp.einsum(form, a, b, preferred_element_type=jnp.float32)
 
-  Args:
-    keep: whether there will be a backward pass.
-    x: [T, D].
-    gates: [T, K] float32.
-    w13: [E, D, G], gate before up.
-    w2: [E, F, D].
-    plan: its groups hold no rows but those of their choices.
-    rounding: of what the products see.
 
-  Returns:
-    ([T, D]; the pre-activation h of all rows and some behind them, if it is to be kept).
+def _add_to_expert(whole: Array, part: Array, e: Array) -> Array:
+  """Gradients [E, ...] of a weight with those of a block of expert e added."""
+  return _put(whole, _cut(whole, e, 1) + part[None], e)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BlockExperts:
+  """`expert_backend.ExpertBackend` by loops over blocks of an expert's rows.
+
+  The loops visit no row behind the last group, so `limited` makes no difference to them.
   """
-  heights = ladder(gates.size, len(w13))
-  rows = _rows(gates, plan, heights[-1])
-  w13, w2 = rounding.weights(w13), rounding.weights(w2)
 
-  def block(height: int, e: Array, first: Array, end: Array, carry: tuple[Array, ...]):
-    own = _own(rows, first, height, end, len(x))
-    with jax.named_scope('gather'):
-      x_rows = rounding.rows(sorted_plan.take(x, own.token))
-    with jax.named_scope('w13'):
-      h = x_rows @ w13[e]
-    with jax.named_scope('swiglu'):
-      pair = h.reshape(height, 2, -1).astype(jnp.float32)
-      a = rounding.rows((layers.swiglu(pair) * own.gate[:, None]).astype(x.dtype))
-    with jax.named_scope('w2'):
-      y = a @ w2[e]
-    with jax.named_scope('combine'):
-      sums = _added(carry[0], own, y)
-    return (sums, _put_rows(carry[1], h, first, end)) if keep else (sums,)
+  name: str = 'blocks'
+  rounding: low_precision.Rounding = low_precision.NONE  # of what the products see
+  covers: ClassVar[bool] = False  # groups hold no rows but those of their choices
 
-  carry = (jnp.zeros(x.shape, jnp.float32),)
-  if keep:
-    carry += (jnp.zeros((len(rows.token), w13.shape[2]), x.dtype),)
-  sums, *h = _for_each_block(heights, plan, block, carry)
-  return sums.astype(x.dtype), h[0] if keep else None
+  def forward(
+    self, operands: expert_backend.Operands, *, keep: bool, limited: bool
+  ) -> tuple[Array, Array | None]:
+    """As `ExpertBackend.forward`; h has some rows behind those of the plan."""
+    del limited
+    x, gates, gate_up, down, plan = operands
+    heights = ladder(gates.size, len(gate_up))
+    rows = _rows(gates, plan, heights[-1])
+    gate_up, down = self.rounding.weights(gate_up), self.rounding.weights(down)
 
+    def block(height: int, e: Array, first: Array, end: Array, carry: tuple[Array, ...]):
+      own = _own(rows, first, height, end, len(x))
+      with jax.named_scope('gather'):
+        x_rows = self.rounding.rows(sorted_plan.take(x, own.token))
+      with jax.named_scope('gate_up'):
+        h = x_rows @ gate_up[e]
+      with jax.named_scope('swiglu'):
+        pair = h.reshape(height, 2, -1).astype(jnp.float32)
+        a = self.rounding.rows((layers.swiglu(pair) * own.gate[:, None]).astype(x.dtype))
+      with jax.named_scope('down'):
+        y = a @ down[e]
+      with jax.named_scope('combine'):
+        sums = _added(carry[0], own, y)
+      return (sums, _put_rows(carry[1], h, first, end)) if keep else (sums,)
 
-def backward(
-  x: Array,
-  gates: Array,
-  w13: Array,
-  w2: Array,
-  plan: sorted_plan.Plan,
-  h: Array,
-  d_out: Array,
-  rounding: low_precision.Rounding = low_precision.NONE,
-) -> tuple[Array, Array, Array, Array]:
-  """Gradients of x, gates, w13 and w2; arguments as `forward` has and gives them, d_out [T, D]."""
-  heights = ladder(gates.size, len(w13))
-  rows = _rows(gates, plan, heights[-1])
-  w13, w2 = rounding.weights(w13), rounding.weights(w2)
-  product = lambda form, a, b: jnp.einsum(form, a, b, preferred_element_type=jnp.float32)
-  add_to = lambda whole, part, e: _put(whole, _cut(whole, e, 1) + part[None], e)
+    carry = (jnp.zeros(x.shape, jnp.float32),)
+    if keep:
+      carry += (jnp.zeros((len(rows.token), gate_up.shape[2]), x.dtype),)
+    sums, *h = _for_each_block(heights, plan, block, carry)
+    return sums.astype(x.dtype), h[0] if keep else None
 
-  def block(height: int, e: Array, first: Array, end: Array, carry: tuple[Array, ...]):
-    d_x, d_gate, d_w13, d_w2 = carry
-    own = _own(rows, first, height, end, len(x))
-    with jax.named_scope('gather'):
-      x_rows, d_rows = (
-        rounding.rows(sorted_plan.take(x, own.token)),
-        sorted_plan.take(d_out, own.token),
-      )
-    with jax.named_scope('w2'):
-      d_act = jnp.einsum('RD,FD->RF', d_rows, w2[e]).astype(jnp.float32)
-    with jax.named_scope('swiglu'):
-      pair = _cut(h, first, height).reshape(height, 2, -1).astype(jnp.float32)
-      act, swiglu_vjp = jax.vjp(layers.swiglu, pair)
-      d_gate = _put_rows(d_gate, (d_act * act).sum(axis=-1), first, end)
-      (d_pair,) = swiglu_vjp(d_act * own.gate[:, None])
-      d_h = d_pair.reshape(height, -1).astype(x.dtype)
-      gated = rounding.rows((act * own.gate[:, None]).astype(x.dtype))
-    with jax.named_scope('w2'):
-      d_w2 = add_to(d_w2, product('RF,RD->FD', gated, d_rows), e)
-    with jax.named_scope('w13'):
-      d_w13 = add_to(d_w13, product('RD,RG->DG', x_rows, d_h), e)
-      d_x_rows = jnp.einsum('RG,DG->RD', d_h, w13[e])
-    with jax.named_scope('combine'):
-      d_x = _added(d_x, own, d_x_rows)
-    return d_x, d_gate, d_w13, d_w2
+  def backward(
+    self, operands: expert_backend.Operands, h: Array, d_out: Array, *, limited: bool
+  ) -> expert_backend.Gradients:
+    """As `ExpertBackend.backward`."""
+    del limited
+    x, gates, gate_up, down, plan = operands
+    heights = ladder(gates.size, len(gate_up))
+    rows = _rows(gates, plan, heights[-1])
+    gate_up, down = self.rounding.weights(gate_up), self.rounding.weights(down)
 
-  shapes = x.shape, rows.gate.shape, w13.shape, w2.shape
-  carry = tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
-  d_x, d_gate, d_w13, d_w2 = _for_each_block(heights, plan, block, carry)
-  d_gates = sorted_plan.take(d_gate, plan.choice_row)
-  return d_x.astype(x.dtype), d_gates, d_w13.astype(w13.dtype), d_w2.astype(w2.dtype)
+    def block(height: int, e: Array, first: Array, end: Array, carry: tuple[Array, ...]):
+      d_x, d_gate, d_gate_up, d_down = carry
+      own = _own(rows, first, height, end, len(x))
+      with jax.named_scope('gather'):
+        x_rows = self.rounding.rows(sorted_plan.take(x, own.token))
+        d_rows = sorted_plan.take(d_out, own.token)
+      with jax.named_scope('down'):
+        d_act = jnp.einsum('RD,FD->RF', d_rows, down[e]).astype(jnp.float32)
+      with jax.named_scope('swiglu'):
+        pair = _cut(h, first, height).reshape(height, 2, -1).astype(jnp.float32)
+        act, swiglu_vjp = jax.vjp(layers.swiglu, pair)
+        d_gate = _put_rows(d_gate, (d_act * act).sum(axis=-1), first, end)
+        (d_pair,) = swiglu_vjp(d_act * own.gate[:, None])
+        d_h = d_pair.reshape(height, -1).astype(x.dtype)
+        gated = self.rounding.rows((act * own.gate[:, None]).astype(x.dtype))
+      with jax.named_scope('down'):
+        d_down = _add_to_expert(d_down, _product('RF,RD->FD', gated, d_rows), e)
+      with jax.named_scope('gate_up'):
+        d_gate_up = _add_to_expert(d_gate_up, _product('RD,RG->DG', x_rows, d_h), e)
+        d_x_rows = jnp.einsum('RG,DG->RD', d_h, gate_up[e])
+      with jax.named_scope('combine'):
+        d_x = _added(d_x, own, d_x_rows)
+      return d_x, d_gate, d_gate_up, d_down
+
+    shapes = x.shape, rows.gate.shape, gate_up.shape, down.shape
+    carry = tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
+    d_x, d_gate, d_gate_up, d_down = _for_each_block(heights, plan, block, carry)
+    d_gates = sorted_plan.take(d_gate, plan.choice_row)
+    return expert_backend.Gradients(
+      d_x.astype(x.dtype), d_gates, d_gate_up.astype(gate_up.dtype), d_down.astype(down.dtype)
+    )

@@ -1,6 +1,6 @@
 """Grouped matrix products by the kernels of others: JAX's megablox for TPUs, tokamax for GPUs.
 
-A backend is three legs over the same layout (see `sorted_plan.Plan`), R rows in E groups:
+Three products over the same layout (see `sorted_plan.Plan`), R rows in E groups:
 
   gmm    x [R, A], w [E, A, B]      -> [R, B]      forward
   gmm_t  g [R, B], w [E, A, B]      -> [R, A]      gradient of the rows
@@ -9,8 +9,8 @@ A backend is three legs over the same layout (see `sorted_plan.Plan`), R rows in
 Rows past the sum of `group_sizes` [E] are zeros on the way in; what comes back there is undefined.
 
 `jax.lax.ragged_dot` lowers to a grouped kernel on TPU for the rows, but to a masked dense product
-(E times the work) for the weights, and for everything on CPU and GPU. So `grouped` never chooses it
-there, and on TPU takes JAX's megablox kernel for the weights.
+(E times the work) for the weights, and for everything on CPU and GPU. So `backends` never chooses
+it there, and on TPU takes JAX's megablox kernel for the weights.
 """
 
 import functools
@@ -25,20 +25,20 @@ from moe_jax import errors
 from moe_jax.devices import tokamax_tiles
 
 Array = jax.Array
-Leg = Callable[[Array, Array, Array], Array]
+Product = Callable[[Array, Array, Array], Array]
 
 LANES = 128  # of a TPU's registers
 MOSAIC_WIDTH = 64  # of the tiles of tokamax's Mosaic kernels for GPUs
 
 
-class Backend(NamedTuple):
-  """Three legs."""
+class Products(NamedTuple):
+  """The three grouped products by one library."""
 
   name: str
-  gmm: Leg
-  gmm_t: Leg
-  tgmm: Leg
-  quantised: Leg | None = None  # gmm of `qwix.QArray`s; None = XLA's
+  gmm: Product
+  gmm_t: Product
+  tgmm: Product
+  quantised: Product | None = None  # gmm of `qwix.QArray`s; None = XLA's
 
 
 # [R, A] x [E, A, B] -> [R, B].
@@ -69,16 +69,16 @@ def _ragged_tgmm(x: Array, g: Array, group_sizes: Array) -> Array:
   return jax.lax.ragged_dot_general(x, g, group_sizes, _TGMM_DIMS)
 
 
-def ragged_dot_backend() -> Backend:
-  """`jax.lax.ragged_dot` in all three legs."""
-  return Backend('ragged_dot', jax.lax.ragged_dot, _ragged_gmm_t, _ragged_tgmm)
+def ragged_dot_products() -> Products:
+  """`jax.lax.ragged_dot` in all three."""
+  return Products('ragged_dot', jax.lax.ragged_dot, _ragged_gmm_t, _ragged_tgmm)
 
 
 # Largest tiles of megablox: rows, and both sides of a weight (2 MiB of float32 sums on the chip).
 MEGABLOX_TILES = (256, 512, 1024)
 
 
-def megablox_backend(interpret: bool = False) -> Backend:
+def megablox_products(interpret: bool = False) -> Products:
   """TPU: XLA's grouped kernel for the rows, JAX's megablox for the weights.
 
   `interpret` runs the latter's text without a TPU, for tests.
@@ -88,12 +88,10 @@ def megablox_backend(interpret: bool = False) -> Backend:
     rows, *sides = MEGABLOX_TILES
     rows = min(rows, len(x) + -len(x) % LANES)
     tiles = [_tile(size, most) for size, most in zip((x.shape[1], g.shape[1]), sides)]
-    pad = lambda a: jnp.pad(a, ((0, -len(a) % rows), (0, 0)))
-    return megablox_tgmm(
-      pad(x).T, pad(g), group_sizes, x.dtype, (rows, *tiles), interpret=interpret
-    )
+    x, g = (jnp.pad(a, ((0, -len(a) % rows), (0, 0))) for a in (x, g))
+    return megablox_tgmm(x.T, g, group_sizes, x.dtype, (rows, *tiles), interpret=interpret)
 
-  return Backend('megablox', jax.lax.ragged_dot, _ragged_gmm_t, tgmm)
+  return Products('megablox', jax.lax.ragged_dot, _ragged_gmm_t, tgmm)
 
 
 def _tile(size: int, most: int) -> int:
@@ -101,8 +99,8 @@ def _tile(size: int, most: int) -> int:
   return next((tile for tile in range(most, 0, -LANES) if size % tile == 0), LANES)
 
 
-def tokamax_backend(row_legs: tuple[str, ...], weight_leg: tuple[str, ...]) -> Backend:
-  """tokamax kernels: `row_legs` serve gmm and gmm_t, `weight_leg` serves tgmm, first choice first.
+def tokamax_products(for_rows: tuple[str, ...], for_weights: tuple[str, ...]) -> Products:
+  """tokamax kernels: `for_rows` serve gmm and gmm_t, `for_weights` tgmm, first choice first.
 
   On Hopper Mosaic is the fastest for the rows and Triton for the weights. The choices are explicit
   because tokamax's own default ends in the dense XLA product without a word.
@@ -117,32 +115,38 @@ def tokamax_backend(row_legs: tuple[str, ...], weight_leg: tuple[str, ...]) -> B
   from tokamax._src.ops.ragged_dot import api
 
   errors.require(
-    'triton' in api.IMPLEMENTATIONS or 'triton' not in {*row_legs, *weight_leg},
+    'triton' in api.IMPLEMENTATIONS or 'triton' not in {*for_rows, *for_weights},
     "config.model.moe.grouped_matmul='tokamax' needs Triton kernels, which this tokamax leaves out "
     "without the packages jax-triton and triton; install the extra: pip install 'moe_jax[cuda]'",
   )
 
-  def product(a, b, group_sizes, dims, legs):
-    legs = _serving(legs, (*a.shape[1:], *b.shape[1:]))
-    return library().ragged_dot_general(a, b, group_sizes, dims, implementation=legs)
+  def product(a, b, group_sizes, dims, names):
+    names = _serving(names, (*a.shape[1:], *b.shape[1:]))
+    return library().ragged_dot_general(a, b, group_sizes, dims, implementation=names)
+
+  def gmm(x, w, group_sizes):
+    return product(x, w, group_sizes, _GMM_DIMS, for_rows)
+
+  def gmm_t(g, w, group_sizes):
+    return product(g, w, group_sizes, _GMM_T_DIMS, for_rows)
 
   def tgmm(x, g, group_sizes):
-    dw = product(x, g, group_sizes, _TGMM_DIMS, weight_leg)
+    dw = product(x, g, group_sizes, _TGMM_DIMS, for_weights)
     # Some released Triton kernels leave a neighbour's product in an empty group (tokamax #887).
     return jnp.where((group_sizes > 0)[:, None, None], dw, 0)
 
-  gmm = lambda x, w, group_sizes: product(x, w, group_sizes, _GMM_DIMS, row_legs)
-  gmm_t = lambda g, w, group_sizes: product(g, w, group_sizes, _GMM_T_DIMS, row_legs)
-  # Mosaic's path for quantised operands needs what JAX 0.10 does not have (tokamax 0.0.12).
-  quantised = lambda x, w, group_sizes: product(x, w, group_sizes, _GMM_DIMS, weight_leg[:1])
-  return Backend('tokamax', gmm, gmm_t, tgmm, quantised)
+  def quantised(x, w, group_sizes):
+    # Mosaic's path for quantised operands needs what JAX 0.10 does not have (tokamax 0.0.12).
+    return product(x, w, group_sizes, _GMM_DIMS, for_weights[:1])
+
+  return Products('tokamax', gmm, gmm_t, tgmm, quantised)
 
 
-def _serving(legs: tuple[str, ...], widths: tuple[int, ...]) -> tuple[str, ...]:
-  """The legs that take matrices of these widths.
+def _serving(names: tuple[str, ...], widths: tuple[int, ...]) -> tuple[str, ...]:
+  """The implementations that take matrices of these widths.
 
   Mosaic's tiles on a GPU are 64 wide, and it fails on others instead of leaving them to the next.
   """
   if all(width % MOSAIC_WIDTH == 0 for width in widths):
-    return legs
-  return tuple(leg for leg in legs if leg != 'mosaic') or legs
+    return names
+  return tuple(name for name in names if name != 'mosaic') or names

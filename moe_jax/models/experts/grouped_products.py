@@ -6,10 +6,13 @@ pre-activation h and recomputes the rest (the gate's gradient comes from the cot
 activation, SonicMoE, arXiv 2512.14080).
 """
 
+import dataclasses
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 
-from moe_jax.models.experts import grouped_kernels, sorted_plan
+from moe_jax.models.experts import expert_backend, grouped_kernels, sorted_plan
 
 Array = jax.Array
 
@@ -37,68 +40,58 @@ def _swiglu(h: Array) -> Array:
   return jax.nn.silu(gate) * up
 
 
-def forward(
-  legs: grouped_kernels.Backend,
-  limited: bool,
-  x: Array,
-  gates: Array,
-  w13: Array,
-  w2: Array,
-  plan: sorted_plan.Plan,
-) -> tuple[Array, Array]:
-  """The gated sum of each token's experts [T, D], and the pre-activation h [R, G].
+@dataclasses.dataclass(frozen=True, eq=False)
+class GroupedExperts:
+  """`expert_backend.ExpertBackend` out of grouped products."""
 
-  Args:
-    legs: grouped products.
-    limited: whether the plan has rows behind its groups.
-    x: [T, D].
-    gates: [T, K] float32.
-    w13: [E, D, G], gate before up.
-    w2: [E, F, D].
-    plan: its groups cover all rows, unless limited.
-  """
-  rows = _rows(x, plan)
-  with jax.named_scope('w13'):
-    h = legs.gmm(rows, w13, plan.group_sizes)
-  with jax.named_scope('swiglu'):
-    a = _used(_swiglu(h) * _row_gates(gates, plan), plan, limited).astype(x.dtype)
-  with jax.named_scope('w2'):
-    y = legs.gmm(a, w2, plan.group_sizes)
-  with jax.named_scope('combine'):
-    return sorted_plan.sum_rows(y, plan.choice_row), h
+  products: grouped_kernels.Products
+  covers: ClassVar[bool] = True  # unless limited
 
+  @property
+  def name(self) -> str:
+    return self.products.name
 
-def backward(
-  legs: grouped_kernels.Backend,
-  limited: bool,
-  x: Array,
-  gates: Array,
-  w13: Array,
-  w2: Array,
-  plan: sorted_plan.Plan,
-  h: Array,
-  d_out: Array,
-) -> tuple[Array, Array, Array, Array]:
-  """Gradients of x, gates, w13 and w2; arguments as `forward` has and gives them, d_out [T, D]."""
-  sizes = plan.group_sizes
-  d_rows = _rows(d_out, plan)
-  with jax.named_scope('w2'):
-    d_act = legs.gmm_t(d_rows, w2, sizes).astype(jnp.float32)  # cotangent of gate * activation
-  with jax.named_scope('swiglu'):
-    act, swiglu_vjp = jax.vjp(_swiglu, h)
-    gate = _row_gates(gates, plan)
-    d_gates = sorted_plan.take((d_act * act).sum(axis=-1), plan.choice_row)
-    (d_h,) = swiglu_vjp(d_act * gate)
-    d_h = _used(d_h, plan, limited)
-    gated = _used(act * gate, plan, limited).astype(x.dtype)
-  with jax.named_scope('w2'):
-    d_w2 = legs.tgmm(gated, d_rows, sizes)
-  # One thing after the other: rows of x and of d_out are never held at the same time.
-  x, d_h, d_w2 = jax.lax.optimization_barrier((x, d_h, d_w2))
-  rows = _rows(x, plan)
-  with jax.named_scope('w13'):
-    d_w13 = legs.tgmm(rows, d_h, sizes)
-    d_h, d_w13 = jax.lax.optimization_barrier((d_h, d_w13))
-    d_x = legs.gmm_t(d_h, w13, sizes)
-  with jax.named_scope('combine'):
-    return sorted_plan.sum_rows(d_x, plan.choice_row), d_gates, d_w13, d_w2
+  def forward(
+    self, operands: expert_backend.Operands, *, keep: bool, limited: bool
+  ) -> tuple[Array, Array | None]:
+    """As `ExpertBackend.forward`."""
+    x, gates, gate_up, down, plan = operands
+    rows = _rows(x, plan)
+    with jax.named_scope('gate_up'):
+      h = self.products.gmm(rows, gate_up, plan.group_sizes)
+    with jax.named_scope('swiglu'):
+      a = _used(_swiglu(h) * _row_gates(gates, plan), plan, limited).astype(x.dtype)
+    with jax.named_scope('down'):
+      y = self.products.gmm(a, down, plan.group_sizes)
+    with jax.named_scope('combine'):
+      return sorted_plan.sum_rows(y, plan.choice_row), h if keep else None
+
+  def backward(
+    self, operands: expert_backend.Operands, h: Array, d_out: Array, *, limited: bool
+  ) -> expert_backend.Gradients:
+    """As `ExpertBackend.backward`."""
+    x, gates, gate_up, down, plan = operands
+    sizes = plan.group_sizes
+    d_rows = _rows(d_out, plan)
+    with jax.named_scope('down'):
+      # The cotangent of gate * activation.
+      d_act = self.products.gmm_t(d_rows, down, sizes).astype(jnp.float32)
+    with jax.named_scope('swiglu'):
+      act, swiglu_vjp = jax.vjp(_swiglu, h)
+      gate = _row_gates(gates, plan)
+      d_gates = sorted_plan.take((d_act * act).sum(axis=-1), plan.choice_row)
+      (d_h,) = swiglu_vjp(d_act * gate)
+      d_h = _used(d_h, plan, limited)
+      gated = _used(act * gate, plan, limited).astype(x.dtype)
+    with jax.named_scope('down'):
+      d_down = self.products.tgmm(gated, d_rows, sizes)
+    # One thing after the other: rows of x and of d_out are never held at the same time.
+    x, d_h, d_down = jax.lax.optimization_barrier((x, d_h, d_down))
+    rows = _rows(x, plan)
+    with jax.named_scope('gate_up'):
+      d_gate_up = self.products.tgmm(rows, d_h, sizes)
+      d_h, d_gate_up = jax.lax.optimization_barrier((d_h, d_gate_up))
+      d_x = self.products.gmm_t(d_h, gate_up, sizes)
+    with jax.named_scope('combine'):
+      d_x = sorted_plan.sum_rows(d_x, plan.choice_row)
+    return expert_backend.Gradients(d_x, d_gates, d_gate_up, d_down)

@@ -30,7 +30,11 @@ class Rounding(NamedTuple):
   weights: Callable[[Array], Array]  # [E, A, B]
 
 
-NONE = Rounding(lambda rows: rows, lambda weights: weights)
+def _unchanged(a: Array) -> Array:
+  return a
+
+
+NONE = Rounding(_unchanged, _unchanged)
 
 
 def _library(qtype: str) -> Any:
@@ -72,18 +76,19 @@ def rounding(qtype: str) -> Rounding:
   )
 
 
-def legs(wide: grouped_kernels.Backend, qtype: str) -> grouped_kernels.Backend:
-  """The legs of `wide`, whose forward products take rounded rows and weights."""
+def rounded_products(wide: grouped_kernels.Products, qtype: str) -> grouped_kernels.Products:
+  """The products of `wide`, the forward ones of rounded rows and weights."""
   qwix, rounded = _library(qtype), rounding(qtype)
 
   def gmm(rows: Array, weights: Array, group_sizes: Array) -> Array:
     product = wide.quantised or qwix.ragged_dot
-    found = product(_rows(qwix, qtype, rows), _weights(qwix, qtype, weights), group_sizes)
-    return found.astype(rows.dtype)
+    out = product(_rows(qwix, qtype, rows), _weights(qwix, qtype, weights), group_sizes)
+    return out.astype(rows.dtype)
 
-  return grouped_kernels.Backend(
-    f'{wide.name} {qtype}',
-    gmm,
-    lambda g, weights, group_sizes: wide.gmm_t(g, rounded.weights(weights), group_sizes),
-    lambda rows, g, group_sizes: wide.tgmm(rounded.rows(rows), g, group_sizes),
-  )
+  def gmm_t(g: Array, weights: Array, group_sizes: Array) -> Array:
+    return wide.gmm_t(g, rounded.weights(weights), group_sizes)
+
+  def tgmm(rows: Array, g: Array, group_sizes: Array) -> Array:
+    return wide.tgmm(rounded.rows(rows), g, group_sizes)
+
+  return grouped_kernels.Products(f'{wide.name} {qtype}', gmm, gmm_t, tgmm)

@@ -6,15 +6,23 @@ integers, in both directions; the one scatter is the int32 inverse permutation.
 Legend: T tokens, K choices per token, M = T*K choices, E experts, R rows.
 """
 
-import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from moe_jax.devices import hardware
+from moe_jax.devices import hardware, unrolled
 
 Array = jax.Array
+
+
+class Assigned(NamedTuple):
+  """Tokens of a device, and the experts that each of them goes to."""
+
+  x: Array  # [T, D]
+  gates: Array  # [T, K] float32
+  expert_idx: Array  # [T, K] int32, numbers among the experts that compute; their number = none
 
 
 class Plan(NamedTuple):
@@ -32,24 +40,28 @@ class Plan(NamedTuple):
   group_sizes: Array  # [E] int32, rows of each expert, padding included
 
 
+def no_gradient(tree: Any) -> Any:
+  """The cotangents of integers, for the backward pass of a custom VJP."""
+  return jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), tree)
+
+
 def take(a: Array, index: Array) -> Array:
   """Rows of a; zeros where the index is out of bounds."""
   return a.at[index].get(mode='fill', fill_value=0)
 
 
-UNROLLED = 16  # terms of a sum up to which a CPU adds one gather after the other
-
-
 def sum_rows(rows: Array, index: Array) -> Array:
   """rows [R, ...], index [T, S] -> [T, ...]: the sum of each token's S rows, in float32.
 
-  On a CPU a sum over the axis S reads its operands one number at a time: S gathers that are added
-  up in one pass take a fortieth of the time. Elsewhere the S terms are the first axis: a TPU would
-  pad a short second one to 8.
+  On a CPU S gathers are added up in one pass (`unrolled`). Elsewhere the S terms are the first
+  axis: a TPU would pad a short second one to 8.
   """
-  if hardware.platform() == 'cpu' and index.shape[1] <= UNROLLED:
-    terms = (take(rows, index[:, s]).astype(jnp.float32) for s in range(index.shape[1]))
-    return functools.reduce(jnp.add, terms).astype(rows.dtype)
+  if hardware.platform() == 'cpu' and unrolled.pays(index.shape[1]):
+
+    def term(s: int) -> Array:
+      return take(rows, index[:, s]).astype(jnp.float32)
+
+    return unrolled.reduce(jnp.add, term, index.shape[1]).astype(rows.dtype)
   return take(rows, index.T).sum(axis=0, dtype=jnp.float32).astype(rows.dtype)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from moe_jax.models.dispatch import DISPATCHES
 from moe_jax.models.dispatch import gather as gather_lib
-from moe_jax.models.experts import backends, cpu_blocks, grouped_kernels
+from moe_jax.models.experts import backends, cpu_blocks, grouped_kernels, grouped_products
 from tests import tiny
 
 T, K, E, D, F = 21, 2, 5, 12, 10  # 42 choices: no multiple of a block's height
@@ -28,11 +28,11 @@ CLOSE = dict(rtol=1e-4, atol=2e-5)
 def tokamax_on_cpu():
   """What a CPU has of other platforms' backends: tokamax's XLA products, and megablox's text."""
   products = {
-    'tokamax_xla': lambda: grouped_kernels.tokamax_backend(('xla',), ('xla',)),
-    'megablox_text': lambda: grouped_kernels.megablox_backend(interpret=True),
+    'tokamax_xla': lambda: grouped_kernels.tokamax_products(('xla',), ('xla',)),
+    'megablox_text': lambda: grouped_kernels.megablox_products(interpret=True),
   }
   for name, make in products.items():
-    backends.BACKENDS[name] = lambda make=make: backends.of_legs(make())
+    backends.BACKENDS[name] = lambda make=make: grouped_products.GroupedExperts(make())
   yield
   del backends.BACKENDS['tokamax_xla'], backends.BACKENDS['megablox_text']
 

@@ -10,7 +10,7 @@ import pytest
 from moe_jax.devices import partitioning
 from moe_jax.models.dispatch import DISPATCHES, dense
 from moe_jax.models.exchange import EXCHANGES, buffers, choose, ragged
-from moe_jax.models.experts import backends, grouped_kernels
+from moe_jax.models.experts import backends, grouped_kernels, grouped_products
 from tests import tiny
 
 P, T, K, E, D, F = 4, 6, 3, 8, 5, 4  # T tokens on each of P devices
@@ -159,7 +159,7 @@ def test_the_receiver_counts_what_it_has_no_room_for():
 
 def test_rows_that_no_kernel_writes_do_not_matter(monkeypatch):
   """A grouped kernel leaves anything, here NaN, in the rows behind its last group."""
-  clean = grouped_kernels.ragged_dot_backend()
+  clean = grouped_kernels.ragged_dot_products()
 
   def spoiled(leg):
     def fn(x, w, sizes):
@@ -172,8 +172,8 @@ def test_rows_that_no_kernel_writes_do_not_matter(monkeypatch):
     behind = jnp.arange(len(x))[:, None] >= sizes.sum()
     return clean.tgmm(x, g, sizes) + 0 * jnp.where(behind, x.sum() * g.sum(), 0).sum()
 
-  legs = grouped_kernels.Backend('spoiled', spoiled(clean.gmm), spoiled(clean.gmm_t), strict)
-  monkeypatch.setitem(backends.BACKENDS, 'spoiled', lambda: backends.of_legs(legs))
+  legs = grouped_kernels.Products('spoiled', spoiled(clean.gmm), spoiled(clean.gmm_t), strict)
+  monkeypatch.setitem(backends.BACKENDS, 'spoiled', lambda: grouped_products.GroupedExperts(legs))
   idx, *rest = choices('padding'), *operands()
   room = idx.size + 7
 

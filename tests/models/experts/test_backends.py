@@ -18,8 +18,8 @@ from moe_jax.models.experts import backends, grouped_kernels
 
 A, B = 6, 5
 BACKENDS = {
-  'ragged_dot': grouped_kernels.ragged_dot_backend,
-  'tokamax': lambda: grouped_kernels.tokamax_backend(('xla',), ('xla',)),
+  'ragged_dot': grouped_kernels.ragged_dot_products,
+  'tokamax': lambda: grouped_kernels.tokamax_products(('xla',), ('xla',)),
 }
 SIZES = {
   'first and last empty': (0, 3, 1, 0),
@@ -124,5 +124,5 @@ def test_tokamax_works_outside_of_an_absl_command(monkeypatch):
   monkeypatch.setattr(sys, 'argv', ['ipykernel', '-f', 'kernel.json'])
   x, _, w = operands(32, 4, 'float32')
   flags.FLAGS.unparse_flags()
-  backend = grouped_kernels.tokamax_backend(('xla',), ('xla',))
+  backend = grouped_kernels.tokamax_products(('xla',), ('xla',))
   jax.eval_shape(backend.gmm, x, w, jnp.full(4, 8, jnp.int32))

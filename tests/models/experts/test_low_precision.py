@@ -14,7 +14,7 @@ from moe_jax import errors
 from moe_jax.config import moe_config, parse
 from moe_jax.models import layers
 from moe_jax.models.dispatch import DISPATCHES, dropless
-from moe_jax.models.experts import backends, grouped_kernels, low_precision
+from moe_jax.models.experts import backends, grouped_kernels, grouped_products, low_precision
 from moe_jax.runs import run_record
 from moe_jax.training import objective, optimizer_step, train_state
 from tests import tiny
@@ -39,9 +39,10 @@ def legs_on_cpu():
   for qtype in QTYPES:
 
     def make(qtype=qtype):
-      return low_precision.legs(grouped_kernels.ragged_dot_backend(), qtype)
+      products = grouped_kernels.ragged_dot_products()
+      return grouped_products.GroupedExperts(low_precision.rounded_products(products, qtype))
 
-    backends.BACKENDS[f'legs {qtype}'] = lambda make=make: backends.of_legs(make())
+    backends.BACKENDS[f'legs {qtype}'] = make
   yield
   for qtype in QTYPES:
     del backends.BACKENDS[f'legs {qtype}']
@@ -68,14 +69,14 @@ def straight_through(a, qtype, axes):
 def reference(qtype, x, gates, gate_up, down, idx):
   """Every token through every one of its experts, one choice at a time."""
   x = straight_through(x, qtype, (0,))
-  w13 = straight_through(gate_up.reshape(E, D, 2 * F), qtype, (0, 2))
-  w2 = straight_through(down, qtype, (0, 2))
+  gate_up = straight_through(gate_up.reshape(E, D, 2 * F), qtype, (0, 2))
+  down = straight_through(down, qtype, (0, 2))
   out = jnp.zeros_like(x)
   for k in range(K):
     e = jnp.minimum(idx[:, k], E - 1)
-    h = jnp.einsum('TD,TDG->TG', x, w13[e])
+    h = jnp.einsum('TD,TDG->TG', x, gate_up[e])
     a = layers.swiglu(h.reshape(T, 2, F)) * gates[:, k, None]
-    y = jnp.einsum('TF,TFD->TD', straight_through(a, qtype, (0,)), w2[e])
+    y = jnp.einsum('TF,TFD->TD', straight_through(a, qtype, (0,)), down[e])
     out += jnp.where(idx[:, k, None] < E, y, 0)
   return out
 

@@ -55,18 +55,11 @@ def attend(
 
   def part(q: Array, *rest: Array) -> Array:
     count = 2 + len(source.arrays)
-    positions, segment_ids, *arrays = map(_whole_rows, rest[:count])
+    whole = (partitioning.gather_over('act_len', a, axis=1) for a in rest[:count])
+    positions, segment_ids, *arrays = whole
     k, v = source.make(*arrays, *rest[count:])
-    split = partitioning.axis_size('sequence') > 1
-    first = jax.lax.axis_index('sequence') * q.shape[1] if split else 0
+    first = partitioning.first_index('act_len', q.shape[1])
     return fn(q, k, v, positions, segment_ids, first=first)
 
   mapped = partitioning.per_shard(part, (*in_axes, *source.weight_axes), heads)
   return mapped(q, positions, segment_ids, *source.arrays, *source.weights)
-
-
-def _whole_rows(part: Array) -> Array:
-  """[B, L / sequence, ...] -> [B, L, ...]; its gradient is summed and split by a reduce-scatter."""
-  if partitioning.axis_size('sequence') == 1:
-    return part
-  return jax.lax.all_gather(part, 'sequence', axis=1, tiled=True)
