@@ -242,7 +242,10 @@ class Generator:
     # One compilation serves all seeds.
     static = dict(cfg=self._cfg, sampling=dataclasses.replace(sampling, seed=0))
     num_new = in_buckets(max_new_tokens)
-    begin = lambda: _start(self._weights, prompt, length, seed, num_new=num_new, **static)
+
+    def begin():
+      return _start(self._weights, prompt, length, seed, num_new=num_new, **static)
+
     advance = functools.partial(_advance, self._weights, seed=seed, eos_ids=eos_ids, **static)
     if timed:
       jax.block_until_ready(advance(begin(), np.int32(0)))

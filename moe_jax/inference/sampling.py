@@ -74,7 +74,10 @@ def row_keys(seed: Array, num_rows: int, number: Array) -> Array:
   """
   key = jax.random.key(seed)
   number = jnp.broadcast_to(number, (num_rows,))
-  fold = lambda row, n: jax.random.fold_in(jax.random.fold_in(key, row), n)
+
+  def fold(row, n):
+    return jax.random.fold_in(jax.random.fold_in(key, row), n)
+
   return jax.vmap(fold)(jnp.arange(num_rows), number)
 
 

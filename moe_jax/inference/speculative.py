@@ -150,18 +150,25 @@ def _generate(
   batch_size, prompt_len = prompt.shape
   rng = jax.random.key(seed)
   slots = generate.in_buckets(prompt_len + max_new_tokens + 1)  # a round may write one beyond
-  draw = lambda logits, key: judge(logits, jnp.full(len(logits), -1), sampling, key)[1]
+
+  def draw(logits, key):
+    return judge(logits, jnp.full(len(logits), -1), sampling, key)[1]
+
   module = functools.partial(_modules, cfg, variables)
-  guess = lambda normed, i: (
-    cached_model.head(weights, normed[row, i][:, None])[:, 0].argmax(-1).astype(jnp.int32)
-  )
+
+  def guess(normed, i):
+    return cached_model.head(weights, normed[row, i][:, None])[:, 0].argmax(-1).astype(jnp.int32)
+
   row = jnp.arange(batch_size)
 
   out = cached_model.prefill(cfg, weights, prompt, length, slots)
   at = jnp.broadcast_to(jnp.arange(prompt_len), prompt.shape)
   real = (at < length[:, None]).astype(jnp.int32)
   last = (length - 1)[:, None]
-  pick = lambda a, i: jnp.take_along_axis(a, i[..., None], axis=1)[:, 0]
+
+  def pick(a, i):
+    return jnp.take_along_axis(a, i[..., None], axis=1)[:, 0]
+
   logits = cached_model.logits_of(cfg, weights, pick(out.hidden, last)[:, None])[:, 0]
   token = draw(logits, jax.random.fold_in(rng, 0))
   behind = jnp.where(at == last, token[:, None], jnp.roll(prompt, -1, axis=1))
@@ -224,7 +231,9 @@ def _generate(
       accepted=s.accepted + (active & keep).sum(dtype=jnp.int32),
     )
 
-  unfinished = lambda s: (~s.done & (s.count < limit)).any()
+  def unfinished(s):
+    return (~s.done & (s.count < limit)).any()
+
   state = jax.lax.while_loop(unfinished, advance, state)
   return state.written[:, :max_new_tokens], state.drafted, state.accepted
 

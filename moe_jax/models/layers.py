@@ -1,7 +1,10 @@
-"""The small layers: RMSNorm, SwiGLU feed-forward, and the initialiser that names axes."""
+"""The small layers (RMSNorm, SwiGLU feed-forward), and what layers of every room share."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from moe_jax.devices import partitioning
@@ -14,6 +17,11 @@ TOKEN_AXES = ('act_batch', 'act_len')  # of an array [B, L, ...]
 def init_weight(std: float, *axes: str) -> nn.initializers.Initializer:
   """Normal(0, std) initialiser whose parameter carries one logical axis name per dimension."""
   return nn.with_logical_partitioning(nn.initializers.normal(std), axes)
+
+
+def no_gradient(tree: Any) -> Any:
+  """The cotangents of integers, for the backward pass of a custom VJP."""
+  return jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), tree)
 
 
 def swiglu(h: Array) -> Array:

@@ -71,7 +71,10 @@ def with_moe_state(cfg: schema.ModelConfig, state: Mapping[str, Array]) -> dict[
   """The inverse of `moe_state`: collection `router_state` of the whole model."""
   if not state:
     return {}
-  split = lambda cut: {'moe': {k: v[cut] for k, v in state.items()}}
+
+  def split(cut):
+    return {'moe': {k: v[cut] for k, v in state.items()}}
+
   found = {'moe_layers': split(slice(cfg.num_moe_layers))}
   if cfg.num_mtp_layers:
     found['mtp_layers'] = {'block': split(slice(cfg.num_moe_layers, None))}
@@ -97,5 +100,8 @@ def abstract_variables(cfg: schema.ModelConfig, mesh: jax.sharding.Mesh) -> dict
   """Shape, dtype and sharding of what `init` makes, which is all that loading a model needs."""
   with partitioning.without_mesh():  # the rows that shapes are made from are not to be split
     boxed = jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
-  struct_of = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+
+  def struct_of(x, s):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+
   return jax.tree.map(struct_of, partitioning.unbox(boxed), partitioning.shardings(boxed, mesh))

@@ -117,7 +117,10 @@ class Transformer(nn.Module):
       (cfg.vocab_size, cfg.embed_dim),
       param_dtype,
     )
-    embed = lambda ids: embedded(ids, embedding).astype(dtype)
+
+    def embed(ids):
+      return embedded(ids, embedding).astype(dtype)
+
     x = embed(tokens)
     x = nn.with_logical_constraint(x, ('act_batch', 'act_len', 'act_embed'))
     row = jnp.arange(len(tokens), dtype=jnp.int32) if row is None else row

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from moe_jax.models import layers
 from moe_jax.models.experts import backends, expert_backend, sorted_plan
 
 Array = jax.Array
@@ -69,7 +70,7 @@ def _backward(backend, limited, residuals, d_out):
   operands, h = residuals
   run = functools.partial(backend.backward, limited=limited)
   gradients = _one_by_one(run, operands, h, d_out)
-  no_gradient = sorted_plan.no_gradient(operands.plan)
+  no_gradient = layers.no_gradient(operands.plan)
   return (expert_backend.Operands(*gradients, no_gradient),)
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.config import moe_config
+from moe_jax.models import layers
 from moe_jax.models.experts import sorted_plan
 
 Array = jax.Array
@@ -100,11 +101,11 @@ def collect(rows: Array, plan: SendPlan) -> Array:
 # Each is the transpose of the other: gathers in both directions, never a scatter of activations.
 spread.defvjp(
   lambda x, plan: (spread(x, plan), plan),
-  lambda plan, g: (collect(g, plan), sorted_plan.no_gradient(plan)),
+  lambda plan, g: (collect(g, plan), layers.no_gradient(plan)),
 )
 collect.defvjp(
   lambda rows, plan: (collect(rows, plan), plan),
-  lambda plan, g: (spread(g, plan), sorted_plan.no_gradient(plan)),
+  lambda plan, g: (spread(g, plan), layers.no_gradient(plan)),
 )
 
 

@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.config import moe_config
 from moe_jax.devices import hardware
+from moe_jax.models import layers
 from moe_jax.models.exchange import buffers
 from moe_jax.models.experts import sorted_plan
 
@@ -86,7 +87,7 @@ def _transfer(num_rows: int, num_rows_back: int, back: bool = False) -> Callable
     return _ragged_all_to_all(rows, num_rows, offsets, back)
 
   def backward(offsets, g):
-    no_gradient = sorted_plan.no_gradient(offsets)
+    no_gradient = layers.no_gradient(offsets)
     return _ragged_all_to_all(g, num_rows_back, offsets, not back), no_gradient
 
   move.defvjp(lambda rows, offsets: (move(rows, offsets), offsets), backward)

@@ -6,11 +6,10 @@ integers, in both directions; the one scatter is the int32 inverse permutation.
 Legend: T tokens, K choices per token, M = T*K choices, E experts, R rows.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from moe_jax.devices import hardware, unrolled
 
@@ -38,11 +37,6 @@ class Plan(NamedTuple):
   row_choice: Array  # [R] int32, row -> flat (token, choice), M on padding rows
   choice_row: Array  # [T, K] int32, (token, choice) -> row, R for choices that are not routed
   group_sizes: Array  # [E] int32, rows of each expert, padding included
-
-
-def no_gradient(tree: Any) -> Any:
-  """The cotangents of integers, for the backward pass of a custom VJP."""
-  return jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), tree)
 
 
 def take(a: Array, index: Array) -> Array:

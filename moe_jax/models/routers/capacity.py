@@ -129,7 +129,10 @@ def keep(cfg: moe_config.MoEConfig, decision: routing.Routing, tokens: routing.T
   if cfg.capacity.exempt_fraction:
     exempt = jnp.broadcast_to(exempt_rows(cfg, tokens)[:, None, None], shape)
     keys = (~exempt, *keys)
-  in_groups = lambda a: jnp.broadcast_to(a, shape).reshape(shape[0] // rows, -1)
+
+  def in_groups(a):
+    return jnp.broadcast_to(a, shape).reshape(shape[0] // rows, -1)
+
   rank = _rank(in_groups(_bins(cfg, decision.expert_idx)), [in_groups(key) for key in keys])
   room = group_capacity(cfg, rows * shape[1])
   used = decision.expert_idx < cfg.num_experts

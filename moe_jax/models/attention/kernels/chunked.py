@@ -18,8 +18,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+
+from moe_jax.models import layers
 
 Array = jax.Array
 
@@ -85,7 +86,10 @@ def _rows(segment_ids: Array, length: int, first: Array | int, block: int) -> Ro
   # A padding token needs nobody but itself. Row 0, which has none before it, is a start anyway.
   new = (segment_ids != jnp.roll(segment_ids, 1, axis=1)) | (segment_ids == 0)
   start = jax.lax.cummax(jnp.where(new, jnp.arange(total, dtype=jnp.int32), 0), axis=1)
-  own = lambda a: jax.lax.dynamic_slice_in_dim(a, first, length, axis=1)
+
+  def own(a):
+    return jax.lax.dynamic_slice_in_dim(a, first, length, axis=1)
+
   ids = _blocks(own(segment_ids), block)
   last = jnp.minimum(jnp.arange(1, ids.shape[1] + 1, dtype=jnp.int32) * block, length) - 1
   return Rows(
@@ -161,11 +165,12 @@ def _backward(scale: float, residuals: tuple, d_out: Array) -> tuple:
     d_qi, d_k, d_v = jax.lax.fori_loop(rows.first[i], rows.end[i], key_block, init)
     return d_q.at[i].set(d_qi.astype(q.dtype)), d_k, d_v
 
-  flat = lambda a: jnp.zeros(a[:, :, :, 0].shape, jnp.float32)
+  def flat(a):
+    return jnp.zeros(a[:, :, :, 0].shape, jnp.float32)
+
   d_q, d_k, d_v = jax.lax.fori_loop(0, len(q), query_block, (jnp.zeros_like(q), flat(k), flat(v)))
   d_k, d_v = d_k[:, :, :, None].astype(k.dtype), d_v[:, :, :, None].astype(v.dtype)
-  no_gradient = jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), rows)
-  return d_q, d_k, d_v, no_gradient, jnp.zeros_like(out), jnp.zeros_like(lse)
+  return d_q, d_k, d_v, layers.no_gradient(rows), jnp.zeros_like(out), jnp.zeros_like(lse)
 
 
 @functools.cache

@@ -36,7 +36,10 @@ def attend(
   # of zeros are cut off. cuDNN asks for a multiple of 8, and with a mask for an even length.
   width, fill = max(h, v_dim), length % 2 if cudnn else 0
   width += -width % 8 if cudnn else 0
-  pad = lambda a: jnp.pad(a, ((0, 0), (0, fill), (0, 0), (0, width - a.shape[-1])))
+
+  def pad(a):
+    return jnp.pad(a, ((0, 0), (0, fill), (0, 0), (0, width - a.shape[-1])))
+
   out = jax.nn.dot_product_attention(
     *map(pad, (q, k, v)),
     mask=_mask(jnp.pad(segment_ids, ((0, 0), (0, fill)))),

@@ -78,17 +78,28 @@ def attend(
   """
   (batch, num_heads, width), num_slots = q_latent.shape, latent.shape[1]
   heads = LEAST_HEADS if num_heads <= LEAST_HEADS else MOST_HEADS
-  pad = lambda q: jnp.pad(q, ((0, 0), (0, -num_heads % heads), (0, 0))).astype(latent.dtype)
+
+  def pad(q):
+    return jnp.pad(q, ((0, 0), (0, -num_heads % heads), (0, 0))).astype(latent.dtype)
+
   q_latent, q_rope = pad(q_latent), pad(q_rope)
   groups = q_latent.shape[1] // heads
   splits = splits or num_splits(batch * groups, num_slots)
   part = -(-num_slots // (splits * BLOCK)) * BLOCK  # slots of a split
-  query = lambda size: pl.BlockSpec((None, heads, size), lambda b, n, g: (b, n, 0))
-  cached = lambda size: pl.BlockSpec((None, part, size), lambda b, n, g: (b, g, 0))
+
+  def query(size):
+    return pl.BlockSpec((None, heads, size), lambda b, n, g: (b, n, 0))
+
+  def cached(size):
+    return pl.BlockSpec((None, part, size), lambda b, n, g: (b, g, 0))
+
   partial = pl.BlockSpec((None, None, heads), lambda b, n, g: (b, g, n))
   wide = pl.BlockSpec((None, None, heads, width), lambda b, n, g: (b, g, n, 0))
   shape = (batch, splits, groups * heads)
-  f32 = lambda *size: jax.ShapeDtypeStruct((*shape, *size), jnp.float32)
+
+  def f32(*size):
+    return jax.ShapeDtypeStruct((*shape, *size), jnp.float32)
+
   sums, top, total = pl.pallas_call(
     functools.partial(_kernel, part, num_slots, scale),
     grid=(batch, groups, splits),
@@ -113,7 +124,10 @@ def reference(
   q_latent: Array, q_rope: Array, latent: Array, rope_key: Array, positions: Array, scale: float
 ) -> Array:
   """The same in plain JAX, all scores at once and in float32; arguments as above."""
-  wide = lambda a: a.astype(jnp.float32)
+
+  def wide(a):
+    return a.astype(jnp.float32)
+
   scores = jnp.einsum('BNR,BSR->BNS', wide(q_latent), wide(latent))
   scores = (scores + jnp.einsum('BNH,BSH->BNS', wide(q_rope), wide(rope_key))) * scale
   seen = jnp.arange(latent.shape[1]) <= positions[:, None, None]
@@ -144,7 +158,10 @@ def _kernel(
     sums, top, total = carry
     slots = pl.ds(i * BLOCK, BLOCK)
     seen = i * BLOCK + jnp.arange(BLOCK) < end
-    load = lambda ref: triton.load(ref.at[slots, :], mask=seen[:, None], other=0)
+
+    def load(ref):
+      return triton.load(ref.at[slots, :], mask=seen[:, None], other=0)
+
     latent, rope_key = load(latent_ref), load(rope_key_ref)
     scores = (triton.dot(q_latent, latent.T) + triton.dot(q_rope, rope_key.T)) * scale
     scores = jnp.where(seen[None], scores, -jnp.inf)

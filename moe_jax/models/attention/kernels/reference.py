@@ -37,7 +37,10 @@ def attend(
     [B, L, N, Hv] in the dtype of v, named 'attn_out' for `jax.checkpoint` policies. Outputs of
     padding are finite and no loss reads them; they differ between implementations.
   """
-  own = lambda a: jax.lax.dynamic_slice_in_dim(a, first, q.shape[1], axis=1)
+
+  def own(a):
+    return jax.lax.dynamic_slice_in_dim(a, first, q.shape[1], axis=1)
+
   mask = visible(own(positions), own(segment_ids), positions, segment_ids)
   return checkpoint_name(masked(q, k, v, mask, scale), 'attn_out')
 

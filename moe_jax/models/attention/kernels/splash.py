@@ -43,7 +43,10 @@ def attend(
     require_tpu()
   require_split(total)
   q = (q.astype(jnp.float32) * scale).astype(q.dtype)  # the kernel knows no scale
-  heads_first = lambda a: _padded(a).swapaxes(1, 2)
+
+  def heads_first(a):
+    return _padded(a).swapaxes(1, 2)
+
   ids = _padded(segment_ids)
   own = ids if length == total else jax.lax.dynamic_slice_in_dim(ids, first, length, axis=1)
   kernel = _kernel(q.shape[2], ids.shape[1], total // length, interpret)
