@@ -222,6 +222,25 @@ def test_gather_shards_makes_a_parameter_whole_and_scatters_its_gradient():
   np.testing.assert_array_equal(grad, jnp.tile(x.sum(0)[:, None], (1, 4)))
 
 
+def test_sums_and_places_of_the_parts_of_a_logical_axis():
+  """Rows of a table [8, 2] of which each of 4 devices has two: their sum, and where each begins."""
+  axes = ('vocab', None)
+
+  def part(table):
+    first = partitioning.first_index('vocab', len(table))
+    total = partitioning.sum_over('vocab', table.sum(axis=0))
+    return table * 0 + first, partitioning.gather_over('vocab', table, 0) * 0 + total
+
+  table = jnp.arange(16.0).reshape(8, 2)
+  assert partitioning.sum_over('vocab', table) is table  # no mesh, nothing is split
+  assert partitioning.first_index('vocab', 8) == 0
+  with partitioning.activate(tiny.mesh(tensor=4, data=2)):
+    assert partitioning.split_axes('vocab') == ('tensor',)
+    first, total = jax.jit(partitioning.per_shard(part, (axes,), (axes, None)))(table)
+  np.testing.assert_array_equal(first[:, 0], [0, 0, 2, 2, 4, 4, 6, 6])
+  np.testing.assert_array_equal(total, np.tile(table.sum(axis=0), (8, 1)))
+
+
 @pytest.mark.parametrize(
   'axes, shape, spec, want',
   [

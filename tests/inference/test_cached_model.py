@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_jax import errors
-from moe_jax.inference import cached_model, decode_layers, generate
+from moe_jax.inference import cached_model, generate
 from moe_jax.inference import sampling as sampling_lib
 from moe_jax.models import transformer
 from tests import tiny
@@ -224,23 +224,3 @@ def test_expert_choice_is_refused():
   model = tiny.make(**{f'{MOE}router': 'expert_choice', f'{MOE}dispatch': 'capacity'}).model
   with pytest.raises(errors.InputError, match="router='expert_choice' has no causal decoding"):
     generate.Generator(model, {}, (0,))
-
-
-@pytest.mark.parametrize('rows', [1, 2, 8, 17])
-@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize('height, parts', [(7, 1), (129, 1), (128, 2)])
-def test_product_with_a_matrix_laid_out_for_decoding(monkeypatch, rows, dtype, height, parts):
-  """Few rows, many, and widths that are no multiples of a vector register."""
-  monkeypatch.setattr(decode_layers.os, 'cpu_count', lambda: 2)
-  monkeypatch.setattr(decode_layers, 'LEAST_SIZE', 64 * 19)
-  rng = np.random.default_rng(rows)
-  x, w = (jnp.array(rng.normal(size=shape), dtype) for shape in ((rows, 1, 19), (height, 19)))
-  matrix = decode_layers.in_rows(w)
-  assert len(matrix.parts) == parts and matrix.num == height
-  got = decode_layers.product(x, matrix)
-  assert got.shape == (rows, 1, height) and got.dtype == dtype
-  want = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
-  # bfloat16: 8 bits of mantissa in the result.
-  tolerance = CLOSE if dtype == jnp.float32 else dict(rtol=0.01, atol=0.02)
-  np.testing.assert_allclose(np.asarray(got, np.float64), want, **tolerance)
-  assert decode_layers.product(x, matrix, jnp.float32).dtype == jnp.float32

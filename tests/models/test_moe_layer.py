@@ -1,6 +1,8 @@
 """The MoE layer against its formula, token by token, in numpy."""
 
+import ast
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -205,3 +207,11 @@ def test_padding_changes_no_figure_and_takes_no_gradient():
   jax.tree.map(np.testing.assert_array_equal, stats, stats2)
   np.testing.assert_array_equal(np.asarray(grad)[MASK], np.asarray(grad2)[MASK])
   assert not np.asarray(grad)[~MASK].any()
+
+
+def test_the_layer_reads_in_one_sitting():
+  """At most 150 lines and 8 branches: what decides something has a function of its own."""
+  source = pathlib.Path(moe_layer.__file__).read_text(encoding='utf-8')
+  (layer,) = (node for node in ast.parse(source).body if getattr(node, 'name', '') == 'MoE')
+  assert layer.end_lineno - layer.lineno + 1 <= 150
+  assert sum(isinstance(node, (ast.If, ast.IfExp)) for node in ast.walk(layer)) <= 8
