@@ -28,7 +28,7 @@ MOST_PARTS, LEAST_SIZE = 8, 2**17  # of a matrix that a CPU's cores share, and n
 
 
 class Rows(NamedTuple):
-  """A matrix [N, A] whose input axis is the last, as [N / P, A] each.
+  """A matrix [O, I] whose input axis is the last, as equal parts of its rows.
 
   XLA's CPU multiplies a matrix with one row on a single core; the products with the parts do not
   depend on each other, so that each core takes some.
@@ -38,7 +38,7 @@ class Rows(NamedTuple):
 
   @property
   def num(self) -> int:
-    """N."""
+    """O."""
     return sum(map(len, self.parts))
 
   @property
@@ -47,7 +47,7 @@ class Rows(NamedTuple):
 
 
 def in_rows(w: Array) -> Rows:
-  """w [N, A] in as many parts as there are cores, if N divides and they are not too small.
+  """w [O, I] in as many parts as there are cores, if O divides and they are not too small.
 
   Small ones are not worth the microseconds that every further operation costs.
   """
@@ -57,7 +57,7 @@ def in_rows(w: Array) -> Rows:
 
 
 def product(x: Array, w: Rows, dtype: jnp.dtype | None = None) -> Array:
-  """x times a matrix whose input axis is the last: x [..., A], w [N, A] -> [..., N].
+  """x times a matrix whose input axis is the last: x [..., I], w [O, I] -> [..., O].
 
   A CPU reads each row of w in order. It is faster with few rows of x as columns than with few rows,
   which XLA's kernels are not made for.

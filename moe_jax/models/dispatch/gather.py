@@ -4,7 +4,7 @@
 of that is waste. `dispatch` gathers the weights of the chosen experts, which moves their bytes
 three times: read, written, read.
 
-A CPU feels that, so `apply` copies nothing while choices are few (M <= 2 E). XLA has no matrix
+A CPU feels that, so `apply` copies nothing while choices are few (A <= 2 E). XLA has no matrix
 product whose operand is picked at run time; but a sum of picked elements is one fused loop over
 memory: the input axis is cut into J pieces of LANES, and J terms are added lane by lane. Beyond, it
 takes the rows sorted by expert, in blocks about as high as an expert has rows. Both want the input
@@ -119,7 +119,7 @@ def _streamed(x: Array, gates: Array, expert_idx: Array, kernels: Kernels) -> Ar
 
 
 def _picked_product(x: Array, expert: Array, w: Array) -> Array:
-  """Row m times the matrix of its expert: x [M, A], expert [M], w [E, B, A] -> [M, B] float32."""
+  """Each row times its expert's matrix: x [A, I], expert [A], w [E, O, I] -> [A, O] float32."""
   num_rows, width = x.shape
   lanes = _lanes(width)
   x = x.reshape(num_rows, 1, -1, lanes).astype(jnp.float32)
@@ -156,9 +156,9 @@ def _blocks(x: Array, gates: Array, expert_idx: Array, kernels: Kernels) -> Arra
 
   def compute(i: Array, out: Array) -> Array:
     own = jax.lax.dynamic_slice_in_dim(rows, i * size, size)
-    h = jnp.einsum('RD,GD->RG', own, gate_up[expert[i]]).reshape(size, 2, f).astype(jnp.float32)
+    h = jnp.einsum('TD,OD->TO', own, gate_up[expert[i]]).reshape(size, 2, f).astype(jnp.float32)
     a = layers.swiglu(h) * jax.lax.dynamic_slice_in_dim(gate, i * size, size)
-    y = jnp.einsum('RF,DF->RD', a.astype(x.dtype), kernels.down[expert[i]])
+    y = jnp.einsum('TF,DF->TD', a.astype(x.dtype), kernels.down[expert[i]])
     return jax.lax.dynamic_update_slice_in_dim(out, y, i * size, 0)
 
   out = jax.lax.fori_loop(0, end[-1], compute, jnp.zeros_like(rows))

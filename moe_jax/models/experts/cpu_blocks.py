@@ -6,11 +6,9 @@ against one loop per product over blocks of equal height (experiments/bench has 
 * A block cuts its expert's weights out of the stack, and every product packs them anew: so an
   expert's rows go into one block if they can. Its height is the smallest of a ladder that holds it.
 * Rows of x and of the cotangent are gathered into the block, results are added to the tokens' sums
-  as they come: nothing of size R D stands in memory, whose pages a process would touch for the
+  as they come: nothing of size rows x D stands in memory, whose pages a process would touch for the
   first time in every step. The loops add in an order that the plan decides, so that sums are the
   same every time.
-
-Legend: T tokens, K choices per token, E experts, R rows of the plan, D, F, G = 2 F.
 """
 
 import dataclasses
@@ -31,8 +29,8 @@ LOWEST, TALLEST = 32, 512  # heights of a block
 class _Rows(NamedTuple):
   """What the loop asks of a row."""
 
-  token: Array  # [R] int32, T where no choice sits
-  gate: Array  # [R] float32, 0 where no choice sits
+  token: Array  # [rows] int32, T where no choice sits
+  gate: Array  # [rows] float32, 0 where no choice sits
 
 
 def ladder(num_choices: int, num_experts: int) -> tuple[int, ...]:
@@ -185,7 +183,7 @@ class BlockExperts:
         x_rows = self.rounding.rows(sorted_plan.take(x, own.token))
         d_rows = sorted_plan.take(d_out, own.token)
       with jax.named_scope('down'):
-        d_act = jnp.einsum('RD,FD->RF', d_rows, down[e]).astype(jnp.float32)
+        d_act = jnp.einsum('TD,FD->TF', d_rows, down[e]).astype(jnp.float32)
       with jax.named_scope('swiglu'):
         pair = _cut(h, first, height).reshape(height, 2, -1).astype(jnp.float32)
         act, swiglu_vjp = jax.vjp(layers.swiglu, pair)
@@ -194,10 +192,10 @@ class BlockExperts:
         d_h = d_pair.reshape(height, -1).astype(x.dtype)
         gated = self.rounding.rows((act * own.gate[:, None]).astype(x.dtype))
       with jax.named_scope('down'):
-        d_down = _add_to_expert(d_down, _product('RF,RD->FD', gated, d_rows), e)
+        d_down = _add_to_expert(d_down, _product('TF,TD->FD', gated, d_rows), e)
       with jax.named_scope('gate_up'):
-        d_gate_up = _add_to_expert(d_gate_up, _product('RD,RG->DG', x_rows, d_h), e)
-        d_x_rows = jnp.einsum('RG,DG->RD', d_h, gate_up[e])
+        d_gate_up = _add_to_expert(d_gate_up, _product('TD,TO->DO', x_rows, d_h), e)
+        d_x_rows = jnp.einsum('TO,DO->TD', d_h, gate_up[e])
       with jax.named_scope('combine'):
         d_x = _added(d_x, own, d_x_rows)
       return d_x, d_gate, d_gate_up, d_down

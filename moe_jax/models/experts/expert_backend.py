@@ -1,7 +1,4 @@
-"""What a backend of the experts gets and returns: its operands, its gradients, its interface.
-
-Legend: T tokens, K choices per token, E experts, R rows of the plan, D, F.
-"""
+"""What a backend of the experts gets and returns: its operands, its gradients, its interface."""
 
 from typing import NamedTuple, Protocol
 
@@ -53,7 +50,7 @@ class ExpertBackend(Protocol):
       limited: whether the plan has rows behind its groups.
 
     Returns:
-      ([T, D]; if it is to be kept, the pre-activation h [R, 2 F], maybe with rows behind).
+      ([T, D]; if it is to be kept, the pre-activation h [rows, 2 F], maybe with rows behind).
     """
     ...
 

@@ -1,10 +1,10 @@
 """Grouped matrix products by the kernels of others: JAX's megablox for TPUs, tokamax for GPUs.
 
-Three products over the same layout (see `sorted_plan.Plan`), R rows in E groups:
+Three products over the same layout (see `sorted_plan.Plan`), rows in E groups:
 
-  gmm    x [R, A], w [E, A, B]      -> [R, B]      forward
-  gmm_t  g [R, B], w [E, A, B]      -> [R, A]      gradient of the rows
-  tgmm   x [R, A], g [R, B]         -> [E, A, B]   gradient of the weights; 0 for an empty group
+  gmm    x [rows, I], w [E, I, O]     -> [rows, O]    forward
+  gmm_t  g [rows, O], w [E, I, O]     -> [rows, I]    gradient of the rows
+  tgmm   x [rows, I], g [rows, O]     -> [E, I, O]    gradient of the weights; 0 for an empty group
 
 Rows past the sum of `group_sizes` [E] are zeros on the way in; what comes back there is undefined.
 
@@ -41,19 +41,19 @@ class Products(NamedTuple):
   quantised: Product | None = None  # gmm of `qwix.QArray`s; None = XLA's
 
 
-# [R, A] x [E, A, B] -> [R, B].
+# [rows, I] x [E, I, O] -> [rows, O].
 _GMM_DIMS = jax.lax.RaggedDotDimensionNumbers(
   dot_dimension_numbers=(((1,), (1,)), ((), ())),
   lhs_ragged_dimensions=[0],
   rhs_group_dimensions=[0],
 )
-# [R, A] x [R, B] -> [E, A, B]: the ragged dimension is contracted.
+# [rows, I] x [rows, O] -> [E, I, O]: the ragged dimension is contracted.
 _TGMM_DIMS = jax.lax.RaggedDotDimensionNumbers(
   dot_dimension_numbers=(((0,), (0,)), ((), ())),
   lhs_ragged_dimensions=[0],
   rhs_group_dimensions=[],
 )
-# [R, B] x [E, A, B] -> [R, A].
+# [rows, O] x [E, I, O] -> [rows, I].
 _GMM_T_DIMS = jax.lax.RaggedDotDimensionNumbers(
   dot_dimension_numbers=(((1,), (2,)), ((), ())),
   lhs_ragged_dimensions=[0],

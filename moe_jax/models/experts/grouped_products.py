@@ -18,7 +18,7 @@ Array = jax.Array
 
 
 def _rows(tokens: Array, plan: sorted_plan.Plan) -> Array:
-  """tokens [T, D] -> [R, D], each row's own; zeros on padding rows."""
+  """tokens [T, D] -> [rows, D], each row's own; zeros on padding rows."""
   with jax.named_scope('gather'):
     return sorted_plan.take(tokens, plan.row_choice // plan.choice_row.shape[1])
 
@@ -28,14 +28,14 @@ def _row_gates(gates: Array, plan: sorted_plan.Plan) -> Array:
 
 
 def _used(rows: Array, plan: sorted_plan.Plan, limited: bool) -> Array:
-  """Zeros on the rows [R, F] that no choice sits on, where a kernel may have left anything."""
+  """Zeros on the rows [rows, F] that no choice sits on, where a kernel may have left anything."""
   if not limited:
     return rows
   return jnp.where((plan.row_choice < plan.choice_row.size)[:, None], rows, 0)
 
 
 def _swiglu(h: Array) -> Array:
-  """[R, 2 F] -> [R, F] float32; halves, for a TPU would copy h to make it [R, 2, F]."""
+  """[rows, 2 F] -> [rows, F] float32; halves, for a TPU would copy h to split its axis in two."""
   gate, up = (half.astype(jnp.float32) for half in jnp.split(h, 2, axis=-1))
   return jax.nn.silu(gate) * up
 

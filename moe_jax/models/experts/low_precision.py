@@ -26,8 +26,8 @@ Array = jax.Array
 class Rounding(NamedTuple):
   """What becomes of the operands of a product, in the dtype that they have."""
 
-  rows: Callable[[Array], Array]  # [R, A]
-  weights: Callable[[Array], Array]  # [E, A, B]
+  rows: Callable[[Array], Array]  # [rows, I]
+  weights: Callable[[Array], Array]  # [E, I, O]
 
 
 def _unchanged(a: Array) -> Array:

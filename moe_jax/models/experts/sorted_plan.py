@@ -3,7 +3,7 @@
 The rows that experts work on are sorted by expert. Activations are only ever gathered by these
 integers, in both directions; the one scatter is the int32 inverse permutation.
 
-Legend: T tokens, K choices per token, M = T*K choices, E experts, R rows.
+A = T K choices, an assignment each, have up to `num_rows` rows.
 """
 
 from typing import NamedTuple
@@ -25,17 +25,17 @@ class Assigned(NamedTuple):
 
 
 class Plan(NamedTuple):
-  """A sorted layout of R rows in E groups.
+  """A sorted layout of rows in E groups.
 
   Every group starts at a multiple of the alignment. Rows that hold no choice are padding: gathers
-  by `row_choice` read zeros there, because M is out of bounds. With alignment 1 and no limit the
-  groups cover all R rows (unrouted choices sit, as zero rows, in the last group), so that no kernel
+  by `row_choice` read zeros there, because A is out of bounds. With alignment 1 and no limit the
+  groups cover all rows (unrouted choices sit, as zero rows, in the last group), so that no kernel
   leaves a row unwritten. Under a limit the rows behind the last group belong to nobody: they cost
   no work, and what a kernel leaves there is undefined.
   """
 
-  row_choice: Array  # [R] int32, row -> flat (token, choice), M on padding rows
-  choice_row: Array  # [T, K] int32, (token, choice) -> row, R for choices that are not routed
+  row_choice: Array  # [rows] int32, row -> flat (token, choice), A on padding rows
+  choice_row: Array  # [T, K] int32, (token, choice) -> row, `rows` where not routed
   group_sizes: Array  # [E] int32, rows of each expert, padding included
 
 
@@ -45,9 +45,9 @@ def take(a: Array, index: Array) -> Array:
 
 
 def sum_rows(rows: Array, index: Array) -> Array:
-  """rows [R, ...], index [T, S] -> [T, ...]: the sum of each token's S rows, in float32.
+  """rows [rows, ...], index [T, K] -> [T, ...]: the sum of each token's K rows, in float32.
 
-  On a CPU S gathers are added up in one pass (`unrolled`). Elsewhere the S terms are the first
+  On a CPU K gathers are added up in one pass (`unrolled`). Elsewhere the K terms are the first
   axis: a TPU would pad a short second one to 8.
   """
   if hardware.platform() == 'cpu' and unrolled.pays(index.shape[1]):
@@ -60,13 +60,13 @@ def sum_rows(rows: Array, index: Array) -> Array:
 
 
 def num_rows(num_choices: int, num_experts: int, align: int) -> int:
-  """R: the rows that any assignment of M choices to E experts fits into at this alignment."""
+  """The rows that A choices of E experts, whichever, fit into at this alignment."""
   most = num_choices + min(num_experts, num_choices) * (align - 1)
   return most // align * align
 
 
 def max_choices(num_experts: int) -> int:
-  """The most choices M among E experts (and the unrouted) that int32 sort keys can number."""
+  """The most choices A among E experts (and the unrouted) that int32 sort keys can number."""
   return 1 << ((2**31 - 1) // (num_experts + 1)).bit_length() - 1
 
 
