@@ -18,7 +18,7 @@ from moe_jax.analysis.probes import ablation, probe_types
 from moe_jax.config import parse, router_traits
 from moe_jax.inference import generate, sampling
 from moe_jax.interop import hf_config_export
-from moe_jax.models import moe_layer, routers, transformer
+from moe_jax.models import routed_experts, routers, transformer
 from moe_jax.models.routers import capacity, routing
 from moe_jax.planning import chips, describe, estimate, flops, planner, virtual_devices
 from moe_jax.runs import checks, upcycle
@@ -107,7 +107,7 @@ def test_buffers_of_a_bounded_router_lose_nothing():
   # Each of 8 rows gives an expert 16 / 4 tokens at most.
   assert capacity.group_capacity(model.moe, 16) == 4
   assert capacity.slots(model.moe, 8, 16, 8) == 32
-  assert moe_layer._dispatch_name(model.moe, True, 8 * 16 * 8) == 'capacity'
+  assert routed_experts.dispatch_name(model.moe, True, 8 * 16 * 8) == 'capacity'
   dense = dataclasses.replace(model, moe=dataclasses.replace(model.moe, dispatch='dense'))
   got, want = output(model, train=True), output(dense, train=True)
   np.testing.assert_allclose(got.logits, want.logits, rtol=1e-4, atol=1e-5)
