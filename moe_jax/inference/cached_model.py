@@ -7,13 +7,13 @@ each token. The mathematics is that of `decoder_block.Block`, which both apply.
 Slot i of a cache belongs to position i of its row, and a row is one document.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from moe_jax import trees
 from moe_jax.config import schema
 from moe_jax.devices import hardware
 from moe_jax.inference import decode_layers
@@ -44,7 +44,7 @@ class Decoded(NamedTuple):
   caches: Caches
 
 
-def unstack(cfg: schema.ModelConfig, variables: Mapping[str, Any]) -> Weights:
+def unstack(cfg: schema.ModelConfig, variables: trees.Variables) -> Weights:
   """Takes the stacks of layers apart: every weight of a layer is copied once.
 
   Weights wider than the compute dtype are rounded to it, as every application of the model would.
@@ -84,7 +84,7 @@ def _embed(cfg: schema.ModelConfig, weights: Weights, tokens: Array) -> Array:
 def normed(cfg: schema.ModelConfig, weights: Weights, hidden: Array) -> Array:
   """hidden [B, L, D] of `Decoded` behind the model's final norm."""
   norm = layers_lib.RMSNorm(cfg.norm_eps, jnp.dtype(cfg.dtype))
-  return norm.apply({'params': weights.final_norm}, hidden)
+  return cast(Array, norm.apply({'params': weights.final_norm}, hidden))
 
 
 def logits_of(cfg: schema.ModelConfig, weights: Weights, hidden: Array) -> Array:
@@ -95,6 +95,7 @@ def logits_of(cfg: schema.ModelConfig, weights: Weights, hidden: Array) -> Array
 def head(weights: Weights, x: Array) -> Array:
   """x [B, L, D] behind the final norm, or a norm of its own, -> logits [B, L, V] float32."""
   if weights.head_rows is None:
+    assert weights.head is not None
     return transformer.logits_of(x, weights.head)
   with jax.named_scope('head'):
     return decode_layers.product(x, weights.head_rows, jnp.float32)
@@ -113,7 +114,7 @@ def _apply(
   kinds = [kind for kind in decoder_block.stacks(cfg) for _ in range(kind.length)]
   new = []
   for number, (kind, own) in enumerate(zip(kinds, weights.layers, strict=True)):
-    inputs = decoder_block.LayerInputs(caches and caches[number], jnp.int32(number), {})
+    inputs = decoder_block.LayerInputs(caches[number] if caches else None, jnp.int32(number), {})
     types = decode_layers.layer_types(own[decode_layers.KERNELS])
     block = decoder_block.Block(cfg, kind.is_moe, train=False, keep_cache=True, types=types)
     x, (cache, _) = block.apply(own, x, inputs, ctx, routed)

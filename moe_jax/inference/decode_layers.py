@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_jax import trees
 from moe_jax.config import schema
 from moe_jax.devices import hardware, partitioning
 from moe_jax.models import decoder_block, layers, moe_layer
@@ -105,7 +106,7 @@ def lay_out_feed_forward(gate_up: Array, down: Array) -> FeedForwardKernels:
 
 
 def lay_out(
-  cfg: schema.ModelConfig, is_moe: bool, params: dict[str, Any]
+  cfg: schema.ModelConfig, is_moe: bool, params: trees.Params
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """Splits a block's parameters into those that stay as they are and collection `kernels`."""
   params = {name: dict(inner) for name, inner in params.items()}
@@ -155,7 +156,8 @@ class RowsAttention(multi_head.Attention):
   def _project_in(self, x: Array) -> tuple[Array, Array, Array]:
     num, rows = self.cfg.num_kv_heads, self.get_variable(KERNELS, 'projections').x
     heads = product(x, rows).reshape(*x.shape[:2], -1, self.cfg.head_dim)
-    return tuple(jnp.split(heads, [self.num_heads, self.num_heads + num], axis=2))
+    q, k, v = jnp.split(heads, [self.num_heads, self.num_heads + num], axis=2)
+    return q, k, v
 
   def _output_kernel(self, d: int) -> Rows:
     return self.get_variable(KERNELS, 'projections').o
@@ -203,8 +205,8 @@ class RowsMoE(RowsSharedMoE):
     self, x: Array, kept: routing.Routing, kernels: gather.Kernels
   ) -> tuple[Array, Array]:
     def own(x: Array, gates: Array, expert_idx: Array, kernels: gather.Kernels) -> Array:
-      flat = [a.reshape(-1, a.shape[-1]) for a in (x, gates, expert_idx)]
-      return gather.apply(*flat, kernels).reshape(x.shape)
+      tokens, gates, expert_idx = (a.reshape(-1, a.shape[-1]) for a in (x, gates, expert_idx))
+      return gather.apply(tokens, gates, expert_idx, kernels).reshape(x.shape)
 
     axes = layers.TOKEN_AXES
     apply = partitioning.per_shard(own, (axes, axes, axes, None), axes)

@@ -7,14 +7,14 @@ somebody asked for stop strings or for the text as it comes.
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import errors
+from moe_jax import errors, trees
 from moe_jax.config import router_traits, schema
 from moe_jax.inference import cached_model
 from moe_jax.inference import sampling as sampling_lib
@@ -193,7 +193,7 @@ class Generator:
   The copies cost the memory of the model once more, until whoever holds `variables` lets them go.
   """
 
-  def __init__(self, cfg: schema.ModelConfig, variables: Mapping[str, Any], eos_ids: Sequence[int]):
+  def __init__(self, cfg: schema.ModelConfig, variables: trees.Variables, eos_ids: Sequence[int]):
     """Takes the variables apart.
 
     Args:
@@ -324,7 +324,7 @@ def _first(text: str, stop: Sequence[str]) -> int | None:
 
 def generate(
   cfg: schema.ModelConfig,
-  variables: Mapping[str, Any],
+  variables: trees.Variables,
   prompts: Sequence[Sequence[int]],
   max_new_tokens: int,
   eos_id: int,

@@ -13,14 +13,14 @@ next round starts at their slot and overwrites them.
 import dataclasses
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import errors
+from moe_jax import errors, trees
 from moe_jax.config import schema
 from moe_jax.inference import cached_model, generate
 from moe_jax.inference import sampling as sampling_lib
@@ -81,7 +81,7 @@ def check(cfg: schema.ModelConfig):
 
 def _modules(
   cfg: schema.ModelConfig,
-  variables: Mapping[str, Any],
+  variables: trees.Variables,
   hidden: Array,
   ids: Array,
   positions: Array,
@@ -104,8 +104,9 @@ def _modules(
   layer = token_prediction.MTPLayer(cfg, cfg.is_moe, train=False, keep_cache=True)
   ahead = token_prediction.Ahead(embedded, ids, mask)
   ctx = multi_head.Context(positions, segment_ids)
-  _, (normed, cache, _) = layer.apply(own, hidden, inputs, ahead, ctx, tokens)
-  return normed, cache
+  result: Any = layer.apply(own, hidden, inputs, ahead, ctx, tokens)
+  _, (normed, new, _) = result
+  return normed, new
 
 
 def judge(logits: Array, draft: Array, sampling: sampling_lib.Sampling, rng: Array):
@@ -134,7 +135,7 @@ def judge(logits: Array, draft: Array, sampling: sampling_lib.Sampling, rng: Arr
 
 @functools.partial(jax.jit, static_argnames=('cfg', 'sampling', 'eos_id', 'max_new_tokens'))
 def _generate(
-  variables: Any,
+  variables: trees.Variables,
   weights: cached_model.Weights,
   prompt: Array,
   length: Array,
@@ -240,7 +241,7 @@ def _generate(
 
 def speculate(
   cfg: schema.ModelConfig,
-  variables: Any,
+  variables: trees.Variables,
   prompts: Sequence[Sequence[int]],
   max_new_tokens: int,
   eos_id: int,

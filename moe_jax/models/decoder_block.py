@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.balance import balance_losses, loss_scopes, router_stats
 from moe_jax.config import router_traits, schema
+from moe_jax.devices import partitioning
 from moe_jax.models import layers, moe_layer
 from moe_jax.models.attention import latent, multi_head
 from moe_jax.models.routers import routing
@@ -71,13 +72,15 @@ class Block(nn.Module):
   def __call__(self, x: Array, own: LayerInputs, ctx: multi_head.Context, tokens: routing.Tokens):
     """x [B, L, D] -> (x, (cache, RouterStats or None))."""
     cfg = self.cfg
-    dtypes = dict(dtype=jnp.dtype(cfg.dtype), param_dtype=jnp.dtype(cfg.param_dtype))
+    dtypes: dict[str, Any] = dict(
+      dtype=jnp.dtype(cfg.dtype), param_dtype=jnp.dtype(cfg.param_dtype)
+    )
     norm = functools.partial(layers.RMSNorm, cfg.norm_eps, dtypes['dtype'])
     x = checkpoint_name(x, 'layer_in')
     attn = self._attention(dtypes)
     with jax.named_scope('attention'):
       update, cache, mixture = attn(norm(name='attention_norm')(x), ctx, own.cache)
-    x = nn.with_logical_constraint(x + update, ('act_batch', 'act_len', 'act_embed'))
+    x = partitioning.constrain(x + update, 'act_batch', 'act_len', 'act_embed')
     u = norm(name='ffn_norm')(x)
     if self.is_moe:
       sizes = routing.Sizes(cfg.vocab_size, cfg.max_seq_len)
@@ -87,7 +90,7 @@ class Block(nn.Module):
     else:
       update = self.types.feed_forward(cfg.mlp_dim, cfg.init_std, name='mlp', **dtypes)(u)
       stats = None
-    x = nn.with_logical_constraint(x + update, ('act_batch', 'act_len', 'act_embed'))
+    x = partitioning.constrain(x + update, 'act_batch', 'act_len', 'act_embed')
     return x, (cache if self.keep_cache or own.cache is not None else None, stats)
 
   def _attention(self, dtypes: Mapping[str, Any]) -> nn.Module:

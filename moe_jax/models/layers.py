@@ -1,12 +1,13 @@
 """The small layers (RMSNorm, SwiGLU feed-forward), and what layers of every room share."""
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from moe_jax import trees
 from moe_jax.devices import partitioning
 
 Array = jax.Array
@@ -19,7 +20,7 @@ def init_weight(std: float, *axes: str) -> nn.initializers.Initializer:
   return nn.with_logical_partitioning(nn.initializers.normal(std), axes)
 
 
-def no_gradient(tree: Any) -> Any:
+def no_gradient(tree: trees.Tree) -> Any:
   """The cotangents of integers, for the backward pass of a custom VJP."""
   return jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), tree)
 
@@ -39,7 +40,7 @@ class RMSNorm(nn.Module):
   def __call__(self, x: Array) -> Array:
     """[..., D] -> [..., D]."""
     scale_init = nn.with_logical_partitioning(nn.initializers.ones, ('norm',))
-    scale = self.param('scale', scale_init, (x.shape[-1],), jnp.float32)
+    scale = cast(Array, self.param('scale', scale_init, (x.shape[-1],), jnp.float32))
     x32 = x.astype(jnp.float32)
     x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
     return (x32 * scale).astype(self.dtype)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
 
+from moe_jax import trees
 from moe_jax.config import schema
 from moe_jax.devices import partitioning
 from moe_jax.models import decoder_block, token_prediction, transformer
@@ -46,7 +47,7 @@ def _init_stack(cfg: schema.ModelConfig, kind: decoder_block.Stack, rng: Array) 
   tokens = routing.Tokens(zeros, zeros > 0, zeros[0], jnp.uint32(0))
   ctx = multi_head.Context(zeros, zeros)
 
-  def init_layer(number: Array) -> dict[str, Any]:
+  def init_layer(number: Array) -> trees.Variables:
     # 0 is left to the weights outside of the layers.
     key = jax.random.fold_in(rng, number + 1)
     own = decoder_block.LayerInputs(None, number, {})
@@ -60,7 +61,7 @@ def _init_stack(cfg: schema.ModelConfig, kind: decoder_block.Stack, rng: Array) 
   return {k: meta.add_axis(v, 0, axis) for k, v in stacked.items()}
 
 
-def moe_state(router_state: Any) -> dict[str, Array]:
+def moe_state(router_state: trees.RouterState) -> dict[str, Array]:
   """The routers' variables, leaves [MoE layers, ...] with multi-token prediction's last."""
   main = router_state.get('moe_layers', {}).get('moe', {})
   ahead = router_state.get('mtp_layers', {}).get('block', {}).get('moe', {})
@@ -75,13 +76,13 @@ def with_moe_state(cfg: schema.ModelConfig, state: Mapping[str, Array]) -> dict[
   def split(cut):
     return {'moe': {k: v[cut] for k, v in state.items()}}
 
-  found = {'moe_layers': split(slice(cfg.num_moe_layers))}
+  found: dict[str, Any] = {'moe_layers': split(slice(cfg.num_moe_layers))}
   if cfg.num_mtp_layers:
     found['mtp_layers'] = {'block': split(slice(cfg.num_moe_layers, None))}
   return found
 
 
-def moe_params(params: Any) -> dict[str, Any]:
+def moe_params(params: trees.Params) -> dict[str, Any]:
   """The parameters of the MoE layers, leaves [MoE layers, ...], multi-token prediction's last."""
   main = params['moe_layers']['moe']
   if 'mtp_layers' not in params:

@@ -82,7 +82,7 @@ def apply(
   """
   tokens = layers.TOKEN_AXES
   in_axes = (tokens, tokens, tokens, GATE_UP_AXES, DOWN_AXES)
-  on_device = functools.partial(_on_device, cfg, train, x.shape[:2])
+  on_device = functools.partial(_on_device, cfg, train, (x.shape[0], x.shape[1]))
   return partitioning.per_shard(on_device, in_axes, (tokens, tokens))(
     x, gates, expert_idx, *kernels
   )

@@ -55,9 +55,7 @@ def _policy(remat: str) -> Callable[..., Any]:
   )
 
 
-def _over_layers(
-  cfg: schema.ModelConfig, layer: type[nn.Module], length: int, in_axes: tuple[Any, ...]
-) -> Any:
+def _over_layers(cfg: schema.ModelConfig, layer: type[nn.Module], length: int, in_axes: Any) -> Any:
   """`layer` as a scan over the leading axis of its parameters, recomputed as `cfg.remat` says."""
   if cfg.remat != 'none':
     layer = nn.remat(layer, policy=_policy(cfg.remat), prevent_cse=not cfg.scan_layers)
@@ -122,10 +120,10 @@ class Transformer(nn.Module):
       return embedded(ids, embedding).astype(dtype)
 
     x = embed(tokens)
-    x = nn.with_logical_constraint(x, ('act_batch', 'act_len', 'act_embed'))
+    x = partitioning.constrain(x, 'act_batch', 'act_len', 'act_embed')
     row = jnp.arange(len(tokens), dtype=jnp.int32) if row is None else row
-    seed = jnp.uint32(0) if seed is None else seed
-    routed = routing.Tokens(tokens, segment_ids > 0, row, seed)
+    number = jnp.uint32(0) if seed is None else seed
+    routed = routing.Tokens(tokens, segment_ids > 0, row, number)
     ctx = multi_head.Context(positions, segment_ids)
     found = {}
     for kind in decoder_block.stacks(cfg):

@@ -1,12 +1,10 @@
 """Whether a run can be what its config says: found out before anything is compiled or written."""
 
 import pathlib
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 
-from moe_jax import errors
+from moe_jax import errors, trees
 from moe_jax.config import parse, schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import pipeline
@@ -71,7 +69,7 @@ def _check_sort_key(cfg: schema.Config, mesh: jax.sharding.Mesh):
     )
 
 
-def check_source(cfg: schema.Config, source: Mapping[str, Any] | None, corpus: corpus_lib.Corpus):
+def check_source(cfg: schema.Config, source: trees.Json | None, corpus: corpus_lib.Corpus):
   """Refuses weights that do not fit the model, or were trained with another tokenizer.
 
   Args:
@@ -106,9 +104,7 @@ def check_processes(workdir: pathlib.Path, corpus: corpus_lib.Corpus):
   agreement.require_shared(workdir)
 
 
-def check_continues(
-  cfg: schema.Config, meta: Mapping[str, Any], corpus: corpus_lib.Corpus, allow: bool
-):
+def check_continues(cfg: schema.Config, meta: trees.Json, corpus: corpus_lib.Corpus, allow: bool):
   """Refuses to continue on other token ids and, unless allowed, under other settings.
 
   Raises:

@@ -1,11 +1,11 @@
 """The state that a run starts from: random weights, or those of another run."""
 
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 
+from moe_jax import trees
 from moe_jax.config import parse, schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.runs import router_tables, trained_run, warm_start
@@ -26,7 +26,7 @@ def random(
 
 def make(
   cfg: schema.Config,
-  source: Mapping[str, Any] | None,
+  source: trees.Json | None,
   mesh: jax.sharding.Mesh,
   corpus: corpus_lib.Corpus,
   say: trained_run.Say,

@@ -2,12 +2,13 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from moe_jax import trees
 from moe_jax.checkpoints import checkpointer as checkpointer_lib
 from moe_jax.config import schema
 from moe_jax.data import cache
@@ -23,12 +24,12 @@ def fit(
   members: Sequence[loop_actions.Member],
   train_step: Any,
   state: train_state.TrainState,
-  batches: Iterator[loop.HostBatch],
+  batches: Generator[loop.HostBatch, None, None],
   *,
   mesh: jax.sharding.Mesh,
   put: Callable[[loop.HostBatch], loop.Batch],
   checkpointer: checkpointer_lib.Checkpointer,
-  meta: Mapping[str, Any],
+  meta: trees.Json,
   stop: stop_signal.StopSignal,
   say: trained_run.Say,
   profile: loop.Profile | None = None,

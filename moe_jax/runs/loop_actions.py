@@ -9,12 +9,12 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import tqdm
 
-from moe_jax import errors
+from moe_jax import errors, trees
 from moe_jax.balance import routing_figures
 from moe_jax.checkpoints import checkpointer as checkpointer_lib
 from moe_jax.config import schema
@@ -26,7 +26,7 @@ from moe_jax.training import evaluate, loop, step_timer
 Scalars = Callable[[Any], Mapping[str, float | None]]
 
 
-def _whole(tree: Any) -> Any:
+def _whole(tree: trees.Tree) -> Any:
   return tree
 
 
@@ -116,7 +116,7 @@ class LogMetrics:
       line = {'step': report.step, **found, **speed}
       one.writer.write(line)
       self.say(one.label + metric_log.format_line(line))
-    self.bar.show(sum(found['loss'] for found in values) / len(values))
+    self.bar.show(sum(cast(float, found['loss']) for found in values) / len(values))
     check_finite(self.members, report)
 
 
@@ -170,7 +170,7 @@ class SaveCheckpoint:
 
   members: Sequence[Member]
   checkpointer: checkpointer_lib.Checkpointer
-  meta: Mapping[str, Any]
+  meta: trees.Json
   timer: step_timer.StepTimer
 
   def after_step(self, report: loop.StepReport):

@@ -4,12 +4,12 @@ Only settings of `config.model` that leave every array of the checkpoint as it i
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-from moe_jax import errors
+from moe_jax import errors, trees
 from moe_jax.checkpoints import integrity
 from moe_jax.config import parse as parse_lib
 from moe_jax.config import schema
@@ -71,7 +71,7 @@ def _read(key: str, text: str, old: Any) -> Any:
     raise errors.InputError(f'--override={key}={text} must be {expected}') from None
 
 
-def changed(cfg: schema.Config, values: Mapping[str, Any]) -> schema.Config:
+def changed(cfg: schema.Config, values: trees.Json) -> schema.Config:
   """`cfg` under other settings, checked; allocates nothing.
 
   Args:
@@ -100,7 +100,7 @@ def changed(cfg: schema.Config, values: Mapping[str, Any]) -> schema.Config:
   return new
 
 
-def _check_arrays(old: schema.ModelConfig, new: schema.ModelConfig, values: Mapping[str, Any]):
+def _check_arrays(old: schema.ModelConfig, new: schema.ModelConfig, values: trees.Json):
   before, after = _arrays(old), _arrays(new)
   for name in [*before, *(name for name in after if name not in before)]:
     if before.get(name) != after.get(name):
@@ -123,6 +123,6 @@ def _arrays(model: schema.ModelConfig) -> dict[str, str]:
   }
 
 
-def apply(run: trained_run.Run, values: Mapping[str, Any]) -> trained_run.Run:
+def apply(run: trained_run.Run, values: trees.Json) -> trained_run.Run:
   """A loaded run under other settings; see `changed`."""
   return dataclasses.replace(run, cfg=changed(run.cfg, values))

@@ -12,11 +12,11 @@ import pathlib
 import platform
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import moe_jax
-from moe_jax import atomic_files, errors
+from moe_jax import atomic_files, errors, trees
 from moe_jax.config import moe_config, parse, schema
 
 PACKAGES = (
@@ -42,7 +42,7 @@ class Differences(NamedTuple):
   placement: list[str]  # of `PLACEMENT`, which any run may change
 
 
-def differences(old: Mapping[str, Any], new_config: schema.Config) -> Differences:
+def differences(old: trees.Json, new_config: schema.Config) -> Differences:
   """In what a recorded config differs from that of this start."""
   # Through JSON, like the old one: tuples are lists there.
   lines = parse.diff(old, json.loads(json.dumps(parse.to_dict(new_config))))
@@ -121,7 +121,10 @@ def write(
 
 def versions() -> dict[str, str | None]:
   """Versions of python, moe_jax and the packages that decide a run's numbers; None if absent."""
-  found = {'python': platform.python_version(), 'moe_jax': moe_jax.__version__}
+  found: dict[str, str | None] = {
+    'python': platform.python_version(),
+    'moe_jax': moe_jax.__version__,
+  }
   for name in PACKAGES:
     try:
       found[name] = importlib.metadata.version(name)

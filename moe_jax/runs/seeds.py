@@ -13,14 +13,14 @@ import dataclasses
 import functools
 import pathlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import atomic_files, errors
+from moe_jax import atomic_files, errors, trees
 from moe_jax.checkpoints import checkpointer as checkpointer_lib
 from moe_jax.config import schema
 from moe_jax.data import corpus as corpus_lib
@@ -40,7 +40,7 @@ def configs(cfg: schema.Config, seeds: Sequence[int]) -> list[schema.Config]:
   ]
 
 
-def take(tree: Any, i: int) -> Any:
+def take(tree: trees.Tree, i: int) -> Any:
   """What belongs to the i-th seed: leaves [S, ...] -> [...]."""
   return jax.tree.map(lambda a: a[i], tree)
 
@@ -60,7 +60,10 @@ def abstract_state(
 ) -> train_state.TrainState:
   """Shape, dtype and sharding of the stacked states; allocates nothing."""
   whole = jax.NamedSharding(mesh, jax.P())
-  stacked = lambda x: jax.ShapeDtypeStruct((num_seeds, *x.shape), x.dtype, sharding=whole)
+
+  def stacked(x):
+    return jax.ShapeDtypeStruct((num_seeds, *x.shape), x.dtype, sharding=whole)
+
   return jax.tree.map(stacked, train_state.abstract_state(cfg, mesh))
 
 
@@ -78,7 +81,7 @@ def make_train_step(cfg: schema.Config, mesh: jax.sharding.Mesh) -> Any:
 
 def _batches(
   cfgs: Sequence[schema.Config], corpora: Sequence[corpus_lib.Corpus], start: int
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Generator[dict[str, np.ndarray], None, None]:
   """Arrays [S, B, L] of the steps from `start` on: row i is the batch of a run of the i-th seed."""
   sources = [
     pipeline.train_batches(

@@ -7,7 +7,7 @@ tensorboard/, profile/, routing/<step>.npz, checkpoints/<step>/, plots/, evaluat
 import contextlib
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 import jax
 
@@ -167,7 +167,7 @@ def _summary(cfg: schema.Config, corpus: corpus_lib.Corpus, mesh: jax.sharding.M
 
 def _batches(
   cfg: schema.Config, corpus: corpus_lib.Corpus, mesh: jax.sharding.Mesh, start: int
-) -> Iterator[loop.HostBatch]:
+) -> Generator[loop.HostBatch, None, None]:
   """This process's batches from step `start` on."""
   return pipeline.train_batches(
     corpus,

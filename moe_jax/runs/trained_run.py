@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from moe_jax import errors
+from moe_jax import errors, trees
 from moe_jax.checkpoints import checkpointer as checkpointer_lib
 from moe_jax.checkpoints import integrity
 from moe_jax.config import mesh_config, parse, schema
@@ -31,7 +31,7 @@ class Run:
 
   cfg: schema.Config
   mesh: jax.sharding.Mesh
-  variables: Any  # params and router_state
+  variables: trees.Variables  # params and router_state
   tokenizer: tokenizer_lib.Tokenizer
   step: int  # optimizer steps done
   data_fingerprint: str  # of the corpus it was trained on

@@ -6,12 +6,12 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax import atomic_files, errors
+from moe_jax import atomic_files, errors, trees
 from moe_jax.balance import expert_similarity
 from moe_jax.checkpoints import checkpointer as checkpointer_lib
 from moe_jax.config import moe_config, parse, router_traits, schema
@@ -122,18 +122,25 @@ class Difference(NamedTuple):
 def _compare(
   dense: schema.ModelConfig,
   model: schema.ModelConfig,
-  dense_variables: Any,
-  variables: Any,
-  batch: dict[str, Array],
-) -> Difference:
+  dense_variables: trees.Variables,
+  variables: trees.Variables,
+  batch: trees.Batch,
+) -> tuple[Array, Array, Array, Array]:
+  """The numbers of a `Difference`."""
   inputs = [batch[key] for key in ('tokens', 'positions', 'segment_ids')]
   want = transformer.apply(dense, dense_variables, *inputs).logits
   got = transformer.apply(model, variables, *inputs).logits
   real = (batch['segment_ids'] > 0)[..., None]
-  largest = lambda x: jnp.where(real, jnp.abs(x), 0.0).max()
+
+  def largest(x):
+    return jnp.where(real, jnp.abs(x), 0.0).max()
+
   targets = jnp.maximum((batch['targets'] >= 0).sum(), 1)
-  loss = lambda logits: cross_entropy.next_token(logits, batch['targets'])[0] / targets
-  return Difference(largest(got - want), largest(want), loss(want), loss(got))
+
+  def loss(logits):
+    return cross_entropy.next_token(logits, batch['targets'])[0] / targets
+
+  return largest(got - want), largest(want), loss(want), loss(got)
 
 
 def _difference(

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from moe_jax import errors
+from moe_jax import errors, trees
 from moe_jax.checkpoints import checkpointer as checkpointer_lib
 from moe_jax.checkpoints import integrity
 from moe_jax.config import parse, schema
@@ -83,7 +83,7 @@ def read(
   return {'params': params, 'router_state': restored.state.get('router_state', {})}
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+def _shapes(tree: trees.Tree) -> dict[str, tuple[int, ...]]:
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {integrity.leaf_name(path): leaf.shape for path, leaf in leaves}
 
@@ -92,7 +92,7 @@ def _describe(shape: tuple[int, ...] | None) -> str:
   return 'nothing' if shape is None else str(list(shape))
 
 
-def _common(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+def _common(a: trees.Json, b: trees.Json) -> dict[str, Any]:
   """The leaves of `a` that `b` has with the same shape; no empty dicts."""
   found = {}
   for key in a.keys() & b.keys():
@@ -104,7 +104,7 @@ def _common(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
   return found
 
 
-def merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+def merge(old: trees.Json, new: trees.Json) -> dict[str, Any]:
   """`old` with the leaves that `new` has in their place."""
   return {
     key: merge(value, new.get(key, {})) if isinstance(value, Mapping) else new.get(key, value)

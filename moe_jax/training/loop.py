@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
+from moe_jax import trees
 from moe_jax.devices import partitioning
 from moe_jax.training import step_timer
 
@@ -30,7 +31,7 @@ class StepReport(NamedTuple):
   """What callbacks are given after a step. The state is donated to the next one."""
 
   step: int  # optimizer steps done, this one included
-  state: Any
+  state: trees.Tree
   metrics: Any  # with a scalar `loss`
   complete: bool = False  # whether this was the last of the run's steps
   stopped_by: str = ''  # the signal after which no step follows; '' = none came
@@ -105,7 +106,7 @@ def _num_tokens(batch: Batch) -> int:
 
 def steps(
   train_step: Any,
-  state: Any,
+  state: trees.Tree,
   batches: Iterator[HostBatch],
   *,
   mesh: jax.sharding.Mesh,

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_jax import trees
 from moe_jax.balance import loss_scopes, router_stats
 from moe_jax.config import moe_config, schema
 from moe_jax.models import model_variables, transformer
@@ -41,8 +42,8 @@ def inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 def batch_loss(
   cfg: schema.Config,
-  params: Any,
-  router_state: Any,
+  params: trees.Params,
+  router_state: trees.RouterState,
   batch: Batch,
   seed: Array,
   totals: Totals,
@@ -130,16 +131,22 @@ def _accumulate(share: Callable[[Batch], Any], micros: Batch) -> Any:
   Sums of bfloat16 gradients would lose the small ones.
   """
   shapes = jax.eval_shape(share, jax.tree.map(lambda x: x[0], micros))
-  wide = lambda dtype: jnp.float32 if jnp.issubdtype(dtype, jnp.floating) else dtype
+
+  def wide(dtype):
+    return jnp.float32 if jnp.issubdtype(dtype, jnp.floating) else dtype
+
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, wide(s.dtype)), shapes)
-  add = lambda total, micro: (jax.tree.map(jnp.add, total, share(micro)), None)
+
+  def add(total, micro):
+    return (jax.tree.map(jnp.add, total, share(micro)), None)
+
   return jax.lax.scan(add, zeros, micros)[0]
 
 
 def gradients(
   cfg: schema.Config,
-  params: Any,
-  router_state: Any,
+  params: trees.Params,
+  router_state: trees.RouterState,
   batch: Batch,
   seed: Array,
   mtp_weight: Array | None = None,
@@ -167,7 +174,10 @@ def gradients(
     return share(batch)
   micros, slopes = _split(batch, num_micro), None
   if _counts_first(cfg.model):
-    count = lambda micro: loss_fn(params, router_state, micro, seed, totals)[1].stats
+
+    def count(micro):
+      return loss_fn(params, router_state, micro, seed, totals)[1].stats
+
     slopes = loss_scopes.global_slopes(cfg.model.moe, _accumulate(count, micros))
   loss, grads = _accumulate(functools.partial(share, slopes=slopes), micros)
   if loss.stats is not None:
@@ -179,7 +189,10 @@ def gradients(
 
 def _counts_first(model: schema.ModelConfig) -> bool:
   """Whether a loss that is minimised averages over the whole batch."""
-  minimised = lambda name: model.moe.loss(name).weight or name == model.moe.balance.adaptive.loss
+
+  def minimised(name):
+    return model.moe.loss(name).weight or name == model.moe.balance.adaptive.loss
+
   return model.is_moe and any(
     model.moe.loss(name).scope == 'global_batch' and minimised(name) for name in moe_config.LOSSES
   )

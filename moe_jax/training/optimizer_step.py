@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from moe_jax import integer_hash
+from moe_jax import integer_hash, trees
 from moe_jax.balance import router_stats
 from moe_jax.config import schema
 from moe_jax.devices import compile_options, partitioning
@@ -27,7 +27,7 @@ class StepMetrics:
   loss: Array  # [] float32, mean cross-entropy per real target, nats
   mtp_loss: Array | None  # [] float32, of multi-token prediction, mean over depths; None without
   aux_loss: Array  # [] float32, weighted sum of the balance losses
-  lr: Array  # [] float32
+  lr: jax.typing.ArrayLike  # [] float32
   grad_norm: Array  # [] float32, before clipping
   stats: router_stats.RouterStats | None  # of the global batch, leaves [num_moe_layers, ...]
 
@@ -62,7 +62,10 @@ def host_metrics(metrics: StepMetrics) -> dict[str, float | None]:
 
 
 def next_router_state(
-  cfg: schema.Config, router_state: Any, stats: router_stats.RouterStats | None, step: Array
+  cfg: schema.Config,
+  router_state: trees.RouterState,
+  stats: router_stats.RouterStats | None,
+  step: Array,
 ) -> Any:
   """What routing remembers after a step whose number was `step` and whose figures were `stats`."""
   state = model_variables.moe_state(router_state)
@@ -116,11 +119,14 @@ def make_train_step(cfg: schema.Config, mesh: jax.sharding.Mesh) -> Any:
   """
   out = jax.tree.map(lambda x: x.sharding, train_state.abstract_state(cfg, mesh))
 
-  def as_moments(tree: Any) -> Any:
+  def as_moments(tree: trees.Tree) -> Any:
     """ZeRO-1: the update is computed where the moments lie, then parameters are gathered."""
     if not cfg.mesh.zero1:
       return tree
-    further = lambda x, s: partitioning.split_further(s, x.shape)
+
+    def further(x, s):
+      return partitioning.split_further(s, x.shape)
+
     return jax.lax.with_sharding_constraint(tree, jax.tree.map(further, tree, out.params))
 
   replicated = jax.NamedSharding(mesh, jax.P())

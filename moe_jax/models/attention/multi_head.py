@@ -10,7 +10,7 @@ generated, a row is one document and slot i of a cache belongs to its position i
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from moe_jax.models.attention import kernels, rope
 from moe_jax.models.attention.kernels import reference, sharded
 
 Array = jax.Array
+_Cache = TypeVar('_Cache', bound=tuple)
 
 
 class KVCache(NamedTuple):
@@ -39,7 +40,7 @@ class Context(NamedTuple):
   segment_ids: Array  # [B, L] int32, document of each query, 0 = padding
 
 
-def write(cache: Any, new: Any, positions: Array) -> Any:
+def write(cache: _Cache, new: _Cache, positions: Array) -> _Cache:
   """Puts entries [B, L, ...] into a cache [B, S, ...] at the slots of their positions.
 
   Positions beyond the last slot are dropped.
@@ -87,10 +88,10 @@ def attend_own(
   Returns:
     [B, L, N, Hv].
   """
-  sizes = dict(head_dim=q.shape[-1], v_head_dim=v_head_dim, length=q.shape[1], dtype=q.dtype)
-  fn = functools.partial(
-    kernels.ATTENDS[kernels.choose(cfg.impl, **sizes)], scale=cfg.softmax_scale
+  impl = kernels.choose(
+    cfg.impl, head_dim=q.shape[-1], v_head_dim=v_head_dim, length=q.shape[1], dtype=q.dtype
   )
+  fn = functools.partial(kernels.ATTENDS[impl], scale=cfg.softmax_scale)
   return sharded.attend(fn, q, source, *ctx)
 
 

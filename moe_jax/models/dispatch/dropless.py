@@ -69,9 +69,9 @@ def _forward(backend, limited, operands):
 def _backward(backend, limited, residuals, d_out):
   operands, h = residuals
   run = functools.partial(backend.backward, limited=limited)
-  gradients = _one_by_one(run, operands, h, d_out)
+  x, gates, gate_up, down = _one_by_one(run, operands, h, d_out)
   no_gradient = layers.no_gradient(operands.plan)
-  return (expert_backend.Operands(*gradients, no_gradient),)
+  return (expert_backend.Operands(x, gates, gate_up, down, no_gradient),)
 
 
 _experts.defvjp(_forward, _backward)

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_jax import trees
 from moe_jax.models import layers
 from moe_jax.models.experts import expert_backend, low_precision, sorted_plan
 
@@ -48,7 +49,7 @@ def _rows(gates: Array, plan: sorted_plan.Plan, height: int) -> _Rows:
   return _Rows(choice // gates.shape[1], sorted_plan.take(gates.reshape(-1), choice))
 
 
-def _cut(tree: Any, start: Array, height: int) -> Any:
+def _cut(tree: trees.Tree, start: Array, height: int) -> Any:
   return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, height), tree)
 
 
@@ -81,7 +82,7 @@ def _added(sums: Array, own: _Rows, part: Array) -> Array:
 
 
 def _for_each_block(
-  heights: tuple[int, ...], plan: sorted_plan.Plan, body: Callable, carry: Any
+  heights: tuple[int, ...], plan: sorted_plan.Plan, body: Callable, carry: trees.Tree
 ) -> Any:
   """Runs body(height, expert, first row, end of the expert's rows, carry), tallest blocks first.
 
@@ -104,7 +105,7 @@ def _for_each_block(
     count_end = jnp.cumsum(count)
 
     def block(
-      i: Array, carry: Any, height=height, count=count, after=after, count_end=count_end
+      i: Array, carry: trees.Tree, height=height, count=count, after=after, count_end=count_end
     ) -> Any:
       e = jnp.searchsorted(count_end, i, side='right', method='compare_all')
       number = i - count_end[e] + count[e]  # among the expert's blocks of this height

@@ -1,6 +1,6 @@
 """What a backend of the experts gets and returns: its operands, its gradients, its interface."""
 
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import jax
 
@@ -36,10 +36,8 @@ class ExpertBackend(Protocol):
     """The backend's name, as a run prints it."""
     ...
 
-  @property
-  def covers(self) -> bool:
-    """Whether the plan's groups must cover all rows, because a kernel writes no others."""
-    ...
+  # Whether the plan's groups must cover all rows, because a kernel writes no others.
+  covers: ClassVar[bool]
 
   def forward(self, operands: Operands, *, keep: bool, limited: bool) -> tuple[Array, Array | None]:
     """The gated sum of each token's experts.

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +70,8 @@ def select(
 
   def decide(logits, ids, mask, place, row, seed, layer, state):
     tokens = routing.Tokens(ids, mask, row, seed, place)
-    scores = selection = None
+    scores: Any = None
+    selection: Any = None
     if logits is not None:
       scores = scoring.SCORE_FUNCS[cfg.score_func](logits)
       selection = scoring.selection(scores, state, cfg)

@@ -4,6 +4,8 @@ Blocks of keys after a block of queries are skipped, those of other documents ar
 takes grouped heads and Hv != H as they are.
 """
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -52,7 +54,8 @@ def attend(
   kernel = _kernel(q.shape[2], ids.shape[1], total // length, interpret)
   kernel = _part(kernel, total // length, first // length)
   # Padding sees padding, so that no query is left without a key.
-  out = jax.vmap(kernel)(*map(heads_first, (q, k, v)), splash_attention_kernel.SegmentIds(own, ids))
+  segments = splash_attention_kernel.SegmentIds(own, ids)
+  out = cast(Array, jax.vmap(kernel)(*map(heads_first, (q, k, v)), segments))
   return out.swapaxes(1, 2)[:, :length]
 
 
