@@ -40,6 +40,7 @@ setuptools.setup(
     'test': [
       'pytest>=8.0',
       'pytest-xdist>=3.6',
+      'setuptools>=70.1',  # builds wheels by itself, for their test
       'ruff>=0.15',
       'pyright[nodejs]>=1.1.400',  # with node as a wheel
       'pyarrow>=17.0',

@@ -37,7 +37,10 @@ def main(unused_argv: Sequence[str]):
   theory = leakage_probe.theory(loaded.cfg.model)
   losses = leakage_probe.heldout_losses(loaded, corpus)
   if flags.FLAGS.json:
-    finite = lambda value: value if math.isfinite(value) else None
+
+    def finite(value):
+      return value if math.isfinite(value) else None
+
     record = {
       'step': loaded.step,
       'tokens': found.num_tokens,

@@ -95,7 +95,9 @@ def _layer(sizes: gpu_sizes.Sizes) -> Iterator[dict[str, Any]]:
       out, pullback = jax.vjp(lambda *a: apply(*a, idx), x, gates, *weights)
       return out, pullback(d_out)
 
-    cast = lambda a: a.astype(dtype)
+    def cast(a):
+      return a.astype(dtype)
+
     return lambda idx: jax.jit(run)(idx, cast(d_out), cast(x), gates, *map(cast, weights))
 
   fast, slow = both('dropless', jnp.bfloat16), both('dense', jnp.float32)

@@ -154,7 +154,10 @@ def attention_inputs(sizes: gpu_sizes.Sizes, seed: int = 0, dtype: Any = jnp.bfl
   cut = length // 3
   place = np.arange(length)
   positions = np.where(place < cut, place, place - cut)
-  spread = lambda a: jnp.asarray(np.broadcast_to(a, (b, length)), jnp.int32)
+
+  def spread(a):
+    return jnp.asarray(np.broadcast_to(a, (b, length)), jnp.int32)
+
   return q, k, v, d_out, spread(positions), spread(np.where(place < cut, 1, 2))
 
 
@@ -180,7 +183,10 @@ def attention_suite(sizes: gpu_sizes.Sizes) -> Iterator[Callable[[], harness.Pro
   inputs = [attention_inputs(sizes, 10 * i) for i in range(INPUTS)]
   flops = attention_flops(sizes)
   for variant, fn in flash_variants(sizes).items():
-    forward = lambda q, k, v, d, p, i, fn=fn: fn(q, k, v, p, i, MLA_DIMS[0] ** -0.5)
+
+    def forward(q, k, v, d, p, i, fn=fn):
+      return fn(q, k, v, p, i, MLA_DIMS[0] ** -0.5)
+
     yield prepare('attention forward', variant, forward, inputs, sizes, flops=flops)
     both = forward_and_backward(fn)
     yield prepare('attention fwd + bwd', variant, both, inputs, sizes, flops=3.5 * flops)
@@ -194,7 +200,10 @@ def flash(sizes: gpu_sizes.Sizes, peaks: harness.Peaks) -> Iterator[dict[str, An
 def head_loss(sizes: gpu_sizes.Sizes, peaks: harness.Peaks) -> Iterator[dict[str, Any]]:
   """The loss over the vocabulary with both gradients: three products."""
   t, d, v = sizes.tokens, sizes.embed_dim, sizes.vocab_size
-  loss = lambda x, w, y, chunk: cross_entropy.head_loss(x, w, y, chunk=chunk, z_weight=1e-4).total
+
+  def loss(x, w, y, chunk):
+    return cross_entropy.head_loss(x, w, y, chunk=chunk, z_weight=1e-4).total
+
   rng = np.random.default_rng(0)
   targets = [jnp.asarray(rng.integers(v, size=(1, t)), jnp.int32) for _ in range(INPUTS)]
   head = normal(3, d, v, dtype=jnp.float32) / d**0.5

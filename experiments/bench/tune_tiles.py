@@ -50,7 +50,10 @@ def programs(
   models: dict[str, Shapes], products: Sequence[str], flash: Sequence[str]
 ) -> Iterator[tuple[str, Callable, tuple]]:
   """(name, function, abstract arguments) whose trace holds the kernels of a model."""
-  array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
+
+  def array(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
   for model, s in models.items():
     rows, sizes = s.tokens * s.k, array(s.num_experts, dtype=jnp.int32)
     for kernel in products:
@@ -74,7 +77,9 @@ def _attention(kernel: str) -> Callable:
   """(q, k, v, d_out, segment_ids) -> outputs and gradients."""
 
   def run(q, k, v, d_out, ids):
-    fn = lambda *a: tokamax.attend(*a, ids, ids, q.shape[-1] ** -0.5, kernels=(kernel,))
+    def fn(*a):
+      return tokamax.attend(*a, ids, ids, q.shape[-1] ** -0.5, kernels=(kernel,))
+
     out, pullback = jax.vjp(fn, q, k, v)
     return out, pullback(d_out)
 

@@ -75,7 +75,10 @@ def _training(name: str) -> dict[str, Any]:
   case, changes = hf_training.CASES[name]
   with tempfile.TemporaryDirectory() as directory:
     _, ours, theirs = hf_training.measure(case, pathlib.Path(directory), **changes)
-  relative = lambda a, b: float(np.abs(np.array(a) / np.array(b) - 1).max())
+
+  def relative(a, b):
+    return float(np.abs(np.array(a) / np.array(b) - 1).max())
+
   pairs = [(ours.weights[key], theirs.weights[key]) for key in theirs.weights]
   return {
     'case': name,

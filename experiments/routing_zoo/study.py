@@ -31,7 +31,10 @@ def main(unused_argv: Sequence[str]):
   seeds, names = local_jobs.seeds(values.seeds), values.names or NAMES
   configs = {(name, seed): _config(name, seed) for seed in seeds for name in names}
   pending = [key for key in configs if not _result_path(workdir, *key).exists()]
-  train = lambda key: _train(configs[key], _result_path(workdir, *key))
+
+  def train(key):
+    return _train(configs[key], _result_path(workdir, *key))
+
   local_jobs.run('experiments.routing_zoo', pending, train)
   if local_jobs.is_shard():
     return

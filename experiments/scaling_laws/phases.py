@@ -37,7 +37,10 @@ def main(unused_argv: Sequence[str]):
     phases = [phase for phase in stage if phase in values.phases]
     points = [p for phase in phases for p in _points(scale, phase, _laws(scale, workdir, phase))]
     models = [found for found in _models(points) if _unfinished(found, workdir)]
-    train_one = lambda found: _train(scale, found, workdir)
+
+    def train_one(found):
+      return _train(scale, found, workdir)
+
     local_jobs.run(MODULE, models, train_one, [f'--phases={",".join(phases)}'])
   if not local_jobs.is_shard():
     _report(scale, workdir)

@@ -69,19 +69,28 @@ def make_step(cfg: schema.Config, mesh: jax.sharding.Mesh) -> Any:
 
   def step(state: train_state.TrainState, batch: objective.Batch, num_micro: Array, rate: Array):
     seed = integer_hash.combine(state.seed, state.step)
-    count = lambda real: jnp.maximum(real.sum(), 1)
+
+    def count(real):
+      return jnp.maximum(real.sum(), 1)
+
     totals = objective.Totals(count(batch['targets'] >= 0), count(batch['segment_ids'] > 0))
 
     def share(i: Array) -> tuple[Array, Any]:
       micro = jax.tree.map(lambda x: x[i], batch)
       rows = len(micro['tokens'])
       micro['row'] = i * rows + jnp.arange(rows, dtype=jnp.int32)
-      loss_fn = lambda p: objective.batch_loss(cfg, p, state.router_state, micro, seed, totals)
+
+      def loss_fn(p):
+        return objective.batch_loss(cfg, p, state.router_state, micro, seed, totals)
+
       (_, loss), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
       return loss.cross_entropy, grads
 
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(share, 0))
-    add = lambda i, total: jax.tree.map(jnp.add, total, share(i))
+
+    def add(i, total):
+      return jax.tree.map(jnp.add, total, share(i))
+
     loss, grads = jax.lax.fori_loop(0, num_micro, add, zeros)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, jax.tree.map(lambda u: rate * u, updates))
@@ -129,9 +138,10 @@ class Trainer:
     rate, meta = rates(self._cfg.optim, recipe), {'recipe': dataclasses.asdict(recipe)}
     num_micro = np.int32(recipe.rows // self._micro_rows)
     with contextlib.ExitStack() as stack, partitioning.activate(self._mesh):
-      open_one = lambda: stack.enter_context(
-        checkpointer_lib.Checkpointer(directory, self._cfg.checkpoint)
-      )
+
+      def open_one():
+        return stack.enter_context(checkpointer_lib.Checkpointer(directory, self._cfg.checkpoint))
+
       # Most points are over before their first save is due, and never make the directory.
       checkpointer = open_one() if directory.exists() else None
       state, start, seconds = self._first_state(recipe, checkpointer)
