@@ -1,15 +1,12 @@
-import functools
 import types
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from moe_jax.devices import partitioning
-from moe_jax.models import model_variables, transformer
 from moe_jax.training import loop as loop_lib
 from moe_jax.training import objective, optim, optimizer_step, step_timer, train_state
 from tests import tiny
@@ -39,91 +36,6 @@ def step():
   with partitioning.activate(mesh):
     lowered = train_step.lower(state, tiny.batch())
   return lowered.compile(compiler_options=options)
-
-
-@pytest.fixture(scope='module')
-def whole():
-  """(loss, gradients) of the whole ragged batch at once."""
-  return tiny.gradients()(tiny.params(tiny.make().model), tiny.batch())
-
-
-def test_load_counts_the_real_tokens(whole):
-  real = int((tiny.batch()['segment_ids'] > 0).sum())
-  np.testing.assert_array_equal(
-    whole[0].stats.sums.load.sum(-1), [real * 2] * 2
-  )  # K = 2, two MoE layers
-
-
-@pytest.fixture(scope='module')
-def first(step):
-  """(state, metrics) after one step on the ragged batch."""
-  return step(fresh(tiny.make(**STEP)), tiny.batch())
-
-
-def test_accumulation_equals_the_whole_batch_with_ragged_rows(first, whole):
-  state, got = first
-  np.testing.assert_array_equal(got.stats.sums.load, whole[0].stats.sums.load)
-  # Four float32 sums added instead of one.
-  np.testing.assert_allclose(got.loss, whole[0].cross_entropy, rtol=1e-5)
-  # Adam's first moment after one step is (1 - beta1) times the gradient, nothing being clipped.
-  mu = optax.tree.get(state.opt_state, 'mu')
-  grads = jax.tree.map(lambda m: m / np.float32(1 - 0.9), mu)
-  tiny.assert_trees_close(grads, whole[1], rtol=1e-3, atol=1e-5)
-
-
-def test_one_step_is_the_optimizer_on_the_gradients_of_the_whole_batch(first, whole):
-  cfg = tiny.make(**STEP)
-  before, (state, got) = fresh(cfg), first
-  optimizer = optim.optimizer(cfg.optim, cfg.train.num_steps)
-
-  @tiny.jit
-  def update(grads, state):
-    updates, _ = optimizer.update(grads, state.opt_state, state.params)
-    return optax.apply_updates(state.params, updates), optax.tree.norm(grads)
-
-  want, norm = update(whole[1], before)
-  tiny.assert_trees_close(state.params, want, rtol=1e-5, atol=1e-5)
-  np.testing.assert_allclose(got.grad_norm, norm, rtol=1e-4)
-  assert state.step == 1
-  assert got.lr == np.float32(1e-2)
-
-
-def test_a_fixed_batch_is_learnt(step):
-  state, rows = fresh(tiny.make(**STEP)), tiny.batch()
-  losses = []
-  for _ in range(40):
-    state, got = step(state, rows)
-    losses.append(float(got.loss))
-  # ln 32 = 3.5 is knowing nothing; these weights start above it and learn 90 tokens by heart.
-  assert losses[0] > 3.5
-  assert losses[-1] < 1.5
-
-
-def test_loss_is_cross_entropy_per_real_target_plus_weighted_z_and_balance_losses():
-  rows = tiny.batch(((16,), (7, 3)))
-  cfg = tiny.make(train__z_loss_weight=0.5, model__moe__balance__expert_level__weight=0.25)
-  params = tiny.params(cfg.model)
-  num_targets, num_tokens = tiny.num_targets(rows), 26
-
-  def parts(params):
-    batch = rows | {'row': jnp.arange(2)}
-    totals = objective.Totals(num_targets, num_tokens)
-    total, loss = objective.batch_loss(cfg, params, {}, batch, jnp.uint32(0), totals)
-    model = transformer.Transformer(cfg.model)
-    args = (rows[k] for k in ('tokens', 'positions', 'segment_ids'))
-    return total, loss.cross_entropy, model.apply({'params': params}, *args)
-
-  total, cross_entropy, out = tiny.jit(parts)(params)
-  real = rows['targets'] >= 0
-  log_p = np.asarray(jax.nn.log_softmax(out.logits))
-  picked = np.take_along_axis(log_p, np.maximum(rows['targets'], 0)[..., None], -1)[..., 0]
-  np.testing.assert_allclose(cross_entropy, -picked[real].mean(), rtol=1e-5)
-  z = np.square(np.asarray(jax.nn.logsumexp(out.logits, axis=-1)))[real].mean()
-  # Per layer the token-weighted mean over sequences, summed over the layers.
-  balance_loss = np.asarray(out.stats.losses['expert_level']).sum() / num_tokens
-  assert 1 < balance_loss / 2 < 4  # about 1 per layer, E / K = 4 at most
-  want = cross_entropy + 0.5 * z + 0.25 * balance_loss
-  np.testing.assert_allclose(total, want, rtol=1e-5)
 
 
 def put(mesh):
@@ -193,61 +105,6 @@ def test_steps_are_not_waited_for_but_a_few_steps_behind():
   assert waits == [1, 2, 3, 4]
 
 
-def test_seed_decides_the_start(dense_run):
-  cfg, mesh, start, *_ = dense_run
-
-  def init(seed):
-    return train_state.init_state(tiny.make(**DENSE, train__seed=seed), mesh)
-
-  jax.tree.map(np.testing.assert_array_equal, init(cfg.train.seed), start)
-  assert not np.array_equal(init(1).params['embedding'], start.params['embedding'])
-
-
-def test_start_has_the_asked_deviation_and_layers_of_their_own(dense_run):
-  cfg, _, start, *_ = dense_run
-  for path, leaf in jax.tree_util.tree_leaves_with_path(start.params):
-    if path[-1].key == 'scale':
-      assert (leaf == 1).all()
-    else:
-      # At least 256 draws each: within 20 %.
-      assert np.std(leaf) == pytest.approx(cfg.model.init_std, rel=0.2), path
-  assert start.step == 0
-
-
-def test_abstract_state_is_the_real_one(dense_run):
-  cfg, mesh, start, *_ = dense_run
-
-  def describe(x):
-    return (x.shape, x.dtype, x.sharding)
-
-  jax.tree.map(
-    lambda a, b: np.testing.assert_equal(describe(a), describe(b)),
-    train_state.abstract_state(cfg, mesh),
-    start,
-  )
-
-
-def test_state_is_described_under_an_active_mesh_too():
-  cfg, mesh = tiny.make(**DENSE), one_device()
-  with partitioning.activate(mesh):
-    got = train_state.abstract_state(cfg, mesh)
-  assert got == train_state.abstract_state(cfg, mesh)
-
-
-def test_stacked_layers_start_different():
-  params = jax.eval_shape(
-    functools.partial(train_state._init, tiny.make()), jax.random.key(0)
-  ).params
-  assert params['moe_layers']['moe']['down'].value.shape[0] == 2
-  cfg = tiny.make(model__moe__num_experts=0, model__num_layers=2).model
-  kernel = jax.tree.leaves(
-    jax.jit(
-      lambda key: model_variables.init(cfg, key)['params']['dense_layers']['mlp']['down'].value
-    )(jax.random.key(0))
-  )[0]
-  assert not np.array_equal(kernel[0], kernel[1])
-
-
 def test_host_metrics_average_over_layers():
   load = jnp.array([[7, 3, 1, 5], [4, 4, 4, 4]])
   sums = types.SimpleNamespace(load=load)
@@ -274,18 +131,6 @@ def test_host_metrics_average_over_layers():
     'overflow_rate': 2 / 32,
     'drop_rate': (0.25 + 0) / 2,
   }
-
-
-def test_accumulation_reports_losses_of_the_whole_batch_also_those_without_weight():
-  scope = {'model__moe__balance__squared_deviation__scope': 'global_batch'}
-  params = tiny.params(tiny.make().model)
-  whole, _ = tiny.gradients(**scope)(params, tiny.batch())
-  parts, _ = tiny.gradients(**scope, train__micro_batch_size=2)(params, tiny.batch())
-  for name in ('squared_deviation', 'expert_level'):
-    np.testing.assert_allclose(
-      parts.stats.losses[name], whole.stats.losses[name], rtol=1e-4, err_msg=name
-    )
-  np.testing.assert_allclose(parts.aux, whole.aux, rtol=1e-5)
 
 
 class Recorder:
