@@ -23,7 +23,7 @@ _AnyPath = TypeVar('_AnyPath', bound=_Path)
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes):
-  """Writes beside the target, then renames over it: a kill leaves the old file or the new one.
+  """Writes atomically (temporary file, then rename): a kill leaves the old file or the new one.
 
   Raises:
     errors.InputError: the disk is full.

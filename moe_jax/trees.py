@@ -1,4 +1,4 @@
-"""Types of the containers that travel between rooms; a checker cannot look inside of a pytree."""
+"""Aliases for pytrees in signatures: parameters, variables, batches, JSON."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""The MoE layer, router and books included, beside a dense FFN of the same activated FLOPs.
+"""The MoE layer, router and statistics included, beside a dense FFN of the same activated FLOPs.
 
 `run` measures `CASES` by every dispatch, forward and forward+backward (gradients of all weights and
 of the input). The dense twin is one SwiGLU FFN of width (K + shared) F. Fresh inputs in every

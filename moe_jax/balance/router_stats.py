@@ -46,7 +46,7 @@ _Sums = TypeVar('_Sums', bound=Sums | MixtureSums)
 
 
 class RouterStats(struct.PyTreeNode):
-  """The books of one MoE layer for one forward pass; [layers, ...] when stacked by the model.
+  """Routing statistics of one MoE layer in one forward pass; [layers, ...] stacked over layers.
 
   Sums over real tokens, so that micro-batches and devices add up.
   """

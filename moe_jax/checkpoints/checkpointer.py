@@ -374,7 +374,7 @@ def _first_line(e: BaseException) -> str:
 
 
 def _on_all_processes(ok: bool) -> bool:
-  """Whether `ok` holds on every process; also a meeting point, so that all take the same branch."""
+  """Whether `ok` holds on every process; a barrier, so that all take the same branch."""
   if jax.process_count() == 1:
     return ok
   return bool(multihost_utils.process_allgather(np.array(ok)).all())

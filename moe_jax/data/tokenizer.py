@@ -2,7 +2,7 @@
 
 All three are one class around `tokenizers.Tokenizer`, so that each can be saved beside a checkpoint
 as one file. Both of our own kinds cover all 256 bytes, so every text survives
-`decode(encode(text))`. Text can never smuggle in a special token: its literal spelling is encoded
+`decode(encode(text))`. Text never becomes a special token: its literal spelling is encoded
 as ordinary characters.
 """
 

@@ -270,7 +270,7 @@ def activate(mesh: jax.sharding.Mesh) -> Iterator[None]:
 
 
 def without_mesh() -> contextlib.AbstractContextManager[Any]:
-  """No mesh in force, whatever stands around."""
+  """A context without a mesh, also inside of `activate`."""
   return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
 
 

@@ -82,7 +82,7 @@ def _embed(cfg: schema.ModelConfig, weights: Weights, tokens: Array) -> Array:
 
 
 def normed(cfg: schema.ModelConfig, weights: Weights, hidden: Array) -> Array:
-  """hidden [B, L, D] of `Decoded` behind the model's final norm."""
+  """The final norm applied to hidden [B, L, D] of `Decoded`."""
   norm = layers_lib.RMSNorm(cfg.norm_eps, jnp.dtype(cfg.dtype))
   return cast(Array, norm.apply({'params': weights.final_norm}, hidden))
 
@@ -135,7 +135,7 @@ def prefill(
     num_slots: S, slots of each cache, at least L.
 
   Returns:
-    Decoded; what its caches hold behind a row's last token is of no account.
+    Decoded; cache slots after a row's last token hold values that are never read.
   """
   positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
   segment_ids = (positions < length[:, None]).astype(jnp.int32)

@@ -174,7 +174,7 @@ def _advance(
   sampling: sampling_lib.Sampling,
   eos_ids: tuple[int, ...],
 ) -> _State:
-  """Writes tokens until `limit` are written or all rows are done."""
+  """Decodes until `limit` tokens are generated or all rows have ended."""
 
   def advance(s: _State) -> _State:
     done = s.done | jnp.isin(s.token, jnp.array(eos_ids, jnp.int32))
@@ -188,7 +188,7 @@ def _advance(
 
 
 class Generator:
-  """A model that is ready to write: its weights layer by layer, beside the stacked ones.
+  """Decodes with a model whose weights it holds layer by layer, a second copy of the stacked ones.
 
   The copies cost the memory of the model once more, until whoever holds `variables` lets them go.
   """

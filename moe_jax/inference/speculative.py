@@ -110,7 +110,7 @@ def _modules(
 
 
 def judge(logits: Array, draft: Array, sampling: sampling_lib.Sampling, rng: Array):
-  """Keeps the draft, or draws the token in its place.
+  """Accepts the draft, or samples the token that replaces it (speculative sampling).
 
   Args:
     logits: [B, V] float32 of the model.

@@ -295,7 +295,7 @@ def _progress(source: source_lib.Source, doing: str) -> tqdm.tqdm:
 
 @contextlib.contextmanager
 def _staged(target: pathlib.Path, flag: str) -> Iterator[pathlib.Path]:
-  """A directory beside `target` that becomes it on a clean exit and goes away on another.
+  """A temporary directory, renamed to `target` on success and removed on an exception.
 
   What a killed process left behind is cleared by the next one.
 

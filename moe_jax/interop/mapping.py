@@ -89,7 +89,7 @@ class _Row(NamedTuple):
 
 
 class _Place(NamedTuple):
-  """Where the tensors of a layer stand, in the files and in our tree."""
+  """The names of a layer's tensors in the files and in our tree."""
 
   axes: dict[str, int]  # sizes of `_Row.axes`
   prefix: str = ''  # of names in the files

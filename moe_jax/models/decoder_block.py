@@ -108,7 +108,7 @@ class Block(nn.Module):
     return router_traits.of(moe).attention_threshold(moe) if pruned else 0.0
 
   def _add_mixture(self, stats, mixture, slopes):
-    """Enters the mixture of attention heads into the books of the layer."""
+    """Adds the mixture of attention heads to the layer's statistics."""
     if stats is None or mixture is None:
       return stats
     name = 'attention_mutual_information'

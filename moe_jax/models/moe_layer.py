@@ -53,7 +53,7 @@ class MoE(nn.Module):
       slopes: see `loss_scopes.layer_losses`.
 
     Returns:
-      ([B, L, D], the books; None while parameters are made, when nothing is routed).
+      ([B, L, D], the routing statistics; None at initialisation, when nothing is routed).
     """
     cfg, router = self.cfg, ROUTERS[self.cfg.router]
     # Made first, since initial numbers depend on the order: those of the experts do not depend on
@@ -80,9 +80,9 @@ class MoE(nn.Module):
     # XLA computes the shared experts, which depend on no exchange, while tokens travel.
     out, overflow = self._experts(x, kept, kernels)
     out += shared
-    with jax.named_scope('books'):
-      books = _books(cfg, selected, kept, logits, selection, tokens, slopes)
-      return out, books.replace(overflow=overflow.sum(dtype=jnp.int32))
+    with jax.named_scope('router_stats'):
+      stats = _statistics(cfg, selected, kept, logits, selection, tokens, slopes)
+      return out, stats.replace(overflow=overflow.sum(dtype=jnp.int32))
 
   def _shared(self, x: Array) -> Array:
     """The shared experts, [B, L, D]; 0 without any."""
@@ -123,7 +123,7 @@ class MoE(nn.Module):
     return routed_experts.Kernels(gate_up.astype(self.dtype), down.astype(self.dtype))
 
 
-def _books(
+def _statistics(
   cfg: moe_config.MoEConfig,
   selected: routing.Routing,
   kept: routing.Routing,

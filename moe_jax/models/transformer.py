@@ -34,7 +34,7 @@ SAVED_NAMES = {
 class Output(NamedTuple):
   """What one application of the model returns."""
 
-  logits: Array  # [B, L, V] float32; where nobody reads them the compiler leaves them out
+  logits: Array  # [B, L, V] float32; unused ones the compiler leaves out
   normed: Array  # [B, L, D], what the head is applied to
   # leaves stacked over the MoE layers; None for a dense model
   stats: router_stats.RouterStats | None

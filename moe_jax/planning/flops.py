@@ -61,7 +61,7 @@ def count_parameters(model: schema.ModelConfig) -> ParameterCount:
 
 
 def count_activated(model: schema.ModelConfig, train: bool = True) -> ParameterCount:
-  """The parameters that one token meets in training: all but the experts that it does not visit.
+  """The activated parameters of a token in training: all but the experts not chosen for it.
 
   Both vocabulary matrices, the norms and the routers count, as in the "activated params" of
   DeepSeekMoE's tables (2.8B of the 16B model).

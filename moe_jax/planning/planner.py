@@ -35,7 +35,10 @@ STABLE_KEYS = (
 # Scope of the program -> the name under which its temporaries are reported; the first that fits.
 _SCOPES = (
   ('exchange', 'exchange'),
-  ('gate_up down swiglu combine dispatch plan moe._experts router books capacity', 'experts'),
+  (
+    'gate_up down swiglu combine dispatch plan moe._experts router router_stats capacity',
+    'experts',
+  ),
   ('head head_loss mtp_loss', 'logits and loss'),
   ('attention mla_proj mla_core', 'attention'),
   ('optimizer', 'optimizer'),
@@ -142,7 +145,7 @@ def _prepared(request: Request) -> tuple[schema.Config, tuple[str, ...]]:
 
 
 def exchange_kind(cfg: schema.Config, topology: chips.Topology) -> str:
-  """How tokens travel between the devices of the expert axis, where the config leaves it open."""
+  """The exchange over the expert axis that a config with `auto` gets."""
   kind, chip = cfg.model.moe.exchange.kind, topology.chip
   return kind if kind != 'auto' else exchange_lib.default(chip.kind, chip.torus == 3)
 

@@ -27,7 +27,7 @@ SCOPES: Mapping[str, str] = {
   'embedding': 'embedding',
   **dict.fromkeys(('attention', 'mla_proj', 'mla_core'), 'attention'),
   **dict.fromkeys(('attention_norm', 'ffn_norm', 'final_norm'), 'norms'),
-  **dict.fromkeys(('router', 'books', 'router_state'), 'router'),
+  **dict.fromkeys(('router', 'router_stats', 'router_state'), 'router'),
   **dict.fromkeys(('plan', 'gather', 'combine', 'exchange', 'moe._experts'), 'dispatch'),
   **dict.fromkeys(('gate_up', 'swiglu', 'down'), 'experts'),
   'shared': 'shared',

@@ -34,7 +34,7 @@ def is_first() -> bool:
 
 
 def wait_for_all():
-  """Returns once every process has come here."""
+  """A barrier: returns once every process has called it."""
   if jax.process_count() > 1:
     multihost_utils.process_allgather(np.zeros((), np.uint8))
 

@@ -63,7 +63,7 @@ def hold(
 
 
 def _collect(port: int, num_processes: int, record: Mapping[str, Any], timeout: float) -> Present:
-  """Process 0: hears the others, judges, and tells everybody."""
+  """Process 0: collects the records of the others, compares them and replies to all."""
   deadline = time.monotonic() + timeout
   present = {0: _Caller(socket.gethostname(), record, None)}
   refused = ''
@@ -113,7 +113,7 @@ def _listen(port: int, backlog: int) -> socket.socket:
 
 
 def _hear(connection: socket.socket) -> tuple[int, _Caller] | None:
-  """(process id, who) of a caller; None for a stranger (a port scanner, a health check)."""
+  """(process id, host) of a connection; None if it is not of this program (a port scanner)."""
   try:
     connection.settimeout(_LISTEN_SECONDS)
     said = json.loads(_read_line(connection))

@@ -88,7 +88,7 @@ class ProgressBar:
     self._bar.update()
 
   def show(self, loss: float):
-    """Shows a loss behind the bar."""
+    """Appends a loss to the progress bar."""
     self._bar.set_postfix(loss=f'{loss:.3f}', refresh=False)
 
 

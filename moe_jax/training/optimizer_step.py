@@ -22,7 +22,7 @@ Batch = dict[str, Array]
 
 @struct.dataclass
 class StepMetrics:
-  """What one step reports; left on the device until somebody logs it."""
+  """Metrics of one step, kept on the device until they are logged."""
 
   loss: Array  # [] float32, mean cross-entropy per real target, nats
   mtp_loss: Array | None  # [] float32, of multi-token prediction, mean over depths; None without

@@ -1,4 +1,4 @@
-"""How tokens travel between the devices of the mesh axis `expert`: one function each.
+"""Exchanges of tokens between the devices of mesh axis `expert`, one function per collective.
 
 Every device of an expert-parallel group holds E / P experts and tokens of its own. An exchange
 brings tokens to the experts' devices, lets them compute, brings the results back and adds them up:

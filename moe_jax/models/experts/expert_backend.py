@@ -20,7 +20,7 @@ class Operands(NamedTuple):
 
 
 class Gradients(NamedTuple):
-  """The gradients of the operands, shaped as these."""
+  """Gradients of the operands, of the same shapes."""
 
   x: Array
   gates: Array

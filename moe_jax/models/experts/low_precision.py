@@ -4,7 +4,7 @@ Both operands of the two forward products are rounded by qwix to symmetric absma
 activations each by its own scale, weights by one scale per expert and output channel. Sums are in
 the products' wide type. The backward pass is that of the rounded values, straight through the
 rounding itself: gradients of rows and weights are products in the compute dtype. Router, scores,
-gates, shared experts and the books never see a rounded number.
+gates, shared experts and statistics stay unrounded.
 
 On a GPU or TPU the rounded values reach the kernels as they are (`qwix.QArray`). A CPU has no such
 products: there the same values are multiplied in float32, which shows what rounding does to a model

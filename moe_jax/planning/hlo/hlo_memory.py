@@ -30,7 +30,7 @@ _NOTHING = _Leaf()
 
 
 def peak(text: str, scope: str = '') -> list[Buffer]:
-  """The temporaries that are alive at the moment of most, largest first.
+  """The temporaries live at the program's peak, largest first.
 
   Args:
     text: `compiled.as_text()`.
