@@ -1,8 +1,8 @@
 """Will a run fit on a pod, and how fast could it be? Answered without the pod.
 
-For TPUs the real step is compiled (`compile_ahead`) and its program read: memory by name, FLOPs, bytes
-through HBM and over every mesh axis. For GPUs, and with `estimate`, the same is counted from shapes
-(`estimate`). A roofline then says what bounds the step and which MFU is out of reach.
+For TPUs the real step is compiled (`compile_ahead`) and its program read: memory by name, FLOPs,
+bytes through HBM and over every mesh axis. For GPUs, and with `estimate`, the same is counted from
+shapes (`estimate`). A roofline then says what bounds the step and which MFU is out of reach.
 """
 
 import collections
