@@ -7,9 +7,10 @@ import pytest
 from configs import smoke
 from experiments import evaluate, leakage, routing
 from moe_jax import errors
+from moe_jax.checkpoints import checkpointer
 from moe_jax.config import parse
 from moe_jax.devices import partitioning
-from moe_jax.runs import train_run, trained_run
+from moe_jax.runs import train_run
 from tests import in_process
 
 MAKE_MESH = partitioning.make_mesh
@@ -85,7 +86,9 @@ def test_capacity_can_be_enforced_at_evaluation(workdir, capsys):
 def test_bad_input_shows_before_anything_is_loaded(
   workdir, command, arguments, message, monkeypatch
 ):
-  monkeypatch.setattr(trained_run, 'load', lambda *unused: pytest.fail('loaded'))
+  monkeypatch.setattr(
+    checkpointer.Checkpointer, 'restore', lambda *unused, **more: pytest.fail('loaded')
+  )
   with pytest.raises(errors.InputError, match=message):
     in_process.run(command, f'--workdir={workdir}', *arguments)
 

@@ -89,12 +89,13 @@ def test_other_errors_pass_through(as_three):
 
 
 def test_a_signal_is_agreed_on_some_steps_later(monkeypatch):
-  stop = agreement.StopAgreement(tiny.mesh(data=2))
+  lag = 2
+  stop = agreement.StopAgreement(tiny.mesh(data=2), lag)
   assert stop.after_step('SIGTERM') == 'SIGTERM'  # alone: at once
   monkeypatch.setattr(jax, 'process_count', lambda: 3)
   found = [stop.after_step(name) for name in ('', 'SIGTERM', 'SIGTERM', 'SIGTERM', 'SIGTERM')]
-  # The flag of step i is read at step i + LAG: that of step 0 was empty.
-  assert found == [''] * (1 + agreement.LAG) + ['SIGTERM'] * (4 - agreement.LAG)
+  # The flag of step i is read at step i + lag: that of step 0 was empty.
+  assert found == [''] * (1 + lag) + ['SIGTERM'] * (4 - lag)
 
 
 def test_arrays_of_any_sharding_become_numpy():
