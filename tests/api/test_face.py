@@ -93,7 +93,7 @@ def test_from_an_installed_wheel(tmp_path):
     shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns('__pycache__'))
   for name in ('setup.py', 'pyproject.toml', 'README.md'):
     shutil.copy(ROOT / name, source / name)
-  build = [sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps']
+  build = [sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation']
   subprocess.run([*build, '-w', tmp_path, source], check=True, timeout=300)
   (wheel,) = tmp_path.glob('*.whl')
   zipfile.ZipFile(wheel).extractall(tmp_path / 'site')
