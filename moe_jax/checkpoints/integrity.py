@@ -45,7 +45,7 @@ def require_finite(tree: trees.Tree, where: str):
     errors.InputError: names the first such array and the place in it.
   """
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(_summary(leaf)[1]):
+    if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(_finite(leaf)):
       flat = int(jnp.argmin(jnp.isfinite(leaf)))
       index = [int(i) for i in np.unravel_index(flat, leaf.shape)]
       raise errors.InputError(
@@ -58,8 +58,14 @@ def require_finite(tree: trees.Tree, where: str):
 @jax.jit
 def _summary(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   """(`_checksum`, whether all numbers are finite) of an array."""
-  finite = jnp.isfinite(x).all() if jnp.issubdtype(x.dtype, jnp.floating) else jnp.bool_(True)
+  finite = _finite(x) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.bool_(True)
   return _checksum(x), finite
+
+
+@jax.jit
+def _finite(x: jax.Array) -> jax.Array:
+  """Whether all numbers of an array are finite."""
+  return jnp.isfinite(x).all()
 
 
 def _checksum(x: jax.Array) -> jax.Array:
