@@ -1,5 +1,6 @@
 """The way to a process of its own and back, without a compiler for chips that are not there."""
 
+import importlib.metadata
 import subprocess
 import sys
 
@@ -41,12 +42,19 @@ def test_a_result_comes_back_from_disk(tmp_path):
   assert compile_ahead.load(tmp_path) == compiled
 
 
-def test_the_key_hangs_on_the_job():
+def test_the_key_hangs_on_the_job_and_the_compiler(monkeypatch):
+  """Versions are made up: the compiler for TPUs need not be there."""
+  versions = dict.fromkeys(compile_ahead.PACKAGES, '1.0')
+  monkeypatch.setattr(importlib.metadata, 'version', versions.__getitem__)
   key = compile_ahead.key(job_of())
   assert key == compile_ahead.key(job_of())
   others = [job_of(topology='v5e:4x4'), job_of(decode=True), job_of(rows=1), job_of(context=8)]
   others.append(job_of(values=parse.to_dict(tiny.make(train__batch_size=16))))
   assert len({key, *map(compile_ahead.key, others)}) == 6
+  for package in versions:
+    versions[package] = '2.0'
+    assert compile_ahead.key(job_of()) != key
+    versions[package] = '1.0'
 
 
 def test_bytes_on_one_device():
