@@ -1,5 +1,6 @@
 """Lists the commands and the studies: python -m experiments."""
 
+import signal
 import sys
 
 from experiments.common import command_list, flag_help
@@ -7,6 +8,7 @@ from experiments.common import command_list, flag_help
 
 def main(arguments: list[str]) -> int:
   """Prints the list; status 2 if something else was asked for."""
+  signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it, as it ends any program
   print(command_list.text())
   unknown = [argument for argument in arguments if argument not in flag_help.HELP_ARGUMENTS]
   if unknown:

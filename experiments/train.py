@@ -48,11 +48,11 @@ def main(unused_argv: Sequence[str]):
   import jax
 
   from moe_jax.processes import agreement
-  from moe_jax.runs import final_report, train_run
+  from moe_jax.runs import final_report, terminal, train_run
 
   cfg = cli.resolve(flags.FLAGS.config)
   workdir = pathlib.Path(cli.required('workdir'))
-  allow = flags.FLAGS.allow_config_change
+  allow, say = flags.FLAGS.allow_config_change, terminal.Terminal(_say)
   cli.start_processes(
     {'config': parse.to_dict(cfg), 'workdir': str(workdir), 'allow_config_change': allow}
   )
@@ -61,11 +61,11 @@ def main(unused_argv: Sequence[str]):
     workdir,
     allow_config_change=allow,
     argv=sys.argv,
-    say=_say,
+    say=say,
     profile_steps=_profile_steps(),
   )
   if not trained.interrupted_by:
-    final_report.finish(trained, corpus, workdir, _say)
+    final_report.finish(trained, corpus, workdir, say)
     return
   if not agreement.is_first():
     return
@@ -73,7 +73,7 @@ def main(unused_argv: Sequence[str]):
   arguments = [a for a in sys.argv[1:] if not a.startswith('--process_id=')]
   again = 'python -m experiments.train ' + shlex.join(arguments)
   where = 'on every process ' if jax.process_count() > 1 else ''
-  _say(
+  say(
     f'stopped by {trained.interrupted_by} after step {trained.step}, which is saved; '
     f'resume {where}with: {again}'
   )

@@ -9,7 +9,9 @@ Nothing here imports JAX before the flags have been checked, and no command does
 imported by the functions that need it, so that help and mistyped flags answer at once.
 """
 
+import functools
 import os
+import signal
 import sys
 import time
 import traceback
@@ -39,22 +41,12 @@ def run(main: Callable[[Sequence[str]], object], define_flags: Callable[[], obje
   """
   own = flag_help.described(define_flags or (lambda: None))
   if any(argument in flag_help.HELP_ARGUMENTS for argument in sys.argv[1:]):
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     print(flag_help.text(main.__globals__['__doc__'] or '', own))
     return
 
-  def quiet_main(argv: Sequence[str]):
-    from moe_jax.devices import compile_cache
-
-    if not flags.FLAGS['verbosity'].present:
-      logging.set_verbosity(logging.WARNING)  # app.run leaves it at INFO, and JAX is talkative
-    compile_cache.enable(cache.root(''))
-    status = main(argv)
-    for line in _WATCHDOGS:
-      line.finish()
-    return status
-
   try:
-    app.run(quiet_main, flags_parser=parse_flags)
+    app.run(functools.partial(_quietly, main), flags_parser=parse_flags)
   except errors.InputError as error:
     message = ' '.join(str(error).split())
     print('error:', message, file=sys.stderr)
@@ -63,14 +55,43 @@ def run(main: Callable[[Sequence[str]], object], define_flags: Callable[[], obje
     print('interrupted', file=sys.stderr)
     _exit(130, 'interrupted')
   except BrokenPipeError:
-    # The reader (head, less) has seen enough; without this, closing stdout would fail once more.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    # The reader (head, less) has seen enough: silence, with the status of an end by SIGPIPE.
+    _exit(128 + signal.SIGPIPE, 'nobody reads its output')
   except Exception as error:
     if not _WATCHDOGS:
       raise
     time.sleep(1)  # if this comes of another process's end, that is said now, and ends us
     traceback.print_exc()
     _exit(1, f'{type(error).__name__}: {error}')
+  finally:
+    _drop_unread_output()
+
+
+def _quietly(main: Callable[[Sequence[str]], object], argv: Sequence[str]) -> object:
+  """`main(argv)` with the compile cache and without the chatter of libraries."""
+  from moe_jax.devices import compile_cache
+
+  if not flags.FLAGS['verbosity'].present:
+    logging.set_verbosity(logging.WARNING)  # app.run leaves it at INFO, and JAX is talkative
+  compile_cache.enable(cache.root(''))
+  status = main(argv)
+  for line in _WATCHDOGS:
+    line.finish()
+  try:
+    sys.stdout.flush()
+  except BrokenPipeError:
+    raise
+  except OSError as e:
+    raise errors.InputError(f'standard output cannot be written: {e.strerror or e}') from e
+  return status
+
+
+def _drop_unread_output():
+  """Flushes standard output; drops what nobody reads, on which Python would fail at its end."""
+  try:
+    sys.stdout.flush()
+  except OSError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _exit(status: int, reason: str):

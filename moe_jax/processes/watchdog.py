@@ -107,7 +107,8 @@ class Watchdog:
         connection.sendall(line)
 
   def _exit(self, status: int, seconds: float):
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+      with contextlib.suppress(OSError):  # a reader that has gone must not keep this process here
+        stream.flush()
     time.sleep(seconds if self._number else _FIRST_GRACE_SECONDS)
     os._exit(status)

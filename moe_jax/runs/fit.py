@@ -58,6 +58,7 @@ def fit(
   train, timer = cfg.train, step_timer(cfg)
   start = int(jnp.ravel(state.step)[0])  # of several seeds all are the same
   stops = agreement.StopAgreement(mesh, loop.MAX_IN_FLIGHT)
+  between_batches = agreement.StopAgreement(mesh, 0)
   with contextlib.closing(batches), loop_actions.ProgressBar(start, train.num_steps) as bar:
     actions = [
       bar,
@@ -65,8 +66,11 @@ def fit(
         members, train.log_every, optimizer_step.host_metrics, timer, bar, say
       ),
       loop_actions.WriteRoutingFigures(members, train.routing_every, timer),
-      loop_actions.EvaluateMidway(members, train.eval_every, mesh, timer, say),
+      # Saves first: an evaluation may take longer than a machine waits after SIGTERM.
       loop_actions.SaveCheckpoint(members, checkpointer, meta, timer),
+      loop_actions.EvaluateMidway(
+        members, train.eval_every, mesh, timer, say, lambda: between_batches.after_step(stop.name)
+      ),
     ]
     last = loop.run(
       loop.steps(train_step, state, batches, mesh=mesh, put=put, timer=timer, profile=profile),

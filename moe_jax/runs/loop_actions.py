@@ -149,15 +149,26 @@ class EvaluateMidway:
   mesh: jax.sharding.Mesh
   timer: step_timer.StepTimer
   say: trained_run.Say
+  stop_requested: Callable[[], str]  # asked before every batch; the name of a signal, '' to go on
 
   def after_step(self, report: loop.StepReport):
-    """Evaluates every `every` steps, but not a finished run: its report does."""
-    if report.complete or not _due(report.step, self.every):
+    """Evaluates every `every` steps, but not a run that ends here: its report does."""
+    if report.last or not _due(report.step, self.every):
       return
+    try:
+      self._evaluate(report)
+    except evaluate.StoppedError as e:
+      self.say(f'step={report.step} held-out evaluation left unfinished after {e}')
+
+  def _evaluate(self, report: loop.StepReport):
     with self.timer.paused():
       for one in self.members:
         figures = evaluate.evaluate(
-          one.cfg, one.take(report.state.variables), one.corpus, self.mesh
+          one.cfg,
+          one.take(report.state.variables),
+          one.corpus,
+          self.mesh,
+          stop_requested=self.stop_requested,
         )
         scalars = {'heldout_loss': figures.loss, 'heldout_bits_per_byte': figures.bits_per_byte}
         one.writer.write_scalars(report.step, scalars)

@@ -26,7 +26,7 @@ from moe_jax.config import schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import pipeline
 from moe_jax.devices import compile_options, partitioning
-from moe_jax.runs import checks, first_state, fit, loop_actions, run_record, trained_run
+from moe_jax.runs import checks, first_state, fit, loop_actions, run_record, terminal, trained_run
 from moe_jax.training import objective, optim, optimizer_step, stop_signal, train_state
 
 
@@ -126,7 +126,7 @@ def run_training(
   Raises:
     errors.InputError: the run does not fit one device, or as `train_run.run_training` says.
   """
-  cfgs = configs(cfg, seeds)
+  cfgs, say = configs(cfg, seeds), terminal.of(say)
   errors.require(
     not cfg.init_from,
     f'config.init_from={cfg.init_from!r} must be empty for seeds as an axis, which would all start '

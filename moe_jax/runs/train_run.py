@@ -20,7 +20,7 @@ from moe_jax.devices import partitioning
 from moe_jax.models.experts import backends
 from moe_jax.planning import flops, profile
 from moe_jax.processes import agreement
-from moe_jax.runs import checks, first_state, fit, loop_actions, run_record, trained_run
+from moe_jax.runs import checks, first_state, fit, loop_actions, run_record, terminal, trained_run
 from moe_jax.training import loop, objective, optim, optimizer_step, stop_signal, train_state
 
 
@@ -52,7 +52,7 @@ def run_training(
     errors.InputError: see the message.
   """
   workdir, first = pathlib.Path(workdir), agreement.is_first()
-  say = say if first else _say_nothing
+  say = terminal.of(say if first else _say_nothing)
   window = _profile_window(cfg, workdir, profile_steps, say)
   with agreement.together():
     changes, moved = run_record.check_workdir(workdir, cfg, allow_config_change)

@@ -9,6 +9,7 @@ context.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,6 +26,10 @@ from moe_jax.devices import partitioning
 from moe_jax.models import model_variables, transformer
 from moe_jax.processes import agreement
 from moe_jax.training import cross_entropy
+
+
+class StoppedError(Exception):
+  """An evaluation was left between two batches, for the signal that it names."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +89,7 @@ def evaluate(
   mesh: jax.sharding.Mesh,
   *,
   progress: bool = False,
+  stop_requested: Callable[[], str] = lambda: '',
 ) -> Evaluation:
   """Runs the model over the held-out split, in order.
 
@@ -94,6 +100,11 @@ def evaluate(
     corpus: whose `heldout` split is read.
     mesh: devices that share each batch.
     progress: show a bar.
+    stop_requested: asked before every batch; the name of a signal, or '' to go on. All processes of
+      a run must be told the same.
+
+  Raises:
+    StoppedError: `stop_requested` named a signal.
   """
   length, ways = cfg.model.max_seq_len, partitioning.row_ways(mesh)
   batch_size = -(-(cfg.train.micro_batch_size or cfg.train.batch_size) // ways) * ways
@@ -102,6 +113,8 @@ def evaluate(
   sums: Any = None
   bar = functools.partial(tqdm.tqdm, desc='held-out', unit='batch', leave=False)
   for batch in bar(batches, total=total, disable=None if progress else True):
+    if signal_name := stop_requested():
+      raise StoppedError(signal_name)
     del batch['domain_ids']
     with partitioning.activate(mesh):
       rows = partitioning.put_global_batch(batch, mesh)

@@ -141,7 +141,9 @@ def test_a_state_is_saved_when_due_and_forced_when_no_step_follows(members):
 def test_a_run_is_evaluated_on_the_way_and_not_at_its_end(members, monkeypatch):
   evaluated, said = [], []
 
-  def figures(cfg, variables, corpus, mesh):
+  def figures(cfg, variables, corpus, mesh, stop_requested):
+    if stop_requested():
+      raise evaluate.StoppedError(stop_requested())
     evaluated.append(variables)
     return types.SimpleNamespace(loss=1.0, bits_per_byte=2.0)
 
@@ -151,12 +153,20 @@ def test_a_run_is_evaluated_on_the_way_and_not_at_its_end(members, monkeypatch):
     loop_actions.Member(one.cfg, None, one.workdir, one.writer, take=lambda tree, i=i: tree[i])
     for i, one in enumerate(members)
   ]
-  midway = loop_actions.EvaluateMidway(members, 2, None, timer(), said.append)
+  signals = []
+  midway = loop_actions.EvaluateMidway(
+    members, 2, None, timer(), said.append, lambda: ''.join(signals)
+  )
   for step in (1, 2):
     midway.after_step(loop.StepReport(step, state, None))
   midway.after_step(loop.StepReport(4, state, None, complete=True))
+  midway.after_step(loop.StepReport(4, state, None, stopped_by='SIGTERM'))
   assert evaluated == ['first', 'second']
   assert said == ['step=2 heldout_loss=1.0000 heldout_bits_per_byte=2.0000'] * 2
+  signals.append('SIGTERM')  # comes while the evaluation runs
+  midway.after_step(loop.StepReport(6, state, None))
+  assert evaluated == ['first', 'second']
+  assert said[2:] == ['step=6 held-out evaluation left unfinished after SIGTERM']
 
 
 def test_actions_that_are_off_or_not_due_look_at_nothing(members):
@@ -167,7 +177,7 @@ def test_actions_that_are_off_or_not_due_look_at_nothing(members):
   hidden = loop.StepReport(1, Untouchable(), Untouchable())
   loop_actions.LogMetrics(members, 2, scalars, timer(), Bar(), str).after_step(hidden)
   loop_actions.WriteRoutingFigures(members, 0, timer()).after_step(hidden)
-  loop_actions.EvaluateMidway(members, 0, None, timer(), str).after_step(hidden)
+  loop_actions.EvaluateMidway(members, 0, None, timer(), str, str).after_step(hidden)
   loop_actions.SaveCheckpoint(members, Saver(), {}, timer()).after_step(hidden)
 
 

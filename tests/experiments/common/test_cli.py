@@ -1,0 +1,52 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from experiments.common import cli
+
+
+def status_unread(main) -> int:
+  """Runs a command whose output is a pipe without a reader; its exit status."""
+  read, write = os.pipe()
+  os.close(read)
+  with open(write, 'w') as pipe, pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sys, 'stdout', pipe)
+    patch.setattr(sys, 'argv', ['command'])
+    with pytest.raises(SystemExit) as caught:
+      cli.run(main)
+  return caught.value.code  # and closing the pipe raised nothing: nothing was left to write
+
+
+@pytest.mark.parametrize('text', ['short', 'long' * 10_000])
+def test_a_command_whose_output_nobody_reads_ends_in_silence(capfd, text):
+  assert status_unread(lambda argv: print(text)) == 141  # as the shell shows the end by SIGPIPE
+  assert capfd.readouterr().err == ''
+
+
+def test_the_error_of_a_command_that_nobody_reads_keeps_its_status(capfd):
+  def main(argv):
+    print('begun')
+    raise cli.errors.InputError('config.x=3 must be 2')
+
+  assert status_unread(main) == 2
+  assert capfd.readouterr().err == 'error: config.x=3 must be 2\n'
+
+
+def test_a_full_disk_behind_standard_output_is_one_line(monkeypatch, capfd):
+  monkeypatch.setattr(sys, 'argv', ['command'])
+  with open('/dev/full', 'w') as full, pytest.raises(SystemExit) as caught:
+    monkeypatch.setattr(sys, 'stdout', full)
+    cli.run(lambda argv: print('text'))
+  assert caught.value.code == 2
+  assert capfd.readouterr().err.startswith('error: standard output cannot be written: No space')
+
+
+def test_help_is_cut_off_in_silence():
+  command = [sys.executable, '-m', 'experiments.train', '--help']
+  read, write = os.pipe()
+  os.close(read)
+  done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE)
+  os.close(write)
+  assert done.stderr == b''
