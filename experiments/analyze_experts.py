@@ -29,7 +29,7 @@ def define_flags():
   flags.DEFINE_integer('step', None, 'checkpoint to use; the newest whole one if not given')
   flags.DEFINE_integer('compare_step', None, 'checkpoint for saturation; all others if not given')
   flags.DEFINE_integer('tokens', 32_768, 'held-out tokens to look at; 0 = all')
-  flags.DEFINE_string('out', '', 'directory of the report; WORKDIR/experts without')
+  cli.path_flag('out', '', 'directory of the report; WORKDIR/experts without')
   flags.DEFINE_bool('json', False, 'print one JSON object and nothing else')
 
 

@@ -18,8 +18,8 @@ from moe_jax import errors
 def define_flags():
   """Flags of this command."""
   cli.workdir_flag('directory of the run: written by an import, read by an export')
-  flags.DEFINE_string('from_hf', None, 'directory of a downloaded checkpoint, to import')
-  flags.DEFINE_string('to_hf', None, 'directory to export to; absent or empty')
+  cli.path_flag('from_hf', None, 'directory of a downloaded checkpoint, to import')
+  cli.path_flag('to_hf', None, 'directory to export to; absent or empty')
   flags.DEFINE_string('param_dtype', '', "import: dtype of the weights; '' = that of the files")
   flags.DEFINE_bool('allow_nonfinite', False, 'import: take NaN and infinity as they are')
   flags.DEFINE_integer('step', None, 'export: the checkpoint; the newest whole one if not given')

@@ -32,7 +32,7 @@ def define_flags():
   flags.DEFINE_list(
     'tasks', [], 'tasks of lm-evaluation-harness (extra hf), in place of held-out text'
   )
-  flags.DEFINE_string('include_path', '', 'tasks: directory of further task files')
+  cli.path_flag('include_path', '', 'tasks: directory of further task files')
   flags.DEFINE_integer(
     'num_fewshot', None, "tasks: examples per question; the task's own if not given"
   )

@@ -28,7 +28,7 @@ def define_flags():
   """Flags of this command."""
   cli.workdir_flag('directory of a trained run, or of a downloaded checkpoint')
   flags.DEFINE_multi_string('prompt', None, 'text to continue; repeat it for a batch')
-  flags.DEFINE_string('prompts_file', None, 'file of prompts, one per line')
+  cli.path_flag('prompts_file', None, 'file of prompts, one per line')
   flags.DEFINE_string('prefix', None, 'fill in the middle: what stands before it')
   flags.DEFINE_string('suffix', None, 'fill in the middle: what stands behind it')
   flags.DEFINE_integer('max_new_tokens', 64, 'tokens to add at most')

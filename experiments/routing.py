@@ -23,7 +23,7 @@ def define_flags():
   flags.DEFINE_list('devices', None, "numbers of devices; the config's num_virtual_devices if none")
   flags.DEFINE_list('limit', ['3'], 'M: report the share of tokens that need more than M devices')
   flags.DEFINE_list('capacity_factor', ['1.0', '1.25'], 'rooms at which drops are counted')
-  flags.DEFINE_string('save', None, 'file for the assignments, .npz')
+  cli.path_flag('save', None, 'file for the assignments, .npz')
   flags.DEFINE_bool('json', False, 'print one JSON object and nothing else')
 
 

@@ -29,7 +29,7 @@ def define_flags():
   flags.DEFINE_bool('json', False, 'print the results as a JSON list instead of a table')
   flags.DEFINE_string('only', '', 'only programs whose name and variant hold all of these words')
   flags.DEFINE_integer('repeats', 10, 'timed rounds, after one warm-up')
-  flags.DEFINE_string('out', str(HERE / 'results'), "directory of the results; '' writes nothing")
+  cli.path_flag('out', str(HERE / 'results'), "directory of the results; '' writes nothing")
   flags.DEFINE_bool('transformers', True, 'compare with transformers where it is installed')
 
 

@@ -21,7 +21,7 @@ HERE = pathlib.Path(__file__).parent
 
 def define_flags():
   """Flags of this command."""
-  flags.DEFINE_string('out', str(HERE / 'results' / 'gpu'), 'directory of the results')
+  cli.path_flag('out', str(HERE / 'results' / 'gpu'), 'directory of the results')
   flags.DEFINE_float('minutes', 9, 'time for everything')
   flags.DEFINE_list('only', [], 'parts to run; an unknown name lists them; none = all')
   flags.DEFINE_bool('toy', False, 'toy sizes, on any platform')

@@ -20,7 +20,7 @@ def define_flags():
   """Flags of this command."""
   flags.DEFINE_float('minutes', 60, 'begin no kernel after them')
   flags.DEFINE_list('only', [], 'words that the name of a program must hold, such as 16b,tgmm')
-  flags.DEFINE_string('out', '', 'directory of the file; without, where the library looks for it')
+  cli.path_flag('out', '', 'directory of the file; without, where the library looks for it')
   flags.DEFINE_bool('toy', False, "toy shapes and tokamax's XLA forms, on any platform")
 
 

@@ -23,7 +23,7 @@ from absl import app, flags, logging
 
 from experiments.common import config_overrides, flag_help
 from moe_jax import errors
-from moe_jax.config import parse, schema
+from moe_jax.config import parse, paths, schema
 from moe_jax.data import cache
 from moe_jax.processes import launch, watchdog
 
@@ -73,7 +73,10 @@ def _quietly(main: Callable[[Sequence[str]], object], argv: Sequence[str]) -> ob
 
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # app.run leaves it at INFO, and JAX is talkative
-  compile_cache.enable(cache.root(''))
+  try:
+    compile_cache.enable(cache.root(''))
+  except errors.InputError as e:
+    logging.warning(f'Compiled programs are not kept from one command to the next: {e}.')
   status = main(argv)
   for line in _WATCHDOGS:
     line.finish()
@@ -139,7 +142,22 @@ def config_flag(repeated: bool = False):
 
 def workdir_flag(help_string: str) -> flags.FlagHolder:
   """Defines `--workdir`."""
-  return flags.DEFINE_string('workdir', None, help_string)
+  return path_flag('workdir', None, help_string)
+
+
+class _PathParser(flags.ArgumentParser):
+  def parse(self, argument: str) -> str:
+    return str(paths.local(argument)) if argument else ''
+
+  def flag_type(self) -> str:
+    return 'path'
+
+
+def path_flag(name: str, default: str | None, help_string: str) -> flags.FlagHolder:
+  """Defines a flag whose value is a path on this machine, see `paths.local`."""
+  return flags.DEFINE(
+    _PathParser(), name, default, help_string, serializer=flags.ArgumentSerializer()
+  )
 
 
 def distributed_flags():

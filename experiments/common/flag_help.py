@@ -12,7 +12,13 @@ _ROOT = pathlib.Path(__file__).parents[2]
 WIDTH = 100
 HELP_ARGUMENTS = ('--help', '-help', '-h', '-?', '--helpshort', '--helpfull')
 INTERNAL = 'internal: '  # begins the help of flags that commands give to their own processes
-_TYPES = {'int': 'INTEGER', 'float': 'NUMBER', 'string': 'TEXT', 'multi string': 'TEXT'}
+_TYPES = {
+  'int': 'INTEGER',
+  'float': 'NUMBER',
+  'string': 'TEXT',
+  'path': 'PATH',
+  'multi string': 'TEXT',
+}
 _TYPES |= {'multi int': 'INTEGER', 'comma separated list of strings': 'A,B,...'}
 
 
@@ -21,7 +27,7 @@ class Flag:
   """One flag of a command, in words."""
 
   name: str
-  type: str  # 'TEXT', 'INTEGER', 'NUMBER', 'A,B,...', 'a|b|c' (a choice) or '' (a switch)
+  type: str  # 'TEXT', 'PATH', 'INTEGER', 'NUMBER', 'A,B,...', 'a|b|c' (a choice) or '' (a switch)
   default: str  # as one would type it; '' where there is none
   help: str
   repeated: bool = False  # may be given several times

@@ -16,7 +16,7 @@ from experiments.common import cli
 def define_flags():
   """Defines the command's flags."""
   flags.DEFINE_list('names', [], 'cases of hf_models.py; all without')
-  flags.DEFINE_string('out', 'experiments/parity', 'directory of README.md and results.json')
+  cli.path_flag('out', 'experiments/parity', 'directory of README.md and results.json')
 
 
 def main(argv: Sequence[str]):

@@ -5,14 +5,12 @@ python -m experiments.pod_plans.picture [--picture=docs/mesh.png]
 
 from collections.abc import Sequence
 
-from absl import flags
-
 from experiments.common import cli
 
 
 def define_flags():
   """Flags of this command."""
-  flags.DEFINE_string('picture', 'docs/mesh.png', 'file to write')
+  cli.path_flag('picture', 'docs/mesh.png', 'file to write')
 
 
 def main(argv: Sequence[str]):

@@ -29,7 +29,7 @@ def define_flags():
   flags.DEFINE_bool(
     'dry_run', False, 'print what the arms cost and whether they match; no training'
   )
-  flags.DEFINE_string('out', '', 'directory of the report; WORKDIR/report without')
+  cli.path_flag('out', '', 'directory of the report; WORKDIR/report without')
   local_jobs.define_flags()
 
 

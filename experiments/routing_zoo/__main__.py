@@ -22,7 +22,7 @@ def define_flags():
   flags.DEFINE_list('seeds', ['3'], 'values of train.seed, or how many')
   flags.DEFINE_integer('steps', 0, 'training steps; 0 = as the page says')
   local_jobs.define_flags()
-  flags.DEFINE_string('out', 'experiments/routing_zoo', 'directory of README.md and results')
+  cli.path_flag('out', 'experiments/routing_zoo', 'directory of README.md and results')
 
 
 def main(argv: Sequence[str]):

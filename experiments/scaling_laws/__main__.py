@@ -26,7 +26,7 @@ def define_flags():
   flags.DEFINE_list('kinds', ['dense', 'moe'], 'families to train')
   flags.DEFINE_string('data_source', '', "data.source in place of the page's")
   flags.DEFINE_string('data_path', '', "data.path in place of the page's")
-  flags.DEFINE_string('out', '', 'directory of the report; default: results/SCALE beside this file')
+  cli.path_flag('out', '', 'directory of the report; default: results/SCALE beside this file')
   local_jobs.define_flags()
 
 

@@ -1,11 +1,10 @@
 """Opens the directory of a run, or a downloaded checkpoint."""
 
 import os
-import pathlib
 
 from moe_jax import errors
 from moe_jax.api import run as run_lib
-from moe_jax.config import pages
+from moe_jax.config import pages, paths
 from moe_jax.interop import huggingface
 from moe_jax.runs import trained_run
 
@@ -36,6 +35,7 @@ def load(
   Raises:
     errors.InputError: the directory is neither, or what it holds is damaged.
   """
+  directory = paths.local(directory, flag)
   return run_lib.Run(read(directory, step=step, param_dtype=param_dtype, flag=flag), directory)
 
 
@@ -66,7 +66,7 @@ def is_downloaded(directory: str | os.PathLike[str], flag: str = 'directory') ->
   Raises:
     errors.InputError: it is neither.
   """
-  path = pathlib.Path(directory)
+  path = paths.local(directory, flag)
   if (path / 'checkpoints').is_dir():
     return False
   downloaded = (path / 'config.json').is_file() and any(path.glob('*.safetensors'))

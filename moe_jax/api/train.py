@@ -1,7 +1,6 @@
 """Trains a config from Python as the command `train` does."""
 
 import os
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +8,7 @@ import ml_collections
 
 from moe_jax import errors, trees
 from moe_jax.api import run as run_lib
-from moe_jax.config import pages, parse, schema
+from moe_jax.config import pages, parse, paths, schema
 from moe_jax.runs import final_report, terminal, train_run
 
 Config = str | ml_collections.ConfigDict | Mapping[str, Any] | schema.Config
@@ -45,7 +44,7 @@ def train(
     errors.InputError: a value that breaks a rule, before anything is written; or divergence.
   """
   cfg = resolve(config, overrides)
-  workdir, say = pathlib.Path(workdir), terminal.of(say)
+  workdir, say = paths.local(workdir, 'workdir'), terminal.of(say)
   trained, corpus = train_run.run_training(
     cfg, workdir, allow_config_change=allow_config_change, say=say
   )

@@ -21,7 +21,7 @@ import tqdm
 from absl import logging
 
 from moe_jax import errors
-from moe_jax.config import schema
+from moe_jax.config import paths, schema
 from moe_jax.data import cache, hashing, synthetic
 
 TEXT_CUT_BYTES = 64 * 1024  # source 'text': files longer than this become several documents
@@ -109,7 +109,7 @@ def python_source(spec: Spec, warn: Callable[[str], None]) -> Iterator[Document]
     set()
   )  # roots may overlap: a file under two names could be in both splits
   for pattern in _comma_separated(spec.path) or [sysconfig.get_path('stdlib')]:
-    root = pathlib.Path(pattern).expanduser()
+    root = paths.local(pattern, f'{spec.section}.path')
     if not root.is_dir():
       raise errors.InputError(
         f'{spec.where} must name directories, and {pattern!r} is none; correct it, or leave it '
@@ -307,7 +307,7 @@ def _files(spec: Spec) -> list[tuple[str, pathlib.Path]]:
   """The files that a path of files and globs names, each with its name below the glob's root."""
   files: dict[pathlib.Path, str] = {}
   for pattern in _comma_separated(spec.path):
-    path = pathlib.Path(pattern).expanduser()
+    path = paths.local(pattern, f'{spec.section}.path')
     if path.is_file():
       files[path] = path.name
     elif glob.has_magic(pattern):

@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from moe_jax import atomic_files, errors
+from moe_jax.config import paths
 from moe_jax.data import hashing
 
 # Begin, hole, end, spelled as in DeepSeek-Coder-V2: full-width bars, lower-one-eighth blocks.
@@ -88,7 +89,7 @@ def load(path: str | pathlib.Path, bos_token: str, eos_token: str) -> Tokenizer:
     errors.InputError: no such file, not a tokenizer, or a token is missing.
   """
   try:
-    text = pathlib.Path(path).expanduser().read_text(encoding='utf-8')
+    text = paths.local(path).read_text(encoding='utf-8')
     inner = tokenizers.Tokenizer.from_str(text)
   except Exception as e:  # `tokenizers` raises bare Exception for a malformed file
     raise errors.InputError(

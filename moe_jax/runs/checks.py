@@ -5,7 +5,7 @@ import pathlib
 import jax
 
 from moe_jax import errors, trees
-from moe_jax.config import parse, schema
+from moe_jax.config import parse, paths, schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import pipeline
 from moe_jax.devices import partitioning
@@ -87,7 +87,7 @@ def check_source(cfg: schema.Config, source: trees.Json | None, corpus: corpus_l
     source['tokenizer'] == trained_run.digest(corpus.tokenizer),
     f'config.data.tokenizer={cfg.data.tokenizer!r} is not the tokenizer of config.init_from='
     f'{cfg.init_from}, whose embedding is used; pass '
-    f'--config.data.tokenizer={pathlib.Path(cfg.init_from) / "tokenizer.json"}',
+    f'--config.data.tokenizer={paths.local(cfg.init_from) / "tokenizer.json"}',
   )
 
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from moe_jax import atomic_files, errors, trees
 from moe_jax.checkpoints import checkpointer as checkpointer_lib
-from moe_jax.config import schema
+from moe_jax.config import paths, schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import pipeline
 from moe_jax.devices import compile_options, partitioning
@@ -126,6 +126,7 @@ def run_training(
   Raises:
     errors.InputError: the run does not fit one device, or as `train_run.run_training` says.
   """
+  workdir = paths.local(workdir, '--workdir')
   cfgs, say = configs(cfg, seeds), terminal.of(say)
   errors.require(
     not cfg.init_from,

@@ -13,7 +13,7 @@ import jax
 
 from moe_jax import atomic_files, errors
 from moe_jax.checkpoints import checkpointer as checkpointer_lib
-from moe_jax.config import schema
+from moe_jax.config import paths, schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import pipeline
 from moe_jax.devices import partitioning
@@ -51,7 +51,7 @@ def run_training(
   Raises:
     errors.InputError: see the message.
   """
-  workdir, first = pathlib.Path(workdir), agreement.is_first()
+  workdir, first = paths.local(workdir, '--workdir'), agreement.is_first()
   say = terminal.of(say if first else _say_nothing)
   window = _profile_window(cfg, workdir, profile_steps, say)
   with agreement.together():

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from moe_jax import atomic_files, errors, trees
 from moe_jax.balance import expert_similarity
 from moe_jax.checkpoints import checkpointer as checkpointer_lib
-from moe_jax.config import moe_config, parse, router_traits, schema
+from moe_jax.config import moe_config, parse, paths, router_traits, schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import pipeline
 from moe_jax.devices import partitioning
@@ -53,7 +53,7 @@ def create(
   Raises:
     errors.InputError: see the message; nothing has been written then but an empty workdir.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = paths.local(workdir, '--workdir')
   errors.require(
     0 <= noise < math.inf, f'--noise={noise} must be a number of at least 0; 0 makes exact copies'
   )
@@ -64,7 +64,7 @@ def create(
   errors.require(
     trained_run.digest(corpus.tokenizer) == meta['tokenizer'],
     f'config.data.tokenizer={cfg.data.tokenizer!r} is not the tokenizer of the dense run, whose '
-    f'embedding is copied; pass --config.data.tokenizer={pathlib.Path(source) / "tokenizer.json"}',
+    f'embedding is copied; pass --config.data.tokenizer={paths.local(source) / "tokenizer.json"}',
   )
   # A record without a checkpoint is of a run that never was; it is kept beside the new one.
   run_record.check_workdir(workdir, cfg, allow_change=True)

@@ -1,10 +1,13 @@
+import functools
 import os
+import re
 import subprocess
 import sys
 
 import pytest
+from absl import flags
 
-from experiments.common import cli
+from experiments.common import cli, command_list
 
 
 def status_unread(main) -> int:
@@ -50,3 +53,30 @@ def test_help_is_cut_off_in_silence():
   done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE)
   os.close(write)
   assert done.stderr == b''
+
+
+def test_every_flag_of_a_path_is_read_as_one():
+  """A new command cannot forget: directories and files of all commands, by name."""
+  paths = {'workdir', 'out', 'from', 'from_hf', 'to_hf', 'save', 'prompts_file', 'include_path'}
+  seen = set()
+  for command in command_list.commands():
+    for flag in command.flags():
+      named = re.match(r'(scratch )?(directory|file)\b', flag.help) or flag.name in paths
+      if named and flag.type in ('TEXT', 'PATH'):
+        seen.add(flag.name)
+        assert flag.type == 'PATH', (command.name, flag.name, flag.help)
+  assert seen >= paths
+
+
+def test_a_path_flag_expands_a_home_and_refuses_a_bucket(monkeypatch):
+  monkeypatch.setenv('HOME', '/homes/me')
+  values = flags.FlagValues()
+  monkeypatch.setattr(flags, 'FLAGS', values)
+  monkeypatch.setattr(flags, 'DEFINE', functools.partial(flags.DEFINE, flag_values=values))
+  cli.workdir_flag('directory')
+  cli.path_flag('out', '', 'file')
+  assert cli.parse_flags(['train', '--workdir=~/a'])
+  assert (values.workdir, values.out) == ('/homes/me/a', '')
+  for wrong in ('gs://bucket/a', '~nosuchuser/a'):
+    with pytest.raises(cli.errors.InputError, match='--workdir=.*(gs://|nosuchuser)'):
+      cli.parse_flags(['train', f'--workdir={wrong}'])
