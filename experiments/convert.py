@@ -22,6 +22,9 @@ def define_flags():
   cli.path_flag('to_hf', None, 'directory to export to; absent or empty')
   flags.DEFINE_string('param_dtype', '', "import: dtype of the weights; '' = that of the files")
   flags.DEFINE_bool('allow_nonfinite', False, 'import: take NaN and infinity as they are')
+  flags.DEFINE_bool(
+    'untie', False, 'import: embedding and head that are one matrix become two, to be trained'
+  )
   flags.DEFINE_integer('step', None, 'export: the checkpoint; the newest whole one if not given')
   flags.DEFINE_string('dtype', 'original', 'export: original, bfloat16 or float32')
 
@@ -41,7 +44,7 @@ def main(unused_argv: Sequence[str]):
   way, idle = (
     ('--from_hf', ('step', 'dtype'))
     if values.from_hf
-    else ('--to_hf', ('param_dtype', 'allow_nonfinite'))
+    else ('--to_hf', ('param_dtype', 'allow_nonfinite', 'untie'))
   )
   for name in idle:
     errors.require(
@@ -56,6 +59,7 @@ def main(unused_argv: Sequence[str]):
       workdir,
       param_dtype=values.param_dtype,
       allow_nonfinite=values.allow_nonfinite,
+      untie=values.untie,
       argv=sys.argv,
     )
   else:

@@ -124,8 +124,8 @@ def _write(
 
   values, tokenizer, limit = flags.FLAGS, loaded.tokenizer, flags.FLAGS.max_new_tokens
   if values.speculative:
-    model, eos = (loaded.config.model, loaded.variables), tokenizer.eos_id
-    found = speculative.speculate(*model, prompts, limit, eos, sampling, timed=True)
+    model, ends = (loaded.config.model, loaded.variables), tokenizer.end_ids
+    found = speculative.speculate(*model, prompts, limit, ends, sampling, timed=True)
     texts = [tokenizer.decode(row) for row in found.tokens]
     note = f', {found.accepted} of {found.drafted} drafts accepted ({found.acceptance:.1%})'
     return texts, found.tokens, note, found.tokens_per_second

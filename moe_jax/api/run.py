@@ -137,7 +137,7 @@ class Run:
       min_p: draw among tokens at least this times as likely as the likeliest.
       repetition_penalty: makes tokens that stand there less likely; 1 is off.
       stop: strings that end a continuation, and are cut off it.
-      stop_ids: token ids that end a continuation, beside the end-of-document token.
+      stop_ids: token ids that end a continuation, beside those of the tokenizer (`end_ids`).
       seed: decides the draws.
       on_text: called with (number of the prompt, further text) while text is written.
 
@@ -259,7 +259,7 @@ class Run:
 
   @functools.cached_property
   def _generator(self) -> generate_lib.Generator:
-    return generate_lib.Generator(self.config.model, self.variables, (self.tokenizer.eos_id,))
+    return generate_lib.Generator(self.config.model, self.variables, self.tokenizer.end_ids)
 
   def _apply(self, function: Callable[..., Any], batch: trees.HostBatch) -> Any:
     with partitioning.activate(self.mesh):

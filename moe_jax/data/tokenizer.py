@@ -50,6 +50,7 @@ class Tokenizer:
     self._inner = inner
     ids = inner.get_vocab(with_added_tokens=True)
     self.bos_id, self.eos_id = ids[bos_token], ids[eos_token]
+    self.end_ids: tuple[int, ...] = (self.eos_id,)  # what ends a text that is generated
     # One more than the largest id, which is what an embedding must have rows for.
     self.vocab_size: int = max(ids.values()) + 1
     self.fim_ids: tuple[int, ...] | None = None  # begin, hole, end
@@ -67,6 +68,10 @@ class Tokenizer:
   def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
     """Ids to text; ids that form no whole UTF-8 character become U+FFFD."""
     return self._inner.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+  def token_id(self, token: str) -> int | None:
+    """The id of a token by its spelling in the vocabulary; None if there is no such token."""
+    return self._inner.token_to_id(token)
 
   def to_json(self) -> str:
     return self._inner.to_str()

@@ -177,7 +177,7 @@ def _advance(
   """Decodes until `limit` tokens are generated or all rows have ended."""
 
   def advance(s: _State) -> _State:
-    done = s.done | jnp.isin(s.token, jnp.array(eos_ids, jnp.int32))
+    done = s.done | sampling_lib.ends(s.token, eos_ids)
     written = s.written.at[:, s.t].set(jnp.where(done, -1, s.token))
     out = cached_model.step(cfg, weights, s.token[:, None], s.position[:, None], s.caches)
     logits = cached_model.logits_of(cfg, weights, out.hidden)[:, 0]
@@ -327,11 +327,11 @@ def generate(
   variables: trees.Variables,
   prompts: Sequence[Sequence[int]],
   max_new_tokens: int,
-  eos_id: int,
+  eos_ids: Sequence[int],
   sampling: sampling_lib.Sampling,
   **options: Any,
 ) -> Generation:
   """`Generator.generate` of a model that is used once; `options` are its keyword arguments."""
   padded(cfg, prompts, max_new_tokens)  # mistakes show before any weight is copied
-  generator = Generator(cfg, variables, (eos_id,))
+  generator = Generator(cfg, variables, eos_ids)
   return generator.generate(prompts, max_new_tokens, sampling, **options)

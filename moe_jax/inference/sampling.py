@@ -1,6 +1,7 @@
 """How the next token is drawn from logits: pure functions of arrays."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,11 @@ class Sampling:
     for name, holds, rule in rules:
       if not holds:
         raise errors.InputError(f'--{name}={getattr(self, name)} must be {rule}')
+
+
+def ends(token: Array, eos_ids: Sequence[int]) -> Array:
+  """Whether a token ends its text: ids [B] -> [B] bool."""
+  return jnp.isin(token, jnp.array(tuple(eos_ids), jnp.int32))
 
 
 def penalise(logits: Array, seen: Array, penalty: float) -> Array:

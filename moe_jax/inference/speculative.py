@@ -133,7 +133,7 @@ def judge(logits: Array, draft: Array, sampling: sampling_lib.Sampling, rng: Arr
   return keep, jnp.where(keep, draft, other)
 
 
-@functools.partial(jax.jit, static_argnames=('cfg', 'sampling', 'eos_id', 'max_new_tokens'))
+@functools.partial(jax.jit, static_argnames=('cfg', 'sampling', 'eos_ids', 'max_new_tokens'))
 def _generate(
   variables: trees.Variables,
   weights: cached_model.Weights,
@@ -144,7 +144,7 @@ def _generate(
   *,
   cfg: schema.ModelConfig,
   sampling: sampling_lib.Sampling,
-  eos_id: int,
+  eos_ids: tuple[int, ...],
   max_new_tokens: int,
 ) -> tuple[Array, Array, Array]:
   """(new ids [B, max_new_tokens], -1 where a row has ended; guesses checked; guesses right)."""
@@ -174,7 +174,7 @@ def _generate(
   token = draw(logits, jax.random.fold_in(rng, 0))
   behind = jnp.where(at == last, token[:, None], jnp.roll(prompt, -1, axis=1))
   ahead, mtp_cache = module(cached_model.normed(cfg, weights, out.hidden), behind, at, real, None)
-  done = token == eos_id
+  done = sampling_lib.ends(token, eos_ids)
   written = jnp.full((batch_size, max_new_tokens + 1), -1, jnp.int32)
   zero = jnp.zeros((), jnp.int32)
   state = _State(
@@ -205,12 +205,12 @@ def _generate(
     keep, first = judge(logits[:, 0], s.draft, sampling, keys[0])
     second = draw(logits[:, 1], keys[1])
     # The first token, then behind an accepted draft the second.
-    done = s.done | (active & (first == eos_id))
+    done = s.done | (active & sampling_lib.ends(first, eos_ids))
     one = active & ~done
     written = put(s.written, s.count, first, one)
     count = s.count + one
     two = one & keep & (count < limit)
-    done |= two & (second == eos_id)
+    done |= two & sampling_lib.ends(second, eos_ids)
     two &= ~done
     written = put(written, count, second, two)
     ones = jnp.ones((batch_size, 2), jnp.int32)
@@ -244,7 +244,7 @@ def speculate(
   variables: trees.Variables,
   prompts: Sequence[Sequence[int]],
   max_new_tokens: int,
-  eos_id: int,
+  eos_ids: Sequence[int],
   sampling: sampling_lib.Sampling,
   *,
   timed: bool = False,
@@ -271,7 +271,7 @@ def speculate(
     seed=np.uint32(sampling.seed),
     cfg=cfg,
     sampling=dataclasses.replace(sampling, seed=0),  # one compilation serves all seeds
-    eos_id=eos_id,
+    eos_ids=tuple(eos_ids),
     max_new_tokens=max_new_tokens,
   )
   if timed:

@@ -82,21 +82,28 @@ def own_record(model: schema.ModelConfig, layout: mapping.Layout) -> sidecar.Rec
   return sidecar.Record(layout, _FILE_DTYPE[model.param_dtype], {}, False)
 
 
+def trained_record(model: schema.ModelConfig, record: sidecar.Record) -> sidecar.Record:
+  """How a model is written that was imported and then trained: as it is kept, what was wider so."""
+  wide = {name: dtype for name, dtype in record.other_dtypes.items() if dtype == 'F32'}
+  return record._replace(dtype=_FILE_DTYPE[model.param_dtype], other_dtypes=wide)
+
+
 def config_json(
   kept: pathlib.Path,
   cfg: schema.Config,
   plan: Plan,
   record: sidecar.Record | None,
   untied: bool,
-) -> tuple[dict[str, Any], bool]:
-  """The config.json of an export, and whether it is the imported one as it was."""
+  trained: bool,
+) -> tuple[dict[str, Any], list[str]]:
+  """The config.json of an export, and its keys that an imported one had otherwise."""
   made = hf_config_export.from_config(cfg)
   if record is None:
     tokenizer = tokenizer_lib.load(
       kept.parent / sidecar.TOKENIZER, cfg.data.bos_token, cfg.data.eos_token
     )
     ids = {'bos_token_id': tokenizer.bos_id, 'eos_token_id': tokenizer.eos_id}
-    return made | ids | dtype_key(plan), False
+    return made | ids | dtype_key(plan), []
   original = source_lib.read_json(kept / 'config.json')
   values = hf_config.to_values(original, parse.to_dict(cfg), cfg.model.num_mtp_layers)
   before = hf_config_export.from_config(parse.from_dict(values))
@@ -105,15 +112,17 @@ def config_json(
   changed |= {'tie_word_embeddings': False} if untied else {}
   if cfg.model.num_mtp_layers not in (0, hf_config.declared_mtp_layers(original)):
     changed['num_nextn_predict_layers'] = cfg.model.num_mtp_layers
-  if plan.changes_dtype or record.was_float8:
-    newer = 'dtype' in original
-    changed |= {'dtype' if newer else 'torch_dtype': dtype_key(plan)['torch_dtype']}
+  key = 'dtype' if 'dtype' in original else 'torch_dtype'
+  dtype = dtype_key(plan)['torch_dtype']
+  if plan.changes_dtype or record.was_float8 or (trained and original.get(key, dtype) != dtype):
+    changed[key] = dtype
   dropped = ['quantization_config'] if record.was_float8 else []
   if original.get('rope_parameters') and {'rope_scaling', 'rope_theta'} & changed.keys():
     changed |= {key: made[key] for key in ('rope_scaling', 'rope_theta')}
     dropped.append('rope_parameters')  # the newer spelling of the same
   content = {k: v for k, v in original.items() if k not in dropped} | changed
-  return content, content == original
+  keys = content.keys() | original.keys()
+  return content, sorted(k for k in keys if content.get(k, missing) != original.get(k, missing))
 
 
 def dtype_key(plan: Plan) -> dict[str, str]:

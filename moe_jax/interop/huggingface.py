@@ -24,9 +24,11 @@ import tqdm
 from moe_jax import atomic_files, errors, trees
 from moe_jax.checkpoints import stream_reader, stream_writer
 from moe_jax.config import parse, schema
+from moe_jax.data import kept_files
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.interop import (
   export_plan,
+  exported_tokenizer,
   hf_config,
   hf_config_export,
   mapping,
@@ -144,6 +146,7 @@ def import_checkpoint(
   *,
   param_dtype: str = '',
   allow_nonfinite: bool = False,
+  untie: bool = False,
   argv: Sequence[str] = (),
   say: Say = print,
 ):
@@ -158,6 +161,7 @@ def import_checkpoint(
     workdir: absent or empty.
     param_dtype: of weights and computation, one of schema.DTYPES; '' for that of the files.
     allow_nonfinite: take tensors with NaN or infinity as they are.
+    untie: an embedding that is the head too becomes two matrices, which training may change.
     argv: command line, for the record.
     say: prints one line.
 
@@ -186,7 +190,7 @@ def import_checkpoint(
         writer.write(entry.leaf, entry.index, part)
         bar.update(source.stored_bytes(entry))
     sidecar.keep(directory, staging / sidecar.DIRECTORY)
-    sidecar.write_record(source, staging / sidecar.DIRECTORY)
+    sidecar.write_record(source, staging / sidecar.DIRECTORY, untie)
     shutil.copyfile(directory / sidecar.TOKENIZER, staging / sidecar.TOKENIZER)
     run_record.write(staging, cfg, argv=argv, data_fingerprint=trained_run.NO_DATA)
   say(
@@ -234,20 +238,25 @@ def export_checkpoint(
   with stream_reader.Reader(workdir / 'checkpoints', step, verify=True) as reader:
     names = [name for name in reader.leaves if name.startswith(('params/', 'router_state/'))]
     leaves = {name: jax.ShapeDtypeStruct(*reader.leaves[name]) for name in names}
-    tied = record is not None and not record.layout.lm_head
-    untied = tied and not export_plan.is_tied(reader, cfg.model)
+    tied = bool(record and source_lib.read_json(kept / 'config.json').get('tie_word_embeddings'))
+    untied = tied and (record.untied or not export_plan.is_tied(reader, cfg.model))
+    if record is not None and reader.step:  # trained further
+      record = export_plan.trained_record(cfg.model, record)
     if record is not None and untied:
       record = record._replace(layout=record.layout._replace(lm_head=True))
-      say('head and embedding are no longer equal: they are written as two tensors')
+      say('head and embedding are written as two tensors: they are trained apart')
     if record is not None and record.was_float8:
       say('the files came in float8; they are exported without quantisation')
     layout = record or export_plan.own_record(cfg.model, mapping.Layout())
     plan = export_plan.Plan(cfg.model, leaves, layout, dtype)
-    content, same = export_plan.config_json(kept, cfg, plan, record, untied)
+    content, changed = export_plan.config_json(kept, cfg, plan, record, untied, bool(reader.step))
+    same = record is not None and not changed
     with _staged(directory, '--to_hf') as staging:
-      _copy_small_files(workdir, staging, cfg, imported=record is not None)
+      _copy_small_files(workdir, staging, cfg, record is not None, say)
       if not same:
         _write_json(staging / 'config.json', content)
+      if record is not None and not same:
+        say(f'config.json differs from the imported one in {", ".join(changed)}')
       plan.write(staging, reader.read, shard_bytes)
   say(
     _closing_line(
@@ -261,7 +270,7 @@ def export_checkpoint(
 
 
 def _copy_small_files(
-  workdir: pathlib.Path, into: pathlib.Path, cfg: schema.Config, imported: bool
+  workdir: pathlib.Path, into: pathlib.Path, cfg: schema.Config, imported: bool, say: Say
 ):
   """Puts back what an import has kept; of another run, its tokenizer."""
   if imported:
@@ -269,8 +278,9 @@ def _copy_small_files(
       if path.name != sidecar.RECORD:
         shutil.copyfile(path, into / path.name)
   else:
-    shutil.copyfile(workdir / sidecar.TOKENIZER, into / sidecar.TOKENIZER)
-    sidecar.write_tokenizer_config(into, cfg.data, cfg.model.max_seq_len)
+    data = cfg.data
+    tokenizer = tokenizer_lib.load(workdir / sidecar.TOKENIZER, data.bos_token, data.eos_token)
+    exported_tokenizer.write(tokenizer, data, cfg.model.max_seq_len, into, say)
 
 
 def _open(
@@ -285,6 +295,7 @@ def _open(
   source = source_lib.read(directory, dict(values) | {'data': data}, param_dtype)
   tokenizer = tokenizer_lib.load(directory / sidecar.TOKENIZER, bos, eos)
   tokenizer_lib.check_vocab_size(tokenizer, source.cfg.model.vocab_size)
+  tokenizer.end_ids = kept_files.end_ids(directory, tokenizer)
   return source, tokenizer
 
 

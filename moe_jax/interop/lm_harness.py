@@ -122,9 +122,7 @@ class Harness(harness_model.TemplateLM):
 
   @functools.cached_property
   def _generator(self) -> generate.Generator:
-    return generate.Generator(
-      self._run.cfg.model, self._run.variables, (self._run.tokenizer.eos_id,)
-    )
+    return generate.Generator(self._run.cfg.model, self._run.variables, self._run.tokenizer.end_ids)
 
   @property
   def eot_token_id(self) -> int:

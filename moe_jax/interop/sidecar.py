@@ -5,7 +5,6 @@ An import keeps them in the workdir's `hf/`, byte by byte, so that an export giv
 """
 
 import json
-import os
 import pathlib
 import shutil
 from collections.abc import Mapping, Sequence
@@ -14,9 +13,10 @@ from typing import Any, NamedTuple
 import tokenizers
 
 from moe_jax import errors, trees
+from moe_jax.data import kept_files
 from moe_jax.interop import mapping, safetensors_files, source
 
-DIRECTORY, RECORD = 'hf', 'moe_jax.json'
+DIRECTORY, RECORD = kept_files.DIRECTORY, kept_files.RECORD
 TOKENIZER, TOKENIZER_CONFIG = 'tokenizer.json', 'tokenizer_config.json'
 # The code of older models is kept for those who run it; nothing here does.
 _KEPT = ('.json', '.jinja', '.model', '.txt', '.md', '.py')
@@ -30,6 +30,7 @@ class Record(NamedTuple):
   dtype: str  # of most tensors, a key of safetensors_files.DTYPES
   other_dtypes: Mapping[str, str]  # of the others, by name
   was_float8: bool
+  untied: bool = False  # embedding and head, one matrix in the files, are trained as two
 
 
 def keep(directory: pathlib.Path, into: pathlib.Path):
@@ -42,10 +43,10 @@ def keep(directory: pathlib.Path, into: pathlib.Path):
       shutil.copyfile(path, into / path.name)
 
 
-def write_record(origin: source.Source, into: pathlib.Path):
+def write_record(origin: source.Source, into: pathlib.Path, untied: bool = False):
   """Writes the `Record` of a source."""
   dtype, others = source.dtypes(origin)
-  record = Record(origin.layout, dtype, others, origin.block is not None)
+  record = Record(origin.layout, dtype, others, origin.block is not None, untied)
   content = record._asdict() | {'layout': origin.layout._asdict()}
   (into / RECORD).write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
 
@@ -111,16 +112,3 @@ def _token_name(path: pathlib.Path, token_id: int) -> str | None:
     return tokenizers.Tokenizer.from_file(str(path)).id_to_token(token_id)
   except Exception as e:  # what `tokenizers` raises for a malformed file
     raise errors.InputError(f'{path} is not a readable tokenizer ({e}); download it again') from e
-
-
-def write_tokenizer_config(directory: str | os.PathLike[str], data: Any, max_seq_len: int):
-  """The tokenizer_config.json of a model that was not imported."""
-  content = {
-    'tokenizer_class': 'PreTrainedTokenizerFast',
-    'bos_token': data.bos_token,
-    'eos_token': data.eos_token,
-    'model_max_length': max_seq_len,
-  }
-  path = pathlib.Path(directory) / TOKENIZER_CONFIG
-  text = json.dumps(content, indent=2, ensure_ascii=False) + '\n'
-  path.write_text(text, encoding='utf-8')

@@ -7,7 +7,7 @@ import jax
 from moe_jax import errors, trees
 from moe_jax.config import parse, paths, schema
 from moe_jax.data import corpus as corpus_lib
-from moe_jax.data import pipeline
+from moe_jax.data import kept_files, pipeline
 from moe_jax.devices import partitioning
 from moe_jax.inference import generate
 from moe_jax.models.experts import sorted_plan
@@ -83,6 +83,7 @@ def check_source(cfg: schema.Config, source: trees.Json | None, corpus: corpus_l
   if source is None:
     return
   warm_start.check(cfg, parse.from_dict(source['config']))
+  kept_files.require_untied(cfg.init_from, 'config.init_from')
   errors.require(
     source['tokenizer'] == trained_run.digest(corpus.tokenizer),
     f'config.data.tokenizer={cfg.data.tokenizer!r} is not the tokenizer of config.init_from='

@@ -36,7 +36,7 @@ def sample(
     run.variables,
     [trained_run.encode_prompt(run, prompt)],
     max_new_tokens,
-    run.tokenizer.eos_id,
+    run.tokenizer.end_ids,
     sampling,
     decode_text=run.tokenizer.decode,
     timed=True,

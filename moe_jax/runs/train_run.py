@@ -15,7 +15,7 @@ from moe_jax import atomic_files, errors
 from moe_jax.checkpoints import checkpointer as checkpointer_lib
 from moe_jax.config import paths, schema
 from moe_jax.data import corpus as corpus_lib
-from moe_jax.data import pipeline
+from moe_jax.data import kept_files, pipeline
 from moe_jax.devices import partitioning
 from moe_jax.models.experts import backends
 from moe_jax.planning import flops, profile
@@ -76,6 +76,9 @@ def run_training(
       if first:
         run_record.write(workdir, cfg, argv=argv, data_fingerprint=corpus.fingerprint)
         corpus.tokenizer.save(workdir / 'tokenizer.json')
+        if cfg.init_from:
+          kept_files.carry(pathlib.Path(cfg.init_from), workdir)
+    corpus.tokenizer.end_ids = kept_files.end_ids(workdir / kept_files.DIRECTORY, corpus.tokenizer)
     for line in (summary, *_prefixed('config', changes), *_prefixed('placement', moved)):
       say(line)
     if restored is None:

@@ -17,6 +17,7 @@ from moe_jax.checkpoints import checkpointer as checkpointer_lib
 from moe_jax.checkpoints import integrity
 from moe_jax.config import mesh_config, parse, paths, schema
 from moe_jax.data import corpus as corpus_lib
+from moe_jax.data import kept_files
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.devices import partitioning
 from moe_jax.models import model_variables
@@ -119,6 +120,7 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Run:
       f'{workdir / "tokenizer.json"} is not the tokenizer that the checkpoint of step '
       f'{restored.step} was trained with; put the original file back'
     )
+  tokenizer.end_ids = kept_files.end_ids(workdir / kept_files.DIRECTORY, tokenizer)
   return Run(
     cfg,
     mesh,

@@ -16,7 +16,7 @@ from moe_jax.balance import expert_similarity
 from moe_jax.checkpoints import checkpointer as checkpointer_lib
 from moe_jax.config import moe_config, parse, paths, router_traits, schema
 from moe_jax.data import corpus as corpus_lib
-from moe_jax.data import pipeline
+from moe_jax.data import kept_files, pipeline
 from moe_jax.devices import partitioning
 from moe_jax.models import transformer
 from moe_jax.runs import checks, first_state, run_record, trained_run, upcycle
@@ -60,6 +60,7 @@ def create(
   _check_no_checkpoints(workdir)
   meta = trained_run.read_meta(source, step)
   layout = upcycle.plan(parse.from_dict(meta['config']).model, cfg.model)
+  kept_files.require_untied(str(source), '--from')
   mesh, corpus = checks.prepare(cfg)
   errors.require(
     trained_run.digest(corpus.tokenizer) == meta['tokenizer'],

@@ -215,7 +215,7 @@ def test_sharded_parameters_write_the_same_text(name, heads):
   prompts = [TOKENS[0, :3].tolist(), TOKENS[1, :6].tolist()]
 
   def write(v):
-    return generate.generate(model, v, prompts, 6, 31, greedy).tokens
+    return generate.generate(model, v, prompts, 6, (31,), greedy).tokens
 
   assert write(sharded) == write(variables(model))
 

@@ -39,7 +39,7 @@ def greedy(prompt, steps=NEW):
 
 def run(prompts, **sampling):
   return generate.generate(
-    CFG, {'params': tiny.params(CFG)}, prompts, NEW, EOS, sampling_lib.Sampling(**sampling)
+    CFG, {'params': tiny.params(CFG)}, prompts, NEW, (EOS,), sampling_lib.Sampling(**sampling)
   )
 
 

@@ -106,3 +106,8 @@ def test_a_row_s_key_depends_on_seed_row_and_number_only():
   assert not np.array_equal(few, data(np.uint32(4), 2, 5))
   assert not np.array_equal(few, data(np.uint32(3), 2, 6))
   np.testing.assert_array_equal(data(np.uint32(3), 2, np.array([5, 5])), few)
+
+
+def test_any_of_the_end_tokens_ends_a_text():
+  found = [sampling_lib.ends(jnp.array([1, 2, 3, 1]), ids).tolist() for ids in ((1, 3), [2], ())]
+  assert found == [[True, False, True, True], [False, True, False, False], [False] * 4]

@@ -57,16 +57,20 @@ def variables(agree: bool):
   return {'params': params, 'router_state': {}}
 
 
+def ends(eos):
+  return eos if isinstance(eos, tuple) else (eos,)
+
+
 @functools.cache
 def run(agree, eos=31, **sampling):
   sampling = sampling_lib.Sampling(**sampling)
-  return speculative.speculate(CFG, variables(agree), PROMPTS, NEW, eos, sampling)
+  return speculative.speculate(CFG, variables(agree), PROMPTS, NEW, ends(eos), sampling)
 
 
 @functools.cache
 def plain(agree, eos=31, **sampling):
   sampling = sampling_lib.Sampling(**sampling)
-  return generate.generate(CFG, variables(agree), PROMPTS, NEW, eos, sampling).tokens
+  return generate.generate(CFG, variables(agree), PROMPTS, NEW, ends(eos), sampling).tokens
 
 
 @pytest.mark.parametrize('agree', [False, True])
@@ -132,10 +136,19 @@ def test_a_draft_that_the_filters_leave_out_is_never_kept():
   assert not keep[0] and token[0] in (0, 1)
 
 
+@pytest.mark.slow  # two more programs
+def test_any_of_several_end_tokens_ends_a_text():
+  whole = run(True, temperature=0.0).tokens
+  ends = (31, whole[0][3], whole[1][2])
+  found = run(True, ends, temperature=0.0).tokens
+  assert found == plain(True, ends, temperature=0.0)
+  assert len(found[0]) <= 3 and len(found[1]) <= 2
+
+
 def test_sampled_texts_repeat_with_their_seed():
   first = run(False, seed=3)
   again = speculative.speculate(
-    CFG, variables(False), PROMPTS, NEW, 31, sampling_lib.Sampling(seed=3)
+    CFG, variables(False), PROMPTS, NEW, (31,), sampling_lib.Sampling(seed=3)
   )
   assert first.tokens == again.tokens != run(False, seed=4).tokens
 

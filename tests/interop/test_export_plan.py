@@ -7,6 +7,7 @@ import pytest
 
 from moe_jax.checkpoints import stream_reader, stream_writer
 from moe_jax.config import parse
+from moe_jax.data import kept_files
 from moe_jax.interop import huggingface, source
 from moe_jax.runs import trained_run
 from tests import tiny
@@ -48,8 +49,8 @@ def rewritten(imported, tmp_path, cfg, **arrays):
     meta = reader.meta | {'config': parse.to_dict(cfg)}
     leaves = source.abstract_leaves(cfg.model)
     with stream_writer.Writer(workdir / 'checkpoints', 5, leaves, meta) as writer:
-      for name in source.by_name(leaves):
-        writer.write(name, (), arrays.get(name, reader.read(name)))
+      for name, leaf in source.by_name(leaves).items():
+        writer.write(name, (), arrays.get(name, reader.read(name).astype(leaf.dtype)))
   return workdir
 
 
@@ -87,11 +88,38 @@ def test_a_tied_head_that_was_trained_is_untied(tmp_path, capsys):
   head = np.full((checkpoints.D, checkpoints.V), 2.0, ml_dtypes.bfloat16)
   workdir = rewritten((original, tmp_path / 'run'), tmp_path, cfg, **{'params/head': head})
   conversions.export(workdir, tmp_path / 'out')
-  assert 'no longer equal' in capsys.readouterr().out
+  assert 'trained apart' in capsys.readouterr().out
   assert checkpoints.read(tmp_path / 'out')['lm_head.weight'][2] == head.tobytes()
   assert json.loads((tmp_path / 'out/config.json').read_text())['tie_word_embeddings'] is False
+  # Two equal matrices in the files are one in their own reader: after training that must not be.
+  copies = {name: data for name, data in checkpoints.tensors(hf).items()}
+  copies['lm_head.weight'] = copies['model.embed_tokens.weight']
+  repeated = checkpoints.write(tmp_path / 'twice', hf, copies)
+  conversions.import_(repeated, tmp_path / 'two', '--untie')
+  conversions.export(tmp_path / 'two', tmp_path / 'apart')
+  assert json.loads((tmp_path / 'apart/config.json').read_text())['tie_word_embeddings'] is False
   conversions.export(workdir, tmp_path / 'tied', '--step=0')
   assert checkpoints.read(tmp_path / 'tied') == checkpoints.read(original)
+
+
+def test_the_small_files_come_along_when_an_import_is_trained(imported, tmp_path, capsys):
+  """What the tuned model changes is said; what it does not touch comes back byte by byte."""
+  values = parse.to_dict(trained_run.read_config(imported[1]))
+  values['model'] |= {'param_dtype': 'float32', 'max_seq_len': 128}
+  workdir = rewritten(imported, tmp_path, parse.from_dict(values))
+  shutil.rmtree(workdir / 'hf')
+  (imported[1] / 'hf/chat_template.jinja').write_text('{{ messages }}')
+  kept_files.carry(imported[1], workdir)
+  conversions.export(workdir, tmp_path / 'out')
+  got, want = conversions.contents(tmp_path / 'out'), conversions.contents(imported[0])
+  assert got.pop('chat_template.jinja') == b'{{ messages }}'
+  after, before = (json.loads(files.pop('config.json')) for files in (got, want))
+  assert got == want
+  changes = {'torch_dtype': 'float32', 'max_position_embeddings': 128}
+  assert after == before | changes
+  said = capsys.readouterr().out
+  assert 'differs from the imported one in max_position_embeddings, torch_dtype' in said
+  assert {item[0] for item in checkpoints.read(tmp_path / 'out').values()} == {'F32'}
 
 
 def test_an_export_of_a_run_that_was_not_imported(imported, tmp_path):

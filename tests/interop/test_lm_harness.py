@@ -111,7 +111,7 @@ def test_likelihoods_and_greedy_marks(loaded):
   greedy = loaded.tokenizer
   prompt = [greedy.bos_id, *encode('a b c')]
   ids = generate.generate(
-    CFG.model, loaded.variables, [prompt], 3, 5, sampling_lib.Sampling(temperature=0.0)
+    CFG.model, loaded.variables, [prompt], 3, (5,), sampling_lib.Sampling(temperature=0.0)
   ).tokens[0]
   (_, sure), (_, other) = harness._loglikelihood_tokens(
     [(('', ''), encode('a b c'), ids), (('', ''), encode('a b c'), [ids[0], (ids[1] + 1) % 288])],
@@ -124,7 +124,7 @@ def test_continuations_are_those_of_generate_up_to_the_stop_string(loaded, tmp_p
   prompt = [loaded.tokenizer.bos_id, *loaded.tokenizer.encode('a b c')]
   greedy = sampling_lib.Sampling(temperature=0.0)
   text = generate.generate(
-    CFG.model, loaded.variables, [prompt], 8, loaded.tokenizer.eos_id, greedy,
+    CFG.model, loaded.variables, [prompt], 8, loaded.tokenizer.end_ids, greedy,
     decode_text=loaded.tokenizer.decode,
   ).texts[0]  # fmt: skip
   rows = [{'question': 'a b c', 'answer': text}, {'question': 'q', 'answer': 'no such text'}]

@@ -127,7 +127,7 @@ def test_generation():
   model = tiny.make(**DOUBLE).model
   variables = {'params': tiny.params(model), 'router_state': {}}
   greedy = sampling.Sampling(temperature=0.0)
-  written = generate.generate(model, variables, [[1, 2, 3]], 2, 31, greedy)
+  written = generate.generate(model, variables, [[1, 2, 3]], 2, (31,), greedy)
   assert len(written.tokens[0]) > 0
 
 

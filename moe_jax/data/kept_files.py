@@ -1,0 +1,90 @@
+"""The small files of a downloaded checkpoint that a workdir keeps in `hf/`.
+
+An import puts them there (`interop.sidecar`), a run that starts from its weights takes them along,
+and an export gives them back: tokenizer, chat template, settings of generation. They also say which
+tokens end a text.
+"""
+
+import pathlib
+import shutil
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from moe_jax import errors
+from moe_jax.data import json_files
+from moe_jax.data import tokenizer as tokenizer_lib
+
+DIRECTORY, RECORD = 'hf', 'moe_jax.json'
+_WAY_OUT = 'download it again'
+
+
+def carry(source: pathlib.Path, workdir: pathlib.Path):
+  """Copies the kept files of a workdir, if it has any, into another that has none yet."""
+  target = workdir / DIRECTORY
+  if not (source / DIRECTORY).is_dir() or target.exists():
+    return
+  temporary = target.with_name(f'.{DIRECTORY}.{uuid.uuid4().hex}')
+  try:
+    shutil.copytree(source / DIRECTORY, temporary)
+    temporary.rename(target)
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)  # renamed away if all went well
+
+
+def is_tied(workdir: pathlib.Path) -> bool:
+  """Whether a workdir is of an import whose output head is its embedding, and is to stay so."""
+  kept = workdir / DIRECTORY
+  if not (kept / 'config.json').is_file():
+    return False
+  tied = bool(json_files.read_object(kept / 'config.json', _WAY_OUT).get('tie_word_embeddings'))
+  return tied and not json_files.read_object(kept / RECORD, _WAY_OUT).get('untied')
+
+
+def require_untied(workdir: str, field: str):
+  """Refuses to train from an import whose embedding and head are one matrix: here they are two.
+
+  Raises:
+    errors.InputError: names the field, and the way to train them apart.
+  """
+  errors.require(
+    not is_tied(pathlib.Path(workdir)),
+    f'{field}={workdir} has one matrix as embedding and output head (tie_word_embeddings), and '
+    'training would change each for itself; import it again with convert --untie to train them as '
+    'two, which is what an export holds then',
+  )
+
+
+def end_ids(directory: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer) -> tuple[int, ...]:
+  """Ids that end a text: the tokenizer's end token, and what the files of a checkpoint add.
+
+  generation_config.json decides, and config.json where that says nothing, as in transformers;
+  tokenizer_config.json may name another one, for example the end of a turn.
+
+  Args:
+    directory: of the files; each may be absent.
+    tokenizer: of the same checkpoint.
+
+  Raises:
+    errors.InputError: a file cannot be read, or holds something else than ids.
+  """
+  found = _ids(directory / 'generation_config.json') or _ids(directory / 'config.json')
+  path = directory / 'tokenizer_config.json'
+  named = json_files.read_object(path, _WAY_OUT).get('eos_token') if path.is_file() else None
+  named = named.get('content') if isinstance(named, Mapping) else named
+  named_id = tokenizer.token_id(named) if isinstance(named, str) else None
+  found += [] if named_id is None else [named_id]
+  return tuple(dict.fromkeys([tokenizer.eos_id, *found]))
+
+
+def _ids(path: pathlib.Path) -> list[int]:
+  """`eos_token_id` of a file, an id or a list of them; [] without it."""
+  if not path.is_file():
+    return []
+  value: Any = json_files.read_object(path, _WAY_OUT).get('eos_token_id')
+  ids = [] if value is None else value if isinstance(value, list) else [value]
+  errors.require(
+    all(type(i) is int and 0 <= i < 2**31 for i in ids),
+    f'{path}: eos_token_id={value!r} must be a token id, or a list of them; correct it',
+  )
+  return ids
