@@ -11,7 +11,7 @@ from collections.abc import Generator, Sequence
 
 import jax
 
-from moe_jax import atomic_files, errors
+from moe_jax import atomic_files, errors, trees
 from moe_jax.checkpoints import checkpointer as checkpointer_lib
 from moe_jax.config import paths, schema
 from moe_jax.data import corpus as corpus_lib
@@ -21,7 +21,7 @@ from moe_jax.models.experts import backends
 from moe_jax.planning import flops, profile
 from moe_jax.processes import agreement
 from moe_jax.runs import checks, first_state, fit, loop_actions, run_record, terminal, trained_run
-from moe_jax.training import loop, objective, optim, optimizer_step, stop_signal, train_state
+from moe_jax.training import objective, optim, optimizer_step, stop_signal, train_state
 
 
 def run_training(
@@ -170,7 +170,7 @@ def _summary(cfg: schema.Config, corpus: corpus_lib.Corpus, mesh: jax.sharding.M
 
 def _batches(
   cfg: schema.Config, corpus: corpus_lib.Corpus, mesh: jax.sharding.Mesh, start: int
-) -> Generator[loop.HostBatch, None, None]:
+) -> Generator[trees.HostBatch, None, None]:
   """This process's batches from step `start` on."""
   return pipeline.train_batches(
     corpus,

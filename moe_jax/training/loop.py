@@ -8,7 +8,7 @@ done), its batches and its callbacks. A run resumes by these rules:
 """
 
 import collections
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -19,8 +19,6 @@ from moe_jax.devices import partitioning
 from moe_jax.training import step_timer
 
 Array = jax.Array
-HostBatch = Mapping[str, np.ndarray]
-Batch = Mapping[str, Array]
 
 # Steps the host may run ahead of the device: enough to keep it busy, few enough that waiting for
 # data is seen as waiting.
@@ -100,20 +98,20 @@ def run(
   return report
 
 
-def _num_tokens(batch: Batch) -> int:
+def _num_tokens(batch: trees.Batch) -> int:
   return batch['tokens'].size
 
 
 def steps(
   train_step: Any,
   state: trees.Tree,
-  batches: Iterator[HostBatch],
+  batches: Iterator[trees.HostBatch],
   *,
   mesh: jax.sharding.Mesh,
-  put: Callable[[HostBatch], Batch],
+  put: Callable[[trees.HostBatch], trees.Batch],
   timer: step_timer.StepTimer,
   profile: Profile | None = None,
-  num_tokens: Callable[[Batch], int] = _num_tokens,
+  num_tokens: Callable[[trees.Batch], int] = _num_tokens,
 ) -> Iterator[StepReport]:
   """Runs one optimizer step per batch, a few steps ahead of the device, and yields after each.
 

@@ -1,5 +1,4 @@
 import itertools
-import pathlib
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,18 +9,6 @@ from tests.checkpoints import streams
 
 # Orbax leaves coroutines behind when a read fails.
 pytestmark = pytest.mark.filterwarnings('ignore:coroutine .* was never awaited')
-
-
-@pytest.fixture(scope='module')
-def tree():
-  return streams.make_tree()
-
-
-@pytest.fixture(scope='module')
-def streamed(tmp_path_factory, tree) -> pathlib.Path:
-  path = tmp_path_factory.mktemp('streamed') / 'checkpoints'
-  streams.write(path, tree)
-  return path
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'int32', 'bool', 'int8'])

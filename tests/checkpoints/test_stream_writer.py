@@ -1,5 +1,4 @@
 import json
-import pathlib
 import subprocess
 import sys
 
@@ -16,27 +15,6 @@ from tests.checkpoints import streams
 
 # Orbax leaves coroutines behind when a read fails.
 pytestmark = pytest.mark.filterwarnings('ignore:coroutine .* was never awaited')
-
-
-@pytest.fixture(scope='module')
-def tree():
-  return streams.make_tree()
-
-
-@pytest.fixture(scope='module')
-def streamed(tmp_path_factory, tree) -> pathlib.Path:
-  path = tmp_path_factory.mktemp('streamed') / 'checkpoints'
-  streams.write(path, tree)
-  return path
-
-
-@pytest.fixture(scope='module')
-def saved(tmp_path_factory, tree) -> pathlib.Path:
-  """The same tree, saved as a training run saves."""
-  path = tmp_path_factory.mktemp('saved') / 'checkpoints'
-  with checkpointer.Checkpointer(path, schema.CheckpointConfig(1, 1, 0)) as ckpt:
-    ckpt.save(0, jax.tree.map(jnp.asarray, tree), streams.META)
-  return path
 
 
 def test_restores_like_a_step_of_a_training_run(streamed, saved, tree, caplog):

@@ -6,58 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.devices import partitioning
 from moe_jax.training import loop as loop_lib
-from moe_jax.training import objective, optim, optimizer_step, step_timer, train_state
+from moe_jax.training import optimizer_step, step_timer
 from tests import tiny
-
-# eps is large so that Adam does not blow the last bit of a tiny gradient up to a whole step.
-STEP = {'train__micro_batch_size': 2, 'optim__eps': 1e-3, 'optim__clip_norm': 0.0}
-# The smallest dense model: where the loop matters and the model does not.
-DENSE = {'model__moe__num_experts': 0, 'model__num_layers': 1, 'train__batch_size': 2}
-
-
-def one_device():
-  return partitioning.make_mesh(tiny.make(mesh__data=1).mesh, jax.devices()[:1])
-
-
-def fresh(cfg):
-  params = jax.tree.map(jnp.copy, tiny.params(cfg.model))  # the step donates its state
-  opt_state = optim.optimizer(cfg.optim, cfg.train.num_steps).init(params)
-  return train_state.TrainState(jnp.int32(0), jnp.uint32(0), params, {}, opt_state)
-
-
-@pytest.fixture(scope='module')
-def step():
-  """The compiled train step with accumulation over 4 micro-batches, on one device."""
-  cfg, mesh = tiny.make(**STEP), one_device()
-  options = {'xla_backend_optimization_level': 0}
-  train_step, state = optimizer_step.make_train_step(cfg, mesh), fresh(cfg)
-  with partitioning.activate(mesh):
-    lowered = train_step.lower(state, tiny.batch())
-  return lowered.compile(compiler_options=options)
-
-
-def put(mesh):
-  return lambda batch: partitioning.put_batch(objective.inputs(batch), mesh)
-
-
-@pytest.fixture(scope='module')
-def dense_run():
-  """(config, mesh, state at seed 0, the reports of three steps)."""
-  cfg, mesh = tiny.make(**DENSE), one_device()
-  state = train_state.init_state(cfg, mesh)
-  start = jax.tree.map(jnp.copy, state)
-  rows = [tiny.batch(((16,), (9,))), tiny.batch(((5, 5), (16,))), tiny.batch(((1,), (16,)))]
-  timer = step_timer.StepTimer(flops_per_token=1.0, peak=1.0)
-  reports = []
-  train_step = optimizer_step.make_train_step(cfg, mesh)
-  for report in loop_lib.steps(
-    train_step, state, iter(rows), mesh=mesh, put=put(mesh), timer=timer
-  ):
-    reports.append((report.step, optimizer_step.host_metrics(report.metrics)))
-    state = report.state
-  return cfg, mesh, start, state, reports
+from tests.training import steps
 
 
 def test_loop_does_one_step_per_batch(dense_run):
@@ -99,8 +51,10 @@ def test_steps_are_not_waited_for_but_a_few_steps_behind():
 
   timer = step_timer.StepTimer(flops_per_token=1.0, peak=1.0)
   rows, state = tiny.batch(((16,), (9,))), types.SimpleNamespace(step=0)
-  mesh = one_device()
-  loop = loop_lib.steps(Step(), state, iter([rows] * 6), mesh=mesh, put=put(mesh), timer=timer)
+  mesh = steps.one_device()
+  loop = loop_lib.steps(
+    Step(), state, iter([rows] * 6), mesh=mesh, put=steps.put(mesh), timer=timer
+  )
   assert [report.step for report in loop] == [1, 2, 3, 4, 5, 6]
   assert waits == [1, 2, 3, 4]
 
@@ -219,7 +173,7 @@ def test_another_objective_with_batches_made_on_the_way_uses_the_same_loop():
       step,
       Regression(jnp.int32(0), jnp.float32(1)),
       batches(),
-      mesh=one_device(),
+      mesh=steps.one_device(),
       put=lambda batch: {key: jnp.asarray(value) for key, value in batch.items()},
       timer=timer,
       num_tokens=lambda batch: batch['x'].size,

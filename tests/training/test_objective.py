@@ -2,42 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 
-from moe_jax.devices import partitioning
 from moe_jax.models import transformer
-from moe_jax.training import objective, optim, optimizer_step, train_state
+from moe_jax.training import objective
 from tests import tiny
-
-# eps is large so that Adam does not blow the last bit of a tiny gradient up to a whole step.
-STEP = {'train__micro_batch_size': 2, 'optim__eps': 1e-3, 'optim__clip_norm': 0.0}
-
-
-def one_device():
-  return partitioning.make_mesh(tiny.make(mesh__data=1).mesh, jax.devices()[:1])
-
-
-def fresh(cfg):
-  params = jax.tree.map(jnp.copy, tiny.params(cfg.model))  # the step donates its state
-  opt_state = optim.optimizer(cfg.optim, cfg.train.num_steps).init(params)
-  return train_state.TrainState(jnp.int32(0), jnp.uint32(0), params, {}, opt_state)
-
-
-@pytest.fixture(scope='module')
-def step():
-  """The compiled train step with accumulation over 4 micro-batches, on one device."""
-  cfg, mesh = tiny.make(**STEP), one_device()
-  options = {'xla_backend_optimization_level': 0}
-  train_step, state = optimizer_step.make_train_step(cfg, mesh), fresh(cfg)
-  with partitioning.activate(mesh):
-    lowered = train_step.lower(state, tiny.batch())
-  return lowered.compile(compiler_options=options)
-
-
-@pytest.fixture(scope='module')
-def whole():
-  """(loss, gradients) of the whole ragged batch at once."""
-  return tiny.gradients()(tiny.params(tiny.make().model), tiny.batch())
 
 
 def test_load_counts_the_real_tokens(whole):
@@ -45,12 +13,6 @@ def test_load_counts_the_real_tokens(whole):
   np.testing.assert_array_equal(
     whole[0].stats.sums.load.sum(-1), [real * 2] * 2
   )  # K = 2, two MoE layers
-
-
-@pytest.fixture(scope='module')
-def first(step):
-  """(state, metrics) after one step on the ragged batch."""
-  return step(fresh(tiny.make(**STEP)), tiny.batch())
 
 
 def test_accumulation_equals_the_whole_batch_with_ragged_rows(first, whole):

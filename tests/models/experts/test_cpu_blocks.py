@@ -3,21 +3,8 @@ import re
 import jax.numpy as jnp
 import pytest
 
-from moe_jax.models.experts import backends, cpu_blocks, grouped_kernels, grouped_products
+from moe_jax.models.experts import cpu_blocks
 from tests.models.dispatch import operands
-
-
-@pytest.fixture(scope='module', autouse=True)
-def tokamax_on_cpu():
-  """What a CPU has of other platforms' backends: tokamax's XLA products, and megablox's text."""
-  products = {
-    'tokamax_xla': lambda: grouped_kernels.tokamax_products(('xla',), ('xla',)),
-    'megablox_text': lambda: grouped_kernels.megablox_products(interpret=True),
-  }
-  for name, make in products.items():
-    backends.BACKENDS[name] = lambda make=make: grouped_products.GroupedExperts(make())
-  yield
-  del backends.BACKENDS['tokamax_xla'], backends.BACKENDS['megablox_text']
 
 
 def test_dropless_on_blocks_holds_no_buffer_of_all_rows():
