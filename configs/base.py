@@ -91,6 +91,7 @@ def get_config() -> Page:
   c.train.z_loss_weight = 0.0
   c.train.mtp_loss_weight = 0.3
   c.train.mtp_loss_ramp = ()
+  c.train.max_skipped_steps = 3
   c.train.log_every = 10
   c.train.eval_every = 0
   c.train.routing_every = 100

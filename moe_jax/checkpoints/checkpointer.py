@@ -101,7 +101,15 @@ class Checkpointer:
     self._prepared = worker.submit(integrity.compile_checksums, abstract_state)
     worker.shutdown(wait=False)
 
-  def save(self, step: int, state: trees.Tree, meta: trees.Json, *, force: bool = False) -> bool:
+  def save(
+    self,
+    step: int,
+    state: trees.Tree,
+    meta: trees.Json,
+    *,
+    force: bool = False,
+    allow_nonfinite: bool = False,
+  ) -> bool:
     """Starts writing `state` and `meta` as one step and returns once the state may be donated.
 
     Args:
@@ -109,6 +117,7 @@ class Checkpointer:
       state: pytree of arrays.
       meta: what JSON can hold: the resolved config, the data fingerprint.
       force: save also when `step` is not a multiple of `save_every` (the last step, a signal).
+      allow_nonfinite: save NaN and infinity, for an inquest.
 
     Returns:
       Whether a save was started; False off schedule, or when this run has that step already.
@@ -124,7 +133,7 @@ class Checkpointer:
       return False
     if self._prepared is not None:
       self._prepared.result()
-    json_item = integrity.record(step, integrity.leaf_records(state), meta)
+    json_item = integrity.record(step, integrity.leaf_records(state, allow_nonfinite), meta)
     arrays = ocp.args.StandardSave(state, save_args=jax.tree.map(_save_args, state))
     items = ocp.args.Composite(state=arrays, meta=ocp.args.JsonSave(json_item))
     # Orbax's own rules for when to save are switched off: the schedule is decided above.

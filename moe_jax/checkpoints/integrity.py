@@ -89,16 +89,17 @@ def _checksum(x: jax.Array) -> jax.Array:
   return jnp.sum(mixed, dtype=jnp.uint32)
 
 
-def leaf_records(state: trees.Tree) -> dict[str, dict[str, Any]]:
+def leaf_records(state: trees.Tree, allow_nonfinite: bool = False) -> dict[str, dict[str, Any]]:
   """`leaf_record` of every array of a state, by its path.
 
   Raises:
-    errors.InputError: an array holds a number that is not finite, so the state is not worth saving.
+    errors.InputError: an array holds a number that is not finite, so the state is not worth saving,
+      and `allow_nonfinite` is False.
   """
   summaries = _summaries(state)
   bad = [name for name, (_, finite) in summaries.items() if not finite]
   errors.require(
-    not bad,
+    allow_nonfinite or not bad,
     f'{len(bad)} arrays of the training state are not finite, first {bad[0] if bad else ""}: it is '
     'not saved, and the checkpoints before it stay; lower config.optim.peak_lr or lengthen '
     'config.optim.warmup_steps, and start from the last checkpoint with config.init_from',

@@ -9,6 +9,8 @@ from typing import Any
 from moe_jax import errors
 from moe_jax.config import mesh_config, rules, schema
 
+# Fields that came after runs were recorded without them: section -> field -> what held until then.
+ADDED = {'train': {'max_skipped_steps': 0}}
 LARGEST = 10**12  # no number of a run, whole or not, is as large
 
 
@@ -21,6 +23,21 @@ def from_dict(values: Mapping[str, Any]) -> schema.Config:
   config = _build(schema.Config, values, '')
   rules.validate(config)
   return config
+
+
+def from_record(values: Mapping[str, Any]) -> schema.Config:
+  """`from_dict` of a config that was written by this version or an older one, see `completed`."""
+  return from_dict(completed(values))
+
+
+def completed(values: Mapping[str, Any]) -> dict[str, Any]:
+  """A recorded config with the fields that it was too old to have, `ADDED`."""
+  new = {
+    name: {**fields, **values[name]}
+    for name, fields in ADDED.items()
+    if isinstance(values.get(name), Mapping)
+  }
+  return {**values, **new}
 
 
 def to_dict(config: schema.Config) -> dict[str, Any]:

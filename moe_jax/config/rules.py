@@ -207,6 +207,7 @@ def _validate_train(train: schema.TrainConfig):
     'seed',
     'z_loss_weight',
     'mtp_loss_weight',
+    'max_skipped_steps',
     'eval_every',
     'routing_every',
     'sample_tokens',

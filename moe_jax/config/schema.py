@@ -114,6 +114,8 @@ class TrainConfig:
   mtp_loss_weight: float  # lambda of multi-token prediction (V3: 0.1), over the mean of its depths
   # Ramp ((until share of the run, lambda), ...): mtp_loss_weight holds from the last share on.
   mtp_loss_ramp: tuple[tuple[float, float], ...]
+  # Steps in a row that are skipped because loss or gradient is not finite; one more ends the run.
+  max_skipped_steps: int
   log_every: int  # steps between log lines
   eval_every: int  # steps between held-out evaluations; 0 = only at the end
   routing_every: int  # steps between files of routing figures; 0 = only at the end

@@ -82,7 +82,7 @@ def check_source(cfg: schema.Config, source: trees.Json | None, corpus: corpus_l
   """
   if source is None:
     return
-  warm_start.check(cfg, parse.from_dict(source['config']))
+  warm_start.check(cfg, parse.from_record(source['config']))
   kept_files.require_untied(cfg.init_from, 'config.init_from')
   errors.require(
     source['tokenizer'] == trained_run.digest(corpus.tokenizer),

@@ -34,6 +34,6 @@ def make(
   if source is None:
     return random(cfg, mesh, corpus)
   with trained_run.reader(paths.local(cfg.init_from)) as checkpointer:
-    found = warm_start.read(cfg, parse.from_dict(source['config']), mesh, checkpointer, say)
+    found = warm_start.read(cfg, parse.from_record(source['config']), mesh, checkpointer, say)
   state = router_tables.with_tables(cfg, train_state.state_from(cfg, mesh, found['params']), corpus)
   return state.replace(router_state=warm_start.merge(state.router_state, found['router_state']))

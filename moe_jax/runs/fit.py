@@ -15,7 +15,7 @@ from moe_jax.data import cache
 from moe_jax.devices import peak_flops
 from moe_jax.planning import flops
 from moe_jax.processes import agreement
-from moe_jax.runs import loop_actions, trained_run
+from moe_jax.runs import loop_actions, nonfinite_guard, trained_run
 from moe_jax.training import loop, optimizer_step, stop_signal, train_state
 from moe_jax.training import step_timer as step_timer_lib
 
@@ -59,11 +59,18 @@ def fit(
   start = int(jnp.ravel(state.step)[0])  # of several seeds all are the same
   stops = agreement.StopAgreement(mesh, loop.MAX_IN_FLIGHT)
   between_batches = agreement.StopAgreement(mesh, 0)
-  with contextlib.closing(batches), loop_actions.ProgressBar(start, train.num_steps) as bar:
+  recent = nonfinite_guard.RecentBatches(batches, start, nonfinite_guard.num_kept(cfg))
+  with contextlib.closing(recent), loop_actions.ProgressBar(start, train.num_steps) as bar:
     actions = [
       bar,
       loop_actions.LogMetrics(
         members, train.log_every, optimizer_step.host_metrics, timer, bar, say
+      ),
+      nonfinite_guard.NonfiniteGuard(
+        members,
+        recent,
+        put,
+        lambda step: loop_actions.is_due(step, train.log_every) or checkpointer.is_due(step),
       ),
       loop_actions.WriteRoutingFigures(members, train.routing_every, timer),
       # Saves first: an evaluation may take longer than a machine waits after SIGTERM.
@@ -73,7 +80,7 @@ def fit(
       ),
     ]
     last = loop.run(
-      loop.steps(train_step, state, batches, mesh=mesh, put=put, timer=timer, profile=profile),
+      loop.steps(train_step, state, recent, mesh=mesh, put=put, timer=timer, profile=profile),
       actions,
       num_steps=train.num_steps,
       stop_requested=lambda: stops.after_step(stop.name),

@@ -6,7 +6,6 @@ several seeds that are trained as one state with leaves [S, ...].
 
 import contextlib
 import dataclasses
-import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -14,7 +13,7 @@ from typing import Any, cast
 import jax
 import tqdm
 
-from moe_jax import errors, trees
+from moe_jax import trees
 from moe_jax.balance import routing_figures
 from moe_jax.checkpoints import checkpointer as checkpointer_lib
 from moe_jax.config import schema
@@ -66,7 +65,8 @@ def _drop_routing_after(workdir: pathlib.Path, step: int):
       path.unlink()
 
 
-def _due(step: int, every: int) -> bool:
+def is_due(step: int, every: int) -> bool:
+  """Whether `step` is one of every `every`; never with 0."""
   return bool(every) and step % every == 0
 
 
@@ -94,7 +94,7 @@ class ProgressBar:
 
 @dataclasses.dataclass(frozen=True)
 class LogMetrics:
-  """A line of metrics per member, to its files and to the terminal; stops a run that diverged.
+  """A line of metrics per member, to its files and to the terminal.
 
   Tokens per second and MFU are those of all members at once.
   """
@@ -108,7 +108,7 @@ class LogMetrics:
 
   def after_step(self, report: loop.StepReport):
     """Logs every `every` steps and the last step of the run."""
-    if not (report.complete or _due(report.step, self.every)):
+    if not (report.complete or is_due(report.step, self.every)):
       return
     values = [self.scalars(one.take(report.metrics)) for one in self.members]
     speed = self.timer.report()
@@ -117,7 +117,6 @@ class LogMetrics:
       one.writer.write(line)
       self.say(one.label + metric_log.format_line(line))
     self.bar.show(sum(cast(float, found['loss']) for found in values) / len(values))
-    check_finite(self.members, report)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +129,7 @@ class WriteRoutingFigures:
 
   def after_step(self, report: loop.StepReport):
     """Writes every `every` steps and after the last step of the run; of MoE models only."""
-    if not (report.complete or _due(report.step, self.every)):
+    if not (report.complete or is_due(report.step, self.every)):
       return
     with self.timer.paused():
       for one in (one for one in self.members if one.cfg.model.is_moe):
@@ -153,7 +152,7 @@ class EvaluateMidway:
 
   def after_step(self, report: loop.StepReport):
     """Evaluates every `every` steps, but not a run that ends here: its report does."""
-    if report.last or not _due(report.step, self.every):
+    if report.last or not is_due(report.step, self.every):
       return
     try:
       self._evaluate(report)
@@ -177,7 +176,7 @@ class EvaluateMidway:
 
 @dataclasses.dataclass(frozen=True)
 class SaveCheckpoint:
-  """The state of the loop, whole, with what belongs to it; never one that diverged."""
+  """The state of the loop, whole, with what belongs to it; the checkpointer refuses NaN in it."""
 
   members: Sequence[Member]
   checkpointer: checkpointer_lib.Checkpointer
@@ -186,28 +185,9 @@ class SaveCheckpoint:
 
   def after_step(self, report: loop.StepReport):
     """Saves when the checkpointer says so, and when no step follows."""
-    if not (report.last or self.checkpointer.is_due(report.step)):
+    if not (report.last or self.checkpointer.isis_due(report.step)):
       return
-    check_finite(self.members, report)
     # The steps in flight are training, what follows is not.
     jax.block_until_ready(report.state)
     with self.timer.saving():
       self.checkpointer.save(report.step, report.state, self.meta, force=report.last)
-
-
-def check_finite(members: Sequence[Member], report: loop.StepReport):
-  """Stops a diverged run before its state is saved over a good one.
-
-  Raises:
-    errors.InputError: loss or gradient norm of a member is not a number.
-  """
-  for one in members:
-    pair = (report.metrics.loss, report.metrics.grad_norm)
-    loss, norm = (float(value) for value in one.take(pair))
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-      optim = one.cfg.optim
-      raise errors.InputError(
-        f'loss {loss} and gradient norm {norm} at step {report.step}: training diverged with '
-        f'config.optim.peak_lr={optim.peak_lr} and clip_norm={optim.clip_norm}; lower the '
-        'rate or lengthen config.optim.warmup_steps, and start in a new --workdir'
-      )

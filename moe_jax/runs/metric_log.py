@@ -31,6 +31,7 @@ KEYS = (
   'mtp_loss',
   'data_wait_share',
   'save_stall_share',
+  'skipped_steps',
 )
 _Path = str | os.PathLike[str]
 
@@ -127,6 +128,8 @@ def format_line(metrics: Mapping[str, float | None]) -> str:
   }
   if metrics['overflow_rate']:
     formats['overflow_rate'] = ('overflow', '{:.1%}')
+  if metrics['skipped_steps']:
+    formats['skipped_steps'] = ('skipped', '{:d}')
   if metrics['mtp_loss'] is not None:
     formats['mtp_loss'] = ('mtp_loss', '{:.4f}')
   return ' '.join(

@@ -29,9 +29,16 @@ PACKAGES = (
   'tokenizers',
   'numpy',
 )
-# Where and how the numbers are computed, not which: another mesh, or another way for tokens to
-# travel, continues the same run. Keys, or sections with all that is in them.
-PLACEMENT = ('mesh', 'model.moe.exchange', 'model.moe.grouped_matmul', 'train.loss_chunk')
+# Where and how the numbers are computed, not which: another mesh, another way for tokens to travel,
+# or more patience with steps that are skipped, continues the same run. Keys, or sections with all
+# that is in them.
+PLACEMENT = (
+  'mesh',
+  'model.moe.exchange',
+  'model.moe.grouped_matmul',
+  'train.loss_chunk',
+  'train.max_skipped_steps',
+)
 _Path = str | os.PathLike[str]
 
 
@@ -45,7 +52,7 @@ class Differences(NamedTuple):
 def differences(old: trees.Json, new_config: schema.Config) -> Differences:
   """In what a recorded config differs from that of this start."""
   # Through JSON, like the old one: tuples are lists there.
-  lines = parse.diff(old, json.loads(json.dumps(parse.to_dict(new_config))))
+  lines = parse.diff(parse.completed(old), json.loads(json.dumps(parse.to_dict(new_config))))
   placed = [line for line in lines if _is_placement(line)]
   return Differences([line for line in lines if line not in placed], placed)
 

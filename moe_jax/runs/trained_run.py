@@ -81,7 +81,7 @@ def read_meta(
 
 def read_config(workdir: str | os.PathLike[str], step: int | None = None) -> schema.Config:
   """The config of a checkpoint, see `read_meta`."""
-  return parse.from_dict(read_meta(workdir, step)['config'])
+  return parse.from_record(read_meta(workdir, step)['config'])
 
 
 def reader(workdir: pathlib.Path) -> checkpointer_lib.Checkpointer:

@@ -59,7 +59,7 @@ def create(
   )
   _check_no_checkpoints(workdir)
   meta = trained_run.read_meta(source, step)
-  layout = upcycle.plan(parse.from_dict(meta['config']).model, cfg.model)
+  layout = upcycle.plan(parse.from_record(meta['config']).model, cfg.model)
   kept_files.require_untied(str(source), '--from')
   mesh, corpus = checks.prepare(cfg)
   errors.require(

@@ -14,7 +14,7 @@ from moe_jax.config import schema
 from moe_jax.devices import compile_options, partitioning
 from moe_jax.models import model_variables
 from moe_jax.models.routers import state as state_lib
-from moe_jax.training import objective, optim, train_state
+from moe_jax.training import objective, optim, skipped_steps, train_state
 
 Array = jax.Array
 Batch = dict[str, Array]
@@ -30,19 +30,22 @@ class StepMetrics:
   lr: jax.typing.ArrayLike  # [] float32
   grad_norm: Array  # [] float32, before clipping
   stats: router_stats.RouterStats | None  # of the global batch, leaves [num_moe_layers, ...]
+  skipped: skipped_steps.Skipped  # this step included
 
 
 def host_metrics(metrics: StepMetrics) -> dict[str, float | None]:
   """Waits for a step and returns its scalars; those of routing are None for a dense model.
 
   Keys: loss, mtp_loss (None without multi-token prediction), lr, grad_norm, aux_loss, max_vio,
-  drop_rate (means over the layers) and overflow_rate, the share of all chosen assignments that did
-  not fit the buffers of the exchange.
+  drop_rate (means over the layers), overflow_rate, the share of all chosen assignments that did
+  not fit the buffers of the exchange, and skipped_steps, of all steps so far.
   """
   stats = metrics.stats
   stats = None if stats is None else (stats.sums.load, stats.dropped, stats.overflow)
   scalars = (metrics.loss, metrics.mtp_loss, metrics.lr, metrics.grad_norm, metrics.aux_loss)
-  (loss, mtp_loss, lr, grad_norm, aux), stats = jax.device_get((scalars, stats))
+  (loss, mtp_loss, lr, grad_norm, aux), stats, skipped = jax.device_get(
+    (scalars, stats, metrics.skipped.total)
+  )
   max_vio = drop_rate = overflow = None
   if stats is not None:
     load, dropped, lost = (np.asarray(a, np.float64) for a in stats)
@@ -58,6 +61,7 @@ def host_metrics(metrics: StepMetrics) -> dict[str, float | None]:
     'max_vio': max_vio,
     'drop_rate': drop_rate,
     'overflow_rate': overflow,
+    'skipped_steps': int(skipped),
   }
 
 
@@ -81,6 +85,8 @@ def step_function(
 ) -> Callable[[train_state.TrainState, Batch], tuple[train_state.TrainState, StepMetrics]]:
   """One optimizer step, (state, batch) -> (state, StepMetrics), as a pure function to be compiled.
 
+  A step whose loss or gradient is not finite changes nothing but `step`, see `skipped_steps`.
+
   Args:
     cfg: the run.
     as_moments: lays out parameters and gradients as the optimizer's moments lie.
@@ -96,15 +102,26 @@ def step_function(
     loss, grads = objective.gradients(
       cfg, state.params, state.router_state, batch, seed, mtp_weight
     )
+    before = skipped_steps.count(state.opt_state, state.step)
     with jax.named_scope('optimizer'):
       grads, params = as_moments(grads), as_moments(state.params)
-      updates, opt_state = optimizer.update(grads, state.opt_state, params)
-      params = as_moments(optax.apply_updates(params, updates))
+      opt_state = skipped_steps.at_step(state.opt_state, state.step)
+      updates, opt_state = optimizer.update(grads, opt_state, params)
       norm = optax.tree.norm(grads)
+      losses = loss.cross_entropy + loss.aux + (0 if loss.mtp is None else loss.mtp)
+      applied = skipped_steps.is_applied(losses, norm, before, cfg.train.max_skipped_steps)
+      params, opt_state = skipped_steps.select(
+        applied,
+        (optax.apply_updates(params, updates), opt_state),
+        (params, state.opt_state),
+      )
+      params = as_moments(params)
     with jax.named_scope('router_state'):
       router_state = next_router_state(cfg, state.router_state, loss.stats, state.step)
+      router_state = skipped_steps.select(applied, router_state, state.router_state)
+    skipped = skipped_steps.count(opt_state, state.step + 1)
     metrics = StepMetrics(
-      loss.cross_entropy, loss.mtp, loss.aux, schedule(state.step), norm, loss.stats
+      loss.cross_entropy, loss.mtp, loss.aux, schedule(state.step), norm, loss.stats, skipped
     )
     state = train_state.TrainState(state.step + 1, state.seed, params, router_state, opt_state)
     return state, metrics
