@@ -185,7 +185,7 @@ class SaveCheckpoint:
 
   def after_step(self, report: loop.StepReport):
     """Saves when the checkpointer says so, and when no step follows."""
-    if not (report.last or self.checkpointer.isis_due(report.step)):
+    if not (report.last or self.checkpointer.is_due(report.step)):
       return
     # The steps in flight are training, what follows is not.
     jax.block_until_ready(report.state)

@@ -23,6 +23,7 @@ def line(step: int, **changes):
     'mtp_loss': None,
     'data_wait_share': 0.001,
     'save_stall_share': 0.004,
+    'skipped_steps': 0,
   }
   return {**values, **changes}
 
@@ -38,7 +39,7 @@ def test_lines_have_exactly_the_promised_keys_and_all_digits(tmp_path):
   write(tmp_path, [1, 2])
   lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
   keys = 'step loss lr grad_norm tokens_per_second mfu max_vio drop_rate overflow_rate '
-  keys += 'aux_loss mtp_loss data_wait_share save_stall_share'
+  keys += 'aux_loss mtp_loss data_wait_share save_stall_share skipped_steps'
   assert [list(json.loads(text)) for text in lines] == [keys.split()] * 2
   assert np.float32(json.loads(lines[1])['loss']) == np.float32(10 / 3)
   assert metric_log.read_metrics(tmp_path) == [line(1), line(2)]
@@ -127,3 +128,4 @@ def test_format_line():
   assert metric_log.format_line(line(120, overflow_rate=0.25)).endswith(' overflow=25.0%')
   dense = metric_log.format_line(line(120, loss=math.nan, max_vio=None))
   assert 'loss=nan' in dense and 'max_vio=- ' in dense
+  assert metric_log.format_line(line(120, skipped_steps=2)).endswith(' skipped=2')

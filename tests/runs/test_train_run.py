@@ -5,6 +5,7 @@ import json
 import math
 import pathlib
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -15,11 +16,18 @@ from moe_jax import atomic_files, errors
 from moe_jax.balance import routing_figures
 from moe_jax.config import parse, schema
 from moe_jax.data import corpus as corpus_lib
-from moe_jax.data import packing
+from moe_jax.data import packing, pipeline
 from moe_jax.devices import partitioning
 from moe_jax.inference import sampling as sampling_lib
 from moe_jax.models import model_variables
-from moe_jax.runs import final_report, metric_log, router_tables, train_run, trained_run
+from moe_jax.runs import (
+  final_report,
+  metric_log,
+  nonfinite_dump,
+  router_tables,
+  train_run,
+  trained_run,
+)
 from moe_jax.training import evaluate, loop, train_state
 
 MAKE_MESH = partitioning.make_mesh
@@ -96,7 +104,12 @@ def test_a_run_writes_what_it_promises(finished):
 
 
 class Untouchable:
-  """Stands for what the host must not look at: any look would wait for the device."""
+  """Stands for what the host must not look at: any look would wait for the device.
+
+  But for the count of skipped steps, which is read when the loop has waited for its step anyway.
+  """
+
+  skipped = types.SimpleNamespace(in_row=np.int32(0))
 
   def __getattr__(self, name):
     raise AssertionError(f'{name} was read between two log lines')
@@ -360,6 +373,18 @@ def test_divergence_is_one_clear_error_and_saves_nothing(cache, tmp_path):
   with pytest.raises(errors.InputError, match=r'diverged with config\.optim\.peak_lr=10{12}\.0'):
     train_run.run_training(cfg, tmp_path, say=lambda line: None)
   assert not [p for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit()]
+  lines = metric_log.read_metrics(tmp_path)
+  bad = next(line['step'] for line in lines if line['skipped_steps'])
+  assert [line['skipped_steps'] for line in lines] == [0] * (bad - 1) + [1, 2, 3, 4]
+  dump = nonfinite_dump.read(tmp_path, None)
+  assert dump.figures['step'] == bad and dump.figures['last_step'] == bad + 3
+  assert dump.figures['loss'] is None and dump.figures['rows'] == [8 * (bad - 1), 8 * bad - 1]
+  corpus = corpus_lib.load_corpus(cfg.data, cfg.model.vocab_size, cfg.train.seed)
+  (want,) = pipeline.train_batches(
+    corpus, seed=cfg.train.seed, max_seq_len=cfg.model.max_seq_len, num_steps=bad,
+    start_step=bad - 1, batch_size_at=lambda step: 8,
+  )  # fmt: skip
+  np.testing.assert_array_equal(dump.batch['tokens'], want['tokens'])
 
 
 @pytest.mark.parametrize(

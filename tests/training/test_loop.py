@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moe_jax.training import loop as loop_lib
-from moe_jax.training import optimizer_step, step_timer
+from moe_jax.training import optimizer_step, skipped_steps, step_timer
 from tests import tiny
 from tests.training import steps
 
@@ -47,7 +47,7 @@ def test_steps_are_not_waited_for_but_a_few_steps_behind():
       launched.append(len(launched) + 1)
       assert waits == launched[: -1 - loop_lib.MAX_IN_FLIGHT]
       loss = OnDevice(launched[-1], waits)
-      return object(), optimizer_step.StepMetrics(loss, *[object()] * 5)
+      return object(), optimizer_step.StepMetrics(loss, *[object()] * 6)
 
   timer = step_timer.StepTimer(flops_per_token=1.0, peak=1.0)
   rows, state = tiny.batch(((16,), (9,))), types.SimpleNamespace(step=0)
@@ -72,6 +72,7 @@ def test_host_metrics_average_over_layers():
       lr=jnp.float32(3),
       grad_norm=4.0,
       stats=stats,
+      skipped=skipped_steps.Skipped(jnp.int32(6), jnp.int32(1)),
     )
   )
   # 16 assignments per layer, 4 of them dropped in the first.
@@ -84,6 +85,7 @@ def test_host_metrics_average_over_layers():
     'max_vio': (0.75 + 0) / 2,
     'overflow_rate': 2 / 32,
     'drop_rate': (0.25 + 0) / 2,
+    'skipped_steps': 6,
   }
 
 
