@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax import errors
+from moe_jax import errors, trees
 from moe_jax.processes import agreement
 from moe_jax.runs import loop_actions, nonfinite_dump
 from moe_jax.training import loop, optim
@@ -29,19 +29,19 @@ class RecentBatches:
     keep: how many to keep.
   """
 
-  def __init__(self, batches: Generator[loop.HostBatch, None, None], start: int, keep: int):
+  def __init__(self, batches: Generator[trees.HostBatch, None, None], start: int, keep: int):
     self._batches, self._numbers = batches, itertools.count(start + 1)
-    self._kept: collections.deque[tuple[int, loop.HostBatch]] = collections.deque(maxlen=keep)
+    self._kept: collections.deque[tuple[int, trees.HostBatch]] = collections.deque(maxlen=keep)
 
   def __iter__(self) -> 'RecentBatches':
     return self
 
-  def __next__(self) -> loop.HostBatch:
+  def __next__(self) -> trees.HostBatch:
     batch = next(self._batches)
     self._kept.append((next(self._numbers), batch))
     return batch
 
-  def since(self, step: int) -> tuple[int, loop.HostBatch]:
+  def since(self, step: int) -> tuple[int, trees.HostBatch]:
     """(number of the step, its batch) of the first kept one that is not before `step`."""
     return next(one for one in self._kept if one[0] >= step)
 
@@ -61,7 +61,7 @@ class NonfiniteGuard:
 
   members: Sequence[loop_actions.Member]
   batches: RecentBatches
-  put: Callable[[loop.HostBatch], loop.Batch]
+  put: Callable[[trees.HostBatch], trees.Batch]
   is_due: Callable[[int], bool]  # whether another callback looks at the values of that step anyway
   _waiting: collections.deque[tuple[int, Any]] = dataclasses.field(
     default_factory=collections.deque

@@ -1,3 +1,5 @@
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -36,7 +38,7 @@ def test_a_fixed_batch_is_learnt(step):
 
 def poisoned(cfg, expert=5):
   """A state with one NaN in one expert's matrix."""
-  state = fresh(cfg)
+  state = steps.fresh(cfg)
   moe = state.params['moe_layers']['moe']
   moe['gate_up'] = moe['gate_up'].at[1, expert, 0, 0, 0].set(jnp.nan)
   return state
@@ -47,37 +49,37 @@ def host(tree):
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_step(step):
-  cfg = tiny.make(**STEP)
+  cfg = tiny.make(**steps.STEP)
   before = host(poisoned(cfg))
   state, got = step(poisoned(cfg), tiny.batch())
   assert not np.isfinite(got.loss) and (got.skipped.total, got.skipped.in_row) == (1, 1)
   jax.tree.map(np.testing.assert_array_equal, host(state), before.replace(step=np.int32(1)))
 
   # Mended, it goes on: the count of all stays, that in a row starts anew.
-  state, got = step(state.replace(params=fresh(cfg).params), tiny.batch())
+  state, got = step(state.replace(params=steps.fresh(cfg).params), tiny.batch())
   assert np.isfinite(got.loss) and (got.skipped.total, got.skipped.in_row) == (1, 0)
   assert np.abs(state.params['head'] - before.params['head']).max() > 0
 
 
 def test_a_token_id_outside_of_the_vocabulary_poisons_no_state(step):
-  cfg, rows = tiny.make(**STEP), tiny.batch()
+  cfg, rows = tiny.make(**steps.STEP), tiny.batch()
   rows['tokens'] = rows['tokens'].copy()
   rows['tokens'][3, 2] = 10**6
-  before = host(fresh(cfg))
-  state, got = step(fresh(cfg), rows)
+  before = host(steps.fresh(cfg))
+  state, got = step(steps.fresh(cfg), rows)
   assert got.skipped.total == 1
   jax.tree.map(np.testing.assert_array_equal, host(state), before.replace(step=np.int32(1)))
 
 
 def test_after_too_many_in_a_row_finite_steps_are_not_applied_either(step):
   """The host reads metrics a few steps late, and dumps the state that it then finds."""
-  cfg = tiny.make(**STEP)
+  cfg = tiny.make(**steps.STEP)
   most = cfg.train.max_skipped_steps
   state = poisoned(cfg)
   for i in range(most + 1):
     state, got = step(state, tiny.batch())
     assert got.skipped.in_row == i + 1
-  before = host(state.replace(params=fresh(cfg).params))
-  state, got = step(state.replace(params=fresh(cfg).params), tiny.batch())
+  before = host(state.replace(params=steps.fresh(cfg).params))
+  state, got = step(state.replace(params=steps.fresh(cfg).params), tiny.batch())
   assert np.isfinite(got.loss) and got.skipped.in_row == most + 2
   jax.tree.map(np.testing.assert_array_equal, host(state.params), before.params)
