@@ -1,0 +1,45 @@
+"""What is changed, and what is left alone."""
+
+import ast
+import pathlib
+
+from tests.mutation import mutants
+
+SOURCE = '''"""At most 3."""
+import jax
+LIMIT: int | None = 4
+
+
+def f(x: int | float = 1, *, on=True) -> int | None:
+  """Adds 5."""
+  if not on and (x) < -7:
+    raise ValueError(f'{x + 6} is more than ' + 'wanted')
+  print(x - 8)
+  g(x, jax.lax.stop_gradient(LIMIT), axis=9)
+  return min(x * (2), 3.5)
+'''
+
+
+def test_operators_constants_calls_and_statements_are_changed():
+  found = mutants.of(SOURCE, 'moe_jax/a.py')
+  changed = {(m.before, m.after) for m in found}
+  assert {('4', '5'), ('True', 'False'), ('and', 'or'), ('<', '<='), ('-7', '(7)')} <= changed
+  assert {('not on', '(on)'), ('9', '10'), ('*', '/'), ('min', 'max'), ('3.5', '7.0')} <= changed
+  assert ('jax.lax.stop_gradient(LIMIT)', '(LIMIT)') in changed
+  assert ('x, jax.lax.stop_gradient(LIMIT)', 'jax.lax.stop_gradient(LIMIT), x') in changed
+  assert ('g(x, jax.lax.stop_gradient(LIMIT), axis=9)', 'pass') in changed
+
+
+def test_docstrings_messages_and_annotations_are_not():
+  found = mutants.of(SOURCE, 'moe_jax/a.py')
+  assert not {m.before for m in found} & {'3', '5', '6', '8', '|', '+', 'print(x - 8)'}
+
+
+def test_every_mutant_is_another_program_with_a_key_of_its_own():
+  source = pathlib.Path(mutants.__file__).read_text()
+  found = mutants.of(source, 'x.py')
+  assert len(found) > 10
+  for mutant in found:
+    assert ast.dump(ast.parse(mutant.apply(source))) != ast.dump(ast.parse(source))
+  assert len({m.key for m in found}) == len(found)
+  assert mutants.sample(found, 20, 1)[:10] == mutants.sample(found, 10, 1)
