@@ -16,7 +16,8 @@ import concurrent.futures
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -33,6 +34,8 @@ from moe_jax.config import schema
 # Nothing less than a chunk can be read, so arrays above MAX_CHUNK_BYTES are cut up on disk; along
 # the axes of a stack of layers and experts as long as the chunks stay above MIN_CHUNK_BYTES.
 MAX_CHUNK_BYTES, MIN_CHUNK_BYTES = 32 * 2**20, 2**20
+LOOKS = 10  # how often a reader looks for newer steps when all that it saw were deleted
+_MOVED_ASIDE = re.compile(r'\d+\.(damaged|superseded)-\d+')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +70,11 @@ class Checkpointer:
     orbax_noise.drop_orbax_chatter()
     remote = '://' in str(directory)
     self._directory = epath.Path(directory if remote else os.path.abspath(directory))
+    errors.require(
+      remote or self._directory.exists() or not os.path.islink(self._directory),
+      f'{self._directory} is a link to what is not there; mount or restore it, or use another '
+      '--workdir',
+    )
     writer = None if read_only else cfg
     self._cfg = writer
     self._may_save = False  # until `restore` has settled which steps the new ones follow
@@ -85,7 +93,16 @@ class Checkpointer:
 
   def steps(self) -> list[int]:
     """Steps on disk or being written, oldest first; whether they are whole is not checked."""
-    return sorted(self._manager.all_steps())
+    return sorted({*self._manager.all_steps(), *self._not_directories()})
+
+  def _not_directories(self) -> list[int]:
+    """Steps that orbax passes over in silence: links to what is gone, and plain files."""
+    try:
+      names = os.listdir(self._directory)
+    except (FileNotFoundError, NotADirectoryError):
+      return []
+    where = (name for name in names if name.isdecimal() and str(int(name)) == name)
+    return [int(name) for name in where if not (self._directory / name).is_dir()]
 
   def is_due(self, step: int) -> bool:
     """Whether `step` is one at which the schedule saves."""
@@ -161,24 +178,25 @@ class Checkpointer:
         lacks arrays of `abstract_state`, has others of that name or, unless `partial`, has more.
     """
     self._reload()
-    steps = self.steps()
     if step is not None:
       self._require_step(step)
     target = jax.tree.map(_with_sharding, abstract_state)
     orbax_noise.drop_abandoned_reads()
     damaged = {}
-    for candidate in [step] if step is not None else reversed(steps):
+    for candidate in [step] if step is not None else self._newest_first():
       try:
         restored = self._restore_whole(candidate, target, partial)
       except _DamagedError as e:
         damaged[candidate] = str(e)
         continue
+      self._forget_deleted(damaged)
       # Only with one step proved whole under the same target are the others called damaged: had
       # none worked, the fault might be ours (memory, a lost disk), and nothing must be moved.
       self._settle(candidate, damaged)
       return restored
     if damaged:
       raise errors.InputError(self._none_whole(damaged))
+    self._require_no_remains()
     self._may_save = True
     return None
 
@@ -208,12 +226,13 @@ class Checkpointer:
       self._require_step(step)
     orbax_noise.drop_abandoned_reads()
     damaged = {}
-    for candidate in [step] if step is not None else reversed(self.steps()):
+    for candidate in [step] if step is not None else self._newest_first():
       try:
         found = self._read_record(candidate)
       except _DamagedError as e:
         damaged[candidate] = str(e)
         continue
+      self._forget_deleted(damaged)
       if tell:
         self._tell_damaged(damaged, candidate)
       return found
@@ -240,8 +259,47 @@ class Checkpointer:
     self.wait()
     self._manager.reload()
 
+  def _newest_first(self) -> Iterator[int]:
+    """Steps to try, newest first.
+
+    The run that a reader looks at goes on, and may delete a step while it is read; so a reader that
+    has tried all of them looks whether newer ones have come, LOOKS times at most.
+    """
+    tried: set[int] = set()
+    alone = self._cfg is None and jax.process_count() == 1
+    for _ in range(LOOKS if alone else 1):
+      fresh = [step for step in reversed(self.steps()) if step not in tried]
+      if not fresh:
+        return
+      for step in fresh:
+        tried.add(step)
+        yield step
+      self._reload()
+
+  def _forget_deleted(self, damaged: dict[int, str]):
+    """What the run that is read has deleted meanwhile was not damaged."""
+    if self._cfg is None:
+      there = set(self.steps())
+      for step in [step for step in damaged if step not in there]:
+        del damaged[step]
+
+  def _require_no_remains(self):
+    """Refuses to start anew where checkpoints were, and none but those moved aside are left."""
+    found = sorted(path.name for path in self._directory.glob('*.*-[0-9]*'))
+    found = [name for name in found if _MOVED_ASIDE.fullmatch(name)]
+    errors.require(
+      not found,
+      f'{self._directory} holds no checkpoint but those moved aside, {", ".join(found)}; rename '
+      'one of them to its number to go on from it, or start again in another --workdir (or move this '
+      'directory away)',
+    )
+
   def _read_record(self, step: int) -> dict[str, Any]:
     """Reads the JSON item of a step and checks that nothing of the step's metadata is missing."""
+    path = self._directory / str(step)
+    if not path.is_dir():
+      link = os.path.islink(path)
+      raise _DamagedError('it is a link to what is not there' if link else 'it is no directory')
     try:
       metadata = self._reader.metadata(self._directory / str(step))
       item = ocp.args.Composite(meta=ocp.args.JsonRestore())
@@ -320,8 +378,11 @@ class Checkpointer:
       )
 
   def _none_whole(self, damaged: Mapping[int, str]) -> str:
-    reasons = '; '.join(f'step {step}: {reason}' for step, reason in damaged.items())
-    others = [step for step in self.steps() if step not in damaged]
+    there = self.steps()
+    gone = 'it was deleted while it was read'
+    found = {step: reason if step in there else gone for step, reason in damaged.items()}
+    reasons = '; '.join(f'step {step}: {reason}' for step, reason in found.items())
+    others = [step for step in there if step not in damaged]
     if others:
       return f'Checkpoint in {self._directory} is damaged ({reasons}); {_available(others)}'
     return (

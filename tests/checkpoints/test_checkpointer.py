@@ -218,6 +218,68 @@ def test_none_whole_is_an_error_that_changes_nothing(steps):
   assert sorted(p.name for p in steps.iterdir()) == ['10', '20', '30']
 
 
+def test_a_dangling_link_is_a_damaged_step_and_never_the_start_of_a_new_run(steps, caplog):
+  (steps / '30').rename(steps.parent / 'elsewhere')
+  (steps / '30').symlink_to(steps.parent / 'unmounted' / '30')
+  with checkpointer(steps) as ckpt:
+    assert ckpt.restore(abstract(make_state(0))).step == 20
+  assert 'step 30' in caplog.text and 'a link to what is not there' in caplog.text
+  assert (steps / '30.damaged-1').is_symlink()
+  for step in ('10', '20'):
+    shutil.rmtree(steps / step)
+  for ckpt in (checkpointer(steps), reader(steps)):
+    with ckpt, pytest.raises(errors.InputError, match='aside, 30.damaged-1; rename'):
+      ckpt.restore(abstract(make_state(0)))
+  (steps / '30.damaged-1').rename(steps / '30')
+  with checkpointer(steps) as ckpt, pytest.raises(errors.InputError, match='a link to what is not'):
+    ckpt.restore(abstract(make_state(0)))
+  with reader(steps) as ckpt, pytest.raises(errors.InputError, match='a link to what is not'):
+    ckpt.read_meta()
+  (steps / '30').unlink()
+  (steps / '30').write_text('no directory')
+  with checkpointer(steps) as ckpt, pytest.raises(errors.InputError, match='it is no directory'):
+    ckpt.restore(abstract(make_state(0)))
+  link = steps.parent / 'link'
+  link.symlink_to(steps.parent / 'unmounted')
+  with pytest.raises(errors.InputError, match='link is a link to what is not there'):
+    checkpointer(link)
+
+
+def reader(path):
+  return checkpointer_lib.Checkpointer(path, None, read_only=True)
+
+
+def test_a_reader_of_a_run_that_goes_on_finds_the_step_that_has_come(steps, monkeypatch, caplog):
+  """The run keeps one step, and saves the next one whenever this one is read."""
+  others = steps.parent / 'others'
+  others.mkdir()
+  for step in ('20', '30'):
+    (steps / step).rename(others / step)
+  read = checkpointer_lib.Checkpointer._read_record
+
+  def trained_meanwhile(self, step):
+    after = {10: '20', 20: '30'}.get(step)
+    if after and (others / after).exists():
+      (others / after).rename(steps / after)
+      shutil.rmtree(steps / str(step))
+    return read(self, step)
+
+  monkeypatch.setattr(checkpointer_lib.Checkpointer, '_read_record', trained_meanwhile)
+  with reader(steps) as ckpt:
+    assert ckpt.restore(abstract(make_state(0))).step == 30
+  assert not caplog.records  # what was deleted was not damaged
+
+  def always_deleted(self, step):
+    shutil.rmtree(steps / str(step))
+    (steps / str(step + 1)).mkdir()
+    return read(self, step)
+
+  monkeypatch.setattr(checkpointer_lib.Checkpointer, '_read_record', always_deleted)
+  with reader(steps) as ckpt, pytest.raises(errors.InputError, match='it was deleted while'):
+    ckpt.restore(abstract(make_state(0)))
+  assert [path.name for path in steps.iterdir()] == [str(30 + checkpointer_lib.LOOKS)]
+
+
 def test_a_step_asked_for_is_given_or_refused(steps):
   truncate_chunk(steps / '20')
   with checkpointer_lib.Checkpointer(steps, None) as reader:
