@@ -35,14 +35,12 @@ import io
 import math
 import os
 import pathlib
-import zipfile
-import zlib
 from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 
-from moe_jax import atomic_files, errors
+from moe_jax import atomic_files, errors, npz_files
 from moe_jax.balance import balance_losses, router_stats
 from moe_jax.config import moe_config
 
@@ -70,7 +68,6 @@ KEYS = (
 )
 ATTENTION_KEYS = ('attention_active_experts', 'loss_attention_mutual_information')
 # What a missing file, a torn one or a single wrong bit makes NumPy and zipfile raise.
-_DAMAGE = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 def figures(
@@ -208,12 +205,11 @@ def read(path: _Path) -> dict[str, np.ndarray]:
     errors.InputError: the file is missing or damaged.
   """
   try:
-    archive = np.load(path, allow_pickle=False)
-    if isinstance(archive, np.ndarray):
-      raise ValueError('a single array')
-    with archive:
-      return {key: archive[key] for key in archive.files}
-  except _DAMAGE as e:
+    found = npz_files.headers(path)
+    if sum(npz_files.num_bytes(*one) for one in found.values()) > pathlib.Path(path).stat().st_size:
+      raise ValueError('its arrays are larger than the file')
+    return {key: npz_files.read(path, key) for key in found}
+  except npz_files.DAMAGE as e:
     raise errors.InputError(
       f'{path} is no readable file of routing figures ({e}); delete it, or restore it from a copy'
     ) from e

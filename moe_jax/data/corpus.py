@@ -231,7 +231,7 @@ def _tokenizer(
     )
     target = cache.root(data.cache_dir) / 'tokenizers' / key
     cache.get_or_build(target, build, lambda d: (d / 'tokenizer.json').is_file())
-    tokenizer = tokenizer_lib.load(target / 'tokenizer.json', *specials)
+    tokenizer = tokenizer_lib.load(target / 'tokenizer.json', *specials, trusted=True)
   else:
     tokenizer = tokenizer_lib.load(data.tokenizer, *specials)
   tokenizer_lib.check_vocab_size(tokenizer, vocab_size)

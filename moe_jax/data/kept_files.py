@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_jax import errors
+from moe_jax.config import paths
 from moe_jax.data import json_files
 from moe_jax.data import tokenizer as tokenizer_lib
 
@@ -41,14 +42,14 @@ def is_tied(workdir: pathlib.Path) -> bool:
   return tied and not json_files.read_object(kept / RECORD, _WAY_OUT).get('untied')
 
 
-def require_untied(workdir: str, field: str):
+def require_untied(workdir: str | pathlib.Path, field: str):
   """Refuses to train from an import whose embedding and head are one matrix: here they are two.
 
   Raises:
     errors.InputError: names the field, and the way to train them apart.
   """
   errors.require(
-    not is_tied(pathlib.Path(workdir)),
+    not is_tied(paths.local(workdir)),
     f'{field}={workdir} has one matrix as embedding and output head (tie_word_embeddings), and '
     'training would change each for itself; import it again with convert --untie to train them as '
     'two, which is what an export holds then',

@@ -11,11 +11,12 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 import tokenizers
+from absl import logging
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from moe_jax import atomic_files, errors
 from moe_jax.config import paths
-from moe_jax.data import hashing
+from moe_jax.data import hashing, json_files, tokenizer_probe
 
 # Begin, hole, end, spelled as in DeepSeek-Coder-V2: full-width bars, lower-one-eighth blocks.
 FIM_TOKENS = ('<｜fim▁begin｜>', '<｜fim▁hole｜>', '<｜fim▁end｜>')
@@ -87,21 +88,58 @@ class Tokenizer:
       atomic_files.write_text(path, text)
 
 
-def load(path: str | pathlib.Path, bos_token: str, eos_token: str) -> Tokenizer:
+def load(
+  path: str | pathlib.Path, bos_token: str, eos_token: str, *, trusted: bool = False
+) -> Tokenizer:
   """Reads a tokenizer.json.
 
+  Args:
+    path: of the file.
+    bos_token: begin-of-document token.
+    eos_token: end-of-document token.
+    trusted: it was written here, and is not tried out (`tokenizer_probe`).
+
   Raises:
-    errors.InputError: no such file, not a tokenizer, or a token is missing.
+    errors.InputError: no such file, not a tokenizer, one that loses text, or a token is missing.
   """
   try:
     text = paths.local(path).read_text(encoding='utf-8')
-    inner = tokenizers.Tokenizer.from_str(text)
-  except Exception as e:  # `tokenizers` raises bare Exception for a malformed file
+    _check_file(str(path), text, trusted)
+    return Tokenizer(tokenizers.Tokenizer.from_str(text), bos_token, eos_token)
+  except errors.InputError:
+    raise
+  except (
+    BaseException
+  ) as e:  # `tokenizers` raises bare Exception, and panics that are not even that
+    if isinstance(e, (KeyboardInterrupt, SystemExit, GeneratorExit)):
+      raise
     raise errors.InputError(
       f"config.data.tokenizer={str(path)!r} must be 'bpe', 'bytes' or a readable tokenizer.json "
-      f'({e}){errors.did_you_mean(str(path), ("bpe", "bytes"))}'
+      f'({" ".join(str(e).split())}){errors.did_you_mean(str(path), ("bpe", "bytes"))}'
     ) from e
-  return Tokenizer(inner, bos_token, eos_token)
+
+
+def _check_file(path: str, text: str, trusted: bool):
+  """Refuses what is no tokenizer.json, and one that does not give text back."""
+  content = json_files.parse(text)
+  model = content.get('model') if isinstance(content, dict) else None
+  if not isinstance(model, dict):
+    raise ValueError('it has no section "model"')
+  errors.require(
+    not model.get('dropout'),
+    f'config.data.tokenizer={path!r} has model.dropout={model.get("dropout")!r}, so that the same '
+    'text is other ids each time; set it to null',
+  )
+  if trusted:
+    return
+  problem, lost = tokenizer_probe.run(text)
+  errors.require(
+    not problem,
+    f'config.data.tokenizer={path!r} is not usable: {" ".join(problem.split())}; take the whole '
+    'file of the tokenizer, or another tokenizer',
+  )
+  if lost:
+    logging.warning('The tokenizer %s does not give back every text: %s', path, ', '.join(lost))
 
 
 def byte_tokenizer(bos_token: str, eos_token: str) -> Tokenizer:

@@ -100,7 +100,7 @@ def config_json(
   made = hf_config_export.from_config(cfg)
   if record is None:
     tokenizer = tokenizer_lib.load(
-      kept.parent / sidecar.TOKENIZER, cfg.data.bos_token, cfg.data.eos_token
+      kept.parent / sidecar.TOKENIZER, cfg.data.bos_token, cfg.data.eos_token, trusted=True
     )
     ids = {'bos_token_id': tokenizer.bos_id, 'eos_token_id': tokenizer.eos_id}
     return made | ids | dtype_key(plan), []

@@ -13,6 +13,7 @@ from typing import Any
 
 from moe_jax import errors, trees
 from moe_jax.config import moe_config
+from moe_jax.interop import hf_values
 
 ARCHITECTURES = {
   'llama': 'LlamaForCausalLM',
@@ -45,7 +46,7 @@ def family(hf: trees.Json) -> str:
   """
   kind = hf.get('model_type')
   return errors.present(
-    kind if kind in ARCHITECTURES else None,
+    kind if isinstance(kind, str) and kind in ARCHITECTURES else None,
     f'config.json: model_type={kind!r} (architectures={hf.get("architectures")}) is not among the '
     f'supported ones: {", ".join(ARCHITECTURES)}',
   )
@@ -73,14 +74,14 @@ def to_values(hf: trees.Json, values: trees.Json, num_mtp_layers: int = 0) -> di
   values = copy.deepcopy(dict(values))
   model = values['model']
   model |= {
-    'vocab_size': _get(hf, 'vocab_size'),
-    'max_seq_len': _get(hf, 'max_position_embeddings'),
-    'embed_dim': _get(hf, 'hidden_size'),
-    'mlp_dim': _get(hf, 'intermediate_size'),
-    'num_layers': _get(hf, 'num_hidden_layers'),
-    'num_heads': _get(hf, 'num_attention_heads'),
-    'norm_eps': float(_get(hf, 'rms_norm_eps')),
-    'init_std': float(hf.get('initializer_range') or model['init_std']),
+    'vocab_size': hf_values.size(hf, 'vocab_size'),
+    'max_seq_len': hf_values.size(hf, 'max_position_embeddings', most=hf_values.LONGEST),
+    'embed_dim': hf_values.size(hf, 'hidden_size'),
+    'mlp_dim': hf_values.size(hf, 'intermediate_size'),
+    'num_layers': hf_values.size(hf, 'num_hidden_layers'),
+    'num_heads': hf_values.size(hf, 'num_attention_heads'),
+    'norm_eps': hf_values.real(hf, 'rms_norm_eps', 1e-30, 0.1),
+    'init_std': hf_values.real(hf, 'initializer_range', 1e-9, 10, model['init_std']),
     'num_mtp_layers': num_mtp_layers,
   }
   _set_attention(kind, hf, model)
@@ -120,20 +121,7 @@ def quantization(hf: trees.Json) -> tuple[int, int] | None:
 
 def declared_mtp_layers(hf: trees.Json) -> int:
   """Prediction modules that config.json speaks of; its files may leave them out."""
-  return int(hf.get('num_nextn_predict_layers') or 0) if family(hf) == 'deepseek_v3' else 0
-
-
-def _get(hf: trees.Json, name: str) -> Any:
-  errors.require(
-    hf.get(name) is not None,
-    f'config.json: {name} is missing, and no default is safe to take; put it in',
-  )
-  value = hf[name]
-  errors.require(
-    isinstance(value, bool) or (isinstance(value, (int, float)) and value > 0),
-    f'config.json: {name}={value!r} must be a positive number; correct it',
-  )
-  return value
+  return hf_values.count(hf, 'num_nextn_predict_layers') if family(hf) == 'deepseek_v3' else 0
 
 
 def _set_attention(kind: str, hf: trees.Json, model: dict[str, Any]):
@@ -142,23 +130,23 @@ def _set_attention(kind: str, hf: trees.Json, model: dict[str, Any]):
   if kind in MLA_FAMILIES:
     attention['kind'] = 'mla'
     names = ('kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim')
-    attention['mla'] = {name: _get(hf, name) for name in names}
-    attention['mla']['q_lora_rank'] = hf.get('q_lora_rank') or 0
+    attention['mla'] = {name: hf_values.size(hf, name) for name in names}
+    attention['mla']['q_lora_rank'] = hf_values.count(hf, 'q_lora_rank')
   else:
-    attention['num_kv_heads'] = hf.get('num_key_value_heads') or heads
-    given = hf.get('head_dim')
+    attention['num_kv_heads'] = hf_values.size(hf, 'num_key_value_heads', heads)
+    given = hf_values.count(hf, 'head_dim')
     errors.require(
-      given is not None or model['embed_dim'] % heads == 0,
+      given > 0 or model['embed_dim'] % heads == 0,
       f'config.json: hidden_size={model["embed_dim"]} must be a multiple of '
       f'num_attention_heads={heads} where there is no head_dim',
     )
     attention['head_dim'] = given or model['embed_dim'] // heads
   interleaved = kind == 'deepseek_v2' or (
-    kind == 'deepseek_v3' and hf.get('rope_interleave') is not False
+    kind == 'deepseek_v3' and hf_values.flag(hf, 'rope_interleave', True)
   )
   rope, theta = _rope_parameters(hf)
   attention['rope'] = {
-    'theta': float(theta),
+    'theta': theta,
     'layout': 'interleaved' if interleaved else 'half',
     'yarn': _yarn(kind, rope, attention['rope']['yarn']),
   }
@@ -178,9 +166,9 @@ def _rope_parameters(hf: trees.Json) -> tuple[trees.Json, float]:
     'one of them',
   )
   rope = dict(newer or older or {})
-  theta = rope.pop('rope_theta', None) or hf.get('rope_theta')
-  missing = 'config.json: rope_theta is missing; DeepSeek models have 10000'
-  return rope, errors.present(theta, missing)
+  theta = rope.pop('rope_theta', None)
+  theta = hf.get('rope_theta') if theta is None else theta
+  return rope, hf_values.real({'rope_theta': theta}, 'rope_theta', 1, 1e12)
 
 
 def _yarn(kind: str, rope: trees.Json, off: trees.Json) -> dict[str, Any]:
@@ -198,7 +186,7 @@ def _yarn(kind: str, rope: trees.Json, off: trees.Json) -> dict[str, Any]:
       f'config.json: rope_parameters={dict(rope)} is not supported with rope type default',
     )
     return dict(off) | {'factor': 1.0}
-  both = [rope.get('mscale'), rope.get('mscale_all_dim')]
+  both = [hf_values.real(rope, name, 0, 100, 0) for name in ('mscale', 'mscale_all_dim')]
   # With one of the two, DeepSeek's code and that of transformers disagree on the cosines. Without
   # MLA the pair changes the cosines alone; the scale of the softmax stays.
   problem = any(both) and not (kind in MLA_FAMILIES and all(both))
@@ -209,24 +197,22 @@ def _yarn(kind: str, rope: trees.Json, off: trees.Json) -> dict[str, Any]:
     'mscale_all_dim must both be there with MLA and both be absent without it, and there must be '
     'no attention_factor and no truncate=false',
   )
-  for name in ('factor', 'original_max_position_embeddings'):
-    errors.require(
-      rope.get(name) is not None, f'config.json: rope_scaling={dict(rope)} lacks {name}; put it in'
-    )
   return {
-    'factor': float(rope['factor']),
-    'original_max_seq_len': int(rope['original_max_position_embeddings']),
-    'beta_fast': float(rope.get('beta_fast') or 32),
-    'beta_slow': float(rope.get('beta_slow') or 1),
-    'mscale': float(both[0] or 1.0),
-    'mscale_all_dim': float(both[1] or 0.0),
+    'factor': hf_values.real(rope, 'factor', 1, 1e6),
+    'original_max_seq_len': hf_values.size(
+      rope, 'original_max_position_embeddings', most=hf_values.LONGEST
+    ),
+    'beta_fast': hf_values.real(rope, 'beta_fast', 1e-3, 1e6, 32),
+    'beta_slow': hf_values.real(rope, 'beta_slow', 1e-3, 1e6, 1),
+    'mscale': both[0] or 1.0,
+    'mscale_all_dim': both[1],
   }
 
 
 def _set_moe(kind: str, hf: trees.Json, model: dict[str, Any]):
   moe, layers = model['moe'], model['num_layers']
-  num_experts = 0 if kind == 'llama' else hf.get('n_routed_experts') or 0
-  dense = min(hf.get('first_k_dense_replace') or 0, layers) if num_experts else layers
+  num_experts = 0 if kind == 'llama' else hf_values.count(hf, 'n_routed_experts')
+  dense = min(hf_values.count(hf, 'first_k_dense_replace'), layers) if num_experts else layers
   if dense == layers:
     moe |= {'num_experts': 0, 'num_shared_experts': 0}
     model['num_dense_layers'] = 0
@@ -234,11 +220,11 @@ def _set_moe(kind: str, hf: trees.Json, model: dict[str, Any]):
   model['num_dense_layers'] = dense
   moe |= {
     'num_experts': num_experts,
-    'num_shared_experts': hf.get('n_shared_experts') or 0,
-    'num_experts_per_tok': _get(hf, 'num_experts_per_tok'),
-    'moe_mlp_dim': _get(hf, 'moe_intermediate_size'),
+    'num_shared_experts': hf_values.count(hf, 'n_shared_experts'),
+    'num_experts_per_tok': hf_values.size(hf, 'num_experts_per_tok'),
+    'moe_mlp_dim': hf_values.size(hf, 'moe_intermediate_size'),
     'router': 'topk',
-    'norm_topk_prob': bool(_get(hf, 'norm_topk_prob')),
+    'norm_topk_prob': hf_values.flag(hf, 'norm_topk_prob'),
     'num_expert_groups': 1,
     'num_limited_groups': 1,
   }
@@ -261,7 +247,7 @@ def _set_v1(hf: trees.Json, moe: dict[str, Any]):
 
 def _set_v2(hf: trees.Json, moe: dict[str, Any]):
   _require_gate(hf, 'deepseek_v2', 'softmax', (*_GREEDY, 'group_limited_greedy'))
-  scaling = float(hf.get('routed_scaling_factor') or 1.0)
+  scaling = hf_values.real(hf, 'routed_scaling_factor', 1e-6, 1e6, 1.0)
   # The released code divides the gates by their sum OR scales them, where this model does the one
   # and then the other; and it divides where there is more than one gate.
   moe['norm_topk_prob'] &= moe['num_experts_per_tok'] > 1
@@ -269,7 +255,10 @@ def _set_v2(hf: trees.Json, moe: dict[str, Any]):
   moe |= {'score_func': 'softmax', 'group_score': 'max'}
   moe['expert_bias'] = moe['expert_bias'] | {'update_rule': 'none'}
   if hf.get('topk_method') == 'group_limited_greedy':
-    moe |= {'num_expert_groups': _get(hf, 'n_group'), 'num_limited_groups': _get(hf, 'topk_group')}
+    moe |= {
+      'num_expert_groups': hf_values.size(hf, 'n_group'),
+      'num_limited_groups': hf_values.size(hf, 'topk_group'),
+    }
 
 
 def _set_v3(hf: trees.Json, moe: dict[str, Any]):
@@ -277,9 +266,9 @@ def _set_v3(hf: trees.Json, moe: dict[str, Any]):
   moe |= {
     'score_func': 'sigmoid',
     'group_score': 'top2_sum',
-    'routed_scaling_factor': float(_get(hf, 'routed_scaling_factor')),
-    'num_expert_groups': _get(hf, 'n_group'),
-    'num_limited_groups': _get(hf, 'topk_group'),
+    'routed_scaling_factor': hf_values.real(hf, 'routed_scaling_factor', 1e-6, 1e6),
+    'num_expert_groups': hf_values.size(hf, 'n_group'),
+    'num_limited_groups': hf_values.size(hf, 'topk_group'),
   }
   moe['expert_bias'] = moe['expert_bias'] | {'update_rule': 'sign', 'form': 'additive'}
 
@@ -302,9 +291,8 @@ def _require_gate(hf: trees.Json, kind: str, score_func: str, methods: tuple[str
 def _set_losses(kind: str, hf: trees.Json, moe: dict[str, Any]):
   """One balance loss: V3 divides the scores by their sum first (its report, section 2.1.2)."""
   name = 'normalized_expert_level' if kind == 'deepseek_v3' else 'expert_level'
-  alpha = hf.get('aux_loss_alpha')
-  weight = float(_AUX_LOSS_ALPHA[kind] if alpha is None else alpha)
-  scope = 'micro_batch' if hf.get('seq_aux') is False else 'sequence'
+  weight = hf_values.real(hf, 'aux_loss_alpha', 0, 1e3, _AUX_LOSS_ALPHA[kind])
+  scope = 'sequence' if hf_values.flag(hf, 'seq_aux', True) else 'micro_batch'
   losses = {key: moe['balance'][key] | {'weight': 0.0} for key in moe_config.LOSSES}
   losses[name] = {'weight': weight, 'scope': scope}
   moe['balance'] = moe['balance'] | losses

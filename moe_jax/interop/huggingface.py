@@ -279,7 +279,9 @@ def _copy_small_files(
         shutil.copyfile(path, into / path.name)
   else:
     data = cfg.data
-    tokenizer = tokenizer_lib.load(workdir / sidecar.TOKENIZER, data.bos_token, data.eos_token)
+    tokenizer = tokenizer_lib.load(
+      workdir / sidecar.TOKENIZER, data.bos_token, data.eos_token, trusted=True
+    )
     exported_tokenizer.write(tokenizer, data, cfg.model.max_seq_len, into, say)
 
 

@@ -12,6 +12,7 @@ attention, deepseek_v2 and deepseek_v3 'mla'; V3 alone has expert biases and pre
 """
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -312,3 +313,17 @@ def _entry(row: _Row, place: _Place, role: str = WEIGHT) -> Entry:
   index = place.index if row.pick is None else (*place.index, slice(None), row.pick)
   name, leaf = place.prefix + row.hf, place.leaf_prefix + row.ours
   return Entry(name, hf_shape, 0, hf_shape, leaf, index, shape, bool(bar), role)
+
+
+def file_axes(cfg: schema.ModelConfig, hf_name: str) -> list[list[str]]:
+  """The axes of a tensor in the files, each as the axes of the tables above that it combines.
+
+  [] for a tensor that is not a row of a table, such as experts in one tensor.
+  """
+  name = re.sub(r'\.experts\.\d+\.', '.experts.{}.', re.sub(r'^model\.layers\.\d+\.', '', hf_name))
+  rows = (_EMBEDDING, _FINAL_NORM, _HEAD, *_NORMS, *_attention_rows(cfg), *_DENSE_FFN, _ROUTER)
+  rows += (_EXPERT_BIAS, *_SHARED_EXPERTS, *_EXPERT, *_MTP)
+  rows += tuple(row._replace(hf=_MTP_COPIES[row.hf]) for row in (_EMBEDDING, _HEAD))
+  found = next((row.axes for row in rows if row.hf == name), '')
+  read, bar, made = found.partition(' | ')
+  return [made.split(), read.split()] if bar else [[axis] for axis in read.split()]

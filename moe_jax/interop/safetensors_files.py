@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from moe_jax import errors, trees
+from moe_jax.data import json_files
 
 SINGLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 SHARD_BYTES = 5_000_000_000  # of a written file; memory does not depend on it
@@ -80,12 +81,12 @@ def find(directory: str | os.PathLike[str]) -> dict[str, Tensor]:
   tensors: dict[str, Tensor] = {}
   for file in sorted(set(weight_map.values())):
     errors.require(
-      isinstance(file, str) and pathlib.PurePath(file).name == file,
+      pathlib.PurePath(file).name == file,
       f'{directory / INDEX} names the file {file!r}, which must be a plain name in the same '
       'directory; download the checkpoint again',
     )
     errors.require(
-      (directory / file).is_file(),
+      os.path.isfile(directory / file),  # False too for names that no file can have
       f'{directory / INDEX} names the file {file!r}, which is not in --from_hf={directory}; '
       'download what is missing',
     )
@@ -126,9 +127,13 @@ def _single(directory: pathlib.Path) -> pathlib.Path:
 
 def _weight_map(path: pathlib.Path) -> dict[str, str]:
   try:
-    weight_map = json.loads(path.read_text(encoding='utf-8'))['weight_map']
+    weight_map = json_files.read_object(path, 'download it again')['weight_map']
     if not isinstance(weight_map, dict) or not weight_map:
       raise ValueError('its weight_map is not a table of names')
+    if not all(isinstance(file, str) for file in weight_map.values()):
+      raise ValueError('its weight_map names something else than files')
+  except errors.InputError:
+    raise
   except (OSError, ValueError, KeyError, TypeError) as e:
     raise errors.InputError(
       f'{path} is not an index of safetensors files ({e!r}); download it again'
@@ -146,7 +151,7 @@ def _header(path: pathlib.Path) -> dict[str, Tensor]:
       f'{path} has {size} bytes, fewer than its own header; download it again',
     )
     try:
-      header = json.loads(file.read(length))
+      header = json_files.parse(file.read(length))
       items = {
         name: _tensor(path, 8 + length, item)
         for name, item in header.items()

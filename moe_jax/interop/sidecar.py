@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import tokenizers
 
 from moe_jax import errors, trees
-from moe_jax.data import kept_files
+from moe_jax.data import json_files, kept_files, tokenizer_probe
 from moe_jax.interop import mapping, safetensors_files, source
 
 DIRECTORY, RECORD = kept_files.DIRECTORY, kept_files.RECORD
@@ -109,6 +109,9 @@ def _special_token(
 
 def _token_name(path: pathlib.Path, token_id: int) -> str | None:
   try:
-    return tokenizers.Tokenizer.from_file(str(path)).id_to_token(token_id)
+    content = json_files.read_object(path, 'download it again')
+    problem, _ = tokenizer_probe.run(path.read_text(encoding='utf-8'))
+    errors.require(not problem, problem)
+    return tokenizers.Tokenizer.from_str(json.dumps(content)).id_to_token(token_id)
   except Exception as e:  # what `tokenizers` raises for a malformed file
     raise errors.InputError(f'{path} is not a readable tokenizer ({e}); download it again') from e

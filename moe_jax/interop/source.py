@@ -7,7 +7,6 @@ embedding and the head that differ from them.
 
 import collections
 import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -21,8 +20,16 @@ import numpy as np
 from moe_jax import errors, trees
 from moe_jax.checkpoints import integrity
 from moe_jax.config import parse, schema
+from moe_jax.data import json_files
 from moe_jax.devices import partitioning
-from moe_jax.interop import float8, hf_config, mapping, safetensors_files
+from moe_jax.interop import (
+  field_checks,
+  float8,
+  hf_config,
+  hf_values,
+  mapping,
+  safetensors_files,
+)
 from moe_jax.models import model_variables
 
 LM_HEAD, EMBEDDING = 'lm_head.weight', 'model.embed_tokens.weight'
@@ -130,13 +137,14 @@ def read(directory: str | os.PathLike[str], values: trees.Json, param_dtype: str
   values['model']['param_dtype'] = param_dtype or file_dtype
   values['model']['dtype'] = param_dtype or file_dtype
   cfg = parse.from_dict(values)
-  tied = bool(hf.get('tie_word_embeddings'))
+  field_checks.check_counts(hf, cfg.model, tensors, directory)
+  tied = hf_values.flag(hf, 'tie_word_embeddings', False)
   layout = mapping.Layout(
     fused_experts=any(map(_FUSED.search, tensors)), lm_head=LM_HEAD in tensors or not tied
   )
   entries = list(mapping.entries(cfg.model, layout))
   _check_names(entries, tensors, directory)
-  _check_types(entries, tensors, block)
+  _check_types(cfg.model, entries, tensors, block)
   leaves = by_name(abstract_leaves(cfg.model))
   mapping.check_covers(entries, leaves, family)
   _check_copies(entries, tensors, tied)
@@ -150,21 +158,17 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   Raises:
     errors.InputError: there is no such file, or it holds something else.
   """
-  try:
-    content = json.loads(path.read_text(encoding='utf-8'))
-    if not isinstance(content, dict):
-      raise ValueError('it is not an object')
-  except (OSError, ValueError, RecursionError) as e:
-    raise errors.InputError(
-      f'{path} must be a readable JSON object ({e}); give the directory of a downloaded checkpoint'
-    ) from e
-  return content
+  return json_files.read_object(path, 'give the directory of a downloaded checkpoint')
 
 
 def _present_mtp_layers(tensors: Mapping[str, Any], hf: trees.Json) -> int:
   """All the prediction modules that config.json speaks of, or none of them."""
-  first = hf.get('num_hidden_layers') or 0
-  declared = hf_config.declared_mtp_layers(hf)
+  first, declared = hf_values.count(hf, 'num_hidden_layers'), hf_config.declared_mtp_layers(hf)
+  errors.require(
+    declared <= len(tensors),
+    f'config.json: num_nextn_predict_layers={declared}, but the files hold {len(tensors)} tensors; '
+    'correct it',
+  )
   prefixes = tuple(f'model.layers.{first + i}.' for i in range(declared))
   return declared if any(name.startswith(prefixes) for name in tensors) else 0
 
@@ -227,6 +231,7 @@ def _check_names(entries: list[mapping.Entry], tensors: Mapping[str, Any], where
 
 
 def _check_types(
+  model: schema.ModelConfig,
   entries: list[mapping.Entry],
   tensors: Mapping[str, safetensors_files.Tensor],
   block: tuple[int, int] | None,
@@ -236,7 +241,7 @@ def _check_types(
     errors.require(
       tensor.shape == shape,
       f'tensor {name!r} is {list(tensor.shape)} in {tensor.path}, but {list(shape)} by '
-      'config.json; one of the two belongs to another model',
+      f'config.json ({field_checks.fields(model, name)}); one of the two belongs to another model',
     )
     errors.require(
       tensor.dtype in _FLOATS,

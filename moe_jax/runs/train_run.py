@@ -77,7 +77,7 @@ def run_training(
         run_record.write(workdir, cfg, argv=argv, data_fingerprint=corpus.fingerprint)
         corpus.tokenizer.save(workdir / 'tokenizer.json')
         if cfg.init_from:
-          kept_files.carry(pathlib.Path(cfg.init_from), workdir)
+          kept_files.carry(paths.local(cfg.init_from), workdir)
     corpus.tokenizer.end_ids = kept_files.end_ids(workdir / kept_files.DIRECTORY, corpus.tokenizer)
     for line in (summary, *_prefixed('config', changes), *_prefixed('placement', moved)):
       say(line)

@@ -113,7 +113,9 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Run:
       'nothing; put the file back'
     )
   data = cfg.data
-  tokenizer = tokenizer_lib.load(workdir / 'tokenizer.json', data.bos_token, data.eos_token)
+  tokenizer = tokenizer_lib.load(
+    workdir / 'tokenizer.json', data.bos_token, data.eos_token, trusted=True
+  )
   tokenizer_lib.check_vocab_size(tokenizer, cfg.model.vocab_size)
   if digest(tokenizer) != restored.meta['tokenizer']:
     raise errors.InputError(

@@ -260,5 +260,5 @@ def test_missing_file_and_a_plain_array(tmp_path):
   with pytest.raises(errors.InputError, match='1.npz'):
     routing_figures.read(tmp_path / '1.npz')
   np.save(tmp_path / '2.npy', np.zeros(3))
-  with pytest.raises(errors.InputError, match='single array'):
+  with pytest.raises(errors.InputError, match='not a zip file'):
     routing_figures.read(tmp_path / '2.npy')

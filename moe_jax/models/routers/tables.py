@@ -1,11 +1,10 @@
 """Tables that a run puts into the routers' state before its first step: numpy, on the host."""
 
 import pathlib
-import zipfile
 
 import numpy as np
 
-from moe_jax import errors
+from moe_jax import errors, npz_files
 from moe_jax.config import moe_config
 
 
@@ -45,23 +44,23 @@ def load_assignments(cfg: moe_config.MoEConfig, shape: tuple[int, ...]) -> np.nd
   path = pathlib.Path(cfg.options.replay_path)
   name = f'config.model.moe.options.replay_path={str(path)!r}'
   try:
-    with np.load(path) as file:
-      found = file['expert_idx']
-  # TypeError: a bare array (.npy); the others: an empty, a cut off or a damaged file.
-  except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as e:
+    has, dtype = npz_files.headers(path)['expert_idx']
+    fits = has == shape and np.issubdtype(dtype, np.integer)
+    found = npz_files.read(path, 'expert_idx') if fits else np.empty(0, int)
+  except npz_files.DAMAGE as e:
     raise errors.InputError(
       f'{name} must be an .npz file with an array expert_idx, as experiments.routing --save writes '
       f'it: {e}'
     ) from e
-  if found.shape != shape:
+  if not fits:
     raise errors.InputError(
-      f'{name} holds assignments of shape {list(found.shape)}, but this model needs [layers, rows, '
-      f'L, K] = {list(shape)}; record them with a model of these sizes, or set replay_rows'
+      f'{name} holds assignments of shape {list(has)} and type {dtype}, but this model needs '
+      f'integers [layers, rows, L, K] = {list(shape)}; record them with a model of these sizes, or '
+      'set replay_rows'
     )
   ordered = np.sort(found, axis=-1)
   twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] < cfg.num_experts)
-  integers = np.issubdtype(found.dtype, np.integer)
-  if not integers or found.min() < 0 or found.max() > cfg.num_experts or twice.any():
+  if found.min() < 0 or found.max() > cfg.num_experts or twice.any():
     raise errors.InputError(
       f'{name} must give every token different experts between 0 and {cfg.num_experts - 1}, or '
       f'{cfg.num_experts} for none; record it again with experiments.routing --save'

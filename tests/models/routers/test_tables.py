@@ -107,7 +107,7 @@ def spoilt(value):
     ({'expert_idx': spoilt((0, 5))}, 'different experts between 0 and 3, or 4 for none'),
     ({'expert_idx': spoilt((-1, 2))}, 'different experts between 0 and 3'),
     ({'expert_idx': spoilt((2, 2))}, 'different experts'),
-    ({'expert_idx': recorded() + 0.5}, 'different experts'),
+    ({'expert_idx': recorded() + 0.5}, 'type float64, but this model needs integers'),
   ],
 )
 def test_bad_assignments_name_the_field(tmp_path, arrays, message):
