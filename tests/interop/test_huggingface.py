@@ -23,6 +23,8 @@ def imported(tmp_path_factory):
   root = tmp_path_factory.mktemp('imported')
   hf = checkpoints.config('deepseek_v2')
   original = checkpoints.write(root / 'in', hf, checkpoints.tensors(hf))
+  settings = {'eos_token_id': [1, 7, 9]}
+  (original / 'generation_config.json').write_text(json.dumps(settings))
   huggingface.import_checkpoint(original, tiny.values(), root / 'run')
   return original, root / 'run'
 
@@ -30,6 +32,8 @@ def imported(tmp_path_factory):
 def test_the_workdir_is_a_run(imported):
   original, workdir = imported
   run = trained_run.load(workdir)
+  assert run.tokenizer.end_ids == (1, 7, 9)
+  assert huggingface._open(original, tiny.values(), workdir, '')[1].end_ids == (1, 7, 9)
   assert run.step == 0 and run.tokenizer.bos_id == 0 and run.tokenizer.eos_id == 1
   data = run.cfg.data
   assert (data.bos_token, data.eos_token) == ('<s>', '</s>')

@@ -3,7 +3,6 @@ import json
 import pytest
 
 from moe_jax import errors
-from moe_jax.api import load
 from moe_jax.interop import huggingface
 from moe_jax.runs import trained_run
 from tests import tiny
@@ -28,16 +27,6 @@ def test_small_files_come_back_and_others_do_not(imported, tmp_path):
   conversions.import_(directory, tmp_path / 'run')
   conversions.export(tmp_path / 'run', tmp_path / 'out')
   assert conversions.contents(tmp_path / 'out') == conversions.contents(imported[0]) | kept
-
-
-def test_every_end_token_ends_a_text(imported, tmp_path):
-  """Of a workdir as of the download itself: what decoding stops at."""
-  directory = conversions.copy_of(imported, tmp_path)
-  settings = {'eos_token_id': [1, 7, 9]}
-  (directory / 'generation_config.json').write_text(json.dumps(settings))
-  conversions.import_(directory, tmp_path / 'run')
-  for place in (tmp_path / 'run', directory):
-    assert load.read(place).tokenizer.end_ids == (1, 7, 9)
 
 
 def test_tokens_by_id(imported, tmp_path):
