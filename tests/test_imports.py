@@ -12,7 +12,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 600, 120
 # The rooms of the library, floor by floor: a file may import files of its own room and of the
 # floors above its own in this table (those that need less). A room that is not here fails.
 FLOORS = (
-  ('errors', 'integer_hash', 'trees', 'atomic_files', 'npz_files'),
+  ('errors', 'integer_hash', 'trees', 'atomic_files'),
   ('config',),
   ('devices', 'processes', 'data', 'balance', 'checkpoints'),
   ('models',),
@@ -37,6 +37,7 @@ MODEL_FLOORS = (
 # Within a floor, rooms may import these others and no more.
 NEIGHBOURS = {
   ('atomic_files', 'errors'),
+  ('balance', 'data'),
   ('balance', 'devices'),
   ('checkpoints', 'devices'),
   ('inference', 'training'),

@@ -40,9 +40,10 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from moe_jax import atomic_files, errors, npz_files
+from moe_jax import atomic_files, errors
 from moe_jax.balance import balance_losses, router_stats
 from moe_jax.config import moe_config
+from moe_jax.data import npz_files
 
 _Path = str | os.PathLike[str]
 

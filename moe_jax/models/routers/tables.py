@@ -4,8 +4,9 @@ import pathlib
 
 import numpy as np
 
-from moe_jax import errors, npz_files
+from moe_jax import errors
 from moe_jax.config import moe_config
+from moe_jax.data import npz_files
 
 
 def balanced_table(

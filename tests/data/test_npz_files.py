@@ -4,7 +4,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from moe_jax import npz_files
+from moe_jax.data import npz_files
 
 
 def test_headers_and_arrays(tmp_path):
