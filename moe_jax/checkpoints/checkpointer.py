@@ -290,8 +290,8 @@ class Checkpointer:
     errors.require(
       not found,
       f'{self._directory} holds no checkpoint but those moved aside, {", ".join(found)}; rename '
-      'one of them to its number to go on from it, or start again in another --workdir (or move this '
-      'directory away)',
+      'one of them to its number to go on from it, or start again in another --workdir (or move '
+      'this directory away)',
     )
 
   def _read_record(self, step: int) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 The training rows form one endless stream with random access: each component's rows, shuffled anew
 in every epoch, interleaved by weight. Step n takes the rows after those of all earlier steps, and
 each process those parts of them that its devices hold. So resuming needs only n, and any mesh and
-number of processes sees the same global batch. Threads read ahead of the device; they change when a
+number of processes sees the same global batch. With another batch size a run goes on behind the
+last row that it has read, see `StreamStart`. Threads read ahead of the device; they change when a
 batch is made, never which.
 
 Axis letters are those of `moe_jax.models`, B being a global batch; its `num_shards` equal parts are
@@ -11,7 +12,7 @@ shared out among the processes.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import grain
 import numpy as np
@@ -23,6 +24,20 @@ from moe_jax.data import packing
 Batch = dict[str, np.ndarray]
 
 _THREADS = 2  # numpy holds the interpreter most of the time, so more would only wait for each other
+
+
+class StreamStart(NamedTuple):
+  """Where in the stream of rows a run's batch sizes took over; not 0, 0 only if they changed."""
+
+  step: int = 0
+  row: int = 0  # the first one of that step's batch
+
+  def first_row(self, batch_size_at: Callable[[int], int], step: int) -> int:
+    """The row with which the batch of `step` begins; `step` may not lie before the start."""
+    return self.row + sum(map(batch_size_at, range(self.step, step)))
+
+
+START = StreamStart()
 
 
 def check_corpus(
@@ -77,6 +92,7 @@ class TrainBatches:
     max_seq_len: int,
     batch_size_at: Callable[[int], int],
     num_steps: int,
+    stream: StreamStart = START,
     shards: Sequence[int] = (0,),
     num_shards: int = 1,
   ):
@@ -88,7 +104,8 @@ class TrainBatches:
       batch_sizes=np.unique(sizes).tolist(),
       num_shards=num_shards,
     )
-    self._starts = np.concatenate([[0], np.cumsum(sizes)])  # [num_steps + 1] first row of each step
+    starts = np.concatenate([[0], np.cumsum(sizes)])  # [num_steps + 1] first row of each step
+    self._starts = starts + (stream.row - starts[min(stream.step, num_steps)])
     self._rows = _row_stream(corpus, seed, max_seq_len)
     self._shards, self._num_shards = tuple(shards), num_shards
 
@@ -126,6 +143,7 @@ def train_batches(
   batch_size_at: Callable[[int], int],
   start_step: int,
   num_steps: int,
+  stream: StreamStart = START,
   shards: Sequence[int] = (0,),
   num_shards: int = 1,
   prefetch: int = 8,
@@ -139,6 +157,7 @@ def train_batches(
     batch_size_at: step -> B, the global batch size; must be a pure function.
     start_step: first step to yield.
     num_steps: length of the whole run.
+    stream: where the batch sizes took over; no earlier step is asked for.
     shards: which parts of the global batch, see `partitioning.row_shards`.
     num_shards: must divide every batch size.
     prefetch: batches made ahead.
@@ -156,6 +175,7 @@ def train_batches(
     max_seq_len=max_seq_len,
     batch_size_at=batch_size_at,
     num_steps=num_steps,
+    stream=stream,
     shards=shards,
     num_shards=num_shards,
   )

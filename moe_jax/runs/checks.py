@@ -126,7 +126,7 @@ def check_continues(cfg: schema.Config, meta: trees.Json, corpus: corpus_lib.Cor
       'same data; restore the text, use another --workdir, or pass --allow_config_change'
     )
   changes, _ = run_record.differences(meta['config'], cfg)
-  if changes:
+  if changes and not run_record.prolongs(changes, cfg, lambda step: step == str(meta['step'])):
     raise errors.InputError(
       f'the checkpoint of step {meta["step"]} was trained with another config: '
       f'{"; ".join(changes)}; undo the change, use another --workdir, or pass --allow_config_change'

@@ -18,6 +18,7 @@ from moe_jax.balance import routing_figures
 from moe_jax.checkpoints import checkpointer as checkpointer_lib
 from moe_jax.config import schema
 from moe_jax.data import corpus as corpus_lib
+from moe_jax.data import pipeline
 from moe_jax.processes import agreement
 from moe_jax.runs import metric_log, trained_run
 from moe_jax.training import evaluate, loop, step_timer
@@ -39,6 +40,7 @@ class Member:
   writer: metric_log.MetricWriter
   label: str = ''  # before its lines on the terminal
   take: Callable[[Any], Any] = _whole  # its own part of a tree of the loop's state or metrics
+  stream: pipeline.StreamStart = pipeline.START
 
 
 @contextlib.contextmanager
@@ -49,6 +51,7 @@ def member(
   start: int,
   label: str = '',
   take: Callable[[Any], Any] = _whole,
+  stream: pipeline.StreamStart = pipeline.START,
 ) -> Iterator[Member]:
   """A member that goes on after step `start`; drops files of later steps, which come again."""
   first = agreement.is_first()
@@ -56,7 +59,7 @@ def member(
   if first:
     _drop_routing_after(workdir, start)
   with contextlib.closing(writer):
-    yield Member(cfg, corpus, workdir, writer, label, take)
+    yield Member(cfg, corpus, workdir, writer, label, take, stream)
 
 
 def _drop_routing_after(workdir: pathlib.Path, step: int):

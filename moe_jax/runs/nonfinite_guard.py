@@ -7,6 +7,7 @@ it is still that of the first of them when the guard finds out, some steps behin
 
 import collections
 import dataclasses
+import functools
 import itertools
 import pathlib
 from collections.abc import Callable, Generator, Sequence
@@ -99,8 +100,9 @@ class NonfiniteGuard:
 
 def _rows(one: loop_actions.Member, step: int) -> tuple[int, int]:
   """The first and the last row of a step's batch, counted over the whole run."""
-  sizes = [optim.batch_size_at(one.cfg.train, i) for i in range(step)]
-  return sum(sizes[:-1]), sum(sizes) - 1
+  size_at = functools.partial(optim.batch_size_at, one.cfg.train)
+  begin = one.stream.first_row(size_at, step - 1)
+  return begin, begin + size_at(step - 1) - 1
 
 
 def _kept(directory: pathlib.Path, write: Callable[[], None]) -> str:

@@ -10,9 +10,10 @@ import json
 import os
 import pathlib
 import platform
+import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import moe_jax
@@ -82,7 +83,11 @@ def check_workdir(workdir: _Path, new_config: schema.Config, allow_change: bool)
   """
   workdir = pathlib.Path(workdir)
   found = _changes(workdir / 'config.json', new_config, allow_change)
-  if found.changes and not allow_change:
+  if prolongs(found.changes, new_config, lambda step: (workdir / 'checkpoints' / step).is_dir()):
+    steps = new_config.train.num_steps
+    longer = f'{found.changes[0]} (the learning rate goes on as that of a run of {steps} steps)'
+    found = found._replace(changes=[longer])
+  elif found.changes and not allow_change:
     raise errors.InputError(
       f'--workdir={workdir} holds a run of another config: {"; ".join(found.changes)}. Use another '
       '--workdir, undo the change, or pass --allow_config_change to go on under the new config'
@@ -97,6 +102,20 @@ def check_workdir(workdir: _Path, new_config: schema.Config, allow_change: bool)
       'another --workdir, or free this one'
     ) from e
   return found
+
+
+def prolongs(
+  changes: Sequence[str], new_config: schema.Config, was_reached: Callable[[str], bool]
+) -> bool:
+  """Whether `changes` are no more than further steps for a run that was finished.
+
+  Args:
+    changes: lines of `differences`.
+    new_config: with the further steps.
+    was_reached: whether the run reached a step, its old last one.
+  """
+  line = re.fullmatch(r'train\.num_steps: (\d+) -> \d+', changes[0]) if len(changes) == 1 else None
+  return line is not None and int(line[1]) < new_config.train.num_steps and was_reached(line[1])
 
 
 def write(

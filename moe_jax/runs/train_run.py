@@ -5,6 +5,8 @@ tensorboard/, profile/, routing/<step>.npz, checkpoints/<step>/, plots/, evaluat
 """
 
 import contextlib
+import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Generator, Sequence
@@ -81,13 +83,17 @@ def run_training(
     corpus.tokenizer.end_ids = kept_files.end_ids(workdir / kept_files.DIRECTORY, corpus.tokenizer)
     for line in (summary, *_prefixed('config', changes), *_prefixed('placement', moved)):
       say(line)
+    stream = pipeline.START
     if restored is None:
       state = first_state.make(cfg, source, mesh, corpus, say)
     else:
       state = restored.state
+      stream = _stream_start(restored.meta, restored.step, cfg)
       say(f'resuming after step {restored.step} of {cfg.train.num_steps}')
     checkpointer.prepare(abstract_state)
-    state, stopped_by = _fit(cfg, workdir, corpus, mesh, state, checkpointer, stop, say, window)
+    state, stopped_by = _fit(
+      cfg, workdir, corpus, mesh, state, stream, checkpointer, stop, say, window
+    )
     step = int(state.step)
   run = trained_run.Run(
     cfg, mesh, state.variables, corpus.tokenizer, step, corpus.fingerprint, stopped_by
@@ -101,6 +107,7 @@ def _fit(
   corpus: corpus_lib.Corpus,
   mesh: jax.sharding.Mesh,
   state: train_state.TrainState,
+  stream: pipeline.StreamStart,
   checkpointer: checkpointer_lib.Checkpointer,
   stop: stop_signal.StopSignal,
   say: trained_run.Say,
@@ -108,20 +115,35 @@ def _fit(
 ) -> tuple[train_state.TrainState, str]:
   """Trains from `state` on; see `fit.fit`."""
   start = int(state.step)
-  with loop_actions.member(cfg, corpus, workdir, start) as member:
+  with loop_actions.member(cfg, corpus, workdir, start, stream=stream) as member:
     return fit.fit(
       [member],
       optimizer_step.make_train_step(cfg, mesh),
       state,
-      _batches(cfg, corpus, mesh, start),
+      _batches(cfg, corpus, mesh, start, stream),
       mesh=mesh,
       put=lambda batch: partitioning.put_batch(objective.inputs(batch), mesh),
       checkpointer=checkpointer,
-      meta=trained_run.meta(cfg, corpus),
+      meta=trained_run.meta(cfg, corpus, stream),
       stop=stop,
       say=say,
       profile=window if agreement.is_first() else None,
     )
+
+
+def _stream_start(meta: trees.Json, step: int, cfg: schema.Config) -> pipeline.StreamStart:
+  """From where rows are counted in a run that goes on after `step`.
+
+  With the batch sizes of the checkpoint as ever; with others behind the last row that it has read.
+  """
+  old, start = meta['config']['train'], pipeline.StreamStart(**meta.get('stream', {}))
+  # As it was recorded: a config of another version may not parse.
+  ramp = tuple(map(tuple, old['batch_ramp']))
+  sizes = dataclasses.replace(cfg.train, batch_size=old['batch_size'], batch_ramp=ramp)
+  if (sizes.batch_size, sizes.batch_ramp) == (cfg.train.batch_size, cfg.train.batch_ramp):
+    return start
+  size_at = functools.partial(optim.batch_size_at, sizes)
+  return pipeline.StreamStart(step, start.first_row(size_at, step))
 
 
 def _prefixed(what: str, changes: Sequence[str]) -> list[str]:
@@ -169,7 +191,11 @@ def _summary(cfg: schema.Config, corpus: corpus_lib.Corpus, mesh: jax.sharding.M
 
 
 def _batches(
-  cfg: schema.Config, corpus: corpus_lib.Corpus, mesh: jax.sharding.Mesh, start: int
+  cfg: schema.Config,
+  corpus: corpus_lib.Corpus,
+  mesh: jax.sharding.Mesh,
+  start: int,
+  stream: pipeline.StreamStart,
 ) -> Generator[trees.HostBatch, None, None]:
   """This process's batches from step `start` on."""
   return pipeline.train_batches(
@@ -179,6 +205,7 @@ def _batches(
     batch_size_at=lambda step: optim.batch_size_at(cfg.train, step),
     start_step=start,
     num_steps=cfg.train.num_steps,
+    stream=stream,
     shards=partitioning.row_shards(mesh),
     num_shards=partitioning.row_ways(mesh),
     prefetch=cfg.data.prefetch,

@@ -17,7 +17,7 @@ from moe_jax.checkpoints import checkpointer as checkpointer_lib
 from moe_jax.checkpoints import integrity
 from moe_jax.config import mesh_config, parse, paths, schema
 from moe_jax.data import corpus as corpus_lib
-from moe_jax.data import kept_files
+from moe_jax.data import kept_files, pipeline
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.devices import partitioning
 from moe_jax.models import model_variables
@@ -44,12 +44,17 @@ def digest(tokenizer: tokenizer_lib.Tokenizer) -> str:
   return hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
 
 
-def meta(cfg: schema.Config, corpus: corpus_lib.Corpus) -> dict[str, Any]:
+def meta(
+  cfg: schema.Config,
+  corpus: corpus_lib.Corpus,
+  stream: pipeline.StreamStart = pipeline.START,
+) -> dict[str, Any]:
   """What is saved with every checkpoint of a run."""
   return {
     'config': parse.to_dict(cfg),
     'data_fingerprint': corpus.fingerprint,
     'tokenizer': digest(corpus.tokenizer),
+    'stream': stream._asdict(),
   }
 
 

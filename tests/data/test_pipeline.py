@@ -48,6 +48,18 @@ def test_a_batch_is_a_pure_function_of_its_step(corpus, batch_size_at, prefetch)
       assert equal(batch, batches[step])
 
 
+@pytest.mark.parametrize('other', [2, 8])
+def test_another_batch_size_goes_on_behind_the_last_row(corpus, other):
+  before = pipeline.TrainBatches(corpus, **options())
+  stream = pipeline.StreamStart(5, pipeline.START.first_row(lambda n: 4, 5))
+  after = pipeline.TrainBatches(corpus, **options(batch_size_at=lambda n: other), stream=stream)
+  rows = [before[n]['tokens'] for n in range(5)] + [after[n]['tokens'] for n in range(5, 8)]
+  unbroken = pipeline.TrainBatches(corpus, **options(batch_size_at=lambda n: 1, num_steps=99))
+  for i, row in enumerate(np.concatenate(rows)):
+    np.testing.assert_array_equal(row, unbroken[i]['tokens'][0])
+  assert stream.first_row(lambda n: other, 8) == 5 * 4 + 3 * other == i + 1
+
+
 def test_a_longer_run_begins_with_the_same_batches(corpus):
   short = pipeline.TrainBatches(corpus, **options())
   long = pipeline.TrainBatches(corpus, **options(num_steps=100))

@@ -37,6 +37,10 @@ def test_a_run_goes_on_under_its_own_text_and_config_only():
   checks.check_continues(cfg, meta, corpus(), allow=False)
   with pytest.raises(errors.InputError, match='changed since the checkpoint of step 7'):
     checks.check_continues(cfg, meta, corpus('another'), allow=False)
+  longer = tiny.make(train__num_steps=cfg.train.num_steps + 1)
+  with pytest.raises(errors.InputError, match=r'train\.num_steps: 20 -> 21'):
+    checks.check_continues(longer, meta, corpus(), allow=False)
+  checks.check_continues(longer, meta | {'step': 20}, corpus(), allow=False)  # it was finished
   changed = tiny.make(optim__peak_lr=0.5)
   with pytest.raises(errors.InputError, match=r'optim\.peak_lr: 0\.01 -> 0\.5'):
     checks.check_continues(changed, meta, corpus(), allow=False)

@@ -71,6 +71,24 @@ def test_another_config_is_refused_by_key(tmp_path):
   assert (tmp_path / 'config.json').read_bytes() == before
 
 
+def test_a_finished_run_may_get_more_steps(tmp_path):
+  write(tmp_path)
+  longer = dataclasses.replace(
+    CONFIG, train=dataclasses.replace(CONFIG.train, num_steps=CONFIG.train.num_steps + 5)
+  )
+  with pytest.raises(errors.InputError, match='train.num_steps'):  # it has not reached its end
+    run_record.check_workdir(tmp_path, longer, allow_change=False)
+  (tmp_path / 'checkpoints' / str(CONFIG.train.num_steps)).mkdir(parents=True)
+  (change,) = run_record.check_workdir(tmp_path, longer, allow_change=False).changes
+  assert 'learning rate' in change
+  write(tmp_path, longer)
+  with pytest.raises(errors.InputError, match='train.num_steps'):  # fewer
+    run_record.check_workdir(tmp_path, CONFIG, allow_change=False)
+  for other in (dataclasses.replace(longer, init_from='elsewhere'), CHANGED):
+    with pytest.raises(errors.InputError):
+      run_record.check_workdir(tmp_path, other, allow_change=False)
+
+
 def test_another_mesh_is_the_same_run(tmp_path):
   write(tmp_path)
   moe = dataclasses.replace(CONFIG.model.moe, grouped_matmul='ragged_dot')

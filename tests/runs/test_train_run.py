@@ -212,12 +212,21 @@ def test_the_same_command_again_trains_no_step_twice(cache, workdir):
 
 
 def test_a_changed_config_is_refused_and_allowed_on_request(cache, workdir):
-  changed = make_config(cache, train__num_steps=14)
+  size = make_config(cache).train.batch_size
+  # A ramp of the same size, for which nothing is compiled anew.
+  changed = make_config(cache, train__num_steps=14, train__batch_ramp=((1, size),))
   with pytest.raises(errors.InputError, match=r'train\.num_steps: 12 -> 14.*allow_config_change'):
     train_run.run_training(changed, workdir)
   lines = []
   trained, _ = train_run.run_training(changed, workdir, allow_config_change=True, say=lines.append)
   assert trained.step == 14 and 'config changed: train.num_steps: 12 -> 14' in lines
+  # Rows are counted on from the change, and the next checkpoint knows.
+  meta = trained_run.read_meta(workdir)
+  assert meta['stream'] == {'step': 12, 'row': 12 * size}
+  assert train_run._stream_start(meta, 14, changed) == (12, 12 * size)
+  assert train_run._stream_start(meta, 14, make_config(cache)) == (14, 14 * size)
+  halved = make_config(cache, train__batch_size=size // 2)
+  assert train_run._stream_start(meta | {'stream': {}}, 14, halved) == (14, 14 * size)
 
 
 def test_a_changed_corpus_is_refused(cache, tmp_path):
