@@ -5,12 +5,14 @@ python -m experiments.generate --workdir=runs/quickstart --prompt="def main(" --
   [--stop="END" --stop_id=7 --stream --speculative --step=200 --json]
 python -m experiments.generate --workdir=W --prefix="def add(a, b):" --suffix="  return c"
 
---prompt may be repeated, or stand in --prompts_file, one per line (a line in double quotes is read
-as a JSON string): the prompts are one batch.
+--prompt may be repeated, or stand in --prompts_file, one per line: the prompts are one batch. A
+line that is a whole JSON string is read as one (for line ends), any other is text as it stands.
 """
 
+import functools
 import json
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,7 @@ from absl import flags
 
 from experiments.common import cli
 from moe_jax import errors
+from moe_jax.data import json_files
 
 if TYPE_CHECKING:
   from moe_jax.api import run
@@ -43,6 +46,9 @@ def define_flags():
   flags.DEFINE_multi_integer(
     'stop_id', [], 'token id that ends a continuation, beside the end token'
   )
+  flags.DEFINE_bool(
+    'special_tokens', False, 'read the spelling of a special token in a prompt as that token'
+  )
   flags.DEFINE_integer('seed', 0, 'decides the draws')
   flags.DEFINE_integer('step', None, 'checkpoint to use; the newest whole one if not given')
   flags.DEFINE_bool('stream', False, 'show the text of one prompt as it comes')
@@ -55,6 +61,7 @@ def main(unused_argv: Sequence[str]):
   from moe_jax.api import load
   from moe_jax.data import fim
   from moe_jax.inference import sampling as sampling_lib
+  from moe_jax.runs import trained_run
 
   values = flags.FLAGS
   workdir, texts = cli.required('workdir'), _texts()
@@ -63,7 +70,9 @@ def main(unused_argv: Sequence[str]):
   _check(len(texts))
   loaded = load.load(workdir, step=values.step, flag='--workdir')
   if values.prefix is None:
-    prompts = [loaded.encode(text) for text in texts]
+    _warn_of_special_tokens(loaded, texts)
+    read = functools.partial(trained_run.encode_prompt, special_tokens=values.special_tokens)
+    prompts = [read(loaded.trained, text) for text in texts]
   else:
     prompts = [fim.prompt(loaded.tokenizer, values.prefix, values.suffix)]
   if values.stream:
@@ -91,7 +100,7 @@ def _texts() -> list[str]:
     return [values.prefix] if values.prompt is None else list(values.prompt)
   try:
     lines = pathlib.Path(values.prompts_file).read_text(encoding='utf-8').splitlines()
-    texts = [json.loads(line) if line.startswith('"') else line for line in lines if line]
+    texts = _lines(lines)
   except (OSError, ValueError) as e:
     raise errors.InputError(
       f'--prompts_file={values.prompts_file} cannot be read ({e}); give a text file of one prompt '
@@ -101,6 +110,36 @@ def _texts() -> list[str]:
     bool(texts), f'--prompts_file={values.prompts_file} is empty; write a prompt per line'
   )
   return texts
+
+
+def _lines(lines: Sequence[str]) -> list[str]:
+  """Prompts of a file's lines; says how lines that begin with a quotation mark were read."""
+  texts, read, plain = [], 0, []
+  for number, line in enumerate(lines, start=1):
+    text = line
+    if line.startswith('"'):
+      try:
+        text, read = str(json_files.parse(line)), read + 1
+      except ValueError:
+        plain.append(str(number))
+    if line:
+      texts.append(text)
+  if read or plain:
+    note = f'{read} lines of --prompts_file were read as JSON strings'
+    if plain:
+      note += f'; line {", ".join(plain)} begins with a quotation mark but is none: taken as text'
+    print(note, file=sys.stderr)
+  return texts
+
+
+def _warn_of_special_tokens(loaded: 'run.Run', texts: Sequence[str]):
+  spelled = sorted({t for text in texts for t in loaded.tokenizer.special_tokens_in(text)})
+  if spelled and not flags.FLAGS.special_tokens:
+    print(
+      f'--prompt spells {", ".join(spelled)}, read as ordinary characters, as in training; '
+      '--special_tokens reads it as the token',
+      file=sys.stderr,
+    )
 
 
 def _check(num_prompts: int):
@@ -120,13 +159,15 @@ def _write(
   loaded: 'run.Run', prompts: list[list[int]], sampling: 'sampling_lib.Sampling'
 ) -> tuple[list[str], list[list[int]], str, float]:
   """(completions, their tokens, a note for the last line, tokens per second)."""
+  from moe_jax.inference import generate as generate_lib
   from moe_jax.inference import speculative
 
   values, tokenizer, limit = flags.FLAGS, loaded.tokenizer, flags.FLAGS.max_new_tokens
   if values.speculative:
     model, ends = (loaded.config.model, loaded.variables), tokenizer.end_ids
     found = speculative.speculate(*model, prompts, limit, ends, sampling, timed=True)
-    texts = [tokenizer.decode(row) for row in found.tokens]
+    pairs = zip(prompts, found.tokens)
+    texts = [generate_lib.continuation(tokenizer.decode, *pair) for pair in pairs]
     note = f', {found.accepted} of {found.drafted} drafts accepted ({found.acceptance:.1%})'
     return texts, found.tokens, note, found.tokens_per_second
 

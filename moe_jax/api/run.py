@@ -71,13 +71,17 @@ class Run:
     size = flops.count_parameters(self.config.model).total
     return f'moe_jax.Run({str(self.directory)!r}, step={self.step}, {size:,} parameters)'
 
-  def encode(self, text: str) -> list[int]:
+  def encode(self, text: str, *, special_tokens: bool = False) -> list[int]:
     """Ids of a text as the model reads it, begin-of-document token first.
+
+    Args:
+      text: a text. The spelling of a special token in it is ordinary text, as in training.
+      special_tokens: it is that token instead.
 
     Raises:
       errors.InputError: it is no UTF-8 text.
     """
-    return trained_run.encode_prompt(self.trained, text)
+    return trained_run.encode_prompt(self.trained, text, special_tokens=special_tokens)
 
   @overload
   def logits(self, text: str | Ids) -> Array: ...
@@ -118,6 +122,7 @@ class Run:
     repetition_penalty: float = 1.0,
     stop: str | Sequence[str] = (),
     stop_ids: Sequence[int] = (),
+    special_tokens: bool = False,
     seed: int = 0,
     on_text: generate_lib.OnText | None = None,
   ) -> list[str]:
@@ -138,6 +143,7 @@ class Run:
       repetition_penalty: makes tokens that stand there less likely; 1 is off.
       stop: strings that end a continuation, and are cut off it.
       stop_ids: token ids that end a continuation, beside those of the tokenizer (`end_ids`).
+      special_tokens: see `encode`; without it, one that is spelled in a prompt is warned of.
       seed: decides the draws.
       on_text: called with (number of the prompt, further text) while text is written.
 
@@ -154,11 +160,23 @@ class Run:
       repetition_penalty=repetition_penalty,
     )
     batch = [prompts] if isinstance(prompts, str) else prompts
-    ids = [self.encode(one) if isinstance(one, str) else list(one) for one in batch]
+    ids = [
+      self._prompt(one, special_tokens) if isinstance(one, str) else list(one) for one in batch
+    ]
     stop = (stop,) if isinstance(stop, str) else stop
     return self.complete(
       ids, max_new_tokens, sampling, stop=stop, stop_ids=stop_ids, on_text=on_text
     ).texts
+
+  def _prompt(self, text: str, special_tokens: bool) -> list[int]:
+    spelled = [] if special_tokens else self.tokenizer.special_tokens_in(text)
+    if spelled:
+      warnings.warn(
+        f'the prompt spells {", ".join(spelled)}, read as ordinary characters, as in training; '
+        'special_tokens=True reads it as the token',
+        stacklevel=3,
+      )
+    return self.encode(text, special_tokens=special_tokens)
 
   def complete(
     self,

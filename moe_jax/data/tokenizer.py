@@ -6,6 +6,7 @@ as one file. Both of our own kinds cover all 256 bytes, so every text survives
 as ordinary characters.
 """
 
+import functools
 import pathlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -58,8 +59,19 @@ class Tokenizer:
     if len(present) == len(FIM_TOKENS):
       self.fim_ids = tuple(ids[token] for token in FIM_TOKENS)
 
-  def encode(self, text: str) -> list[int]:
-    return self._inner.encode(text, add_special_tokens=False).ids
+  def encode(self, text: str, *, special_tokens: bool = False) -> list[int]:
+    """Ids of a text; with `special_tokens` the spelling of such a token is that token."""
+    inner = self._with_special_tokens if special_tokens else self._inner
+    return inner.encode(text, add_special_tokens=False).ids
+
+  @functools.cached_property
+  def _with_special_tokens(self) -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_str(self.to_json())
+
+  def special_tokens_in(self, text: str) -> list[str]:
+    """The special tokens that a text spells."""
+    added = self._inner.get_added_tokens_decoder().values()
+    return [token.content for token in added if token.special and token.content in text]
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     """Encodes several texts, on all cores."""

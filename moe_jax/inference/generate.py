@@ -21,9 +21,11 @@ from moe_jax.inference import sampling as sampling_lib
 
 Array = jax.Array
 OnText = Callable[[int, str], object]  # (row, further text)
+DecodeText = Callable[[Sequence[int]], str]
 
 LENGTH_BUCKET = 64  # prompts and caches are padded to multiples of this, to compile rarely
 PIECE = 16  # steps between two looks at the text
+_CONTEXT = 256  # last ids of a prompt that are decoded with what is written behind them
 _UNFINISHED = '\ufffd'  # what a decoder makes of the first bytes of a character
 
 
@@ -211,7 +213,7 @@ class Generator:
     max_new_tokens: int,
     sampling: sampling_lib.Sampling,
     *,
-    decode_text: Callable[[Sequence[int]], str] | None = None,
+    decode_text: DecodeText | None = None,
     stop: Sequence[str] = (),
     stop_ids: Sequence[int] = (),
     on_text: OnText | None = None,
@@ -251,7 +253,7 @@ class Generator:
       jax.block_until_ready(advance(begin(), np.int32(0)))
     start = time.perf_counter()
     state = begin()
-    watch = _Watch(len(prompts), decode_text, stop, on_text)
+    watch = _Watch(prompts, decode_text, stop, on_text)
     written = 0
     while written < max_new_tokens:
       pieces = PIECE if stop or on_text else max_new_tokens
@@ -271,11 +273,24 @@ class Generator:
 class _Watch:
   """Follows the texts of a batch on the host."""
 
-  def __init__(self, num_rows: int, decode_text, stop: Sequence[str], on_text: OnText | None):
-    self._decode, self._stop, self._on_text = decode_text, stop, on_text
-    self._sent = [0] * num_rows  # characters handed to on_text
-    self._cut: list[tuple[int, str] | None] = [None] * num_rows  # (tokens, text) at a stop string
+  def __init__(
+    self,
+    prompts: Sequence[Sequence[int]],
+    decode_text: DecodeText | None,
+    stop: Sequence[str],
+    on_text: OnText | None,
+  ):
+    self._prompts, self._decode_text = prompts, decode_text
+    self._stop, self._on_text = stop, on_text
+    self._sent = [0] * len(prompts)  # characters handed to on_text
+    # (tokens, text) of each row at a stop string
+    self._cut: list[tuple[int, str] | None] = [None] * len(prompts)
     self._hold = max((len(s) for s in stop), default=1) - 1
+
+  def _decode(self, row: int, tokens: Sequence[int]) -> str:
+    if self._decode_text is None:
+      return ''
+    return continuation(self._decode_text, self._prompts[row], tokens)
 
   def look(self, ids: np.ndarray) -> np.ndarray:
     """ids [B, n] written so far -> [B] bool, rows that a stop string has ended."""
@@ -286,11 +301,11 @@ class _Watch:
     return np.array([cut is not None for cut in self._cut])
 
   def _look_at(self, row: int, tokens: list[int], last: bool):
-    text = self._decode(tokens)
+    text = self._decode(row, tokens)
     if _first(text, self._stop) is not None:
       # The fewest tokens whose text holds a stop string: what comes behind was drawn in vain, and
       # the text does not depend on when it was looked at.
-      found = ((n, self._decode(tokens[:n])) for n in range(len(tokens) + 1))
+      found = ((n, self._decode(row, tokens[:n])) for n in range(len(tokens) + 1))
       count, text = next((n, t) for n, t in found if _first(t, self._stop) is not None)
       text, last = text[: _first(text, self._stop)], True
       self._cut[row] = count, text
@@ -309,12 +324,25 @@ class _Watch:
     tokens, texts = [], []
     for row, line in enumerate(ids):
       own = [int(i) for i in line if i >= 0]
-      if self._decode is not None and self._cut[row] is None:
+      if self._decode_text is not None and self._cut[row] is None:
         self._look_at(row, own, last=True)
-      count, text = self._cut[row] or (len(own), self._decode(own) if self._decode else '')
+      count, text = self._cut[row] or (len(own), self._decode(row, own))
       tokens.append(own[:count])
       texts.append(text)
     return tokens, texts
+
+
+def continuation(decode_text: DecodeText, prompt: Sequence[int], ids: Sequence[int]) -> str:
+  """The text that ids add to a prompt: what both have, decoded together, behind that of the prompt.
+
+  Decoders of the SentencePiece kind leave out the space before the first word of what they decode,
+  so ids alone would lose it. A character whose first bytes end the prompt is of the continuation.
+  """
+  before = list(prompt[-_CONTEXT:])
+  known, whole = decode_text(before), decode_text([*before, *ids])
+  if not whole.startswith(known):
+    known = known.rstrip(_UNFINISHED)
+  return whole[len(known) :] if whole.startswith(known) else decode_text(list(ids))
 
 
 def _first(text: str, stop: Sequence[str]) -> int | None:

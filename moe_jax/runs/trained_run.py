@@ -145,8 +145,14 @@ def on_devices_here(cfg: schema.Config) -> tuple[schema.Config, jax.sharding.Mes
   return cfg, partitioning.make_mesh(cfg.mesh)
 
 
-def encode_prompt(run: Run, prompt: str) -> list[int]:
-  """Ids of a text to be continued, begin-of-document token included.
+def encode_prompt(run: Run, prompt: str, *, special_tokens: bool = False) -> list[int]:
+  """Ids of a text to be continued, with the begin-of-document token in front.
+
+  Args:
+    run: whose tokenizer reads it.
+    prompt: the text.
+    special_tokens: the spelling of a special token is that token; one at the beginning that is the
+      begin-of-document token stays the only one.
 
   Raises:
     errors.InputError: it is no UTF-8 text.
@@ -155,7 +161,9 @@ def encode_prompt(run: Run, prompt: str) -> list[int]:
     prompt.encode()
   except UnicodeEncodeError as e:
     raise errors.InputError(f'--prompt={prompt!r} must be UTF-8 text; correct its bytes') from e
-  return [run.tokenizer.bos_id, *run.tokenizer.encode(prompt)]
+  ids = run.tokenizer.encode(prompt, special_tokens=special_tokens)
+  begun = special_tokens and ids[:1] == [run.tokenizer.bos_id]
+  return ids if begun else [run.tokenizer.bos_id, *ids]
 
 
 def heldout_corpus(run: Run, workdir: str | os.PathLike[str], warn: Say) -> corpus_lib.Corpus:

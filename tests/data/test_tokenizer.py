@@ -143,3 +143,13 @@ def test_saving_again_writes_nothing_unless_it_differs(tmp_path, monkeypatch):
   assert path.read_text() == whole
   monkeypatch.setattr(tokenizer_lib.atomic_files, 'write_text', None)
   tokenizer.save(path)
+
+
+def test_a_special_token_in_a_text_is_that_token_by_a_switch():
+  tokenizer = tokenizer_lib.byte_tokenizer(BOS, EOS)
+  text = f'a{BOS}b'
+  spelled, meant = tokenizer.encode(text), tokenizer.encode(text, special_tokens=True)
+  assert tokenizer.bos_id not in spelled and tokenizer.decode(spelled) == text
+  assert meant == [*tokenizer.encode('a'), tokenizer.bos_id, *tokenizer.encode('b')]
+  assert tokenizer.special_tokens_in(text) == [BOS] and not tokenizer.special_tokens_in('a b')
+  assert tokenizer.encode(text) == spelled  # the switch leaves no trace

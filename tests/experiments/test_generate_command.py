@@ -54,6 +54,25 @@ def test_several_prompts_are_one_batch_from_flags_or_a_file(capsys, workdir, bat
   assert [r['tokens'] for r in found] == [r['tokens'] for r in alone]
 
 
+def test_lines_of_a_file_are_json_or_text_and_it_is_said_which(capsys):
+  lines = ['plain', '', '"two\\nlines"', '"""A docstring."""', '"half', '"a" and "b"']
+  texts = generate._lines(lines)
+  assert texts == ['plain', 'two\nlines', '"""A docstring."""', '"half', '"a" and "b"']
+  said = capsys.readouterr().err
+  assert '1 lines of --prompts_file were read as JSON' in said and 'line 4, 5, 6 begins' in said
+  assert generate._lines(['plain']) == ['plain'] and not capsys.readouterr().err
+
+
+def test_a_special_token_in_a_prompt_is_the_token_by_a_flag_and_else_a_warning(capsys, workdir):
+  asked = ('--max_new_tokens=1', GREEDY)
+  plain = ask(capsys, workdir, '--prompt=ab', *asked)
+  in_process.run(generate, f'--workdir={workdir}', '--prompt=<s>ab', *asked, '--json')
+  out, err = capsys.readouterr()
+  assert '--prompt spells <s>, read as ordinary characters' in err
+  meant = ask(capsys, workdir, '--prompt=<s>ab', *asked, '--special_tokens')
+  assert meant['tokens'] == plain['tokens']
+
+
 def test_a_downloaded_checkpoint_is_read_as_it_lies(capsys, workdir):
   asked = ('--prompt=ab', SHORT, GREEDY)
   direct = ask(capsys, workdir.parent / 'in', *asked)

@@ -2,6 +2,8 @@ import functools
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from moe_jax import errors
 from moe_jax.inference import generate
@@ -116,7 +118,7 @@ def watched(rows, stop=(), piece=2):
   """Feeds rows of ids to a watch, `piece` tokens at a time -> (texts, tokens, streamed, looks)."""
   streamed = {i: '' for i in range(len(rows))}
   watch = generate._Watch(
-    len(rows), text_of, stop, lambda row, text: streamed.update({row: streamed[row] + text})
+    [[9]] * len(rows), text_of, stop, lambda row, text: streamed.update({row: streamed[row] + text})
   )
   ids = np.full((len(rows), max(map(len, rows))), -1, np.int32)
   ended = []
@@ -155,6 +157,35 @@ def test_the_text_does_not_depend_on_how_often_the_host_looks(piece):
 def test_half_characters_are_held_back_until_they_are_whole():
   texts, _, streamed, _ = watched([[5, 3, 3, 6]], piece=1)
   assert texts == ['i\u00e9j'] and streamed[0] == texts[0]
+
+
+def sentencepiece():
+  """Each word is its letters behind a mark of the space before it; the first mark is left out."""
+  words = [('<unk>', -9.0), *((f'{mark}{c}', -1.0) for mark in ('▁', '') for c in 'abch')]
+  inner = tokenizers.Tokenizer(models.Unigram(words, 0))
+  inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+  return inner
+
+
+def test_a_completion_is_what_decoding_the_whole_adds_to_the_prompt():
+  """'a b' and 'h h h' are 'a b h h h': a decoder that leaves out the first space loses none."""
+  inner = sentencepiece()
+  prompt, new = (inner.encode(text).ids for text in ('a b', 'h h h'))
+  assert inner.decode(new) == 'h h h'
+  assert generate.continuation(inner.decode, prompt, new) == ' h h h'
+  assert inner.decode(prompt) + ' h h h' == inner.decode(prompt + new)
+  assert generate.continuation(inner.decode, prompt, []) == ''
+  # And the same while it comes, and with a prompt longer than what is decoded again.
+  sent = []
+  watch = generate._Watch([prompt * 200], inner.decode, ['zz'], lambda row, text: sent.append(text))
+  for n in range(1, 4):
+    watch.look(np.array([[*new[:n], *[-1] * (3 - n)]]))
+  assert watch.finish(np.array([new]))[1] == [' h h h'] == [''.join(sent)]
+
+
+def test_a_character_that_begins_in_the_prompt_belongs_to_the_completion():
+  assert generate.continuation(text_of, [0, 3], [3, 1]) == '\u00e9b'
+  assert generate.continuation(text_of, [0, 3], []) == ''
 
 
 def test_what_may_begin_a_stop_string_is_sent_at_the_end_if_it_does_not():
