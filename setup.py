@@ -61,6 +61,7 @@ setuptools.setup(
     'tpu': ['jax[tpu]>=0.10'],
     'quant': ['qwix>=0.1.8'],
     'hf': [
+      'accelerate>=1.0',  # lm-eval's own model of transformers, for comparisons
       'datasets>=3.0',
       'lm-eval>=0.4.9',
       'pyarrow>=17.0',

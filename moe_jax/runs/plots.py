@@ -16,6 +16,7 @@ from matplotlib import colors, figure, ticker
 from matplotlib.backends import backend_agg
 
 from moe_jax import atomic_files
+from moe_jax.runs import plot_text
 
 _Path = str | os.PathLike[str]
 STYLE: dict[Any, Any] = {
@@ -339,6 +340,7 @@ def save(fig: figure.Figure, path: _Path):
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   png = io.BytesIO()
+  plot_text.make_plain(fig)
   backend_agg.FigureCanvasAgg(fig)
   fig.savefig(png, format='png', dpi=130)
   atomic_files.write_bytes(path, png.getvalue())
