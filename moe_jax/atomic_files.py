@@ -6,13 +6,19 @@ import fcntl
 import itertools
 import os
 import pathlib
+import re
 import shutil
+import socket
 from collections.abc import Callable, Iterator
-from typing import Protocol, TypeVar
+from typing import IO, Protocol, TypeVar
+
+from absl import logging
 
 from moe_jax import errors
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
+_TEMPORARY = re.compile(r'\..+\.\d+\.tmp')  # of `write_bytes`
 
 
 class _Path(Protocol):
@@ -64,7 +70,10 @@ def free_name(numbered: Callable[[int], _AnyPath]) -> _AnyPath:
 
 @contextlib.contextmanager
 def lock(workdir: pathlib.Path, enabled: bool = True) -> Iterator[None]:
-  """Holds `workdir/.lock` while a run writes there; the system drops it when the process ends.
+  """Makes `workdir` and holds `workdir/.lock` while a run writes there.
+
+  The system drops the lock when the process ends. Temporary files of processes that were killed are
+  deleted. If an error comes before anything is written, the directory is taken away again.
 
   Raises:
     errors.InputError: another process holds it.
@@ -72,12 +81,87 @@ def lock(workdir: pathlib.Path, enabled: bool = True) -> Iterator[None]:
   if not enabled:
     yield
     return
-  with (workdir / '.lock').open('w') as handle:
-    try:
-      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-      raise errors.InputError(
-        f'--workdir={workdir} is being written by another process; wait for it or stop it, or use '
-        'another --workdir'
-      ) from e
+  made = [path for path in (workdir, *workdir.parents) if not path.exists()]
+  workdir.mkdir(parents=True, exist_ok=True)
+  try:
+    with (workdir / '.lock').open('w') as handle, _held(handle, workdir):
+      for pattern in ('.*.tmp', '*/.*.tmp'):
+        for path in workdir.glob(pattern):
+          if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+      yield
+  except BaseException:
+    with contextlib.suppress(OSError):  # checkpoints, or a parent, holds something
+      if made and {path.name for path in workdir.iterdir()} <= {'.lock', 'checkpoints'}:
+        if (workdir / 'checkpoints').exists():
+          (workdir / 'checkpoints').rmdir()
+        (workdir / '.lock').unlink()
+        for path in made:
+          path.rmdir()
+    raise
+
+
+@contextlib.contextmanager
+def _held(handle: IO[str], workdir: pathlib.Path) -> Iterator[None]:
+  """Locks an open file, or, on a file system that cannot, a file with the name of its owner."""
+  busy = errors.InputError(
+    f'--workdir={workdir} is being written by another process; wait for it or stop it, or use '
+    'another --workdir'
+  )
+  try:
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError as e:
+    raise busy from e
+  except OSError as e:
+    if e.errno not in _NO_LOCKS:
+      raise
+    logging.warning(f'{workdir} cannot be locked ({e.strerror}): a file names its owner instead.')
+    with _owned(workdir / '.owner'):
+      yield
+    return
+  yield
+
+
+@contextlib.contextmanager
+def _owned(path: pathlib.Path) -> Iterator[None]:
+  """Holds a file that only one process can make, with its host and number in it.
+
+  One that a dead process of this host left behind is replaced.
+
+  Raises:
+    errors.InputError: another process made it, and is alive or of another host.
+  """
+  me = f'{socket.gethostname()} {os.getpid()}'
+  if path.exists():
+    owner = path.read_text(encoding='utf-8')
+    errors.require(
+      _is_dead(owner),
+      f'{path} says that process {owner!r} (host, number) writes here; wait for it or stop it, or '
+      'delete that file if it is no more',
+    )
+    path.unlink(missing_ok=True)
+  try:
+    with path.open('x', encoding='utf-8') as handle:
+      handle.write(me)
+  except FileExistsError as e:
+    raise errors.InputError(
+      f'{path} was just made by another process; use another --workdir'
+    ) from e
+  try:
     yield
+  finally:
+    path.unlink(missing_ok=True)
+
+
+def _is_dead(owner: str) -> bool:
+  """Whether process 'host number' is of this host and has ended; this one has not begun yet."""
+  host, _, number = owner.rpartition(' ')
+  if host != socket.gethostname() or not number.isdecimal():
+    return False
+  try:
+    os.kill(int(number), 0)
+  except ProcessLookupError:
+    return True
+  except PermissionError:
+    return False
+  return int(number) == os.getpid()

@@ -1,6 +1,9 @@
 import errno
+import fcntl
 import os
 import pathlib
+import socket
+import subprocess
 
 import pytest
 
@@ -40,3 +43,67 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing_behind(tmp_path, monk
   with pytest.raises(errors.InputError, match=r'no room .*a\.txt: 3 bytes are needed and [\d,]+ '):
     atomic_files.write_text(path, 'new')
   assert path.read_text() == 'old' and os.listdir(tmp_path) == ['a.txt']
+
+
+def lock_twice(workdir):
+  with atomic_files.lock(workdir), atomic_files.lock(workdir):
+    pass
+
+
+def test_one_writer_per_directory(tmp_path):
+  with pytest.raises(errors.InputError, match='is being written by another process'):
+    lock_twice(tmp_path)
+  with atomic_files.lock(tmp_path):
+    pass
+
+
+def test_what_killed_writers_left_is_deleted_and_nothing_else(tmp_path):
+  (tmp_path / 'routing').mkdir()
+  keep = ['.hidden', 'a.tmp', '.b.tmp', 'routing/.c.12x.tmp']
+  for name in [*keep, '.config.json.77.tmp', 'routing/.13.npz.4711.tmp']:
+    (tmp_path / name).write_text('')
+  with atomic_files.lock(tmp_path):
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob('*') if path.is_file()}
+  assert files == {*keep, '.lock'}
+
+
+def test_a_directory_in_which_nothing_was_written_is_taken_away_by_an_error(tmp_path):
+  def fail(workdir, written=()):
+    with pytest.raises(errors.InputError, match='refused'), atomic_files.lock(workdir):
+      for name in written:
+        (workdir / name).mkdir(parents=True)
+      raise errors.InputError('refused')
+
+  (tmp_path / 'there').mkdir()
+  fail(tmp_path / 'deep/run', ['checkpoints'])
+  fail(tmp_path / 'there')
+  assert [path.name for path in tmp_path.iterdir()] == ['there']
+  fail(tmp_path / 'run', ['checkpoints/5'])
+  assert (tmp_path / 'run/checkpoints/5').is_dir()
+  fail(tmp_path / 'other', ['routing'])
+  assert (tmp_path / 'other/routing').is_dir()
+
+
+def test_without_locks_in_the_file_system_a_file_names_the_owner(tmp_path, monkeypatch, caplog):
+  def no_locks(*unused):
+    raise OSError(errno.ENOLCK, 'No locks available')
+
+  monkeypatch.setattr(fcntl, 'flock', no_locks)
+  owner = tmp_path / '.owner'
+  with atomic_files.lock(tmp_path):
+    assert owner.read_text() == f'{socket.gethostname()} {os.getpid()}'
+  assert not owner.exists() and 'No locks available' in caplog.text
+  ended = subprocess.Popen(['true'])
+  ended.wait()
+  for stale in (ended.pid, os.getpid()):  # in containers every process may be number 1
+    owner.write_text(f'{socket.gethostname()} {stale}')
+    with atomic_files.lock(tmp_path):
+      pass
+  for alive in (f'{socket.gethostname()} {os.getppid()}', f'elsewhere {ended.pid}', ''):
+    owner.write_text(alive)
+    with (
+      pytest.raises(errors.InputError, match=r'\.owner says that process .* delete that file'),
+      atomic_files.lock(tmp_path),
+    ):
+      pass
+    assert owner.read_text() == alive

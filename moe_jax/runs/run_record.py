@@ -67,7 +67,7 @@ def _is_placement(line: str) -> bool:
 
 
 def check_workdir(workdir: _Path, new_config: schema.Config, allow_change: bool) -> Differences:
-  """Makes `workdir` and makes sure that this run may use it; call before anything is compiled.
+  """Makes sure that this run may use `workdir`; call before anything is compiled or written.
 
   Args:
     workdir: where the run writes.
@@ -92,16 +92,21 @@ def check_workdir(workdir: _Path, new_config: schema.Config, allow_change: bool)
       f'--workdir={workdir} holds a run of another config: {"; ".join(found.changes)}. Use another '
       '--workdir, undo the change, or pass --allow_config_change to go on under the new config'
     )
+  _check_writable(workdir)
+  return found
+
+
+def _check_writable(workdir: pathlib.Path):
+  """Tries the directory, or the nearest that is there; a refused run leaves none behind."""
+  there = next(path for path in (workdir, *workdir.absolute().parents) if os.path.lexists(path))
   try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=workdir):
+    with tempfile.TemporaryFile(dir=there):
       pass
   except OSError as e:
     raise errors.InputError(
       f'--workdir={workdir} must be a directory that can be written: {e.strerror or e}; choose '
       'another --workdir, or free this one'
     ) from e
-  return found
 
 
 def prolongs(
@@ -127,6 +132,7 @@ def write(
 ) -> pathlib.Path:
   """Writes `workdir/config.json` and returns its path; an older, different record is kept."""
   path = pathlib.Path(workdir) / 'config.json'
+  path.parent.mkdir(parents=True, exist_ok=True)
   record = {
     'config': parse.to_dict(run_config),
     'data_fingerprint': data_fingerprint,

@@ -143,7 +143,6 @@ def run_training(
   for one in cfgs:
     run_record.check_workdir(workdir / str(one.train.seed), one, allow_change=False)
   together = workdir / 'together'
-  together.mkdir(parents=True, exist_ok=True)
   with contextlib.ExitStack() as stack:
     stack.enter_context(atomic_files.lock(together))
     checkpointer = stack.enter_context(

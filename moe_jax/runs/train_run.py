@@ -62,10 +62,10 @@ def run_training(
     mesh, corpus = checks.prepare(cfg)
     checks.check_source(cfg, source, corpus)
     summary = _summary(cfg, corpus, mesh)
-  checks.check_processes(workdir, corpus)
   with contextlib.ExitStack() as stack:
     with agreement.together():
       stack.enter_context(atomic_files.lock(workdir, first))
+    checks.check_processes(workdir, corpus)
     checkpointer = stack.enter_context(
       checkpointer_lib.Checkpointer(workdir / 'checkpoints', cfg.checkpoint)
     )
@@ -74,13 +74,6 @@ def run_training(
     restored = checkpointer.restore(abstract_state)
     if restored is not None:
       checks.check_continues(cfg, restored.meta, corpus, allow_config_change)
-    with agreement.together():
-      if first:
-        run_record.write(workdir, cfg, argv=argv, data_fingerprint=corpus.fingerprint)
-        corpus.tokenizer.save(workdir / 'tokenizer.json')
-        if cfg.init_from:
-          kept_files.carry(paths.local(cfg.init_from), workdir)
-    corpus.tokenizer.end_ids = kept_files.end_ids(workdir / kept_files.DIRECTORY, corpus.tokenizer)
     for line in (summary, *_prefixed('config', changes), *_prefixed('placement', moved)):
       say(line)
     stream = pipeline.START
@@ -90,6 +83,13 @@ def run_training(
       state = restored.state
       stream = _stream_start(restored.meta, restored.step, cfg)
       say(f'resuming after step {restored.step} of {cfg.train.num_steps}')
+    with agreement.together():
+      if first:
+        run_record.write(workdir, cfg, argv=argv, data_fingerprint=corpus.fingerprint)
+        corpus.tokenizer.save(workdir / 'tokenizer.json')
+        if cfg.init_from:
+          kept_files.carry(paths.local(cfg.init_from), workdir)
+    corpus.tokenizer.end_ids = kept_files.end_ids(workdir / kept_files.DIRECTORY, corpus.tokenizer)
     checkpointer.prepare(abstract_state)
     state, stopped_by = _fit(
       cfg, workdir, corpus, mesh, state, stream, checkpointer, stop, say, window

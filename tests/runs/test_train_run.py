@@ -415,5 +415,12 @@ def test_divergence_is_one_clear_error_and_saves_nothing(cache, tmp_path):
 def test_bad_input_is_refused_before_anything_is_written(cache, tmp_path, overrides, message):
   with pytest.raises(errors.InputError, match=message):
     train_run.run_training(make_config(cache, **overrides), tmp_path / 'run')
-  written = tmp_path / 'run'
-  assert not written.exists() or not any(written.iterdir())
+  assert not (tmp_path / 'run').exists()
+
+
+def test_weights_that_cannot_be_read_leave_no_workdir_behind(cache, workdir, tmp_path):
+  for path in (workdir / 'checkpoints').glob('*/state/**/d/*'):
+    path.write_bytes(b'')
+  with pytest.raises(errors.InputError, match='is whole'):
+    train_run.run_training(make_config(cache, init_from=str(workdir)), tmp_path / 'new')
+  assert not (tmp_path / 'new').exists()
