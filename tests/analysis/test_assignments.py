@@ -29,6 +29,7 @@ SIZES = {
   'data.synthetic_documents': 60,
   'data.heldout_fraction': 0.2,
   'optim.warmup_steps': 0,
+  'train.seed': 3,  # that of the batches too
   'train.num_steps': 1,
   'train.batch_size': 8,
   'train.micro_batch_size': 4,

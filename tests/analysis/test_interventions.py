@@ -80,3 +80,15 @@ def test_sample_takes_the_beginnings_of_all_documents():
   part = split.sample(44)  # the first whole, 17 of the two others
   assert part.offsets.tolist() == [0, 10, 27, 44] and part.doc_domain.tolist() == [0, 1, 2]
   assert split.sample(60) is split and split.sample(1).num_tokens == 3
+
+
+def test_stand_ins_are_as_many_as_the_shared_experts(monkeypatch):
+  asked = []
+  monkeypatch.setattr(interventions, 'measure', lambda subject, **kwargs: asked.append(kwargs))
+  cfg = tiny.make(model__moe__num_shared_experts=3)
+  subject = interventions.Subject(cfg, {}, None, None)
+  for stand_in, k in ((False, None), (True, 5)):
+    interventions.without_shared(subject, stand_in=stand_in)
+    assert asked.pop() == {'shared_scale': [0.0, 0.0], 'num_experts_per_tok': k}
+  interventions.without_best(subject, 0.25)
+  assert asked.pop() == {'disabled': [2, 2]}

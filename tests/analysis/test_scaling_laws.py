@@ -129,3 +129,27 @@ def test_noise_wider_than_the_band_widens_the_interval():
 def test_an_exponent_needs_two_budgets():
   with pytest.raises(ValueError, match='two different x'):
     scaling_laws.fit_power_law([1e17, 1e17], [1.0, 2.0])
+
+
+def test_intervals_are_the_middle_nine_tenths():
+  assert scaling_laws.interval(np.arange(101.0)) == (5.0, 95.0)
+  exponents = np.linspace(0, 1, 101)
+  samples = np.stack([np.full(101, np.log(2.0)), exponents], axis=1)
+  low, high = scaling_laws.law_band(samples, [1.0, np.e])
+  np.testing.assert_allclose([low, high], [[2, 2 * np.exp(0.05)], [2, 2 * np.exp(0.95)]])
+
+
+def test_residuals_of_a_fit_are_widened_by_what_it_took_up(monkeypatch):
+  np.testing.assert_allclose(scaling_laws._widened(np.ones(4), 3), 2.0)  # sqrt(4 / 1)
+  np.testing.assert_allclose(scaling_laws._widened(np.ones(8), 3), np.sqrt(8 / 5))
+  profiles, pools = [profile(b, 0.01) for b in BUDGETS], []
+
+  class Draws:
+    def choice(self, pool, size):
+      pools.append(pool)
+      return np.zeros(size)
+
+  monkeypatch.setattr(np.random, 'default_rng', lambda seed: Draws())
+  found = scaling_laws.fit_allocation(profiles, samples=1)
+  residuals = [found.parabolas[p.budget].residuals for p in profiles]
+  np.testing.assert_allclose(pools[0], np.concatenate(residuals) * np.sqrt(8 / 5))

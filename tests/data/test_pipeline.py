@@ -212,3 +212,28 @@ def test_a_batch_that_the_devices_cannot_share(corpus):
     errors.InputError, match=r'batch_size=6 .*divisible by 4, the parts .* choose 8'
   ):
     pipeline.check_corpus(corpus, max_seq_len=LENGTH, batch_sizes=[4, 6], num_shards=4)
+
+
+def test_documents_and_rows_have_seeds_of_their_own(make_split, make_corpus, monkeypatch):
+  """Every seed and every component has another order of documents and another one of rows."""
+  orders = []
+
+  def packed(split, order, length):
+    orders.append(order.tolist())
+    return list(range(50))
+
+  monkeypatch.setattr(packing, 'Packing', packed)
+  corpus = make_corpus(make_split([9] * 50))
+  rows = [pipeline._row_stream(corpus, seed, LENGTH) for seed in (0, 1, 0)]
+  epochs = [[int(stream[i]) for i in range(50)] for stream in rows]
+  assert sorted(orders[0]) == sorted(epochs[0]) == list(range(50))
+  assert orders[0] == orders[2] and epochs[0] == epochs[2]
+  assert orders[0] != orders[1] and epochs[0] != epochs[1]
+  assert list(range(50)) not in (orders[0], epochs[0])  # shuffled at all
+  orders.clear()
+  mixed = pipeline._row_stream(
+    make_corpus(*[make_split([9] * 50)] * 2, weights=(0.5, 0.5)), 0, LENGTH
+  )
+  assert orders[0] != orders[1]
+  turns = [int(mixed[i]) for i in range(100)]
+  assert turns[::2] != turns[1::2]

@@ -224,3 +224,16 @@ def test_expert_choice_is_refused():
   model = tiny.make(**{f'{MOE}router': 'expert_choice', f'{MOE}dispatch': 'capacity'}).model
   with pytest.raises(errors.InputError, match="router='expert_choice' has no causal decoding"):
     generate.Generator(model, {}, (0,))
+
+
+def test_every_layer_gets_its_own_weights_and_router_state():
+  cfg = tiny.make(model__moe__router='hash', model__moe__balance__expert_level__weight=0.0).model
+  params, state = tiny.params(cfg), tiny.router_state(cfg)
+  (table,) = jax.tree.leaves(state['moe_layers'])
+  assert len(table) == 2 and not np.array_equal(table[0], table[1])
+  found = cached_model.unstack(cfg, {'params': params, 'router_state': state}).layers
+  assert len(found) == 3 and not jax.tree.leaves(found[0]['router_state'])
+  for i in range(2):
+    np.testing.assert_array_equal(jax.tree.leaves(found[i + 1]['router_state'])[0], table[i])
+    scale = params['moe_layers']['ffn_norm']['scale'][i]
+    np.testing.assert_array_equal(found[i + 1]['params']['ffn_norm']['scale'], scale)

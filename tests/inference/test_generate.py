@@ -246,3 +246,20 @@ def test_an_empty_stop_string_is_refused():
   generator = generate.Generator(CFG, {'params': tiny.params(CFG)}, (EOS,))
   with pytest.raises(errors.InputError, match="--stop='' would end"):
     generator.generate(PROMPTS, NEW, sampling_lib.Sampling(), decode_text=str, stop=[''])
+
+
+def test_the_nth_token_of_a_row_is_drawn_with_the_nth_key():
+  """A head of zeros leaves nothing but the keys."""
+  params = tiny.params(CFG)
+  blind = {**params, 'head': np.zeros_like(params['head'])}
+  sampling = sampling_lib.Sampling(seed=5)
+  got = generate.generate(CFG, {'params': blind}, PROMPTS, NEW, (EOS,), sampling)
+  logits = np.zeros((len(PROMPTS), CFG.vocab_size), np.float32)
+  draws = [
+    sampling_lib.draw(
+      logits, sampling_lib.Sampling(), sampling_lib.row_keys(np.uint32(5), len(PROMPTS), n)
+    )
+    for n in range(NEW)
+  ]
+  assert got.tokens == np.stack(draws, axis=1).tolist()
+  assert EOS not in np.ravel(draws)

@@ -195,3 +195,22 @@ def test_a_dense_model_predicts_ahead_too():
   )(tiny.params(cfg.model), ROWS)
   assert loss.stats is None and float(loss.mtp) > 0
   assert np.abs(grads['mtp_layers']['block']['mlp']['down']).max() > 1e-3
+
+
+def test_modules_route_by_the_ids_that_they_see_more(monkeypatch):
+  """What the block is given, the layers before it left out."""
+  given = []
+
+  def block(*unused, **named):
+    return lambda x, own, ctx, tokens: given.append(tokens) or (x, (None, None))
+
+  monkeypatch.setattr(decoder_block, 'Block', block)
+  ids, mask = jnp.array([[5, 6, 0]]), jnp.array([[True, True, False]])
+  ahead = token_prediction.Ahead(jnp.ones((1, 3, 16)), ids, mask)
+  tokens = transformer.routing.Tokens(ids + 1, mask | True, jnp.zeros(1, jnp.int32), jnp.uint32(3))
+  module = token_prediction.MTPLayer(CFG.model, True, False)
+  module.init_with_output(jax.random.key(0), jnp.ones((1, 3, 16)), None, ahead, None, tokens)
+  (seen,) = given
+  np.testing.assert_array_equal(seen.ids, ids)
+  np.testing.assert_array_equal(seen.mask, mask)
+  assert seen.seed == 3 and seen.row is tokens.row

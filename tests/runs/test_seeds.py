@@ -196,3 +196,20 @@ def test_more_than_one_device_is_refused(tmp_path, monkeypatch):
   with pytest.raises(errors.InputError, match='together=1'):
     seeds.run_training(make_config(tmp_path), SEEDS, tmp_path / 'arm')
   assert not (tmp_path / 'arm').exists()
+
+
+def test_each_seed_reads_the_corpus_of_a_run_of_its_own(tmp_path, monkeypatch):
+  asked = []
+
+  def prepare(one):
+    asked.append(one.train.seed)
+    return None, None
+
+  def enough(*unused, **more):
+    raise errors.InputError('enough')
+
+  monkeypatch.setattr(checks, 'prepare', prepare)
+  monkeypatch.setattr(seeds.run_record, 'check_workdir', enough)
+  with pytest.raises(errors.InputError, match='enough'):
+    seeds.run_training(make_config(tmp_path), SEEDS, tmp_path / 'arm')
+  assert asked == list(SEEDS)

@@ -1,13 +1,16 @@
 """Evaluation over a whole run's held-out text is tested in test_run.py; here the figures alone."""
 
+import math
 import types
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moe_jax.balance import routing_figures
 from moe_jax.data import packing, pipeline
 from moe_jax.devices import partitioning
+from moe_jax.models import transformer
 from moe_jax.training import evaluate
 from tests import tiny
 
@@ -44,3 +47,34 @@ def test_an_evaluation_looks_for_a_signal_before_every_batch(monkeypatch):
   with pytest.raises(evaluate.StoppedError, match='SIGTERM'):
     evaluate.evaluate(tiny.make(), {}, corpus, tiny.mesh(), stop_requested=lambda: next(signals))
   assert len(done) == 2
+
+
+def test_bits_per_byte_divide_by_the_held_out_bytes(monkeypatch):
+  parts = iter([(np.float32(30.0), np.int32(10), None), (np.float32(10.0), np.int32(6), None)])
+  monkeypatch.setattr(packing, 'num_rows', lambda split, length: 2)
+  monkeypatch.setattr(
+    pipeline, 'heldout_batches', lambda *unused: ({'domain_ids': i} for i in range(2))
+  )
+  monkeypatch.setattr(partitioning, 'put_global_batch', lambda batch, mesh: batch)
+  monkeypatch.setattr(evaluate, '_sums', lambda *unused: next(parts))
+  splits = dict(train=types.SimpleNamespace(num_bytes=999))
+  corpus = types.SimpleNamespace(heldout=types.SimpleNamespace(num_bytes=25), **splits)
+  got = evaluate.evaluate(tiny.make(), {}, corpus, tiny.mesh(1))
+  assert got.loss == pytest.approx(40 / 16)
+  assert got.bits_per_byte == pytest.approx(40 / math.log(2) / 25)
+
+
+def test_the_model_is_not_in_training_mode(monkeypatch):
+  modes = []
+
+  def apply(cfg, variables, *inputs, train=False, **options):
+    modes.append(train)
+    return types.SimpleNamespace(normed=jnp.ones((2, 4, 16)), stats=None)
+
+  monkeypatch.setattr(transformer, 'apply', apply)
+  batch = dict.fromkeys(('tokens', 'positions', 'segment_ids'), jnp.zeros((2, 4), jnp.int32))
+  batch['targets'] = jnp.array([[1, 2, -1, 3], [0, -1, -1, -1]])
+  variables = {'params': {'head': jnp.zeros((16, 32))}}
+  nats, targets, _ = evaluate._sums.__wrapped__(tiny.make().model, 4, variables, batch)
+  assert modes == [False] and int(targets) == 4
+  assert float(nats) == pytest.approx(4 * math.log(32), rel=1e-6)

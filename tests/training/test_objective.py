@@ -63,3 +63,15 @@ def test_accumulation_reports_losses_of_the_whole_batch_also_those_without_weigh
       parts.stats.losses[name], whole.stats.losses[name], rtol=1e-4, err_msg=name
     )
   np.testing.assert_allclose(parts.aux, whole.aux, rtol=1e-5)
+
+
+def test_gradients_of_micro_batches_add_up_in_float32():
+  """1 and 511 times 2^-9: in bfloat16 the sum would stay 1."""
+  parts = jnp.full((512, 1), 2.0**-9).at[0].set(1.0)
+
+  def share(micro):
+    return {'g': micro.sum().astype(jnp.bfloat16), 'count': jnp.int32(1)}
+
+  got = objective._accumulate(share, parts)
+  assert got['g'].dtype == jnp.float32 and got['count'].dtype == jnp.int32
+  assert float(got['g']) == 1 + 511 * 2.0**-9 and int(got['count']) == 512

@@ -3,6 +3,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from moe_jax.models import model_variables
@@ -128,3 +129,22 @@ def test_clipping_scales_all_gradients_by_the_global_norm():
   np.testing.assert_allclose(kernel(1.0), [[-0.6], [-0.8]], rtol=1e-4)
   np.testing.assert_allclose(kernel(0.0), [[-3], [-4]], rtol=1e-4)  # 0 = no clipping
   np.testing.assert_allclose(kernel(10.0), [[-3], [-4]], rtol=1e-4)
+
+
+def test_moments_are_kept_in_their_dtype_and_computed_with_in_float32():
+  cfg = tiny.make(optim__moment_dtype='bfloat16', optim__beta1=0.9, optim__clip_norm=0.0).optim
+  optimizer = optim.optimizer(cfg, 20)
+  grads = jax.tree.map(lambda a: jnp.full_like(a, 1 / 3), PARAMS)
+  state, mu = optimizer.init(PARAMS), np.zeros((2, 1), np.float32)
+  for _ in range(4):
+    for name in ('mu', 'nu'):
+      kept = jax.tree.leaves(optax.tree.get(state, name))
+      assert kept and {leaf.dtype for leaf in kept} == {jnp.dtype('bfloat16')}
+    _, state = optimizer.update(grads, state, PARAMS)
+    mu = mu.astype(np.float32) * np.float32(0.9) + np.float32(1 / 3) * np.float32(0.1)
+    mu = np.asarray(jnp.asarray(mu, jnp.bfloat16))  # rounded once per step
+    np.testing.assert_array_equal(optax.tree.get(state, 'mu')['b']['kernel'], mu)
+  plain = optim.optimizer(tiny.make().optim, 20).init(PARAMS)
+  assert {leaf.dtype for leaf in jax.tree.leaves(optax.tree.get(plain, 'nu'))} == {
+    jnp.dtype('float32')
+  }

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from moe_jax.training import optim
+from moe_jax import integer_hash
+from moe_jax.training import objective, optim, optimizer_step, train_state
 from tests import tiny
 from tests.training import steps
 
@@ -83,3 +84,37 @@ def test_after_too_many_in_a_row_finite_steps_are_not_applied_either(step):
   state, got = step(state.replace(params=steps.fresh(cfg).params), tiny.batch())
   assert np.isfinite(got.loss) and got.skipped.in_row == most + 2
   jax.tree.map(np.testing.assert_array_equal, host(state.params), before.params)
+
+
+def test_rate_lambda_and_seed_are_those_of_the_steps_own_number(monkeypatch):
+  """Without a model: Adam's update of a gradient that is always 1 is the rate."""
+  cfg = tiny.make(
+    optim__peak_lr=2.0,
+    optim__schedule='constant',
+    optim__warmup_steps=4,
+    optim__weight_decay=0.0,
+    optim__eps=1e-9,
+    train__mtp_loss_ramp=((0.05, 0.3), (0.1, 0.2)),  # of 20 steps: until 1, until 2
+    train__mtp_loss_weight=0.1,
+  )
+  params, given = {'w': jnp.zeros(3)}, []
+
+  def gradients(cfg, params, router_state, batch, seed, mtp_weight):
+    given.append((int(seed), float(mtp_weight)))
+    one = jnp.float32(1)
+    return objective.Loss(one, None, one, None), {'w': jnp.ones(3)}
+
+  monkeypatch.setattr(objective, 'gradients', gradients)
+  opt_state = optim.optimizer(cfg.optim, cfg.train.num_steps).init(params)
+  state = train_state.TrainState(jnp.int32(0), jnp.uint32(7), params, {}, opt_state)
+  step = optimizer_step.step_function(cfg)
+  for number, rate in enumerate((0.5, 1.0, 1.5, 2.0)):
+    before = state.params['w']
+    state, got = step(state, {})
+    np.testing.assert_allclose(got.lr, rate, rtol=1e-6)
+    np.testing.assert_allclose(before - state.params['w'], rate, rtol=1e-5)
+    assert state.step == number + 1 and state.seed == 7
+  seeds, weights = zip(*given)
+  want = [int(integer_hash.combine(jnp.uint32(7), jnp.int32(n))) for n in range(4)]
+  assert list(seeds) == want and len(set(want)) == 4
+  np.testing.assert_allclose(weights, [0.3, 0.2, 0.1, 0.1], rtol=1e-6)

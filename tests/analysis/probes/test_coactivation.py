@@ -1,3 +1,5 @@
+import types
+
 import numpy as np
 import pytest
 
@@ -13,3 +15,16 @@ def test_pairs_by_hand():
   lift = coactivation.lift(both, 4)
   assert lift[0, 1] == pytest.approx(2 / (3 * 2 / 4)) and lift[2, 3] == pytest.approx(4.0)
   assert lift[0, 2] == 0 and np.all(np.diagonal(lift) == 1)
+
+
+def test_the_probe_names_the_pair_of_highest_lift_that_is_no_chance():
+  often, rare = [[0, 1]] * 20, [[2, 3]] * 19  # the rare pair has the higher lift
+  choices = np.array([[*often, *rare, *[[0, 2]] * 30]])
+  seen = types.SimpleNamespace(
+    expert_idx=choices, num_experts=4, num_layers=1, of_tokens=lambda a: a
+  )
+  context = types.SimpleNamespace(observations=seen, layer_names=lambda: ['layer 1'])
+  found = coactivation.coactivation(context)
+  assert found.arrays['lift'][0, 0, 1] == pytest.approx(20 * 69 / (50 * 20))
+  assert found.arrays['lift'][0, 2, 3] == pytest.approx(19 * 69 / (49 * 19))
+  assert 'layer 1: experts 0 and 1, 1.4 times' in found.reading

@@ -120,3 +120,17 @@ def test_a_stretched_rotation_multiplies_by_its_magnitude():
   yarn = attention_config.YarnConfig(4.0, 16, 32.0, 1.0, 1.0, 0.0)
   stretched = dataclasses.replace(ROPE, yarn=yarn)
   np.testing.assert_allclose(at(Q, 0, stretched), Q * (0.1 * np.log(4) + 1), rtol=1e-6)
+
+
+def test_yarns_ramp_lies_between_the_first_and_the_last_pair():
+  """dim ln(4096 / 2 pi turns) / (2 ln theta): the pair that turns that often, cut at both ends."""
+
+  def borders(fast, slow):
+    yarn = attention_config.YarnConfig(4.0, 4096, fast, slow, 1.0, 1.0)
+    return rope.correction_range(H, attention_config.RopeConfig(100.0, 'half', yarn))
+
+  # Pairs of 200, 20, 1e-6 and 1e6 turns: 1.02, 3.02, 17.6 and -6.4.
+  assert borders(200.0, 20.0) == (1, 4)
+  assert borders(200.0, 1e-6) == (1, H - 1)
+  assert borders(1e6, 20.0) == (0, 4)
+  assert borders(1e6, 1e6) == (0, 0.001)

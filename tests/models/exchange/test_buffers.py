@@ -65,3 +65,14 @@ def test_no_token_is_scattered():
     for eqn in tiny.equations(jaxpr.jaxpr):
       if eqn.primitive.name.startswith('scatter'):
         assert eqn.outvars[0].aval.dtype == jnp.int32, kind
+
+
+@pytest.mark.parametrize('devices', [2, 4, 5, 10])
+def test_no_token_needs_more_devices_than_the_fan(devices):
+  """2 groups of 10 experts, also where a device holds parts of both."""
+  sizes = dict(num_experts=20, num_experts_per_tok=8, num_expert_groups=2, num_limited_groups=1)
+  cfg = tiny.make(**{f'model__moe__{key}': value for key, value in sizes.items()}).model.moe
+  owner = [expert // (20 // devices) for expert in range(20)]
+  needed = max(len(set(owner[:10])), len(set(owner[10:])))
+  fan = buffers.fan_out(cfg, 8, devices)
+  assert min(needed, 8) <= fan <= needed + 1

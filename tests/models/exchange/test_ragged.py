@@ -67,3 +67,14 @@ def test_the_emulated_ragged_all_to_all_by_hand():
   np.testing.assert_array_equal(got[0], [*want, -1, -1])
   np.testing.assert_array_equal(got[1], [*(base + np.arange(operands.P) + 1), *[-1] * 8])
   assert (got[2:] == -1).all()
+
+
+def test_offsets_of_a_full_buffer_by_hand(monkeypatch):
+  """Three devices, room for 3 rows each; this is device 2, whose rows come last."""
+  monkeypatch.setattr(jax.lax, 'axis_index', lambda axis: 2)
+  count = jnp.array([[1, 2, 0], [3, 1, 2], [1, 4, 1]])  # from, to
+  # Device 0 has been filled by (1, 2 of 3), device 1 by (2, 1), device 2 holds (0, 2, 1).
+  got = ragged._offsets(count, 3)
+  wanted = ([0, 1, 5], [0, 0, 1], [3, 3, 2], [0, 0, 2], [0, 2, 1], [3, 4, 5])
+  for array, want in zip(got, wanted, strict=True):
+    assert array.tolist() == want

@@ -11,6 +11,7 @@ from configs import base
 from moe_jax import errors, integer_hash
 from moe_jax.config import moe_config, parse
 from moe_jax.models.routers import capacity, expert_choice, routing
+from moe_jax.models.routers import decision as decision_lib
 from tests import tiny
 
 POLICIES = ('position', 'score', 'batch_priority', 'device')
@@ -406,3 +407,12 @@ def test_slots_hold_what_expert_choice_takes(chunk, shuffle):
   idx = np.asarray(route(inputs)).reshape(4, -1)
   load = np.stack([(idx == i).sum(axis=-1) for i in range(6)])
   assert load.max() <= capacity.slots(cfg, 2, 12, 8)
+
+
+def test_no_row_is_exempt_at_evaluation():
+  cfg = make(capacity__exempt_fraction=1.0, capacity__at_eval=True, dispatch='dropless')
+  decision = decision_of(np.zeros((1, 4, 1)), np.tile([0.9, 0.1], (1, 4, 1)))
+  arguments = (decision, tokens_of(1, 4), np.int32(0))
+  trained, evaluated = (decision_lib.drop(cfg, train, *arguments) for train in (True, False))
+  assert trained.expert_idx.ravel().tolist() == [0, 0, 0, 0]
+  assert evaluated.expert_idx.ravel().tolist() == [0, 0, 2, 2]  # room for 4 / 2

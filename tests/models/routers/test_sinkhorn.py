@@ -1,5 +1,6 @@
 import numpy as np
 
+from moe_jax.models.routers import sinkhorn
 from tests.models.routers import routes
 
 # Routers that do not read.
@@ -20,3 +21,18 @@ def test_sinkhorn_balances_in_training_only():
   padded = routes.tokens_of(1, 4, mask=[[1, 1, 1, 0]])
   got = routes.route(cfg, np.log(probs), padded)
   np.testing.assert_array_equal(got.expert_idx[0, :, 0], [0, 0, 1, 2])
+
+
+def test_experts_weigh_alike_in_a_row():
+  rng = np.random.default_rng(0)
+  scores = rng.random((2, 16, 4)).astype(np.float32) * [8, 1, 1, 1]
+  mask = np.ones((2, 16), bool)
+  mask[1, 10:] = False
+  want = np.where(mask[..., None], scores, 0).astype(np.float64)
+  for _ in range(8):
+    want /= want.sum(axis=1, keepdims=True)
+    want /= np.maximum(want.sum(axis=2, keepdims=True), 1e-20)
+  got = np.asarray(sinkhorn.balanced_scores(scores, mask))
+  np.testing.assert_allclose(got, want, rtol=1e-4)
+  np.testing.assert_allclose(got.sum(-1), mask, rtol=1e-5)
+  np.testing.assert_allclose(got.sum(1), mask.sum(1)[:, None] / 4 * np.ones(4), rtol=0.05)
