@@ -66,6 +66,7 @@ setuptools.setup(
       'lm-eval>=0.4.9',
       'pyarrow>=17.0',
       'torch>=2.6',
+      'zstandard>=0.22',  # text in .zst files
       'transformers>=5.23',  # before, DeepSeek-V2 under YaRN lacked a factor of its logits
     ],
     'docs': ['mkdocs-material>=9.5', 'mkdocstrings[python]>=0.26'],

@@ -56,6 +56,7 @@ def get_config() -> Page:
   c.data.path = ''  # python_source: the standard library of the running interpreter
   c.data.text_field = 'text'
   c.data.domain_field = ''
+  c.data.skip_null_text = False
   c.data.heldout_fraction = 0.02
   c.data.synthetic_documents = 1000
   c.data.tokenizer = 'bpe'  # trained to model.vocab_size entries

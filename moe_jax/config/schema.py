@@ -64,9 +64,12 @@ class DataConfig:
   """Where text comes from and how it becomes rows of token ids."""
 
   source: str  # one of SOURCES
-  path: str  # roots, files or globs (comma separated), or a dataset's name; '' = the default
+  # Roots, files, directories or globs (comma separated), or a dataset's name with ?name=, split=
+  # and revision= behind it; '' = the default.
+  path: str
   text_field: str  # column that holds the text (jsonl, parquet, hf)
   domain_field: str  # column that holds the domain label; '' = the source's own label
+  skip_null_text: bool  # leave out rows whose text is null, and count them, instead of refusing
   heldout_fraction: float  # share of documents kept for evaluation, by a hash of their name
   synthetic_documents: int  # number of documents that source='synthetic' makes
   tokenizer: str  # 'bpe' (trained on the training split), 'bytes', or a path to a tokenizer.json

@@ -296,7 +296,7 @@ def _encode(
   documents: Sequence[sources.Document],
   fim_rates: Sequence[float],
   seed: int,
-) -> Iterator[list[int]]:
+) -> Iterator[Sequence[int]]:
   """Yields each document's ids, BOS to EOS; all parts are encoded in one batch, on all cores."""
   parts = [
     fim.split(document.text.decode('utf-8'), fim.document_rng(seed, document.name), rate)

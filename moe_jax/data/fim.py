@@ -37,14 +37,22 @@ def split(text: str, rng: np.random.Generator, fim_rate: float) -> tuple[str, ..
   return text[:i], text[j:], text[i:j]
 
 
-def assemble(tokenizer: tokenizer_lib.Tokenizer, parts: Sequence[list[int]]) -> list[int]:
+def assemble(tokenizer: tokenizer_lib.Tokenizer, parts: Sequence[Sequence[int]]) -> Sequence[int]:
   """Joins the ids of what `split` returned into one document, BOS to EOS."""
   if len(parts) == 1:
-    return [tokenizer.bos_id, *parts[0], tokenizer.eos_id]
+    return _joined([tokenizer.bos_id], parts[0], [tokenizer.eos_id])
   prefix, suffix, middle = parts
   assert tokenizer.fim_ids is not None, '`check` comes before `split`'
   begin, hole, end = tokenizer.fim_ids
-  return [tokenizer.bos_id, begin, *prefix, hole, *suffix, end, *middle, tokenizer.eos_id]
+  front, last = [tokenizer.bos_id, begin], [tokenizer.eos_id]
+  return _joined(front, prefix, [hole], suffix, [end], middle, last)
+
+
+def _joined(*parts: Sequence[int]) -> Sequence[int]:
+  """Ids one behind the other; an array if any part is one."""
+  if any(isinstance(part, np.ndarray) for part in parts):
+    return np.concatenate([np.asarray(part, np.uint32) for part in parts])
+  return [number for part in parts for number in part]
 
 
 def prompt(tokenizer: tokenizer_lib.Tokenizer, prefix: str, suffix: str) -> list[int]:
@@ -60,4 +68,4 @@ def prompt(tokenizer: tokenizer_lib.Tokenizer, prefix: str, suffix: str) -> list
       'trained with them'
     )
   parts = tokenizer.encode(prefix), tokenizer.encode(suffix), []
-  return assemble(tokenizer, parts)[:-1]
+  return list(assemble(tokenizer, parts)[:-1])

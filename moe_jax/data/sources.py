@@ -6,7 +6,6 @@ decides whether the document is trained on or held out. Documents without any te
 
 import codecs
 import dataclasses
-import glob
 import importlib
 import io
 import json
@@ -14,7 +13,7 @@ import os
 import pathlib
 import sysconfig
 import tokenize
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import tqdm
@@ -22,7 +21,7 @@ from absl import logging
 
 from moe_jax import errors
 from moe_jax.config import paths, schema
-from moe_jax.data import cache, hashing, synthetic
+from moe_jax.data import cache, hashing, json_files, source_files, synthetic
 
 TEXT_CUT_BYTES = 64 * 1024  # source 'text': files longer than this become several documents
 _SKIPPED_DIRS = frozenset({'site-packages', 'dist-packages', '__pycache__'})
@@ -51,6 +50,7 @@ class Spec:
   synthetic_documents: int
   cache_dir: pathlib.Path
   progress: bool  # show a bar for a download
+  skip_null: bool = False  # leave out rows whose text is null
 
   @property
   def where(self) -> str:
@@ -73,6 +73,7 @@ def specs(data: schema.DataConfig, *, progress: bool = False) -> dict[str, Spec]
       synthetic_documents=data.synthetic_documents,
       cache_dir=cache.root(data.cache_dir),
       progress=progress,
+      skip_null=data.skip_null_text,
     )
     for label, member in members.items()
   }
@@ -108,7 +109,7 @@ def python_source(spec: Spec, warn: Callable[[str], None]) -> Iterator[Document]
   seen: set[pathlib.Path] = (
     set()
   )  # roots may overlap: a file under two names could be in both splits
-  for pattern in _comma_separated(spec.path) or [sysconfig.get_path('stdlib')]:
+  for pattern in source_files.split(spec.path) or [sysconfig.get_path('stdlib')]:
     root = paths.local(pattern, f'{spec.section}.path')
     if not root.is_dir():
       raise errors.InputError(
@@ -186,27 +187,34 @@ def _cut_at_lines(data: bytes) -> Iterator[bytes]:
 
 def jsonl(spec: Spec, warn: Callable[[str], None]) -> Iterator[Document]:
   """One document per line. Domain: data.domain_field, or the file's stem."""
-  for name, file in _files(spec):
-    yield from _jsonl_documents(spec, file, name, file.stem)
+  for name, file in _files(spec, '.jsonl'):
+    yield from _jsonl_documents(spec, file, name, source_files.stem(file), warn)
 
 
-def _jsonl_documents(spec: Spec, file: pathlib.Path, name: str, domain: str) -> Iterator[Document]:
+def _jsonl_documents(
+  spec: Spec, file: pathlib.Path, name: str, domain: str, warn: Callable[[str], None]
+) -> Iterator[Document]:
+  lines = enumerate(_lines(spec, file), start=1)
+  rows = ((n, _parse(spec, line, f'{file}:{n}')) for n, line in lines if line.strip())
+  yield from _records(spec, rows, name, domain, warn)
+
+
+def _lines(spec: Spec, file: pathlib.Path) -> Iterator[bytes]:
+  """The lines of a file, decompressed, without a byte order mark."""
   try:
-    with file.open('rb') as lines:
-      for number, line in enumerate(lines, start=1):
-        if number == 1:
-          line = line.removeprefix(codecs.BOM_UTF8)
-        if line.strip():
-          where = f'{name}:{number}'
-          yield _record(spec, _parse(spec, line, f'{file}:{number}'), where, domain)
-  except OSError as e:
+    with _opened(spec, file) as lines:
+      for number, line in enumerate(lines):
+        yield line if number else line.removeprefix(codecs.BOM_UTF8)
+  except errors.InputError:
+    raise
+  except Exception as e:  # each library of a compression has errors of its own
     raise _unreadable(spec, file, e) from e
 
 
 def _parse(spec: Spec, line: bytes, where: str) -> Any:
   try:
-    return json.loads(line)
-  except (ValueError, RecursionError) as e:
+    return json_files.parse(line)
+  except ValueError as e:
     raise errors.InputError(
       f'{spec.where}: {where} must be a JSON object on one line ({e}); repair or remove the line'
     ) from e
@@ -214,9 +222,8 @@ def _parse(spec: Spec, line: bytes, where: str) -> Any:
 
 def parquet(spec: Spec, warn: Callable[[str], None]) -> Iterator[Document]:
   """One document per row. Domain: data.domain_field, or the file's stem."""
-  for name, file in _files(spec):
-    for number, row in enumerate(_parquet_rows(spec, file)):
-      yield _record(spec, row, f'{name}:{number}', file.stem)
+  for name, file in _files(spec, '.parquet'):
+    yield from _records(spec, enumerate(_parquet_rows(spec, file)), name, file.stem, warn)
 
 
 def _parquet_rows(spec: Spec, file: pathlib.Path) -> Iterator[Mapping[str, Any]]:
@@ -233,35 +240,61 @@ def _parquet_rows(spec: Spec, file: pathlib.Path) -> Iterator[Mapping[str, Any]]
 
 
 def hugging_face(spec: Spec, warn: Callable[[str], None]) -> Iterator[Document]:
-  """The 'train' split of a Hugging Face dataset, streamed once into the cache and read there.
+  """A Hugging Face dataset, streamed once into the cache and read there.
+
+  The path is its name, or a directory, with what else chooses it behind a question mark:
+  'allenai/c4?name=en&split=validation&revision=main'; the split is 'train' if none is given. A
+  local one whose files have changed is read anew.
 
   Domain: data.domain_field, or the dataset's name.
   """
-  key = hashing.hexdigest(spec.path, spec.text_field, spec.domain_field)
+  changes = (*source_files.stamp(_dataset(spec)[0]), *(('skip null',) if spec.skip_null else ()))
+  key = hashing.hexdigest(spec.path, spec.text_field, spec.domain_field, *changes)
   directory = cache.get_or_build(
     spec.cache_dir / 'hf' / key,
-    lambda temporary: _download(spec, temporary / 'data.jsonl'),
+    lambda temporary: _download(spec, temporary / 'data.jsonl', warn),
     lambda target: (target / 'data.jsonl').is_file(),
   )
   stored = dataclasses.replace(spec, text_field='text', domain_field='domain')
-  yield from _jsonl_documents(stored, directory / 'data.jsonl', spec.path, spec.path)
+  yield from _jsonl_documents(stored, directory / 'data.jsonl', spec.path, spec.path, warn)
 
 
-def _download(spec: Spec, file: pathlib.Path):
+def _dataset(spec: Spec) -> tuple[str, dict[str, str]]:
+  """What loads a data set: its name or place, and name, split and revision as given.
+
+  Raises:
+    errors.InputError: something else is asked for.
+  """
+  place, mark, text = spec.path.partition('?')
+  if not mark or os.path.exists(spec.path):
+    return spec.path, {'split': 'train'}
+  options = dict(part.partition('=')[::2] for part in text.split('&'))
+  known = ('name', 'split', 'revision')
+  errors.require(
+    all(key in known and value for key, value in options.items()),
+    f'{spec.where}: behind the question mark may stand {", ".join(known)}, as in '
+    f'{place}?name=en&split=train&revision=main; it has {text!r}',
+  )
+  return place, {'split': 'train'} | options
+
+
+def _download(spec: Spec, file: pathlib.Path, warn: Callable[[str], None]):
   library = _optional(spec, 'datasets', 'datasets')
   try:
-    rows = library.load_dataset(spec.path, split='train', streaming=True)
+    place, options = _dataset(spec)
+    rows = library.load_dataset(place, **options, streaming=True)
+  except errors.InputError:
+    raise
   except (OSError, ValueError) as e:
     raise errors.InputError(
-      f"{spec.where} must name a Hugging Face dataset with a 'train' split ({e}); correct the "
-      "name, check the network, or use source='jsonl' with a local copy"
+      f'{spec.where} must name a Hugging Face dataset with a split {options["split"]!r} ({e}); '
+      "correct the name, check the network, or use source='jsonl' with a local copy"
     ) from e
   bar = tqdm.tqdm(
     rows, f'download {spec.path}', unit='doc', disable=None if spec.progress else True
   )
   with file.open('w', encoding='utf-8') as out, bar:
-    for number, row in enumerate(bar, start=1):
-      document = _record(spec, row, f'{spec.path}:{number}', spec.path)
+    for document in _records(spec, enumerate(bar, start=1), spec.path, spec.path, warn):
       line = {'text': document.text.decode('utf-8'), 'domain': document.domain}
       out.write(json.dumps(line) + '\n')
 
@@ -282,6 +315,25 @@ SOURCES: dict[str, Callable[[Spec, Callable[[str], None]], Iterator[Document]]] 
 }
 
 
+def _records(
+  spec: Spec,
+  rows: Iterable[tuple[int, Any]],
+  name: str,
+  domain: str,
+  warn: Callable[[str], None],
+) -> Iterator[Document]:
+  """A document per numbered row; rows whose text is null are left out and counted, if asked for."""
+  skipped = 0
+  for number, row in rows:
+    null = isinstance(row, Mapping) and row.get(spec.text_field, '') is None
+    if null and spec.skip_null:
+      skipped += 1
+      continue
+    yield _record(spec, row, f'{name}:{number}', domain)
+  if skipped:
+    warn(f'{spec.where}: skipped {skipped} rows of {name} whose {spec.text_field!r} is null')
+
+
 def _record(spec: Spec, row: Any, where: str, domain: str) -> Document:
   """Turns one row with named fields into a document called `where`."""
   fields = (spec.text_field, spec.domain_field) if spec.domain_field else (spec.text_field,)
@@ -299,53 +351,28 @@ def _record(spec: Spec, row: Any, where: str, domain: str) -> Document:
     raise errors.InputError(
       f'{spec.where}: field {spec.text_field!r} of {where} must be a string of Unicode text, not '
       f'{ascii(text):.40}; repair or remove that document'
+      + ('' if text is not None else ', or set config.data.skip_null_text=True')
     ) from e
   return Document(where, data, str(row[spec.domain_field]) if spec.domain_field else domain)
 
 
-def _files(spec: Spec) -> list[tuple[str, pathlib.Path]]:
-  """The files that a path of files and globs names, each with its name below the glob's root."""
-  files: dict[pathlib.Path, str] = {}
-  for pattern in _comma_separated(spec.path):
-    path = paths.local(pattern, f'{spec.section}.path')
-    if path.is_file():
-      files[path] = path.name
-    elif glob.has_magic(pattern):
-      fixed = pathlib.Path(*_before_magic(path.parts))
-      matches = sorted(map(pathlib.Path, glob.glob(str(path), recursive=True)))
-      matches = [match for match in matches if match.is_file()]
-      if not matches:
-        raise errors.InputError(
-          f'{spec.where}: the glob {pattern!r} must match a file, and it matches none; correct it'
-        )
-      files.update({match: match.relative_to(fixed).as_posix() for match in matches})
-    else:
-      what = 'is a directory' if path.is_dir() else 'does not exist'
-      raise errors.InputError(
-        f'{spec.where} must name files or globs, and {pattern!r} {what}; name files, or a glob '
-        f'such as {str(path / "*" if path.is_dir() else path.parent / "*")!r}'
-      )
-  # One file under two spellings is one file, or it could be in both splits.
-  distinct: dict[pathlib.Path, tuple[str, pathlib.Path]] = {}
-  for path, name in files.items():
-    distinct.setdefault(path.resolve(), (name, path))
-  return list(distinct.values())
-
-
-def _before_magic(parts: tuple[str, ...]) -> list[str]:
-  magic = [glob.has_magic(part) for part in parts]
-  return list(parts[: magic.index(True)])
-
-
-def _comma_separated(path: str) -> list[str]:
-  return [part.strip() for part in path.split(',') if part.strip()]
+def _files(spec: Spec, *suffixes: str) -> list[tuple[str, pathlib.Path]]:
+  """The files that a source's path names, see `source_files.named`."""
+  return source_files.named(spec.path, spec.where, f'{spec.section}.path', suffixes)
 
 
 def _read_bytes(spec: Spec, file: pathlib.Path) -> bytes:
   try:
-    return file.read_bytes()
-  except OSError as e:
+    with _opened(spec, file) as stream:
+      return stream.read()
+  except errors.InputError:
+    raise
+  except Exception as e:
     raise _unreadable(spec, file, e) from e
+
+
+def _opened(spec: Spec, file: pathlib.Path) -> Any:
+  return source_files.opened(file, lambda module, package: _optional(spec, module, package))
 
 
 def _unreadable(spec: Spec, file: pathlib.Path, error: Exception) -> errors.InputError:

@@ -7,10 +7,13 @@ as ordinary characters.
 """
 
 import functools
+import json
 import pathlib
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
 import tokenizers
 from absl import logging
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -25,6 +28,11 @@ FIM_TOKENS = ('<｜fim▁begin｜>', '<｜fim▁hole｜>', '<｜fim▁end｜>')
 # Merges hardly change beyond this much text, and training takes 2 s for it on 2 cores.
 BPE_TRAINING_BYTES = 8_000_000
 _SAMPLE_BYTES = 65_536  # a long document is sampled in pieces of this size
+# Longer texts are encoded in pieces, of about so many characters at once: an encoding takes about
+# 40 times the text.
+PIECE_CHARACTERS = 1_000_000
+_PIECES = 4  # of a text, encoded together
+_CUT = re.compile(r'[^\W_](?=[ \n])')  # a letter or digit before white space
 
 
 class Tokenizer:
@@ -73,10 +81,39 @@ class Tokenizer:
     added = self._inner.get_added_tokens_decoder().values()
     return [token.content for token in added if token.special and token.content in text]
 
-  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    """Encodes several texts, on all cores."""
+  def encode_batch(self, texts: Sequence[str]) -> list[Sequence[int]]:
+    """Encodes several texts, on all cores; a very long one in pieces, into an array."""
+    if max(map(len, texts), default=0) > PIECE_CHARACTERS and self._cuts_before_spaces:
+      return [self._encode_long(text) for text in texts]
     batch = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
     return [encoding.ids for encoding in batch]
+
+  def _encode_long(self, text: str) -> Sequence[int]:
+    """Ids of a text of any length, in an array; memory for a few pieces of it."""
+    pieces, found = list(cut(text)), []
+    for first in range(0, len(pieces), _PIECES):
+      batch = self._inner.encode_batch_fast(
+        pieces[first : first + _PIECES], add_special_tokens=False
+      )
+      found += [np.asarray(encoding.ids, np.uint32) for encoding in batch]
+    return np.concatenate(found) if len(found) > 1 else found[0].tolist()
+
+  @functools.cached_property
+  def _cuts_before_spaces(self) -> bool:
+    """Whether a text may be cut between a letter and white space: its ids are those of the pieces.
+
+    So it is for what is trained here: `ByteLevel` splits there whatever stands around (none of its
+    patterns has white space behind anything else, nor looks back), nothing normalises the text
+    before, and no added token is searched for in it.
+    """
+    content = json.loads(self.to_json())
+    added = [token for token in content['added_tokens'] if not token['special']]
+    splits = content['pre_tokenizer'] or {}
+    splits = splits.get('pretokenizers', [splits])
+    byte_level = splits[-1].get('type') == 'ByteLevel' and not splits[-1]['add_prefix_space']
+    regular = byte_level and (splits[-1]['use_regex'] or not content['model'].get('merges'))
+    others = all(split.get('type') == 'Digits' for split in splits[:-1])
+    return content['normalizer'] is None and regular and others and not added
 
   def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
     """Ids to text; ids that form no whole UTF-8 character become U+FFFD."""
@@ -98,6 +135,18 @@ class Tokenizer:
       unchanged = False
     if not unchanged:
       atomic_files.write_text(path, text)
+
+
+def cut(text: str) -> Iterator[str]:
+  """Pieces of a text of about PIECE_CHARACTERS, cut between a letter or digit and white space."""
+  begin = 0
+  while len(text) - begin > PIECE_CHARACTERS:
+    found = _CUT.search(text, begin + PIECE_CHARACTERS)
+    if found is None:
+      break
+    yield text[begin : found.end()]
+    begin = found.end()
+  yield text[begin:]
 
 
 def load(

@@ -1,3 +1,5 @@
+import gzip
+import io
 import json
 import logging
 import pathlib
@@ -148,13 +150,14 @@ def test_text_files_and_globs(make_spec, tmp_path, monkeypatch):
   [
     ('gone.txt', r"config\.data\.path='gone.txt'.*'gone.txt' does not exist; name files"),
     ('*.md', r"config\.data\.path='\*\.md'.*matches none; correct it"),
-    ('folder', r"'folder' is a directory; name files, or a glob such as 'folder/\*'"),
+    ('empty', r"the directory 'empty' must hold visible files"),
+    ('x' * 400, 'does not exist; name files'),
     ('latin.txt', r"UTF-8 text, and 'latin.txt' does not.*iconv"),
   ],
 )
 @pytest.mark.parametrize('source', ['text'])
 def test_text_bad_paths(make_spec, tmp_path, monkeypatch, source, path, message):
-  write_tree(tmp_path, {'folder/a.txt': 'A', 'latin.txt': b'\xe9'})
+  write_tree(tmp_path, {'folder/a.txt': 'A', 'empty/.hidden': '', 'latin.txt': b'\xe9'})
   monkeypatch.chdir(tmp_path)
   with pytest.raises(errors.InputError, match=message):
     read(make_spec(source, path))
@@ -221,8 +224,8 @@ def test_parquet_unreadable_or_without_the_library(make_spec, tmp_path, monkeypa
 
 
 def fake_datasets(rows, calls: list) -> types.SimpleNamespace:
-  def load_dataset(path, *, split, streaming):
-    calls.append((path, split, streaming))
+  def load_dataset(path, *, split, streaming, **options):
+    calls.append((path, split, streaming, *options.items()))
     if path != 'org/data':
       raise FileNotFoundError(f'no dataset {path}')
     return iter(rows)
@@ -240,6 +243,68 @@ def test_hugging_face_is_streamed_once(make_spec, monkeypatch):
   monkeypatch.setitem(sys.modules, 'datasets', None)
   assert read(spec) == expected
   assert calls == [('org/data', 'train', True)]
+
+
+def test_a_hugging_face_data_set_has_a_name_a_split_and_a_revision(make_spec, monkeypatch):
+  calls, rows = [], [{'text': 'a'}]
+  monkeypatch.setitem(sys.modules, 'datasets', fake_datasets(rows, calls))
+  read(make_spec('hf', 'org/data?name=en&split=validation&revision=abc'))
+  assert calls == [('org/data', 'validation', True, ('name', 'en'), ('revision', 'abc'))]
+  for wrong in ('org/data?config=en', 'org/data?name=', 'org/data?'):
+    with pytest.raises(errors.InputError, match='behind the question mark may stand name, split'):
+      read(make_spec('hf', wrong))
+
+
+def test_a_local_data_set_whose_files_have_changed_is_read_anew(make_spec, monkeypatch, tmp_path):
+  write_tree(tmp_path, {'set/train.jsonl': 'x'})
+  place, rows = str(tmp_path / 'set'), [{'text': 'a'}]
+
+  def load_dataset(path, **unused):
+    return iter(rows)
+
+  monkeypatch.setitem(sys.modules, 'datasets', types.SimpleNamespace(load_dataset=load_dataset))
+  spec = make_spec('hf', place)
+  assert [text for text, _ in read(spec).values()] == ['a']
+  rows[0] = {'text': 'b'}
+  assert [text for text, _ in read(spec).values()] == ['a']
+  write_tree(tmp_path, {'set/train.jsonl': 'longer'})
+  assert [text for text, _ in read(spec).values()] == ['b']
+
+
+def test_rows_of_null_text_are_refused_or_by_choice_left_out_and_counted(
+  make_spec, tmp_path, caplog
+):
+  (tmp_path / 'a.jsonl').write_text('{"text": "a"}\n{"text": null}\n{"text": "b"}\n')
+  parquet.write_table(pyarrow.table({'text': [None, 'a', None]}), tmp_path / 'a.parquet')
+  for source, names in (('jsonl', ['a.jsonl:1', 'a.jsonl:3']), ('parquet', ['a.parquet:1'])):
+    path = tmp_path / f'a.{source}'
+    with pytest.raises(errors.InputError, match='config.data.skip_null_text=True'):
+      read(make_spec(source, path))
+    with caplog.at_level(logging.WARNING):
+      assert list(read(make_spec(source, path, skip_null_text=True))) == names
+  assert 'skipped 1 rows of a.jsonl' in caplog.text and 'skipped 2 rows of a.p' in caplog.text
+
+
+def test_packed_files_read_as_what_is_in_them(make_spec, tmp_path, monkeypatch):
+  lines = b'{"text": "a"}\n{"text": "b"}\n'
+  (tmp_path / 'a.jsonl.gz').write_bytes(gzip.compress(lines))
+  (tmp_path / 't.txt.gz').write_bytes(gzip.compress(b'text'))
+  packed = make_spec('jsonl', tmp_path / 'a.jsonl.gz')
+  assert read(packed) == {'a.jsonl.gz:1': ('a', 'a'), 'a.jsonl.gz:2': ('b', 'a')}
+  assert list(read(make_spec('text', tmp_path / 't.txt.gz')).values())[0][0] == 'text'
+  whole = (tmp_path / 'a.jsonl.gz').read_bytes()
+  for damaged in (whole[:-9], whole[:4], b'no gzip', whole[:15] + b'\xff' * 9 + whole[24:]):
+    (tmp_path / 'a.jsonl.gz').write_bytes(damaged)
+    with pytest.raises(errors.InputError, match=r'cannot read .*a\.jsonl\.gz'):
+      read(packed)
+  (tmp_path / 'a.jsonl.zst').write_bytes(b'x')
+  opened = types.SimpleNamespace(open=lambda file, mode: io.BytesIO(lines))
+  monkeypatch.setitem(sys.modules, 'compression.zstd', None)
+  monkeypatch.setitem(sys.modules, 'zstandard', None)
+  with pytest.raises(errors.InputError, match="needs the package 'zstandard'"):
+    read(make_spec('jsonl', tmp_path / 'a.jsonl.zst'))
+  monkeypatch.setitem(sys.modules, 'zstandard', opened)
+  assert len(read(make_spec('jsonl', tmp_path / 'a.jsonl.zst'))) == 2
 
 
 def test_hugging_face_download_that_fails_leaves_nothing(make_spec, monkeypatch, tmp_path):

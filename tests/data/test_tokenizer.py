@@ -1,7 +1,9 @@
 import random
 
+import numpy as np
 import pytest
 import tokenizers
+from tokenizers import models, pre_tokenizers, trainers
 
 from moe_jax import errors
 from moe_jax.data import tokenizer as tokenizer_lib
@@ -153,3 +155,39 @@ def test_a_special_token_in_a_text_is_that_token_by_a_switch():
   assert meant == [*tokenizer.encode('a'), tokenizer.bos_id, *tokenizer.encode('b')]
   assert tokenizer.special_tokens_in(text) == [BOS] and not tokenizer.special_tokens_in('a b')
   assert tokenizer.encode(text) == spelled  # the switch leaves no trace
+
+
+HARD = 'Ab1 c\n\n  d_e\tf 12\u00a0g\u2028h\r\n i\u3000j 漢 字\n\n\n\nk\'s \'t x-y "z"  \n 9 \n0'
+
+
+@pytest.mark.parametrize('kind', ['bpe', 'bytes'])
+def test_a_long_text_in_pieces_has_the_ids_of_the_whole(kind, monkeypatch):
+  """At any length of the pieces, and wherever white space stands."""
+  texts = [HARD * 3, 'the cat  sat\n\non the mat 12 34\n' * 8]
+  if kind == 'bpe':
+    tokenizer = tokenizer_lib.train_bpe(texts, 330, BOS, EOS)
+  else:
+    tokenizer = tokenizer_lib.byte_tokenizer(BOS, EOS)
+  whole = [list(ids) for ids in tokenizer.encode_batch(texts)]
+  for length in (1, 2, 3, 5, 8, 13, 100):
+    monkeypatch.setattr(tokenizer_lib, 'PIECE_CHARACTERS', length)
+    pieces = list(tokenizer_lib.cut(texts[0]))
+    assert ''.join(pieces) == texts[0] and len(pieces) > 1
+    found = tokenizer.encode_batch(texts)
+    assert isinstance(found[0], np.ndarray) and [list(ids) for ids in found] == whole
+
+
+def test_what_may_not_be_cut_is_read_whole(monkeypatch):
+  """A space that belongs to the letter before it, as a merge or a normaliser may have it."""
+  inner = tokenizers.Tokenizer(models.BPE())
+  inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  trainer = trainers.BpeTrainer(
+    vocab_size=262, special_tokens=[BOS, EOS],
+    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+  )  # fmt: skip
+  inner.train_from_iterator(['a b a b a b a b'] * 9, trainer)
+  tokenizer = tokenizer_lib.Tokenizer(inner, BOS, EOS)
+  (whole,) = tokenizer.encode_batch(['a b a b'])
+  monkeypatch.setattr(tokenizer_lib, 'PIECE_CHARACTERS', 1)
+  assert tokenizer.encode_batch(['a b a b']) == [whole]
+  assert len(whole) < 4
