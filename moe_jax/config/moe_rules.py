@@ -9,6 +9,9 @@ from moe_jax.config import moe_config, router_traits
 
 MoEConfig = moe_config.MoEConfig
 
+# Losses that do not answer to dropped tokens: of the logits' size, and of attention's experts.
+_NOT_OF_LOAD = ('router_z', 'attention_mutual_information')
+
 
 def validate(moe: MoEConfig):
   """The rules inside `model.moe`; called for models that have experts.
@@ -48,7 +51,7 @@ def validate(moe: MoEConfig):
   _validate_groups(moe)
   _validate_options(moe)
   _validate_bias(moe)
-  _validate_balance(moe.balance)
+  _validate_balance(moe)
   _validate_capacity(moe)
   if traits.check:
     traits.check(moe)
@@ -131,14 +134,22 @@ def _validate_bias(moe: MoEConfig):
   )
 
 
-def _validate_balance(balance: moe_config.BalanceConfig):
+def _validate_balance(moe: MoEConfig):
+  balance = moe.balance
   for name in moe_config.LOSSES:
     loss = getattr(balance, name)
     errors.at_least(loss, f'model.moe.balance.{name}', 0, 'weight')
     errors.choice(f'model.moe.balance.{name}.scope', loss.scope, moe_config.LOSS_SCOPES)
+  for name in ('device_level', 'communication'):
+    errors.require(
+      not getattr(balance, name).weight or moe.num_virtual_devices > 1,
+      f'config.model.moe.balance.{name}.weight={getattr(balance, name).weight} balances virtual '
+      'devices, and model.moe.num_virtual_devices=1; set the weight to 0, or choose more devices',
+    )
   adaptive = balance.adaptive
   prefix = 'model.moe.balance.adaptive'
-  errors.choice(f'{prefix}.loss', adaptive.loss, ('', *moe_config.LOSSES[:-1]))
+  of_load = [name for name in moe_config.LOSSES if name not in _NOT_OF_LOAD]
+  errors.choice(f'{prefix}.loss', adaptive.loss, ('', *of_load))
   errors.at_least(adaptive, prefix, 0, 'slope', 'max_coefficient', 'capacity_factor')
   errors.require(
     0 <= adaptive.decay < 1, f'config.{prefix}.decay={adaptive.decay} must lie in [0, 1)'

@@ -163,8 +163,14 @@ def _validate_optim(optim: schema.OptimConfig, train: schema.TrainConfig):
     errors.require(value < 1, f'config.optim.{name}={value} must lie in [0, 1)')
   bounds = optim.multi_step_boundaries
   errors.require(
-    list(bounds) == sorted(bounds) and all(0 < b < 1 for b in bounds),
-    f'config.optim.multi_step_boundaries={bounds} must be rising shares of the run between 0 and 1',
+    list(bounds) == sorted(set(bounds)) and all(0 < b < 1 for b in bounds),
+    f'config.optim.multi_step_boundaries={bounds} must be rising shares of the run between 0 and '
+    '1, none of them twice',
+  )
+  errors.require(
+    optim.multi_step_factor > 0,
+    f'config.optim.multi_step_factor={optim.multi_step_factor} must be positive; 1.0 leaves the '
+    'rate as it is',
   )
   _validate_stages(optim, train)
   errors.require(
@@ -228,6 +234,11 @@ def _validate_train(train: schema.TrainConfig):
     steps == sorted(set(steps)) and all(step > 0 for step in steps),
     f'config.train.batch_ramp={train.batch_ramp} must be (until step, batch size) pairs whose '
     'steps are positive and rise',
+  )
+  errors.require(
+    not steps or steps[-1] <= train.num_steps,
+    f'config.train.batch_ramp={train.batch_ramp} must end by train.num_steps={train.num_steps}; '
+    'drop the later entries, or train longer',
   )
   sizes = {size for _, size in train.batch_ramp} | {train.batch_size}
   for size in sizes:

@@ -3,9 +3,10 @@
 import pathlib
 
 import jax
+from absl import logging
 
 from moe_jax import errors, trees
-from moe_jax.config import parse, paths, schema
+from moe_jax.config import parse, paths, router_traits, schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import kept_files, pipeline
 from moe_jax.devices import partitioning
@@ -28,12 +29,39 @@ def prepare(cfg: schema.Config) -> tuple[jax.sharding.Mesh, corpus_lib.Corpus]:
     cfg.data, cfg.model.vocab_size, cfg.train.seed, progress=agreement.is_first()
   )
   _check_rows(cfg, corpus, mesh)
+  _warn_of_single_gate(cfg.model)
   if cfg.train.sample_prompt and cfg.train.sample_tokens:
+    _check_sample_group(cfg.model)
     prompt = corpus.tokenizer.encode(cfg.train.sample_prompt)
     names = ('config.train.sample_prompt', 'config.train.sample_tokens')
     generate.check_router(cfg.model)
     generate.check_lengths(cfg.model, 1 + len(prompt), cfg.train.sample_tokens, names)
   return mesh, corpus
+
+
+def _warn_of_single_gate(model: schema.ModelConfig):
+  """Says that a router learns nothing from the cross-entropy."""
+  moe = model.moe
+  if model.is_moe and moe.norm_topk_prob and router_traits.of(moe).active_experts(moe, True) == 1:
+    logging.warning(
+      'config.model.moe.norm_topk_prob=True divides the gate of a token by itself where it has one '
+      'expert: the gate is 1, and the router gets no gradient but that of balance losses; set it '
+      'to False.'
+    )
+
+
+def _check_sample_group(model: schema.ModelConfig):
+  """Refuses drops in groups of rows for the sample at the end, which is one row."""
+  capacity = model.moe.capacity
+  errors.require(
+    not model.is_moe
+    or capacity.policy == 'none'
+    or not capacity.at_eval
+    or capacity.group_rows <= 1,
+    f'config.model.moe.capacity.group_rows={capacity.group_rows} with at_eval=True lets that many '
+    "rows compete in generation too, and the sample is one; set config.train.sample_prompt='', "
+    'group_rows=0 or at_eval=False',
+  )
 
 
 def _batch_sizes(cfg: schema.Config) -> list[int]:

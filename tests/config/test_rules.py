@@ -128,6 +128,9 @@ MIXTURE = {'data__source': 'mixture'}
       {'optim__multi_step_boundaries': (0.9, 0.8)},
       ('optim.multi_step_boundaries=(0.9, 0.8)', 'rising shares'),
     ),
+    ({'optim__multi_step_boundaries': (0.5, 0.5)}, ('(0.5, 0.5)', 'none of them twice')),
+    ({'optim__multi_step_factor': -1.0}, ('multi_step_factor=-1.0', 'positive')),
+    ({'train__batch_ramp': ((21, 4),)}, ('((21, 4),)', 'end by train.num_steps=20')),
     ({'optim__multi_step_boundaries': (0.5, 1.0)}, ('(0.5, 1.0)', 'between 0 and 1')),
     (
       {'optim__warmup_steps': 20},

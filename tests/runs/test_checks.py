@@ -47,3 +47,18 @@ def test_a_run_goes_on_under_its_own_text_and_config_only():
   checks.check_continues(changed, meta, corpus('another'), allow=True)
   with pytest.raises(errors.InputError, match='another tokenizer'):
     checks.check_continues(cfg, meta | {'tokenizer': 'x'}, corpus(), allow=True)
+
+
+def test_a_router_with_one_renormalised_gate_is_warned_of(caplog):
+  for k, norm, warned in ((1, True, True), (1, False, False), (2, True, False)):
+    caplog.clear()
+    moe = {'model__moe__num_experts_per_tok': k, 'model__moe__norm_topk_prob': norm}
+    checks._warn_of_single_gate(tiny.make(**moe).model)
+    assert ('gets no gradient' in caplog.text) == warned
+
+
+def test_a_sample_of_one_row_cannot_compete_in_a_group():
+  drops = {'model__moe__capacity__policy': 'score', 'model__moe__capacity__group_rows': 4}
+  checks._check_sample_group(tiny.make(**drops, model__moe__capacity__at_eval=False).model)
+  with pytest.raises(errors.InputError, match="group_rows=4 with at_eval.*sample_prompt=''"):
+    checks._check_sample_group(tiny.make(**drops, model__moe__capacity__at_eval=True).model)
