@@ -101,6 +101,7 @@ def test_a_recording_has_the_rows_of_the_training_batches(first_batch, recording
   assert len(np.unique(recording.expert_idx[:, 0], axis=1)) > 1
 
 
+@pytest.mark.slow  # compiles a training step
 def test_a_recording_can_be_trained_on(fresh, first_batch, recording, cache, tmp_path):
   loaded, _ = fresh
   path = tmp_path / 'made' / 'assignments.npz'

@@ -173,6 +173,7 @@ def test_a_directory_that_is_neither(tmp_path):
     moe_jax.load(tmp_path)
 
 
+@pytest.mark.slow  # compiles three models
 def test_a_downloaded_checkpoint(tmp_path, monkeypatch):
   hf = checkpoints.config('deepseek_v2', torch_dtype='float32')
   weights = checkpoints.tensors(hf, np.float32)

@@ -53,6 +53,7 @@ def test_rounds_run_every_program_once_after_a_warm_up():
   assert calls == {'a': [0, 1, 2, 3, 4], 'b': [0, 1, 2, 3, 4]}
 
 
+@pytest.mark.slow  # measures for seconds
 def test_peaks_are_measured_here():
   peaks = harness.measure_peaks(repeats=1)
   assert 1e8 < peaks.flops < 1e14 and 1e7 < peaks.bytes < 1e13
@@ -119,7 +120,7 @@ def test_layer_and_twin_have_equal_activated_products():
   assert num_weights == shared + case.top_k * expert
 
 
-@pytest.mark.parametrize('dispatch', ['dropless', 'dense'])
+@pytest.mark.parametrize('dispatch', [pytest.param('dropless', marks=pytest.mark.slow), 'dense'])
 def test_layer_programs_compute_the_layer(dispatch):
   xs = layer.inputs(TOY)
   assert len({float(x[0, 0, 0]) for x in xs}) == len(xs)  # fresh inputs

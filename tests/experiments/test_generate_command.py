@@ -80,6 +80,7 @@ def test_a_downloaded_checkpoint_is_read_as_it_lies(capsys, workdir):
   assert not (workdir.parent / 'in/checkpoints').exists()
 
 
+@pytest.mark.slow  # compiles the loop with drafts
 def test_drafts_change_no_greedy_text_and_are_counted(capsys, workdir, batch):
   prompts, alone = batch(capsys)
   found = ask(capsys, workdir, f'--prompt={prompts[1]}', SHORT, GREEDY, '--speculative')

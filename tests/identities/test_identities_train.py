@@ -164,6 +164,7 @@ def first(step):
   return step(fresh(tiny.make(**STEP)), tiny.batch())
 
 
+@pytest.mark.slow  # compiles two more steps
 def test_accumulation_under_full_remat_changes_no_number(first):
   state, got = first
   want, want_grads = gradients()

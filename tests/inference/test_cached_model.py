@@ -133,7 +133,12 @@ def prepared(name):
   return weights, np.asarray(logits), caches, step
 
 
-@pytest.mark.parametrize('name', CASES)
+# The others are compared under `slow`: each compiles three programs.
+QUICK = ('gqa', 'mla', 'v3', 'mla_q_lora_yarn', 'ds_moe_threshold', 'sinkhorn', 'skewed')
+MARKED = [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in CASES]
+
+
+@pytest.mark.parametrize('name', MARKED)
 def test_every_position_has_the_logits_of_the_full_forward(name):
   weights, logits, caches, step = prepared(name)
   rows = 1 if name in FIRST_ROW_ONLY else B

@@ -165,7 +165,7 @@ def test_their_biases_move_with_the_others_once_per_step():
   'overrides',
   [
     dict(train__micro_batch_size=2, model__moe__dispatch='dropless'),
-    dict(model__remat='full', model__scan_layers=False),
+    pytest.param(dict(model__remat='full', model__scan_layers=False), marks=pytest.mark.slow),
   ],
 )
 def test_accumulation_dispatch_remat_and_unrolling_change_nothing(overrides):

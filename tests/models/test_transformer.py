@@ -49,7 +49,7 @@ def test_program_does_not_grow_with_depth():
   assert few == many
 
 
-@pytest.mark.parametrize('remat', ['moe_core', 'full'])
+@pytest.mark.parametrize('remat', ['moe_core', pytest.param('full', marks=pytest.mark.slow)])
 def test_remat_changes_no_number(remat):
   params, batch = tiny.params(CFG), tiny.batch()
   loss, grads = tiny.gradients()(params, batch)

@@ -42,6 +42,7 @@ OVERRIDES = {
   'checkpoint.save_every': 4,
   'data.synthetic_documents': 120,
   'data.heldout_fraction': 0.2,
+  'mesh.data': 2,
 }
 
 
@@ -230,14 +231,13 @@ def test_a_changed_config_is_refused_and_allowed_on_request(cache, workdir):
 
 
 def test_a_changed_corpus_is_refused(cache, tmp_path):
-  (tmp_path / 'a.txt').write_text('x = 1\n' * 300000)
+  (tmp_path / 'a.txt').write_text('x = 1\n' * 30000)
   cfg = make_config(
-    cache, data__source='text', data__path=str(tmp_path / 'a.txt'), train__num_steps=1,
-    model__max_seq_len=64, train__sample_prompt='',
-  )  # fmt: skip
+    cache, data__source='text', data__path=str(tmp_path / 'a.txt'), train__sample_prompt=''
+  )  # and the steps of `finished`, whose program is compiled
   train_run.run_training(cfg, tmp_path / 'run', say=lambda line: None)
-  (tmp_path / 'a.txt').write_text('y = 2\n' * 300000)
-  with pytest.raises(errors.InputError, match='corpus has changed since the checkpoint of step 1'):
+  (tmp_path / 'a.txt').write_text('y = 2\n' * 30000)
+  with pytest.raises(errors.InputError, match='corpus has changed since the checkpoint of step 12'):
     train_run.run_training(cfg, tmp_path / 'run')
 
 
@@ -328,13 +328,12 @@ def test_a_second_writer_is_refused(cache, workdir):
     train_run.run_training(make_config(cache), workdir)
 
 
-def test_a_run_can_be_used_on_any_number_of_devices(finished, cache, tmp_path):
-  cfg = make_config(cache, mesh__data=2, train__num_steps=1)
-  train_run.run_training(cfg, tmp_path, say=lambda line: None)
+def test_a_run_can_be_used_on_any_number_of_devices(finished):
+  workdir = finished[0]
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(partitioning, 'make_mesh', lambda mesh: MAKE_MESH(mesh, jax.devices()[:3]))
-    loaded = trained_run.load(tmp_path)
-    corpus = trained_run.heldout_corpus(loaded, tmp_path, warn=pytest.fail)
+    loaded = trained_run.load(workdir)
+    corpus = trained_run.heldout_corpus(loaded, workdir, warn=pytest.fail)
     assert evaluate.evaluate(loaded.cfg, loaded.variables, corpus, loaded.mesh).loss > 0
 
 
@@ -365,6 +364,7 @@ def test_a_dense_run_has_no_expert_figures(cache, tmp_path):
   assert not (tmp_path / 'plots/expert_load.png').exists()
 
 
+@pytest.mark.slow  # three more programs
 def test_a_batch_ramp_and_micro_batches_run_through(cache, tmp_path):
   cfg = make_config(
     cache, train__num_steps=3, train__batch_ramp=((2, 8),), train__batch_size=16,

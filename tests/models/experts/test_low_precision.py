@@ -131,8 +131,9 @@ def test_an_untouched_default_rounds_nothing():
   np.testing.assert_allclose(got[0], dense, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow  # compiles whole training steps
 @pytest.mark.parametrize('qtype', QTYPES)
-def test_the_books_do_not_see_it_and_the_loss_falls(qtype):
+def test_loads_do_not_see_it_and_the_loss_falls(qtype):
   rows = tiny.batch()
   plain = tiny.make(model__moe__dispatch='dropless')
   rounded = tiny.make(model__moe__dispatch='dropless', model__moe__grouped_matmul=qtype)
