@@ -7,6 +7,7 @@ Imported only where tasks are asked for, because it needs the extra.
 
 import functools
 import pathlib
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -56,7 +57,7 @@ def evaluate_tasks(
     {task: {'metric,filter': value}}, as the harness reports them.
 
   Raises:
-    errors.InputError: an unknown task, or a bad size.
+    errors.InputError: an unknown task, a bad size, or a data set that cannot be reached.
   """
   for name, value in (('batch_size', batch_size), ('limit', limit)):
     errors.require(value is None or value >= 1, f'--{name}={value} must be at least 1')
@@ -72,17 +73,37 @@ def evaluate_tasks(
     f'--tasks={",".join(unknown)} is not known to lm-eval; `lm-eval ls tasks` lists its tasks, and '
     '--include_path=DIR adds your own',
   )
-  results = evaluator.simple_evaluate(
-    model=Harness(run, batch_size),
-    tasks=list(names),
-    task_manager=manager,
-    num_fewshot=num_fewshot,
-    limit=limit,
-    bootstrap_iters=1000,
-    log_samples=False,
-    verbosity='ERROR',
-  )
+  try:
+    results = evaluator.simple_evaluate(
+      model=Harness(run, batch_size),
+      tasks=list(names),
+      task_manager=manager,
+      num_fewshot=num_fewshot,
+      limit=limit,
+      bootstrap_iters=1000,
+      log_samples=False,
+      verbosity='ERROR',
+    )
+  except Exception as e:
+    if not _comes_from_loading_data(e):
+      raise
+    raise errors.InputError(
+      f'--tasks={",".join(names)}: a data set cannot be read ({" ".join(str(e).split())}); give '
+      'the command once where there is a network, bring the folder HF_HOME (~/.cache/huggingface) '
+      'from there, and set HF_HUB_OFFLINE=1'
+    ) from e
   return {task: dict(values) for task, values in results['results'].items()}
+
+
+def _comes_from_loading_data(error: BaseException) -> bool:
+  """Whether an exception passed through the library `datasets`, or is one of no connection."""
+  modules = (
+    frame.f_globals.get('__name__', '') for frame, _ in traceback.walk_tb(error.__traceback__)
+  )
+  libraries = ('datasets', 'huggingface_hub')
+  return isinstance(error, ConnectionError) or any(
+    name.partition('.')[0] in libraries for name in modules
+  )
 
 
 @functools.partial(jax.jit, static_argnums=0)

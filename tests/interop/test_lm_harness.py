@@ -162,3 +162,11 @@ def test_whole_texts_are_scored_in_windows_that_cover_every_byte(loaded, tmp_pat
 def test_bad_requests(loaded, names, options, message):
   with pytest.raises(errors.InputError, match=message):
     lm_harness.evaluate_tasks(loaded, names, **options)
+
+
+def test_a_data_set_out_of_reach_is_named_in_one_line(loaded, monkeypatch):
+  monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+  message = '--tasks=hellaswag: a data set cannot be read .*hellaswag.*HF_HOME'
+  with pytest.raises(errors.InputError, match=message) as found:
+    lm_harness.evaluate_tasks(loaded, ['hellaswag'], limit=1)
+  assert '\n' not in str(found.value)
