@@ -69,10 +69,11 @@ def run(main: Callable[[Sequence[str]], object], define_flags: Callable[[], obje
 
 def _quietly(main: Callable[[Sequence[str]], object], argv: Sequence[str]) -> object:
   """`main(argv)` with the compile cache and without the chatter of libraries."""
-  from moe_jax.devices import compile_cache
+  from moe_jax.devices import absent_tpu, compile_cache
 
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # app.run leaves it at INFO, and JAX is talkative
+  absent_tpu.use_cpu_where_nothing_else_is()
   try:
     compile_cache.enable(cache.root(''))
   except errors.InputError as e:
