@@ -4,11 +4,13 @@ Layout of `WORKDIR/nonfinite/<step>/`: report.json (step, rows, loss), config.js
 global batch), checkpoints/<step>/ (weights and router state before the step, finite or not).
 """
 
+import contextlib
+import dataclasses
 import json
 import math
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +18,9 @@ import numpy as np
 
 from moe_jax import atomic_files, errors, trees
 from moe_jax.checkpoints import checkpointer as checkpointer_lib
-from moe_jax.config import parse, schema
+from moe_jax.config import mesh_config, parse, schema
+from moe_jax.data import tokenizer as tokenizer_lib
+from moe_jax.devices import partitioning
 from moe_jax.processes import agreement
 from moe_jax.runs import loop_actions, trained_run
 from moe_jax.training import objective, train_state
@@ -89,7 +93,7 @@ def read(workdir: pathlib.Path, step: int | None) -> Dump:
   )
   step = found[-1] if step is None else step
   directory = workdir / 'nonfinite' / str(step)
-  cfg, mesh = trained_run.on_devices_here(trained_run.read_config(directory, step))
+  cfg, mesh = _placed(trained_run.read_config(directory, step))
   with trained_run.reader(directory) as checkpointer:
     restored = errors.present(
       checkpointer.restore(_saved(train_state.abstract_state(cfg, mesh)), step),
@@ -99,6 +103,26 @@ def read(workdir: pathlib.Path, step: int | None) -> Dump:
     batch = {key: arrays[key] for key in objective.BATCH_KEYS}
   figures = json.loads((directory / 'report.json').read_text(encoding='utf-8'))
   return Dump(cfg, mesh, figures, restored.state, batch)
+
+
+def texts(workdir: pathlib.Path, dump: Dump, rows: Sequence[int]) -> dict[int, str]:
+  """The text of some rows of a dump's batch; token ids that the tokenizer lacks are left out."""
+  data = dump.cfg.data
+  tokenizer = tokenizer_lib.load(workdir / 'tokenizer.json', data.bos_token, data.eos_token)
+  real = (dump.batch['segment_ids'] > 0) & (dump.batch['tokens'] >= 0)
+  return {row: tokenizer.decode(dump.batch['tokens'][row][real[row]].tolist()) for row in rows}
+
+
+def _placed(cfg: schema.Config) -> tuple[schema.Config, jax.sharding.Mesh]:
+  """The mesh that the run had, where as many devices are here; else its first device alone."""
+  rows = cfg.train.micro_batch_size or cfg.train.batch_size
+  with contextlib.suppress(errors.InputError):  # of another number of devices
+    mesh = partitioning.make_mesh(cfg.mesh)
+    if rows % partitioning.row_ways(mesh) == 0:
+      return cfg, mesh
+  alone = dataclasses.replace(cfg.mesh, **dict.fromkeys(mesh_config.AXES, 1), zero1=False)
+  cfg = dataclasses.replace(cfg, mesh=alone)
+  return cfg, partitioning.make_mesh(alone, jax.devices()[:1])
 
 
 def _saved(state: train_state.TrainState) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Learning-rate schedules, the batch-size ramp and the AdamW chain."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -82,21 +84,56 @@ def decay_mask(params: trees.Tree) -> trees.Tree:
   return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
-def optimizer(cfg: schema.OptimConfig, num_steps: int) -> optax.GradientTransformation:
-  """Global-norm clipping, then AdamW with decoupled decay scaled by the learning rate."""
+def optimizer(cfg: schema.OptimConfig, num_steps: int) -> optax.GradientTransformationExtraArgs:
+  """Global-norm clipping, then AdamW with decoupled decay scaled by the learning rate.
+
+  `update(..., applied=flag)` leaves the moments alone where the [] bool `flag` is False; what the
+  learning-rate schedule counts goes on.
+  """
   clip = [optax.clip_by_global_norm(cfg.clip_norm)] if cfg.clip_norm else []
-  adamw = optax.adamw(
-    learning_rate(cfg, num_steps),
-    b1=cfg.beta1,
-    b2=cfg.beta2,
-    eps=cfg.eps,
-    weight_decay=cfg.weight_decay,
-    mask=decay_mask,
+  adamw = optax.chain(
+    _adam(cfg),
+    optax.add_decayed_weights(cfg.weight_decay, decay_mask),
+    optax.scale_by_learning_rate(learning_rate(cfg, num_steps)),
   )
   return optax.chain(*clip, _kept_in(jnp.dtype(cfg.moment_dtype), adamw))
 
 
-def _kept_in(dtype: jnp.dtype, adamw: optax.GradientTransformation) -> optax.GradientTransformation:
+def _adam(cfg: schema.OptimConfig) -> optax.GradientTransformationExtraArgs:
+  """`optax.scale_by_adam` that can leave its moments alone.
+
+  A choice between old and new moments would need both in memory until the weights are updated. So
+  the gradient counts with weight 0 and the moment with weight 1; the gradient is replaced, as 0
+  times NaN is NaN, by -0, which changes no bit of what it is added to.
+  """
+  adam = optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps)
+
+  def update(
+    updates: trees.Tree, state: Any, params: trees.Tree = None, **extra: Any
+  ) -> tuple[Any, Any]:
+    applied = extra.get('applied')
+    if applied is None:
+      return adam.update(updates, state, params)
+    grads = jax.tree.map(lambda g: jnp.where(applied, g, -jnp.zeros_like(g)), updates)
+
+    def averaged(grads: trees.Tree, old: trees.Tree, decay: float) -> Any:
+      fresh, kept = jnp.where(applied, 1 - decay, 0.0), jnp.where(applied, decay, 1.0)
+      return jax.tree.map(lambda g, m: fresh * g + kept * m, grads, old)
+
+    mu = averaged(grads, state.mu, cfg.beta1)
+    nu = averaged(jax.tree.map(jnp.square, grads), state.nu, cfg.beta2)
+    count = state.count + 1
+    unbiased = optax.tree.bias_correction(mu, cfg.beta1, count)
+    scale = optax.tree.bias_correction(nu, cfg.beta2, count)
+    updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + cfg.eps), unbiased, scale)
+    return updates, optax.ScaleByAdamState(jnp.where(applied, count, state.count), mu, nu)
+
+  return optax.GradientTransformationExtraArgs(adam.init, update)
+
+
+def _kept_in(
+  dtype: jnp.dtype, adamw: optax.GradientTransformationExtraArgs
+) -> optax.GradientTransformationExtraArgs:
   """AdamW that keeps both moments in `dtype` between steps and computes with them in float32."""
 
   def is_adam(node):
@@ -109,11 +146,13 @@ def _kept_in(dtype: jnp.dtype, adamw: optax.GradientTransformation) -> optax.Gra
     return jax.tree.map(lambda s: both(s) if is_adam(s) else s, state, is_leaf=is_adam)
 
   def update(
-    updates: trees.Tree, state: trees.Tree, params: trees.Tree = None
-  ) -> tuple[trees.Tree, trees.Tree]:
-    updates, state = adamw.update(updates, cast(state, jnp.float32), params)
+    updates: trees.Tree, state: Any, params: trees.Tree = None, **extra: Any
+  ) -> tuple[Any, Any]:
+    updates, state = adamw.update(updates, cast(state, jnp.float32), params, **extra)
     return updates, cast(state, dtype)
 
   if dtype == jnp.float32:
     return adamw
-  return optax.GradientTransformation(lambda params: cast(adamw.init(params), dtype), update)
+  return optax.GradientTransformationExtraArgs(
+    lambda params: cast(adamw.init(params), dtype), update
+  )

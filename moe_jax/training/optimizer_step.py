@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
@@ -105,16 +106,14 @@ def step_function(
     before = skipped_steps.count(state.opt_state, state.step)
     with jax.named_scope('optimizer'):
       grads, params = as_moments(grads), as_moments(state.params)
-      opt_state = skipped_steps.at_step(state.opt_state, state.step)
-      updates, opt_state = optimizer.update(grads, opt_state, params)
       norm = optax.tree.norm(grads)
       losses = loss.cross_entropy + loss.aux + (0 if loss.mtp is None else loss.mtp)
       applied = skipped_steps.is_applied(losses, norm, before, cfg.train.max_skipped_steps)
-      params, opt_state = skipped_steps.select(
-        applied,
-        (optax.apply_updates(params, updates), opt_state),
-        (params, state.opt_state),
-      )
+      opt_state = skipped_steps.at_step(state.opt_state, state.step)
+      updates, opt_state = optimizer.update(grads, opt_state, params, applied=applied)
+      params = skipped_steps.select(applied, optax.apply_updates(params, updates), params)
+      in_row = jnp.where(applied, 0, before.in_row + 1)
+      opt_state = skipped_steps.at_step(opt_state, state.step + 1 - in_row)
       params = as_moments(params)
     with jax.named_scope('router_state'):
       router_state = next_router_state(cfg, state.router_state, loss.stats, state.step)

@@ -26,8 +26,9 @@ def test_what_was_skipped_follows_from_the_counts_of_any_optimizer(overrides):
   seen = []
   for step, applied in enumerate([True, False, True, False, False]):
     placed = skipped_steps.at_step(state, jnp.int32(step))
-    _, new = chain.update(PARAMS, placed, PARAMS)
-    state = skipped_steps.select(jnp.bool_(applied), new, state)
+    in_row = 0 if applied else skipped_steps.count(state, jnp.int32(step)).in_row + 1
+    _, state = chain.update(PARAMS, placed, PARAMS, applied=jnp.bool_(applied))
+    state = skipped_steps.at_step(state, jnp.int32(step + 1 - in_row))
     seen.append(tuple(int(n) for n in skipped_steps.count(state, jnp.int32(step + 1))))
   assert seen == [(0, 0), (1, 1), (1, 0), (2, 1), (3, 2)]
 
@@ -58,3 +59,18 @@ def test_a_nan_does_not_reach_what_is_kept():
   jax.tree.map(np.testing.assert_array_equal, kept, old)
   assert np.signbit(kept['w'][1])
   assert optax.tree.get(skipped_steps.select(jnp.bool_(True), new, old), 'n') == 3
+
+
+def test_adam_that_may_leave_its_moments_alone_is_optax_where_it_does_not():
+  chain = optimizer(optim__clip_norm=0.0)
+  grads = {'w': jnp.array([1e-9, -3.0, 0.7])}
+  want_state = got_state = chain.init(PARAMS)
+  for _ in range(3):
+    want, want_state = chain.update(grads, want_state, PARAMS)
+    got, got_state = chain.update(grads, got_state, PARAMS, applied=jnp.bool_(True))
+    jax.tree.map(np.testing.assert_array_equal, (got, got_state), (want, want_state))
+  bad = {'w': jnp.array([np.nan, np.inf, -np.inf])}
+  _, kept = chain.update(bad, got_state, PARAMS, applied=jnp.bool_(False))
+  for name in ('mu', 'nu', 'count'):
+    before, after = (optax.tree.get_all_with_path(s, name)[0][1] for s in (got_state, kept))
+    jax.tree.map(np.testing.assert_array_equal, after, before)
