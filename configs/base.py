@@ -93,6 +93,7 @@ def get_config() -> Page:
   c.train.mtp_loss_weight = 0.3
   c.train.mtp_loss_ramp = ()
   c.train.max_skipped_steps = 3
+  c.train.stall_seconds = 1800.0
   c.train.log_every = 10
   c.train.eval_every = 0
   c.train.routing_every = 100

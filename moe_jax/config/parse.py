@@ -10,7 +10,10 @@ from moe_jax import errors
 from moe_jax.config import mesh_config, rules, schema
 
 # Fields that came after runs were recorded without them: section -> field -> what held until then.
-ADDED = {'train': {'max_skipped_steps': 0}, 'data': {'skip_null_text': False}}
+ADDED = {
+  'train': {'max_skipped_steps': 0, 'stall_seconds': 0.0},
+  'data': {'skip_null_text': False},
+}
 LARGEST = 10**12  # no number of a run, whole or not, is as large
 
 

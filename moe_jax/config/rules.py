@@ -214,6 +214,7 @@ def _validate_train(train: schema.TrainConfig):
     'z_loss_weight',
     'mtp_loss_weight',
     'max_skipped_steps',
+    'stall_seconds',
     'eval_every',
     'routing_every',
     'sample_tokens',

@@ -119,6 +119,7 @@ class TrainConfig:
   mtp_loss_ramp: tuple[tuple[float, float], ...]
   # Steps in a row that are skipped because loss or gradient is not finite; one more ends the run.
   max_skipped_steps: int
+  stall_seconds: float  # without a step or a new phase after which stacks are shown; 0 = never
   log_every: int  # steps between log lines
   eval_every: int  # steps between held-out evaluations; 0 = only at the end
   routing_every: int  # steps between files of routing figures; 0 = only at the end

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from moe_jax.data import cache
 from moe_jax.devices import peak_flops
 from moe_jax.planning import flops
 from moe_jax.processes import agreement
-from moe_jax.runs import loop_actions, nonfinite_guard, trained_run
+from moe_jax.runs import goodput, loop_actions, nonfinite_guard, stall_watch, trained_run
 from moe_jax.training import loop, optimizer_step, stop_signal, train_state
 from moe_jax.training import step_timer as step_timer_lib
 
@@ -32,6 +33,7 @@ def fit(
   meta: trees.Json,
   stop: stop_signal.StopSignal,
   say: trained_run.Say,
+  began: float,
   profile: loop.Profile | None = None,
 ) -> tuple[train_state.TrainState, str]:
   """Trains to the end or to a signal, and saves the last state.
@@ -49,6 +51,7 @@ def fit(
     meta: saved with it.
     stop: this process's signals.
     say: prints one line.
+    began: `time.perf_counter()` when this start of the run began.
     profile: the steps to profile.
 
   Returns:
@@ -56,21 +59,28 @@ def fit(
   """
   cfg = members[0].cfg
   train, timer = cfg.train, step_timer(cfg)
+  spent = goodput.read(members[0].workdir)
+  spent['restart'] += time.perf_counter() - began
   start = int(jnp.ravel(state.step)[0])  # of several seeds all are the same
   stops = agreement.StopAgreement(mesh, loop.MAX_IN_FLIGHT)
   between_batches = agreement.StopAgreement(mesh, 0)
+
+  def is_logged(step: int) -> bool:
+    return loop_actions.is_due(step, train.log_every)
+
+  workdirs = [one.workdir for one in members] if agreement.is_first() else []
+  times = goodput.Goodput(workdirs, timer, spent, is_logged, checkpointer.is_due)
+  watch = stall_watch.StallWatch(timer, train.stall_seconds)
   recent = nonfinite_guard.RecentBatches(batches, start, nonfinite_guard.num_kept(cfg))
-  with contextlib.closing(recent), loop_actions.ProgressBar(start, train.num_steps) as bar:
+  bar = loop_actions.ProgressBar(start, train.num_steps)
+  with contextlib.closing(recent), bar, watch:
     actions = [
       bar,
       loop_actions.LogMetrics(
         members, train.log_every, optimizer_step.host_metrics, timer, bar, say
       ),
       nonfinite_guard.NonfiniteGuard(
-        members,
-        recent,
-        put,
-        lambda step: loop_actions.is_due(step, train.log_every) or checkpointer.is_due(step),
+        members, recent, put, lambda step: is_logged(step) or checkpointer.is_due(step)
       ),
       loop_actions.WriteRoutingFigures(members, train.routing_every, timer),
       # Saves first: an evaluation may take longer than a machine waits after SIGTERM.
@@ -78,6 +88,7 @@ def fit(
       loop_actions.EvaluateMidway(
         members, train.eval_every, mesh, timer, say, lambda: between_batches.after_step(stop.name)
       ),
+      times,
     ]
     last = loop.run(
       loop.steps(train_step, state, recent, mesh=mesh, put=put, timer=timer, profile=profile),
@@ -88,6 +99,7 @@ def fit(
   checkpointer.wait()
   if last is None:
     return state, ''
+  say(goodput.text(times.seconds()))
   return last.state, '' if last.complete else last.stopped_by
 
 

@@ -163,7 +163,7 @@ class EvaluateMidway:
       self.say(f'step={report.step} held-out evaluation left unfinished after {e}')
 
   def _evaluate(self, report: loop.StepReport):
-    with self.timer.paused():
+    with self.timer.paused('evaluation'):
       for one in self.members:
         figures = evaluate.evaluate(
           one.cfg,

@@ -39,6 +39,7 @@ PLACEMENT = (
   'model.moe.grouped_matmul',
   'train.loss_chunk',
   'train.max_skipped_steps',
+  'train.stall_seconds',
 )
 _Path = str | os.PathLike[str]
 

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import pathlib
 import shutil
+import time
 from collections.abc import Generator, Sequence
 from typing import Any
 
@@ -127,6 +128,7 @@ def run_training(
     errors.InputError: the run does not fit one device, or as `train_run.run_training` says.
   """
   workdir = paths.local(workdir, '--workdir')
+  began = time.perf_counter()
   cfgs, say = configs(cfg, seeds), terminal.of(say)
   errors.require(
     not cfg.init_from,
@@ -160,7 +162,7 @@ def run_training(
       fingerprint = corpus.fingerprint
       run_record.write(workdir / str(seed), one, argv=argv, data_fingerprint=fingerprint)
       corpus.tokenizer.save(workdir / str(seed) / 'tokenizer.json')
-    state, stopped_by = _fit(cfgs, workdir, corpora, mesh, state, checkpointer, stop, say)
+    state, stopped_by = _fit(cfgs, workdir, corpora, mesh, state, checkpointer, stop, say, began)
     step = int(state.step[0])
   if not stopped_by:
     for i, one in enumerate(cfgs):
@@ -223,6 +225,7 @@ def _fit(
   checkpointer: checkpointer_lib.Checkpointer,
   stop: stop_signal.StopSignal,
   say: trained_run.Say,
+  began: float,
 ) -> tuple[train_state.TrainState, str]:
   """Trains all seeds from `state` on; see `fit.fit`."""
   start, whole = int(state.step[0]), jax.NamedSharding(mesh, jax.P())
@@ -251,6 +254,7 @@ def _fit(
       meta={'seeds': [trained_run.meta(cfg, corpus) for cfg, corpus in zip(cfgs, corpora)]},
       stop=stop,
       say=say,
+      began=began,
     )
 
 

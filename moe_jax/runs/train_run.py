@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import time
 from collections.abc import Generator, Sequence
 
 import jax
@@ -53,6 +54,7 @@ def run_training(
   Raises:
     errors.InputError: see the message.
   """
+  began = time.perf_counter()
   workdir, first = paths.local(workdir, '--workdir'), agreement.is_first()
   say = terminal.of(say if first else _say_nothing)
   window = _profile_window(cfg, workdir, profile_steps, say)
@@ -92,7 +94,7 @@ def run_training(
     corpus.tokenizer.end_ids = kept_files.end_ids(workdir / kept_files.DIRECTORY, corpus.tokenizer)
     checkpointer.prepare(abstract_state)
     state, stopped_by = _fit(
-      cfg, workdir, corpus, mesh, state, stream, checkpointer, stop, say, window
+      cfg, workdir, corpus, mesh, state, stream, checkpointer, stop, say, window, began
     )
     step = int(state.step)
   run = trained_run.Run(
@@ -112,6 +114,7 @@ def _fit(
   stop: stop_signal.StopSignal,
   say: trained_run.Say,
   window: profile.Window | None,
+  began: float,
 ) -> tuple[train_state.TrainState, str]:
   """Trains from `state` on; see `fit.fit`."""
   start = int(state.step)
@@ -127,6 +130,7 @@ def _fit(
       meta=trained_run.meta(cfg, corpus, stream),
       stop=stop,
       say=say,
+      began=began,
       profile=window if agreement.is_first() else None,
     )
 

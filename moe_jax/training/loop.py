@@ -142,7 +142,7 @@ def steps(
     shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
     with partitioning.activate(mesh):
       if shapes not in compiled:
-        with timer.paused():
+        with timer.paused('compile'):
           compiled[shapes] = train_step.lower(state, batch).compile()
       if profile is not None and step + 1 == profile.first:
         with timer.paused():

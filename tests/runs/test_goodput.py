@@ -1,0 +1,67 @@
+"""Where the time of a run went, over its starts: what is lost counts as restart, sums are kept."""
+
+import json
+
+import pytest
+
+from moe_jax.runs import goodput
+from moe_jax.training import loop, step_timer
+
+
+def start(workdir, spend, kill_after=None):
+  """A start of ten steps of 4 s, with 1 s of data each, saved after steps 4 and 8; its seconds."""
+  now = [0.0]
+  timer = step_timer.StepTimer(1.0, 1.0, clock=lambda: now[0])
+  spent = goodput.read(workdir)
+  spent['restart'] += spend
+  times = goodput.Goodput([workdir], timer, spent, lambda step: True, lambda step: step % 4 == 0)
+  for step in range(1, (kill_after or 10) + 1):
+    with timer.waiting():
+      now[0] += 1
+    now[0] += 4
+    timer.add_tokens(1)
+    if step % 4 == 0:
+      with timer.saving():
+        now[0] += 2
+    times.after_step(loop.StepReport(step, None, None, complete=step == 10))
+  return times.seconds()
+
+
+def test_a_run_in_one_go(tmp_path):
+  seconds = start(tmp_path, 5)
+  want = {'steps': 40, 'data': 10, 'compile': 0, 'saving': 4, 'evaluation': 0, 'other': 0}
+  assert seconds == want | {'restart': 5} and goodput.read(tmp_path) == seconds
+  assert goodput.text(seconds) == (
+    'goodput: 67.8% of 0:00:59 in steps; data 16.9% compile 0.0% saving 6.8% evaluation 0.0% '
+    'other 0.0% restart 8.5%'
+  )
+
+
+def test_steps_that_are_done_anew_are_no_goodput(tmp_path):
+  start(tmp_path, 5, kill_after=7)  # 3 steps after the save of step 4
+  kept = goodput.read(tmp_path)
+  assert kept['steps'] == 16 and kept['restart'] == 5 + 3 * 4
+  assert sum(kept.values()) == 5 + 7 * 5 + 2
+  assert start(tmp_path, 6)['restart'] == 5 + 12 + 6
+
+
+def test_a_start_that_was_killed_before_it_saved_is_lost_whole(tmp_path):
+  start(tmp_path, 5, kill_after=3)
+  kept = goodput.read(tmp_path)
+  assert (kept['steps'], kept['restart']) == (0, 5 + 12)
+
+
+@pytest.mark.parametrize(
+  'text', [None, '', '[]', '{"all": {}}', json.dumps({'all': 3, 'saved': 4})]
+)
+def test_without_a_file_of_ours_counting_starts_anew(tmp_path, text):
+  if text is not None:
+    (tmp_path / goodput.NAME).write_text(text)
+  assert goodput.read(tmp_path) == dict.fromkeys(goodput.KEYS, 0.0)
+
+
+def test_only_the_first_process_writes(tmp_path):
+  timer = step_timer.StepTimer(1.0, 1.0)
+  times = goodput.Goodput([], timer, goodput.read(tmp_path), lambda step: True, lambda step: True)
+  times.after_step(loop.StepReport(1, None, None))
+  assert not list(tmp_path.iterdir())
