@@ -8,6 +8,7 @@ import optax
 
 from moe_jax import trees
 from moe_jax.config import schema
+from moe_jax.training import skipped_steps
 
 
 def learning_rate(cfg: schema.OptimConfig, num_steps: int) -> optax.Schedule:
@@ -102,31 +103,22 @@ def optimizer(cfg: schema.OptimConfig, num_steps: int) -> optax.GradientTransfor
 def _adam(cfg: schema.OptimConfig) -> optax.GradientTransformationExtraArgs:
   """`optax.scale_by_adam` that can leave its moments alone.
 
-  A choice between old and new moments would need both in memory until the weights are updated. So
-  the gradient counts with weight 0 and the moment with weight 1; the gradient is replaced, as 0
-  times NaN is NaN, by -0, which changes no bit of what it is added to.
+  Its update is computed from the moments that are kept: computed from those of a step that may not
+  be applied, it would need both in memory until the weights are updated.
   """
   adam = optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps)
 
   def update(
     updates: trees.Tree, state: Any, params: trees.Tree = None, **extra: Any
   ) -> tuple[Any, Any]:
-    applied = extra.get('applied')
+    applied, new = extra.get('applied'), adam.update(updates, state, params)
     if applied is None:
-      return adam.update(updates, state, params)
-    grads = jax.tree.map(lambda g: jnp.where(applied, g, -jnp.zeros_like(g)), updates)
-
-    def averaged(grads: trees.Tree, old: trees.Tree, decay: float) -> Any:
-      fresh, kept = jnp.where(applied, 1 - decay, 0.0), jnp.where(applied, decay, 1.0)
-      return jax.tree.map(lambda g, m: fresh * g + kept * m, grads, old)
-
-    mu = averaged(grads, state.mu, cfg.beta1)
-    nu = averaged(jax.tree.map(jnp.square, grads), state.nu, cfg.beta2)
+      return new
     count = state.count + 1
-    unbiased = optax.tree.bias_correction(mu, cfg.beta1, count)
-    scale = optax.tree.bias_correction(nu, cfg.beta2, count)
-    updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + cfg.eps), unbiased, scale)
-    return updates, optax.ScaleByAdamState(jnp.where(applied, count, state.count), mu, nu)
+    kept = skipped_steps.select(applied, new[1], state)
+    mu = optax.tree.bias_correction(kept.mu, cfg.beta1, count)
+    nu = optax.tree.bias_correction(kept.nu, cfg.beta2, count)
+    return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + cfg.eps), mu, nu), kept
 
   return optax.GradientTransformationExtraArgs(adam.init, update)
 
