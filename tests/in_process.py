@@ -10,8 +10,8 @@ from absl import flags
 from experiments.common import cli
 
 
-def run(command: Any, *arguments: str):
-  """Parses `arguments` for the module `command`, runs its main, and forgets its flags."""
+def run(command: Any, *arguments: str) -> int | None:
+  """Runs the module `command` with `arguments`, forgets its flags, and returns its status."""
   values = flags.FLAGS
   before = set(values)
   argv = [command.__name__, *map(str, arguments)]
@@ -20,7 +20,7 @@ def run(command: Any, *arguments: str):
     try:
       command.define_flags()
       cli.parse_flags(argv)
-      command.main(argv[:1])
+      return command.main(argv[:1])
     finally:
       values.remove_flag_values(set(values) - before)
 
