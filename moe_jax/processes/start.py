@@ -38,7 +38,8 @@ def initialize(place: launch.Place, flags: launch.Flags, record: trees.Json) -> 
     local_device_ids=None if ids is None else list(ids),
     cluster_detection_method='deactivate',
     initialization_timeout=max(int(flags.start_timeout), 1),
-    heartbeat_timeout_seconds=flags.heartbeat_timeout,
+    # Ours names who is silent, so it is to be the first: JAX's may come after half of its time.
+    heartbeat_timeout_seconds=3 * flags.heartbeat_timeout,
     shutdown_timeout_seconds=flags.heartbeat_timeout,
   )
-  return watchdog.Watchdog(number, *present)
+  return watchdog.Watchdog(number, *present, flags.heartbeat_timeout)

@@ -3,8 +3,9 @@
 JAX notices a dead process by its missing heartbeats, after `--heartbeat_timeout`, and then aborts
 the others with a page of stack traces. But the connections of the rendezvous are there anyway: the
 system closes those of a killed process within milliseconds, and whoever ends for a reason can say
-it. So process 0 keeps one connection to each of the others, and passes on what it hears. A machine
-that loses its network says nothing; that is left to the heartbeats.
+it. So process 0 keeps one connection to each of the others, and passes on what it hears. Over the
+same connections every process says that it is alive: one that is frozen, or whose machine has lost
+its network, is named before JAX would abort.
 """
 
 import contextlib
@@ -23,6 +24,8 @@ from collections.abc import Mapping, Sequence
 _GRACE_SECONDS, _FIRST_GRACE_SECONDS = 1.0, 2.0
 _DELIVERY_SECONDS = 0.1
 _FAILED = 1  # exit status that lets a scheduler start the job again
+_ALIVE = b'.'
+_BEATS = 8  # in the time after which silence is an end
 
 
 class Watchdog:
@@ -32,15 +35,25 @@ class Watchdog:
     number: process id.
     hosts: of all processes, by process id.
     connections: process 0: to every other process; the others: to process 0.
+    heartbeat_timeout: seconds after which a silent process is taken for dead.
   """
 
-  def __init__(self, number: int, hosts: Sequence[str], connections: Mapping[int, socket.socket]):
+  def __init__(
+    self,
+    number: int,
+    hosts: Sequence[str],
+    connections: Mapping[int, socket.socket],
+    heartbeat_timeout: float = 100.0,
+  ):
     self._number, self._hosts, self._connections = number, list(hosts), dict(connections)
+    self._silence = heartbeat_timeout
     self._over = threading.Event()
+    self._sending = threading.Lock()
     for connection in self._connections.values():
       connection.settimeout(_GRACE_SECONDS)
       connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    threading.Thread(target=self._watch, name='watchdog', daemon=True).start()
+    for work in (self._watch, self._beat):
+      threading.Thread(target=work, name='watchdog', daemon=True).start()
 
   def finish(self):
     """Says that this process ends as it should."""
@@ -58,19 +71,49 @@ class Watchdog:
       self._tell(f'{self._name(self._number)} ended: {reason}')
     self._exit(status, _DELIVERY_SECONDS)
 
+  def _beat(self):
+    """Says that this process is alive, until it ends."""
+    while not self._over.wait(self._silence / _BEATS):
+      self._send(_ALIVE + b'\n')
+
   def _watch(self):
+    heard = dict.fromkeys(self._connections, time.monotonic())
     with selectors.DefaultSelector() as selector:
       for number, connection in self._connections.items():
         selector.register(connection, selectors.EVENT_READ, number)
+      before = time.monotonic()
       while selector.get_map():
-        for key, _ in selector.select():
+        for key, _ in selector.select(self._silence / _BEATS):
+          heard[key.data] = time.monotonic()
           last_words = self._listen(self._connections[key.data])
+          if last_words == _ALIVE:
+            continue
           selector.unregister(key.fileobj)
+          del heard[key.data]
           if last_words != '' and not self._over.is_set():
             self._give_up(key.data, last_words)
+        now = time.monotonic()
+        if now - before > self._silence / 2:  # this process was frozen itself, and has not listened
+          heard = dict.fromkeys(heard, now)
+        before = now
+        self._check_silence({number: now - then for number, then in heard.items()})
 
-  def _listen(self, connection: socket.socket) -> str | None:
-    """'' from a process that finished, why it failed, or None where it fell silent."""
+  def _check_silence(self, seconds: Mapping[int, float]):
+    """Ends this process if another one has been silent for too long."""
+    for number, silent in seconds.items():
+      if silent > self._silence and not self._over.is_set():
+        self._give_up(
+          number,
+          f'{self._name(number)} has not answered for {silent:.0f} s: it is frozen, or its machine '
+          'is overloaded or cut off',
+        )
+
+  def _listen(self, connection: socket.socket) -> str | bytes | None:
+    """What another process said last.
+
+    Returns:
+      _ALIVE, '' from one that finished, why it failed, or None if its connection broke.
+    """
     message = bytearray()
     try:
       while not message.endswith(b'\n'):
@@ -78,7 +121,8 @@ class Watchdog:
         if not part:
           return None
         message += part
-      return str(json.loads(message))
+      words = [line for line in message.splitlines() if line != _ALIVE]
+      return str(json.loads(words[0])) if words else _ALIVE
     except (OSError, ValueError):
       return None
 
@@ -101,10 +145,13 @@ class Watchdog:
 
   def _tell(self, sentence: str):
     """Process 0 tells everyone, the others tell process 0."""
-    line = json.dumps(sentence).encode() + b'\n'
-    for connection in self._connections.values():
-      with contextlib.suppress(OSError):  # gone already
-        connection.sendall(line)
+    self._send(json.dumps(sentence).encode() + b'\n')
+
+  def _send(self, line: bytes):
+    with self._sending:
+      for connection in self._connections.values():
+        with contextlib.suppress(OSError):  # gone already
+          connection.sendall(line)
 
   def _exit(self, status: int, seconds: float):
     for stream in (sys.stdout, sys.stderr):

@@ -46,6 +46,25 @@ def test_a_killed_process_ends_the_others_and_all_go_on(unbroken, cache, tmp_pat
   assert launch.figures(tmp_path) == unbroken
 
 
+@pytest.mark.parametrize('victim', [0, 1])
+def test_a_frozen_process_ends_the_others_with_its_name(cache, tmp_path, victim):
+  processes = launch.start(tmp_path, cache, 2, 2, settings=SETTINGS | {'train.num_steps': 100_000})
+  launch.wait_for_step(tmp_path, 5, processes)
+  processes[victim].send_signal(signal.SIGSTOP)
+  begin = time.monotonic()
+  try:
+    _, error = processes[1 - victim].communicate(timeout=60)
+  finally:
+    processes[victim].send_signal(signal.SIGCONT)
+  assert 15 < time.monotonic() - begin < 30  # the heartbeat is 20
+  assert processes[1 - victim].returncode == 1
+  (line,) = [line for line in error.splitlines() if line.startswith('error:')]
+  assert f'error: process {victim} (' in line and 'has not answered for 2' in line
+  assert len(error.splitlines()) < 10  # of JAX's abort there are hundred
+  _, error = processes[victim].communicate(timeout=60)  # it goes on, hears of it and ends
+  assert processes[victim].returncode != 0 and 'error: process' in error
+
+
 def test_a_signal_to_one_process_stops_all_after_the_same_step(unbroken, cache, tmp_path):
   processes = launch.start(tmp_path, cache, 2, 2, settings=SETTINGS)
   launch.wait_for_step(tmp_path, 5, processes)

@@ -39,7 +39,8 @@ def test_the_roll_is_called_first_and_jax_gets_the_place(calls, ids):
   assert (given['num_processes'], given['process_id']) == (2, 1)
   assert given['local_device_ids'] == (None if ids is None else [0, 2])
   assert given['initialization_timeout'] == 1  # half a second is rounded up
-  assert given['heartbeat_timeout_seconds'] == given['shutdown_timeout_seconds'] == 7
+  assert given['heartbeat_timeout_seconds'] == 21  # the watchdog's 7 seconds come first
+  assert given['shutdown_timeout_seconds'] == 7
   assert given['cluster_detection_method'] == 'deactivate'
   assert not jax.config.jax_enable_preemption_service  # it would take SIGTERM for itself
 
