@@ -154,3 +154,23 @@ MIXTURE = {'data__source': 'mixture'}
 )
 def test_rules(overrides, parts):
   changes.assert_refused(overrides, parts)
+
+
+# Names of files, columns and tokens, and prompts.
+FREE = ('path', 'tokenizer', '_token', '_field', 'cache_dir', 'init_from', 'sample_prompt')
+
+
+def test_every_choice_refuses_another_word():
+  def words(section, path=()):
+    for key, value in section.items():
+      if isinstance(value, dict):
+        yield from words(value, (*path, key))
+      elif isinstance(value, str) and not key.endswith(FREE):
+        yield '.'.join((*path, key))
+
+  fields = list(words(tiny.values()))
+  assert len(fields) > 25 and 'optim.moment_dtype' in fields
+  for field in fields:
+    with pytest.raises(errors.InputError) as error:
+      parse.from_dict(changes.change(field, 'nonsense'))
+    assert f"{field}='nonsense'" in str(error.value), field

@@ -215,3 +215,14 @@ def test_the_layer_reads_in_one_sitting():
   (layer,) = (node for node in ast.parse(source).body if getattr(node, 'name', '') == 'MoE')
   assert layer.end_lineno - layer.lineno + 1 <= 150
   assert sum(isinstance(node, (ast.If, ast.IfExp)) for node in ast.walk(layer)) <= 8
+
+
+def test_margin_by_hand():
+  """Only the first counts: then padding, no choice, and no other expert within reach."""
+  infinity = np.inf
+  scores = [[0.5, 0.3, -infinity], [0.9, 0.1, 0.2], [0.4, 0.1, 0.2], [0.4, -infinity, -infinity]]
+  idx, mask = np.array([[[0], [0], [3], [0]]]), np.array([[True, False, True, True]])
+  decision = routing.Routing(np.ones((1, 4, 1)), idx, None)
+  got = moe_layer._margin(decision, jnp.asarray([scores]), mask)
+  np.testing.assert_allclose(got, 0.2, rtol=1e-6)
+  assert moe_layer._margin(decision, None, mask) == 0

@@ -120,3 +120,19 @@ def test_another_program_is_refused(profiled):
 def test_an_empty_directory_is_refused(tmp_path):
   with pytest.raises(errors.InputError, match='xplane'):
     profile.shares(tmp_path, TEXT)
+
+
+def test_a_window_is_traced_from_its_start_to_its_stop(tmp_path, monkeypatch):
+  calls, said = [], []
+  monkeypatch.setattr(
+    jax.profiler, 'start_trace', lambda directory, profiler_options: calls.append(directory)
+  )
+  monkeypatch.setattr(jax.profiler, 'stop_trace', lambda: calls.append('stop'))
+  monkeypatch.setattr(profile, 'shares', lambda *given: {'moe': 0.75, 'head': 0.25} | {'x': 0.0})
+  window = profile.Window(tmp_path, 3, 4, said.append)
+  window.stop()
+  assert not calls and not said  # the start was missed
+  window.start(TEXT)
+  window.stop()
+  assert calls == [str(tmp_path), 'stop']
+  assert said == [f'profile of steps 3 to 4 in {tmp_path}: moe=75% head=25%']

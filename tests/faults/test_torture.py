@@ -1,0 +1,65 @@
+"""The long form of these tests, `python -m experiments.torture`: its judgement, and a short run."""
+
+import time
+
+import pytest
+
+from experiments.torture import damage, kills
+from moe_jax import errors
+
+
+def test_every_damage_changes_the_file(tmp_path):
+  path, whole = tmp_path / 'file', bytes(range(9))
+  found = set()
+  for how in damage.DAMAGES:
+    path.write_bytes(whole)
+    damage.harm(path, how)
+    found.add(path.read_bytes() if path.exists() else None)
+  assert len(found) == len(damage.DAMAGES) and whole not in found
+  path.write_bytes(b'')
+  damage.harm(path, 'middle byte')  # an empty file has no byte to flip
+  assert path.read_bytes() == b''
+
+
+def test_other_arrays_are_silent_and_only_one_line_is_noticed():
+  def fail(error):
+    def read():
+      raise error
+
+    return read
+
+  assert damage.judge(lambda: 'a', 'a')[0] == 'harmless'
+  assert damage.judge(lambda: 'b', 'a')[0] == 'silent'
+  assert damage.judge(fail(errors.InputError('one line')), 'a')[0] == 'noticed'
+  assert damage.judge(fail(errors.InputError('two\nlines')), 'a')[0] == 'traceback'
+  assert damage.judge(fail(KeyError('leaf')), 'a') == ('traceback', "KeyError: 'leaf'")
+
+
+def test_other_metrics_arrays_and_files_break_the_promise(tmp_path, monkeypatch):
+  whole, scene = kills.Scene(tmp_path / 'unbroken'), kills.Scene(tmp_path / 'round0')
+  for one in (whole, scene):
+    one.workdir.mkdir()
+    one.cache.mkdir()
+    (one.workdir / 'metrics.jsonl').write_text(
+      '{"step": 1, "loss": 2.5, "lr": 1, "grad_norm": 1, "max_vio": 0, "seconds": 3}\n'
+    )
+  state = {'w': b'12'}
+  monkeypatch.setattr(kills, 'final_state', lambda workdir: state)
+  want, broken = (whole.figures(), {'w': b'12'}), []
+  kills._compare(scene, whole, want, broken)
+  assert not broken
+  state['w'] = b'13'
+  text = (scene.workdir / 'metrics.jsonl').read_text()
+  (scene.workdir / 'metrics.jsonl').write_text(text.replace('2.5', '2.5000000000000004'))
+  (scene.cache / '.tokens.npy.7.tmp').touch()
+  kills._compare(scene, whole, want, broken)
+  words = ('1 of 1 steps', '1 arrays', 'left behind', 'files that the unbroken')
+  assert len(broken) == 4 and all(word in line for word, line in zip(words, broken))
+
+
+@pytest.mark.slow
+def test_a_few_kills_and_damages_break_no_promise(tmp_path):
+  found = kills.run(tmp_path / 'kills', time.monotonic() + 600, seed=1, most=3)
+  assert not found['broken'] and found['kills'] >= 3
+  found = damage.run(tmp_path / 'damage', time.monotonic() + 300, seed=1, most=8)
+  assert not found['broken'] and sum(found['by_reader']['convert'].values()) == 8
