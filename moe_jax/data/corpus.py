@@ -296,7 +296,7 @@ def _encode(
   documents: Sequence[sources.Document],
   fim_rates: Sequence[float],
   seed: int,
-) -> Iterator[Sequence[int]]:
+) -> Iterator[tokenizer_lib.Ids]:
   """Yields each document's ids, BOS to EOS; all parts are encoded in one batch, on all cores."""
   parts = [
     fim.split(document.text.decode('utf-8'), fim.document_rng(seed, document.name), rate)
@@ -325,7 +325,7 @@ class _SplitWriter:
   def domains(self) -> set[str]:
     return set(self._doc_domain)
 
-  def add(self, document: sources.Document, ids: Sequence[int]):
+  def add(self, document: sources.Document, ids: tokenizer_lib.Ids):
     np.asarray(ids, self._dtype).tofile(self._tokens)
     self._lengths.append(len(ids))
     self._doc_bytes.append(len(document.text))

@@ -37,7 +37,9 @@ def split(text: str, rng: np.random.Generator, fim_rate: float) -> tuple[str, ..
   return text[:i], text[j:], text[i:j]
 
 
-def assemble(tokenizer: tokenizer_lib.Tokenizer, parts: Sequence[Sequence[int]]) -> Sequence[int]:
+def assemble(
+  tokenizer: tokenizer_lib.Tokenizer, parts: Sequence[tokenizer_lib.Ids]
+) -> tokenizer_lib.Ids:
   """Joins the ids of what `split` returned into one document, BOS to EOS."""
   if len(parts) == 1:
     return _joined([tokenizer.bos_id], parts[0], [tokenizer.eos_id])
@@ -48,7 +50,7 @@ def assemble(tokenizer: tokenizer_lib.Tokenizer, parts: Sequence[Sequence[int]])
   return _joined(front, prefix, [hole], suffix, [end], middle, last)
 
 
-def _joined(*parts: Sequence[int]) -> Sequence[int]:
+def _joined(*parts: tokenizer_lib.Ids) -> tokenizer_lib.Ids:
   """Ids one behind the other; an array if any part is one."""
   if any(isinstance(part, np.ndarray) for part in parts):
     return np.concatenate([np.asarray(part, np.uint32) for part in parts])

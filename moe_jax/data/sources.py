@@ -268,7 +268,7 @@ def _dataset(spec: Spec) -> tuple[str, dict[str, str]]:
   place, mark, text = spec.path.partition('?')
   if not mark or os.path.exists(spec.path):
     return spec.path, {'split': 'train'}
-  options = dict(part.partition('=')[::2] for part in text.split('&'))
+  options = {key: value for key, _, value in (part.partition('=') for part in text.split('&'))}
   known = ('name', 'split', 'revision')
   errors.require(
     all(key in known and value for key, value in options.items()),

@@ -31,6 +31,7 @@ _SAMPLE_BYTES = 65_536  # a long document is sampled in pieces of this size
 # Longer texts are encoded in pieces, of about so many characters at once: an encoding takes about
 # 40 times the text.
 PIECE_CHARACTERS = 1_000_000
+Ids = Sequence[int] | np.ndarray  # of a text; an array of uint32 for a very long one
 _PIECES = 4  # of a text, encoded together
 _CUT = re.compile(r'[^\W_](?=[ \n])')  # a letter or digit before white space
 
@@ -81,14 +82,14 @@ class Tokenizer:
     added = self._inner.get_added_tokens_decoder().values()
     return [token.content for token in added if token.special and token.content in text]
 
-  def encode_batch(self, texts: Sequence[str]) -> list[Sequence[int]]:
+  def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
     """Encodes several texts, on all cores; a very long one in pieces, into an array."""
     if max(map(len, texts), default=0) > PIECE_CHARACTERS and self._cuts_before_spaces:
       return [self._encode_long(text) for text in texts]
     batch = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
     return [encoding.ids for encoding in batch]
 
-  def _encode_long(self, text: str) -> Sequence[int]:
+  def _encode_long(self, text: str) -> Ids:
     """Ids of a text of any length, in an array; memory for a few pieces of it."""
     pieces, found = list(cut(text)), []
     for first in range(0, len(pieces), _PIECES):

@@ -239,7 +239,9 @@ def export_checkpoint(
     names = [name for name in reader.leaves if name.startswith(('params/', 'router_state/'))]
     leaves = {name: jax.ShapeDtypeStruct(*reader.leaves[name]) for name in names}
     tied = bool(record and source_lib.read_json(kept / 'config.json').get('tie_word_embeddings'))
-    untied = tied and (record.untied or not export_plan.is_tied(reader, cfg.model))
+    untied = (
+      record is not None and tied and (record.untied or not export_plan.is_tied(reader, cfg.model))
+    )
     if record is not None and reader.step:  # trained further
       record = export_plan.trained_record(cfg.model, record)
     if record is not None and untied:
