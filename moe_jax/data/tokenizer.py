@@ -28,9 +28,9 @@ FIM_TOKENS = ('<｜fim▁begin｜>', '<｜fim▁hole｜>', '<｜fim▁end｜>')
 # Merges hardly change beyond this much text, and training takes 2 s for it on 2 cores.
 BPE_TRAINING_BYTES = 8_000_000
 _SAMPLE_BYTES = 65_536  # a long document is sampled in pieces of this size
-# Longer texts are encoded in pieces, of about so many characters at once: an encoding takes about
-# 40 times the text.
-PIECE_CHARACTERS = 1_000_000
+# Longer texts are encoded in pieces of about so many characters: each takes 150 bytes of memory
+# while it is encoded.
+PIECE_CHARACTERS = 250_000
 Ids = Sequence[int] | np.ndarray  # of a text; an array of uint32 for a very long one
 _PIECES = 4  # of a text, encoded together
 _CUT = re.compile(r'[^\W_](?=[ \n])')  # a letter or digit before white space
