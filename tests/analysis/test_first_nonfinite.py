@@ -76,6 +76,7 @@ def test_a_token_outside_of_the_vocabulary():
   assert found == first_nonfinite.Found('batch', 'token 99 at 2, outside of vocab_size=32', (3,))
 
 
+@pytest.mark.slow  # compiles the watched model
 @pytest.mark.parametrize(
   'path, index, value, where',
   [
