@@ -1,13 +1,11 @@
-"""Random configs: broken ones are refused in one line, valid ones train, are saved and decode."""
+"""Random configs: broken ones are refused in one line; valid ones have everything in them.
 
-import os
+`python -m experiments.torture --parts=fuzz` trains, saves and decodes the valid ones.
+"""
+
 import random
 
-import jax
-import pytest
-
-from experiments.torture import fuzz, random_configs
-from moe_jax.config import parse
+from experiments.torture import random_configs
 from tests import tiny
 
 
@@ -28,21 +26,3 @@ def test_valid_configs_have_every_router_and_dispatch():
   assert {model.moe.router for model in found} == set(random_configs.ROUTERS)
   assert {'dense', 'dropless', 'capacity'} <= {model.moe.dispatch for model in found}
   assert {model.attention.kind for model in found} == {'gqa', 'mla'}
-
-
-def try_(tmp_path, numbers):
-  base, rng = fuzz.values(tmp_path / 'cache'), random.Random(0)
-  for number in numbers:
-    cfg, mesh = fuzz.draw(base, rng, number)
-    try:
-      fuzz.try_one(cfg, mesh, tmp_path / str(number))
-    except Exception as error:
-      changes = '; '.join(parse.diff(base, parse.to_dict(cfg)))
-      raise AssertionError(f'config {number}: {changes}') from error
-    jax.clear_caches()
-
-
-@pytest.mark.slow
-def test_valid_configs_train_are_saved_restored_and_decoded(tmp_path):
-  """`python -m experiments.torture --parts=fuzz` tries hundreds."""
-  try_(tmp_path, range(int(os.environ.get('MOE_JAX_FUZZ', '12'))))
