@@ -48,6 +48,17 @@ def write_bytes(path: str | os.PathLike[str], data: bytes):
     raise
 
 
+def is_disk_full(error: BaseException | None) -> bool:
+  """Whether an error, or what it came of, is that a disk has no room; libraries wrap it."""
+  while error is not None:
+    if isinstance(error, OSError) and error.errno in _FULL:
+      return True
+    if any(os.strerror(number) in str(error) for number in _FULL):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
+
+
 def disk_full(path: str | os.PathLike[str], needed: int) -> errors.InputError:
   """The error of a write of `needed` bytes for which a disk has no room; names place and sizes."""
   path = pathlib.Path(path)

@@ -13,6 +13,7 @@ for weights that do not fit into memory.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import math
 import os
@@ -90,6 +91,7 @@ class Checkpointer:
     )
     self._reader = _reader()
     self._prepared: concurrent.futures.Future[None] | None = None
+    self._bytes, self._is_full = 0, False
 
   def steps(self) -> list[int]:
     """Steps on disk or being written, oldest first; whether they are whole is not checked."""
@@ -154,7 +156,9 @@ class Checkpointer:
     arrays = ocp.args.StandardSave(state, save_args=jax.tree.map(_save_args, state))
     items = ocp.args.Composite(state=arrays, meta=ocp.args.JsonSave(json_item))
     # Orbax's own rules for when to save are switched off: the schedule is decided above.
-    return self._manager.save(step, args=items, force=True)
+    self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    with self._told_if_full():
+      return self._manager.save(step, args=items, force=True)
 
   def restore(
     self, abstract_state: trees.Tree, step: int | None = None, *, partial: bool = False
@@ -242,12 +246,35 @@ class Checkpointer:
 
   def wait(self):
     """Blocks until the save in flight is on disk, and raises what went wrong with it."""
-    self._manager.wait_until_finished()
+    with self._told_if_full():
+      self._manager.wait_until_finished()
+
+  @contextlib.contextmanager
+  def _told_if_full(self) -> Iterator[None]:
+    """Turns what libraries raise for a disk without room into one line."""
+    try:
+      yield
+    except Exception as e:
+      if isinstance(e, errors.InputError) or not atomic_files.is_disk_full(e):
+        raise
+      self._is_full = True
+      error = atomic_files.disk_full(self._directory / 'a checkpoint', self._bytes)
+      names = os.listdir(self._directory) if os.path.isdir(self._directory) else []
+      saved = max((int(name) for name in names if name.isdecimal()), default=None)
+      last = 'no step is saved yet' if saved is None else f'step {saved} is the last one saved'
+      raise errors.InputError(f'{error}; {last}') from e
 
   def close(self):
     """Waits for the save in flight and frees the threads."""
-    self._manager.close()
-    self._reader.close()
+    was_full = self._is_full  # and has been told
+    try:
+      with self._told_if_full():
+        self._manager.close()
+    except errors.InputError:
+      if not was_full:
+        raise
+    finally:
+      self._reader.close()
 
   def __enter__(self) -> 'Checkpointer':
     return self

@@ -460,3 +460,30 @@ def test_saved_and_restored_states_may_be_donated(tmp_path):
     state = ckpt.restore(abstract(make_state(0))).state
     expected = bump(make_state(10))
     assert_same(donate(state), expected)
+
+
+def test_a_disk_without_room_is_one_line_with_the_last_step_saved(steps, monkeypatch):
+  def full(*unused, **unused_kwargs):
+    raise ValueError('RESOURCE_EXHAUSTED: Failed to write "c/0" [OS error 28: ENOSPC No space left '
+                     'on device]')  # fmt: skip
+
+  line = (
+    r'no room on the disk for .*checkpoints/a checkpoint: [\d,]+ bytes are needed and [\d,]+ are '
+    r'free; .*; step 30 is the last one saved$'
+  )
+  for name in ('save', 'wait_until_finished'):
+    with pytest.raises(errors.InputError, match=line), checkpointer(steps) as ckpt:
+      ckpt.restore(abstract(make_state(0)))
+      monkeypatch.setattr(ckpt._manager, name, full)
+      monkeypatch.setattr(ckpt._manager, 'close', full)  # raises the same once more
+      ckpt.save(40, make_state(40), META)
+      ckpt.wait()
+    shutil.rmtree(steps / '40', ignore_errors=True)
+
+  def other(*unused, **unused_kwargs):
+    raise ValueError('another mistake')
+
+  with checkpointer(steps) as ckpt, pytest.raises(ValueError, match='another mistake'):
+    ckpt.restore(abstract(make_state(0)))
+    monkeypatch.setattr(ckpt._manager, 'save', other)
+    ckpt.save(50, make_state(50), META)
