@@ -262,7 +262,8 @@ def _export(scene: Scene, rng: random.Random, kills, broken: list[str]):
   process.kill()
   if process.wait() == -signal.SIGKILL:
     kills['export', 'SIGKILL'] += 1
-    _finish(scene.command(*flags, f'--to_hf={target}'), scene, broken)
+    if not target.exists():  # else it was killed behind its last rename: all files are there
+      _finish(scene.command(*flags, f'--to_hf={target}'), scene, broken)
   files = {p.name: p.read_bytes() for p in plain.glob('*')}
   if files != {p.name: p.read_bytes() for p in target.glob('*')}:
     broken.append(f'{target}: other files than an unbroken export')
