@@ -5,6 +5,7 @@ and an export gives them back: tokenizer, chat template, settings of generation.
 tokens end a text.
 """
 
+import os
 import pathlib
 import shutil
 import uuid
@@ -42,7 +43,7 @@ def is_tied(workdir: pathlib.Path) -> bool:
   return tied and not json_files.read_object(kept / RECORD, _WAY_OUT).get('untied')
 
 
-def require_untied(workdir: str | pathlib.Path, field: str):
+def require_untied(workdir: str | os.PathLike[str], field: str):
   """Refuses to train from an import whose embedding and head are one matrix: here they are two.
 
   Raises:

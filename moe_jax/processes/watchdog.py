@@ -86,7 +86,7 @@ class Watchdog:
         for key, _ in selector.select(self._silence / _BEATS):
           heard[key.data] = time.monotonic()
           last_words = self._listen(self._connections[key.data])
-          if last_words == _ALIVE:
+          if isinstance(last_words, bytes):  # _ALIVE
             continue
           selector.unregister(key.fileobj)
           del heard[key.data]

@@ -231,12 +231,12 @@ def test_a_changed_config_is_refused_and_allowed_on_request(cache, workdir):
 
 
 def test_a_changed_corpus_is_refused(cache, tmp_path):
-  (tmp_path / 'a.txt').write_text('x = 1\n' * 30000)
+  (tmp_path / 'a.txt').write_text('x = 1\n' * 300000)
   cfg = make_config(
     cache, data__source='text', data__path=str(tmp_path / 'a.txt'), train__sample_prompt=''
   )  # and the steps of `finished`, whose program is compiled
   train_run.run_training(cfg, tmp_path / 'run', say=lambda line: None)
-  (tmp_path / 'a.txt').write_text('y = 2\n' * 30000)
+  (tmp_path / 'a.txt').write_text('y = 2\n' * 300000)
   with pytest.raises(errors.InputError, match='corpus has changed since the checkpoint of step 12'):
     train_run.run_training(cfg, tmp_path / 'run')
 
