@@ -125,6 +125,10 @@ MIXTURE = {'data__source': 'mixture'}
     ({'optim__eps': 0.0}, ('optim.eps=0.0', 'positive')),
     ({'optim__beta2': 1.0}, ('optim.beta2=1.0', '[0, 1)')),
     (
+      {'optim__moment_dtype': 'bfloat16', 'optim__beta1': 0.9, 'optim__beta2': 0.995},
+      ("optim.moment_dtype='bfloat16'", 'beta2=0.995', 'must not exceed 0.99', "'float32'"),
+    ),
+    (
       {'optim__multi_step_boundaries': (0.9, 0.8)},
       ('optim.multi_step_boundaries=(0.9, 0.8)', 'rising shares'),
     ),
