@@ -13,7 +13,7 @@ from matplotlib import axis as axis_lib
 from matplotlib import category, figure, font_manager, text, ticker
 
 # What writes words along an axis; the others write numbers, powers of ten with mathematics.
-_WORDS = (ticker.FixedFormatter, category.StrCategoryFormatter)
+_WORDS = (ticker.FixedFormatter, ticker.FuncFormatter, category.StrCategoryFormatter)
 
 
 def make_plain(fig: figure.Figure):

@@ -37,7 +37,7 @@ def added():
 def unigram():
   """A model whose vocabulary is a list, which cannot take a token without a score."""
   letters = [chr(i) for i in range(32, 127)] + list('\nï漢字🙂｜▁')
-  inner = tokenizers.Tokenizer(models.Unigram([(c, -1.0) for c in letters]))
+  inner = tokenizers.Tokenizer(models.Unigram([('<unk>', -9.0), *((c, -1.0) for c in letters)], 0))
   inner.add_special_tokens(list(SPECIAL))
   inner.decoder = decoders.Fuse()
   return tokenizer_lib.Tokenizer(inner, DATA.bos_token, DATA.eos_token)

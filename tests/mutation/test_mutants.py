@@ -7,6 +7,7 @@ from tests.mutation import mutants
 
 SOURCE = '''"""At most 3."""
 import jax
+from jax.numpy import sum as g
 LIMIT: int | None = 4
 
 
