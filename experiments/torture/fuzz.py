@@ -46,8 +46,6 @@ SIZES = {
   'train.batch_size': 16,
   'train.sample_prompt': '',
 }
-# Deals by a token's place in the batch: the same only for a batch of one row.
-BY_PLACE = ('balanced', 'skewed')
 
 
 def values(cache: pathlib.Path) -> dict:
@@ -114,7 +112,7 @@ def try_one(cfg: schema.Config, mesh: jax.sharding.Mesh, workdir: pathlib.Path) 
 def _with_replay(cfg: schema.Config, workdir: pathlib.Path) -> schema.Config:
   """A recording for router 'replay', of the config's sizes."""
   model, moe = cfg.model, cfg.model.moe
-  if moe.router != 'replay':
+  if 'replay_path' not in router_traits.of(moe).options:
     return cfg
   rows, layers = moe.options.replay_rows, model.num_moe_layers + model.num_mtp_layers
   shape = (layers, rows, model.max_seq_len, moe.num_experts)
@@ -129,7 +127,7 @@ def _with_replay(cfg: schema.Config, workdir: pathlib.Path) -> schema.Config:
 def _decode(cfg: schema.Config, variables):
   """A prompt of 5 tokens and 4 more, one at a time, against the full forward; on one device."""
   model, slots = cfg.model, cfg.model.max_seq_len
-  rows = 1 if model.moe.router in BY_PLACE else 2
+  rows = 1  # some routers deal by a token's place in the batch
   tokens = np.random.default_rng(1).integers(256, size=(rows, 9)).astype(np.int32)
   at = np.broadcast_to(np.arange(9, dtype=np.int32), tokens.shape)
   whole = jax.jit(lambda v, *a: transformer.apply(model, v, *a).logits)

@@ -178,12 +178,12 @@ def valid(values: Values, rng: random.Random, number: int) -> schema.Config:
 
 def _suited(values: Values, router: str) -> Values:
   """What a router cannot do without."""
-  moe = values['model']['moe']
-  moe['dispatch'] = 'capacity' if router == 'expert_choice' else 'dense'
+  moe, traits = values['model']['moe'], router_traits.LIBRARY[router]
+  moe['dispatch'] = 'capacity' if traits.bound and traits.bound.exact else 'dense'
   for name in moe_config.LOSSES:
     moe['balance'][name]['weight'] = 0.0
-  if router == 'replay':
+  if 'replay_path' in traits.options:
     moe['options'] |= {'replay_path': 'replay.npz', 'replay_rows': 4}
-  if router == 'skewed':
+  if 'skew' in traits.options:
     moe['options']['skew'] = 0.5
   return values
