@@ -40,6 +40,7 @@ def workdir(env, tmp_path_factory):
   return workdir
 
 
+@pytest.mark.slow
 def test_evaluate_prints_one_json_object(workdir, env):
   done = command('evaluate', f'--workdir={workdir}', '--json', env=env)
   assert done.returncode == 0, done.stderr
@@ -50,6 +51,7 @@ def test_evaluate_prints_one_json_object(workdir, env):
   assert record == {key: final[key] for key in record}
 
 
+@pytest.mark.slow
 def test_generate_prints_one_json_object_and_repeats_itself(workdir, env):
   arguments = (f'--workdir={workdir}', '--prompt=def ', '--max_new_tokens=12', '--seed=3', '--json')
   first, second = (command('generate', *arguments, env=env) for _ in range(2))
@@ -95,6 +97,7 @@ def test_bad_input_is_one_line_and_status_2(name, arguments, message, env):
   assert message in done.stderr
 
 
+@pytest.mark.slow
 def test_a_prompt_longer_than_the_context_is_refused(workdir, env):
   done = command('generate', f'--workdir={workdir}', f'--prompt={"x" * 500}', env=env)
   assert done.returncode == 2 and 'more than model.max_seq_len=128' in done.stderr

@@ -22,7 +22,8 @@ from tests import tiny
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize('kind', ['dense', pytest.param('moe', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['dense', 'moe'])
 def test_a_step_with_rate_and_batch_as_arguments_is_the_ordinary_one(kind):
   overrides = {} if kind == 'moe' else {'model__moe__num_experts': 0, 'model__num_dense_layers': 0}
   cfg = tiny.make(

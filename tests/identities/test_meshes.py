@@ -84,8 +84,6 @@ CASES = {
     exchange('all_gather', **{f'{PREFIX}dispatch': 'dense', 'model__remat': 'offload'}),
   ),
 }
-QUICK = ('data_fsdp_expert',)
-ALL = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 
 
 def run(cfg, mesh):
@@ -117,7 +115,8 @@ def sharded(name):
   return mesh, *run(cfg, mesh)
 
 
-@pytest.mark.parametrize('name', ALL)
+@pytest.mark.slow
+@pytest.mark.parametrize('name', CASES)
 def test_three_steps_equal_those_of_one_device(name):
   """Float32 sums in another order: 1e-5 of the loss, 1e-4 of a weight's largest change."""
   _, _, got, state = sharded(name)
@@ -152,7 +151,8 @@ def test_the_meshes_cover_every_pair_of_axes():
   assert {axis for axes in used for axis in axes} == set(partitioning.MESH_AXES)
 
 
-@pytest.mark.parametrize('name', ALL)
+@pytest.mark.slow
+@pytest.mark.parametrize('name', CASES)
 def test_collectives_are_those_of_the_file(name):
   mesh, step, *_ = sharded(name)
   model, axes, settings = CASES[name]
@@ -170,7 +170,8 @@ def test_collectives_are_those_of_the_file(name):
   assert text == path.read_text()
 
 
-@pytest.mark.parametrize('name', ALL)
+@pytest.mark.slow
+@pytest.mark.parametrize('name', CASES)
 def test_collectives_run_along_the_axes_that_they_should(name):
   """What crosses the expert axis is tokens; what crosses the slow network is gradients only."""
   mesh, step, *_ = sharded(name)

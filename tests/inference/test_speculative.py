@@ -92,6 +92,7 @@ def test_a_module_that_repeats_the_model_is_always_right_and_saves_half_the_roun
   assert found.drafted == 3 * 6
 
 
+@pytest.mark.slow
 def test_accepted_guesses_are_those_of_the_full_forward():
   """The module sees the text up to a token and guesses the one after the next."""
   found, texts = run(False, temperature=0.0), plain(False, temperature=0.0)

@@ -354,6 +354,7 @@ def test_sampling_from_a_run_is_reproducible(finished):
   assert draw(0) == draw(0) != draw(1)
 
 
+@pytest.mark.slow  # one more program
 def test_a_dense_run_has_no_expert_figures(cache, tmp_path):
   cfg = make_config(cache, 'dense', train__num_steps=2, train__sample_prompt='')
   lines = []
@@ -374,6 +375,7 @@ def test_a_batch_ramp_and_micro_batches_run_through(cache, tmp_path):
   assert len(metric_log.read_metrics(tmp_path)) == 3
 
 
+@pytest.mark.slow  # `test_nonfinite_guard` tries the rule itself
 def test_divergence_is_one_clear_error_and_saves_nothing(cache, tmp_path):
   cfg = make_config(
     cache, optim__peak_lr=1e12, optim__clip_norm=0.0, train__num_steps=8,
