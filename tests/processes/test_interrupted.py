@@ -61,8 +61,10 @@ def test_a_frozen_process_ends_the_others_with_its_name(cache, tmp_path, victim)
   (line,) = [line for line in error.splitlines() if line.startswith('error:')]
   assert f'error: process {victim} (' in line and 'has not answered for 2' in line
   assert len(error.splitlines()) < 10  # of JAX's abort there are hundred
-  _, error = processes[victim].communicate(timeout=60)  # it goes on, hears of it and ends
-  assert processes[victim].returncode != 0 and 'error: process' in error
+  processes[victim].communicate(timeout=60)
+  assert (
+    processes[victim].returncode != 0
+  )  # it ends, by our word or by JAX, whichever it hears first
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(unbroken, cache, tmp_path):
