@@ -91,15 +91,25 @@ def test_a_number_too_high(address):
   assert text.startswith('--process_id=5 on ') and 'between 0 and 2' in text
 
 
+def connection(host: str, port: int) -> socket.socket:
+  """A connection to who will listen there within 20 seconds."""
+  give_up = time.monotonic() + 20
+  while True:
+    try:
+      return socket.create_connection((host, port))
+    except ConnectionRefusedError:
+      assert time.monotonic() < give_up
+      time.sleep(0.05)
+
+
 def test_strangers_and_restarted_processes_do_no_harm(address):
   """A port scanner; a process that dies while it waits, and comes again."""
   host, _, port = address.partition(':')
   greeting = {'greeting': 'moe_jax rendezvous', 'process_id': 1, 'host': 'old', 'record': RECORD}
   with concurrent.futures.ThreadPoolExecutor() as pool:
     first = pool.submit(outcomes, address, [0])
-    time.sleep(0.3)
     for line in (b'GET / HTTP/1.1\r\n\r\n', json.dumps(greeting).encode() + b'\n'):
-      with socket.create_connection((host, int(port))) as stranger:
+      with connection(host, int(port)) as stranger:
         stranger.sendall(line)
         time.sleep(0.1)
     second, third = outcomes(address, [1, 2])
