@@ -66,7 +66,7 @@ def _check_finished(
     for one in seeds.configs(cfg, numbers):
       where = workdir / name / str(one.train.seed)
       if (where / 'config.json').exists():
-        run_record.check_workdir(where, one, allow_change=False)
+        run_record.check_workdir(where, one, allow_change=False, allow_longer=False)
 
 
 def _train(cfg: schema.Config, name: str, group: Sequence[int], workdir: pathlib.Path):

@@ -13,7 +13,7 @@ from experiments.common import cli, local_jobs, step_rates
 from experiments.routing_zoo import table
 from moe_jax import atomic_files
 from moe_jax.config import pages, schema
-from moe_jax.runs import metric_log, train_run
+from moe_jax.runs import metric_log, run_record, train_run
 from moe_jax.training import evaluate
 
 # Without the ablations of gshard and the forced routers; --names takes any variant of the page.
@@ -30,6 +30,10 @@ def main(unused_argv: Sequence[str]):
   workdir, values = pathlib.Path(cli.required('workdir')), flags.FLAGS
   seeds, names = local_jobs.seeds(values.seeds), values.names or NAMES
   configs = {(name, seed): _config(name, seed) for seed in seeds for name in names}
+  for key, cfg in configs.items():  # results of other settings are not those that were asked for
+    where = _result_path(workdir, *key).parent
+    if (where / 'config.json').exists():
+      run_record.check_workdir(where, cfg, allow_change=False, allow_longer=False)
   pending = [key for key in configs if not _result_path(workdir, *key).exists()]
 
   def train(key):

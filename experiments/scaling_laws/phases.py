@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +31,8 @@ def main(unused_argv: Sequence[str]):
     print(report.plan(scale, [(point, _page(scale, point)) for point in points]))
     return
   workdir = pathlib.Path(cli.required('workdir'))
+  given = {'scale': scale.name, 'data_source': values.data_source, 'data_path': values.data_path}
+  check_study(workdir, given)
   # Two stages, since the grid decides how the profiles are trained; within one, a model is compiled
   # once.
   for stage in (('hyper', 'noise'), ('isoflop', 'heldout')):
@@ -44,6 +46,32 @@ def main(unused_argv: Sequence[str]):
     local_jobs.run(MODULE, models, train_one, [f'--phases={",".join(phases)}'])
   if not local_jobs.is_shard():
     _report(scale, workdir)
+
+
+def check_study(workdir: pathlib.Path, given: Mapping[str, str]):
+  """Refuses a workdir whose points are of another scale or text; records those of a new one.
+
+  Args:
+    workdir: of the study.
+    given: values of the flags that decide what a point is, by name.
+
+  Raises:
+    errors.InputError: the points there were trained with other values.
+  """
+  path = workdir / 'study.json'
+  if path.exists():
+    old = json.loads(path.read_text(encoding='utf-8'))
+    changed = [
+      f'--{key}={given[key]} (was {old.get(key)})' for key in given if given[key] != old.get(key)
+    ]
+    errors.require(
+      not changed,
+      f'--workdir={workdir} holds points of another study: {", ".join(changed)}; give the old '
+      'values, or another --workdir',
+    )
+  else:
+    workdir.mkdir(parents=True, exist_ok=True)
+    atomic_files.write_text(path, json.dumps(dict(given), indent=2) + '\n')
 
 
 def _report(scale: study.Scale, workdir: pathlib.Path):

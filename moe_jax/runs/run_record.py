@@ -67,13 +67,17 @@ def _is_placement(line: str) -> bool:
   return any(key == name or key.startswith(f'{name}.') for name in PLACEMENT)
 
 
-def check_workdir(workdir: _Path, new_config: schema.Config, allow_change: bool) -> Differences:
+def check_workdir(
+  workdir: _Path, new_config: schema.Config, allow_change: bool, allow_longer: bool = True
+) -> Differences:
   """Makes sure that this run may use `workdir`; call before anything is compiled or written.
 
   Args:
     workdir: where the run writes.
     new_config: the resolved config of this start.
     allow_change: continue a run under another config (`--allow_config_change`).
+    allow_longer: more steps for a finished run are no change; a study, whose results of finished
+      runs are not computed again, passes False.
 
   Returns:
     Where `new_config` differs from the config in the workdir.
@@ -84,7 +88,9 @@ def check_workdir(workdir: _Path, new_config: schema.Config, allow_change: bool)
   """
   workdir = pathlib.Path(workdir)
   found = _changes(workdir / 'config.json', new_config, allow_change)
-  if prolongs(found.changes, new_config, lambda step: (workdir / 'checkpoints' / step).is_dir()):
+  if allow_longer and prolongs(
+    found.changes, new_config, lambda step: (workdir / 'checkpoints' / step).is_dir()
+  ):
     steps = new_config.train.num_steps
     longer = f'{found.changes[0]} (the learning rate goes on as that of a run of {steps} steps)'
     found = found._replace(changes=[longer])

@@ -89,3 +89,7 @@ def test_the_command_trains_and_resumes(tmp_path):
   assert done.stdout.count('max_vio_global') == 1
   record = json.loads((tmp_path / 'out/results.json').read_text())
   assert len(record['runs']) == 4
+  done = subprocess.run(
+    [*command, '--steps=22'], cwd=ROOT, capture_output=True, text=True, timeout=900
+  )
+  assert done.returncode == 2 and 'train.num_steps: 21 -> 22' in done.stderr

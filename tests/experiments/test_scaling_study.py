@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from configs import deepseek_llm_7b
-from experiments.scaling_laws import analyse, report, study, trainer
+from experiments.scaling_laws import analyse, phases, report, study, trainer
+from moe_jax import errors
 from moe_jax.config import parse
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.devices import partitioning
@@ -46,6 +47,14 @@ def test_a_step_with_rate_and_batch_as_arguments_is_the_ordinary_one(kind):
     )
   assert float(loss) == pytest.approx(float(figures.loss), rel=1e-5)
   tiny.assert_trees_close(got.params, want.params, rtol=1e-2, atol=2e-3)
+
+
+def test_points_of_another_text_are_not_taken(tmp_path):
+  given = {'scale': 'tiny', 'data_source': 'text', 'data_path': 'a.txt'}
+  for _ in range(2):
+    phases.check_study(tmp_path / 'study', given)
+  with pytest.raises(errors.InputError, match=r'--data_path=b.txt \(was a.txt\)'):
+    phases.check_study(tmp_path / 'study', {**given, 'data_path': 'b.txt'})
 
 
 def test_model_scale_has_the_papers_table():

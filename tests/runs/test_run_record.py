@@ -81,6 +81,8 @@ def test_a_finished_run_may_get_more_steps(tmp_path):
   (tmp_path / 'checkpoints' / str(CONFIG.train.num_steps)).mkdir(parents=True)
   (change,) = run_record.check_workdir(tmp_path, longer, allow_change=False).changes
   assert 'learning rate' in change
+  with pytest.raises(errors.InputError, match='train.num_steps'):  # a study has its results
+    run_record.check_workdir(tmp_path, longer, allow_change=False, allow_longer=False)
   write(tmp_path, longer)
   with pytest.raises(errors.InputError, match='train.num_steps'):  # fewer
     run_record.check_workdir(tmp_path, CONFIG, allow_change=False)
