@@ -1,8 +1,10 @@
 """Plants small bugs in the library, one at a time, and asks its tests: `python -m tests.mutation`.
 
 Every mutant is written into a copy of the tree; the tests of its module run (the file of the same
-name first, then others that import it) until one fails. A line of JSON per mutant goes to --out;
-a second call goes on where the first stopped. Not part of CI: it takes hours.
+name first, then others that import it, those that use the changed function first) until one fails.
+A line of JSON per mutant goes to --out; a second call goes on where the first stopped, also after
+edits of the library. `equivalent.txt` lists mutants that no test can or need tell from the program,
+with the reason, a line 'KEY :: WHY' each. Not part of CI: it takes hours.
 """
 
 import argparse
@@ -12,16 +14,14 @@ import os
 import pathlib
 import re
 import shutil
-import signal
 import subprocess
-import sys
 import tempfile
 import time
 
-from tests.mutation import mutants
+from tests.mutation import judge, mutants
 
 ROOT = pathlib.Path(__file__).parents[2]
-PYTEST = [sys.executable, '-m', 'pytest', '-n', '0', '-x', '-q', '-rfE', '-p', 'no:cacheprovider']
+EQUIVALENT = pathlib.Path(__file__).parent / 'equivalent.txt'
 
 
 def main():
@@ -29,34 +29,41 @@ def main():
   rooms = [room for room in args.rooms.split(',') if room]
   found = [m for path in modules(rooms) for m in mutants.of((ROOT / path).read_text(), path)]
   drawn = mutants.sample(found, args.count, args.seed)
-  print(f'{len(drawn)} of {len(found)} mutants of {len(modules(rooms))} modules')
-  out = pathlib.Path(args.out)
-  known = read(out)
+  print(f'{len(drawn)} of {len(found)} mutants of {len(modules(rooms))} modules', flush=True)
+  out, keys = pathlib.Path(args.out), {m.key for m in found}
+  known = {key: record for key, record in read(out).items() if key in keys}
   if args.again:
     drawn = [m for m in found if known.get(m.key, {}).get('result') in args.again.split(',')]
   else:
-    drawn = [m for m in drawn if m.key not in known]
+    drawn = [m for m in drawn if m.key not in known][: max(args.count - len(known), 0)]
   stop = time.monotonic() + 60 * args.minutes
+  judge.preload()
   with tempfile.TemporaryDirectory(prefix='moe_jax_mutants_') as folder:
+    if 'PYTEST_XDIST_WORKER' not in os.environ:  # compiled programs are shared by all forks
+      os.environ |= {
+        'PYTEST_XDIST_WORKER': 'gw0',
+        'JAX_COMPILATION_CACHE_DIR': f'{folder}/programs',
+      }
     tree = copy_of_the_tree(pathlib.Path(folder) / 'tree')
     for mutant in drawn:
       if time.monotonic() > stop:
         break
-      known[mutant.key] = record = judge(mutant, tree, args.timeout, args.files)
+      known[mutant.key] = record = verdict(mutant, tree, args.timeout, args.files)
       with out.open('a') as file:
         file.write(json.dumps(record) + '\n')
-      print(f'{record["result"]:9s}{record["seconds"]:6.0f} s  {mutant.key}  {record["by"]}')
+      line = f'{record["result"]:9s}{record["seconds"]:6.0f} s  {mutant.key}  {record["by"]}'
+      print(line, flush=True)
     broken = failing_without_a_mutant(known.values(), tree) if args.check else []
-  print(table(known.values(), broken))
+  print(table(known.values(), broken, equivalent()))
 
 
 def parser() -> argparse.ArgumentParser:
   """The command's flags."""
   flags = argparse.ArgumentParser(prog='python -m tests.mutation', description=__doc__)
-  flags.add_argument('--count', type=int, default=150, help='mutants to draw')
+  flags.add_argument('--count', type=int, default=150, help='mutants in all, with those of --out')
   flags.add_argument('--seed', type=int, default=0)
   flags.add_argument('--rooms', default='', help='models,training: those folders alone')
-  flags.add_argument('--timeout', type=float, default=300, help='seconds of tests per mutant')
+  flags.add_argument('--timeout', type=float, default=120, help='CPU seconds of tests per mutant')
   flags.add_argument('--minutes', type=float, default=1e9, help='begin no mutant after that')
   flags.add_argument('--files', type=int, default=4, help='test files per mutant at most')
   flags.add_argument('--out', default='mutants.jsonl')
@@ -87,12 +94,19 @@ def copy_of_the_tree(tree: pathlib.Path) -> pathlib.Path:
   return tree
 
 
+def equivalent() -> dict[str, str]:
+  """Why a mutant of that key is no bug."""
+  lines = EQUIVALENT.read_text().splitlines()
+  return {key: why for key, _, why in (line.rpartition(' :: ') for line in lines)}
+
+
 def tests_of(path: str, most: int) -> list[str]:
   """Test files of a module: the one of its own name, then importers, nearest folder first."""
   module = pathlib.PurePath(path)
   own = pathlib.PurePath('tests', *module.parts[1:-1], f'test_{module.name}')
-  package = '.'.join(module.parts[:-1])
-  imports = re.compile(rf'^from {re.escape(package)} import {module.stem}\b', re.MULTILINE)
+  parts = [part for part in module.with_suffix('').parts if part != '__init__']
+  package, name = '.'.join(parts[:-1]), parts[-1]
+  imports = re.compile(rf'^from {re.escape(package)} import (.*, )?{name}\b', re.MULTILINE)
   files = (p for p in (ROOT / 'tests').rglob('test_*.py') if imports.search(p.read_text()))
   others = sorted(p.relative_to(ROOT) for p in files)
   near = [p for p in others if p.parent == pathlib.Path(own.parent)]
@@ -100,24 +114,27 @@ def tests_of(path: str, most: int) -> list[str]:
   return [str(p) for p in dict.fromkeys(ordered)][:most]
 
 
-def judge(mutant: mutants.Mutant, tree: pathlib.Path, timeout: float, files: int) -> dict:
+def verdict(mutant: mutants.Mutant, tree: pathlib.Path, timeout: float, files: int) -> dict:
   """Plants one bug, runs tests until one fails, takes the bug out again."""
-  start = time.monotonic()
   path = tree / mutant.path
   source = path.read_text()
+  names = mutants.users(source, mutant.line)
   record = {'mutant': mutant.key, 'before': mutant.before, 'after': mutant.after}
-  record |= {'source': source.splitlines()[mutant.line - 1].strip(), 'result': 'survived', 'by': ''}
+  record |= {'result': 'survived', 'by': '', 'passed': 0, 'seconds': 0.0}
+  tests = tests_of(mutant.path, files)
   try:
     write(path, mutant.apply(source))
-    for name in tests_of(mutant.path, files):
-      left = timeout - (time.monotonic() - start)
-      code, by = run_tests([name], tree, left)
+    for group in filter(None, (tests[:1], tests[1:])):
+      left = max(timeout - record['seconds'], 1)
+      code, by, passed, cpu = judge.run(group, tree, names, left)
+      record['passed'] += passed
+      record['seconds'] = round(record['seconds'] + cpu, 1)
       if code not in (0, 5):  # 5: every test of the file is slow
-        record |= {'result': 'timeout' if code is None else 'killed', 'by': by or name}
+        record |= {'result': 'timeout' if code is None else 'killed', 'by': by or group[0]}
         break
   finally:
     write(path, source)
-  return record | {'seconds': round(time.monotonic() - start, 1)}
+  return record
 
 
 def write(path: pathlib.Path, source: str):
@@ -127,48 +144,30 @@ def write(path: pathlib.Path, source: str):
     stale.unlink()
 
 
-def run_tests(names: list[str], tree: pathlib.Path, timeout: float) -> tuple[int | None, str]:
-  """(exit code, or None past the limit; the first test that failed)."""
-  process = subprocess.Popen(
-    [*PYTEST, *names],
-    cwd=tree,
-    env=os.environ | {'PYTHONPATH': str(tree)},
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-    start_new_session=True,
-  )
-  try:
-    out, _ = process.communicate(timeout=max(timeout, 1))
-  except subprocess.TimeoutExpired:
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    return None, ''
-  failed = re.findall(r'^(?:FAILED|ERROR) (\S+)', out, re.MULTILINE)
-  return process.returncode, failed[0] if failed else ''
-
-
 def failing_without_a_mutant(records, tree: pathlib.Path) -> list[str]:
   """Killing tests that fail on the library as it is: what they killed counts for nothing."""
   killers = sorted({r['by'] for r in records if r['result'] == 'killed' and '::' in r['by']})
-  return [name for name in killers if run_tests([name], tree, 600)[0] != 0]
+  return [name for name in killers if judge.run([name], tree, set(), 600)[0] != 0]
 
 
-def table(records, broken: list[str]) -> str:
-  """Counts by room, and the survivors in full."""
+def table(records, broken: list[str], equivalent: dict[str, str]) -> str:
+  """Counts by room, and what was not killed in full."""
   rooms: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+  lines = []
   for record in records:
     result = 'doubtful' if record['by'] in broken else record['result']
-    for room in (record['mutant'].split('/')[1].split(':')[0], 'all'):
-      rooms[room][result] += 1
-  results = ('killed', 'survived', 'timeout', 'doubtful')
+    why = equivalent.get(record['mutant'], '') if record['result'] != 'killed' else ''
+    result = 'equivalent' if why else result
+    room = record['mutant'].partition(' :: ')[0].split('/')[1]
+    for name in (room, 'all'):
+      rooms[name][result] += 1
+    if result != 'killed':
+      change = f'`{record["before"]}` -> `{record["after"]}`'
+      lines.append(f'{result} {record["mutant"]} {change} {why}')
+  results = ('killed', 'survived', 'timeout', 'equivalent', 'doubtful')
   rows = ['| room | ' + ' | '.join(results) + ' |', '|---|' + '---:|' * len(results)]
   rows += [f'| {r} | ' + ' | '.join(str(c[k]) for k in results) + ' |' for r, c in rooms.items()]
-  for record in records:
-    if record['result'] != 'killed':
-      change = f'`{record["before"]}` -> `{record["after"]}`'
-      rows.append(f'{record["result"]} {record["mutant"]} {change} in `{record["source"]}`')
-  return '\n'.join(rows)
+  return '\n'.join(rows + lines)
 
 
 if __name__ == '__main__':

@@ -4,9 +4,10 @@ What a reader of the program never computes with is left alone: docstrings, anno
 """
 
 import ast
+import collections
 import dataclasses
-import random
-from collections.abc import Iterator
+import hashlib
+import zlib
 
 COMPARE = {
   ast.Lt: '<=',
@@ -39,18 +40,17 @@ MESSAGES = ('InputError', 'print', 'warn', 'warning', 'info', 'debug', 'error', 
 
 @dataclasses.dataclass(frozen=True)
 class Mutant:
+  """One edit. Its key has no line number: it survives edits elsewhere in the module."""
+
   path: str
   line: int
-  column: int
   kind: str
   start: int  # characters of the source that are replaced
   end: int
   before: str
   after: str
-
-  @property
-  def key(self) -> str:
-    return f'{self.path}:{self.line}:{self.column}:{self.kind}'
+  source: str  # the line of `start`, stripped
+  key: str  # 'path :: kind@column :: source', and '#2' for the second of that name
 
   def apply(self, source: str) -> str:
     return source[: self.start] + self.after + source[self.end :]
@@ -60,19 +60,47 @@ def of(source: str, path: str) -> list[Mutant]:
   """Every mutant of a module's source that still parses, in the order of the text."""
   finder = _Finder(source)
   finder.visit(ast.parse(source))
-  found = []
-  for kind, start, end, after in finder.found:
-    line, column = source.count('\n', 0, start) + 1, start - source.rfind('\n', 0, start) - 1
-    mutant = Mutant(path, line, column, kind, start, end, source[start:end], after)
+  found, seen = [], collections.Counter()
+  for kind, start, end, after in sorted(finder.found, key=lambda f: (f[1], f[0])):
+    text = source[source.rfind('\n', 0, start) + 1 :].partition('\n')[0]
+    column = start - source.rfind('\n', 0, start) - 1 - (len(text) - len(text.lstrip()))
+    before = source[start:end]
+    long = f'~{zlib.crc32(before.encode()):08x}' if '\n' in before else ''
+    key = f'{path} :: {kind}@{column}{long} :: {text.strip()}'
+    seen[key] += 1
+    key += f' #{seen[key]}' if seen[key] > 1 else ''
+    line = source.count('\n', 0, start) + 1
+    mutant = Mutant(path, line, kind, start, end, before, after, text.strip(), key)
     try:
       ast.parse(mutant.apply(source))
     except SyntaxError:
       continue  # an edit across brackets or lines that Python does not read
     found.append(mutant)
-  return sorted(found, key=lambda m: (m.start, m.kind))
+  return found
 
 
-def _name(func: ast.expr) -> str:
+def users(source: str, line: int) -> set[str]:
+  """Names of the functions and classes around a line, and of those of the module that use them."""
+  tree = ast.parse(source)
+  kinds = (ast.FunctionDef, ast.ClassDef)
+  named = [node for node in ast.walk(tree) if isinstance(node, kinds)]
+  inside = {n.name for n in named if n.lineno <= line <= (n.end_lineno or line)}
+  inside |= {
+    target.id
+    for node in tree.body
+    if isinstance(node, ast.Assign) and node.lineno <= line <= (node.end_lineno or line)
+    for target in node.targets
+    if isinstance(target, ast.Name)
+  }
+  mentioned = {n.name: {_name(inner) for inner in ast.walk(n)} for n in named}
+  while True:
+    more = {name for name, uses in mentioned.items() if uses & inside} - inside
+    if not more:
+      return inside
+    inside |= more
+
+
+def _name(func: ast.AST) -> str:
   return getattr(func, 'attr', getattr(func, 'id', ''))
 
 
@@ -207,8 +235,11 @@ class _Finder(ast.NodeVisitor):
     self.generic_visit(node)
 
 
-def sample(found: Iterator[Mutant] | list[Mutant], count: int, seed: int) -> list[Mutant]:
-  """`count` of them, drawn without replacement; a larger count begins with the smaller one's."""
-  found = list(found)
-  random.Random(seed).shuffle(found)
-  return found[:count]
+def sample(found: list[Mutant], count: int, seed: int) -> list[Mutant]:
+  """`count` of them, drawn without replacement by a digest of their keys.
+
+  A larger count begins with the smaller one's, and so does the draw from an edited source, but for
+  the mutants that the edit took away or brought.
+  """
+  digests = {m.key: hashlib.sha256(f'{seed} {m.key}'.encode()).digest() for m in found}
+  return sorted(found, key=lambda m: digests[m.key])[:count]

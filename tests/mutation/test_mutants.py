@@ -3,6 +3,7 @@
 import ast
 import pathlib
 
+from tests.mutation import __main__ as command
 from tests.mutation import mutants
 
 SOURCE = '''"""At most 3."""
@@ -44,3 +45,30 @@ def test_every_mutant_is_another_program_with_a_key_of_its_own():
     assert ast.dump(ast.parse(mutant.apply(source))) != ast.dump(ast.parse(source))
   assert len({m.key for m in found}) == len(found)
   assert mutants.sample(found, 20, 1)[:10] == mutants.sample(found, 10, 1)
+
+
+def test_keys_and_the_draw_survive_edits_elsewhere():
+  found, edited = mutants.of(SOURCE, 'a.py'), mutants.of('N = 1\n' + SOURCE, 'a.py')
+  assert [m.key for m in found] == [m.key for m in edited][1:]
+  drawn = [m.key for m in mutants.sample(edited, len(edited), 0) if not m.key.endswith(' N = 1')]
+  assert drawn == [m.key for m in mutants.sample(found, len(found), 0)]
+  assert [m.key for m in mutants.of('x = 1\nx = 1\n', 'a.py')] == [
+    'a.py :: constant@4 :: x = 1',
+    'a.py :: constant@4 :: x = 1 #2',
+  ]
+
+
+def test_the_functions_that_use_a_line():
+  source = 'LIMIT = 3\ndef a():\n  return LIMIT\ndef b():\n  return a()\ndef c():\n  return 1\n'
+  assert mutants.users(source, 1) == {'LIMIT', 'a', 'b'}
+  assert mutants.users(source, 7) == {'c'}
+
+
+def test_the_table_counts_a_listed_survivor_as_equivalent():
+  records = [
+    {'mutant': 'moe_jax/data/a.py :: x', 'before': '1', 'after': '2', 'by': by, 'result': result}
+    for by, result in (('t', 'killed'), ('', 'survived'), ('u', 'killed'))
+  ]
+  text = command.table(records, ['u'], {'moe_jax/data/a.py :: x': 'of no weight'})
+  assert '| all | 1 | 0 | 0 | 1 | 1 |' in text
+  assert 'equivalent moe_jax/data/a.py :: x `1` -> `2` of no weight' in text
