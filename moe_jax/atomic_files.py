@@ -37,15 +37,36 @@ def write_bytes(path: str | os.PathLike[str], data: bytes):
   """
   path = pathlib.Path(path)
   temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+  with told_if_full(path, len(data)):
+    try:
+      temporary.write_bytes(data)
+      os.replace(temporary, path)
+    except OSError:
+      with contextlib.suppress(OSError):  # the failure above is the one to tell of
+        temporary.unlink(missing_ok=True)
+      raise
+
+
+@contextlib.contextmanager
+def told_if_full(path: str | os.PathLike[str], needed: int) -> Iterator[None]:
+  """Turns what a write of `needed` bytes raises for a disk without room into `disk_full`."""
   try:
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
-  except OSError as e:
-    with contextlib.suppress(OSError):  # the failure above is the one to tell of
-      temporary.unlink(missing_ok=True)
-    if e.errno in _FULL:
-      raise disk_full(path, len(data)) from e
-    raise
+    yield
+  except Exception as e:
+    if isinstance(e, errors.InputError) or not is_disk_full(e):
+      raise
+    raise disk_full(path, needed) from e
+
+
+@contextlib.contextmanager
+def dispensable(path: str | os.PathLike[str]) -> Iterator[None]:
+  """Warns where a file cannot be written that a run can do without, and goes on behind the body."""
+  try:
+    yield
+  except (OSError, errors.InputError) as e:
+    if not isinstance(e, OSError) and not isinstance(e.__cause__, OSError):
+      raise
+    logging.warning(f'{path} cannot be written, and the run goes on without: {e}')
 
 
 def is_disk_full(error: BaseException | None) -> bool:
@@ -62,7 +83,8 @@ def is_disk_full(error: BaseException | None) -> bool:
 def disk_full(path: str | os.PathLike[str], needed: int) -> errors.InputError:
   """The error of a write of `needed` bytes for which a disk has no room; names place and sizes."""
   path = pathlib.Path(path)
-  free = shutil.disk_usage(path.parent).free
+  there = next(place for place in path.absolute().parents if place.exists())
+  free = shutil.disk_usage(there).free
   return errors.InputError(
     f'no room on the disk for {path}: {needed:,} bytes are needed and {free:,} are free; make room '
     'and give the same command again'

@@ -45,6 +45,30 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing_behind(tmp_path, monk
   assert path.read_text() == 'old' and os.listdir(tmp_path) == ['a.txt']
 
 
+def test_where_a_disk_is_full_that_is_said_though_the_directory_is_not_there_yet(tmp_path):
+  with (
+    pytest.raises(errors.InputError, match=r'no room .*c\.png: 1,234 bytes are needed'),
+    atomic_files.told_if_full(tmp_path / 'a/b/c.png', 1234),
+    open('/dev/full', 'w') as full,
+  ):
+    full.write('x')
+  with pytest.raises(KeyError), atomic_files.told_if_full(tmp_path / 'a', 1):
+    raise KeyError('a')
+
+
+def test_a_run_goes_on_without_what_is_dispensable(tmp_path, caplog):
+  for number in (errno.ENOSPC, errno.EACCES):
+    with atomic_files.dispensable('plots'):
+      raise OSError(number, os.strerror(number))
+    assert os.strerror(number) in caplog.text
+  with atomic_files.dispensable('plots'), atomic_files.told_if_full(tmp_path / 'a', 1):
+    raise OSError(errno.ENOSPC, 'full')
+  assert caplog.text.count('plots cannot be written, and the run goes on') == 3
+  for error in (errors.InputError('of the user'), ValueError('of ours')):
+    with pytest.raises(ValueError, match='of'), atomic_files.dispensable('plots'):
+      raise error
+
+
 def lock_twice(workdir):
   with atomic_files.lock(workdir), atomic_files.lock(workdir):
     pass

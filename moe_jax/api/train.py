@@ -9,7 +9,7 @@ import ml_collections
 from moe_jax import errors, trees
 from moe_jax.api import run as run_lib
 from moe_jax.config import pages, parse, paths, schema
-from moe_jax.runs import final_report, terminal, train_run
+from moe_jax.runs import final_report, goodput, terminal, train_run
 
 Config = str | ml_collections.ConfigDict | Mapping[str, Any] | schema.Config
 
@@ -55,6 +55,8 @@ def train(
     )
   elif report:
     final_report.finish(trained, corpus, workdir, say)
+  else:
+    say(goodput.text(goodput.read(workdir)))
   return run_lib.Run(trained, workdir)
 
 

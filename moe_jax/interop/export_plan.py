@@ -51,10 +51,14 @@ class Plan:
     # Biases are sums of many small steps; no reader has them in another dtype.
     return 'F32' if entry.leaf.startswith('router_state/') else self.dtype
 
+  @property
+  def num_bytes(self) -> int:
+    """Bytes of all tensors."""
+    return sum(spec.num_bytes for spec in self.specs)
+
   def write(self, directory: pathlib.Path, read: ReadLeaf, shard_bytes: int):
     """Writes the tensors, and an index if there are several files."""
     dtype_of = {spec.name: safetensors_files.DTYPES[spec.dtype] for spec in self.specs}
-    total = sum(spec.num_bytes for spec in self.specs)
 
     def parts(bar: tqdm.tqdm) -> Iterator[np.ndarray]:
       for entry in self.entries:
@@ -68,7 +72,7 @@ class Plan:
         yield entry.to_hf(values)
         bar.update(values.nbytes)
 
-    with progress(total, f'export {self.family}') as bar:
+    with progress(self.num_bytes, f'export {self.family}') as bar:
       safetensors_files.write(directory, self.specs, parts(bar), shard_bytes=shard_bytes)
 
 

@@ -134,7 +134,7 @@ def save(
   content = (
     dict(hf) if hf is not None else hf_config_export.from_config(cfg) | export_plan.dtype_key(plan)
   )
-  with _staged(pathlib.Path(directory), '--to_hf') as staging:
+  with _staged(pathlib.Path(directory), '--to_hf', plan.num_bytes) as staging:
     _write_json(staging / 'config.json', content)
     plan.write(staging, lambda name, index: leaves[name][index], shard_bytes)
 
@@ -181,7 +181,8 @@ def import_checkpoint(
     'tokenizer': trained_run.digest(tokenizer),
   }
   leaves = source_lib.abstract_leaves(cfg.model)
-  with _staged(workdir, '--workdir') as staging:
+  num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(leaves))
+  with _staged(workdir, '--workdir', num_bytes) as staging:
     with (
       stream_writer.Writer(staging / 'checkpoints', 0, leaves, meta) as writer,
       _progress(source, 'import') as bar,
@@ -253,7 +254,7 @@ def export_checkpoint(
     plan = export_plan.Plan(cfg.model, leaves, layout, dtype)
     content, changed = export_plan.config_json(kept, cfg, plan, record, untied, bool(reader.step))
     same = record is not None and not changed
-    with _staged(directory, '--to_hf') as staging:
+    with _staged(directory, '--to_hf', plan.num_bytes) as staging:
       _copy_small_files(workdir, staging, cfg, record is not None, say)
       if not same:
         _write_json(staging / 'config.json', content)
@@ -309,13 +310,14 @@ def _progress(source: source_lib.Source, doing: str) -> tqdm.tqdm:
 
 
 @contextlib.contextmanager
-def _staged(target: pathlib.Path, flag: str) -> Iterator[pathlib.Path]:
+def _staged(target: pathlib.Path, flag: str, needed: int) -> Iterator[pathlib.Path]:
   """A temporary directory, renamed to `target` on success and removed on an exception.
 
   What a killed process left behind is cleared by the next one.
 
   Raises:
-    errors.InputError: the target is in use, or cannot be made.
+    errors.InputError: the target is in use, or cannot be made, or its disk has no room for the
+      tensors, which are `needed` bytes.
   """
   absolute = pathlib.Path(os.path.abspath(target))
   staging = absolute.with_name(f'.{absolute.name}.converting')
@@ -330,7 +332,7 @@ def _staged(target: pathlib.Path, flag: str) -> Iterator[pathlib.Path]:
     raise errors.InputError(
       f'{flag}={target} cannot be made ({e.strerror or e}); choose another place'
     ) from e
-  with atomic_files.lock(staging):
+  with atomic_files.told_if_full(target, needed), atomic_files.lock(staging):
     try:
       for path in staging.iterdir():
         if path.name != '.lock':

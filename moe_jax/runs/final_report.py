@@ -4,6 +4,7 @@ import gzip
 import json
 import lzma
 import pathlib
+import time
 
 import jax
 
@@ -14,7 +15,7 @@ from moe_jax.data import corpus as corpus_lib
 from moe_jax.inference import generate
 from moe_jax.inference import sampling as sampling_lib
 from moe_jax.processes import agreement
-from moe_jax.runs import metric_log, plots, trained_run
+from moe_jax.runs import goodput, metric_log, plots, trained_run
 from moe_jax.training import evaluate
 
 
@@ -77,10 +78,13 @@ def finish(
 
   All processes evaluate; the first then writes, while the others wait for it.
   """
-  first = agreement.is_first()
+  first, began = agreement.is_first(), time.perf_counter()
   figures = evaluate.evaluate(run.cfg, run.variables, corpus, run.mesh, progress=first)
+  evaluated = time.perf_counter()
   if first:
     _write(run, corpus, workdir, figures, say)
+    spent = {'evaluation': evaluated - began, 'other': time.perf_counter() - evaluated}
+    say(goodput.text(goodput.add(workdir, spent)))
   agreement.wait_for_all()
   return figures
 
@@ -97,7 +101,9 @@ def _write(
   atomic_files.write_text(workdir / 'evaluation.json', json.dumps(record, indent=2) + '\n')
   if figures.routing is not None:
     routing_figures.write(workdir / 'routing' / 'heldout.npz', figures.routing)
-  written = draw(run.cfg, workdir, run.step, figures)
+  written = []
+  with atomic_files.dispensable(workdir / 'plots'):
+    written = draw(run.cfg, workdir, run.step, figures)
   others = ', '.join(f'{name} {value:.3f}' for name, value in baselines.items())
   say(f'held-out: {figures}')
   say(f'held-out: bits per byte of the same {corpus.heldout.num_bytes:,} bytes: {others}')

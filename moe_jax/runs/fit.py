@@ -59,8 +59,7 @@ def fit(
   """
   cfg = members[0].cfg
   train, timer = cfg.train, step_timer(cfg)
-  spent = goodput.read(members[0].workdir)
-  spent['restart'] += time.perf_counter() - began
+  spent = goodput.begin(members[0].workdir, time.perf_counter() - began)
   start = int(jnp.ravel(state.step)[0])  # of several seeds all are the same
   stops = agreement.StopAgreement(mesh, loop.MAX_IN_FLIGHT)
   between_batches = agreement.StopAgreement(mesh, 0)
@@ -96,11 +95,15 @@ def fit(
       num_steps=train.num_steps,
       stop_requested=lambda: stops.after_step(stop.name),
     )
-  checkpointer.wait()
+  with timer.saving():
+    checkpointer.wait()
   if last is None:
     return state, ''
+  times.write(saved=True)
+  if last.complete:
+    return last.state, ''
   say(goodput.text(times.seconds()))
-  return last.state, '' if last.complete else last.stopped_by
+  return last.state, last.stopped_by
 
 
 def step_timer(cfg: schema.Config) -> step_timer_lib.StepTimer:

@@ -2,7 +2,7 @@
 
 `WORKDIR/goodput.json` holds the seconds of every phase. What was trained after the last save of a
 start that was killed is done anew by the next one, so it counts as `restart`, as does the time of
-each start until the loop begins.
+each later start until the loop begins; that of the first is `start-up`.
 """
 
 import dataclasses
@@ -14,18 +14,41 @@ from moe_jax import atomic_files
 from moe_jax.training import loop, step_timer
 
 NAME = 'goodput.json'
-KEYS: tuple[str, ...] = (*step_timer.PHASES, 'restart')
+KEYS: tuple[str, ...] = (*step_timer.PHASES, 'start-up', 'restart')
 
 
 def read(workdir: pathlib.Path) -> dict[str, float]:
   """Seconds of `KEYS` of a run's earlier starts; 0 where there is no file, or none of ours."""
   try:
     record = json.loads((workdir / NAME).read_text(encoding='utf-8'))
-    seconds, saved = ({key: float(record[part][key]) for key in KEYS} for part in ('all', 'saved'))
-  except (FileNotFoundError, ValueError, KeyError, TypeError):
+    seconds, saved = (
+      {key: float(record[part].get(key, 0.0)) for key in KEYS} for part in ('all', 'saved')
+    )
+  except (OSError, ValueError, KeyError, TypeError, AttributeError):
     return dict.fromkeys(KEYS, 0.0)
   lost = seconds['steps'] - saved['steps']
   return seconds | {'steps': saved['steps'], 'restart': seconds['restart'] + lost}
+
+
+def begin(workdir: pathlib.Path, spent: float) -> dict[str, float]:
+  """Seconds of the earlier starts, and `spent` ones of this start until its loop."""
+  seconds = read(workdir)
+  seconds['restart' if any(seconds.values()) else 'start-up'] += spent
+  return seconds
+
+
+def add(workdir: pathlib.Path, spent: Mapping[str, float]) -> dict[str, float]:
+  """Adds what a finished run did behind its loop to the file; returns the seconds of `KEYS`."""
+  seconds = read(workdir)
+  seconds |= {key: seconds[key] + value for key, value in spent.items()}
+  with atomic_files.dispensable(workdir / NAME):
+    _write(workdir, seconds, seconds)
+  return seconds
+
+
+def _write(workdir: pathlib.Path, seconds: Mapping[str, float], saved: Mapping[str, float]):
+  record = {'all': dict(seconds), 'saved': dict(saved)}
+  atomic_files.write_text(workdir / NAME, json.dumps(record) + '\n')
 
 
 def text(seconds: Mapping[str, float]) -> str:
@@ -47,6 +70,7 @@ class Goodput:
   is_due: Callable[[int], bool]  # whether something is logged at a step
   is_saved: Callable[[int], bool]  # whether its state is saved
   _saved: Mapping[str, float] | None = None  # seconds at the last save
+  _failed: bool = False  # said once, and not tried again
 
   def seconds(self) -> dict[str, float]:
     """Seconds of `KEYS`, all starts together."""
@@ -56,11 +80,18 @@ class Goodput:
   def after_step(self, report: loop.StepReport):
     """Writes the file when a line is logged, and after a save."""
     saved = report.last or self.is_saved(report.step)
-    if not (saved or self.is_due(report.step)):
-      return
+    if saved or self.is_due(report.step):
+      self.write(saved)
+
+  def write(self, saved: bool):
+    """Writes the file; `saved`: so is the state of the run."""
     seconds = self.seconds()
     if saved:
       self._saved = seconds
-    record = {'all': seconds, 'saved': self._saved or self.before}
-    for workdir in self.workdirs:
-      atomic_files.write_text(workdir / NAME, json.dumps(record) + '\n')
+    if self._failed:
+      return
+    self._failed = True
+    with atomic_files.dispensable(NAME):
+      for workdir in self.workdirs:
+        _write(workdir, seconds, self._saved or self.before)
+      self._failed = False

@@ -3,16 +3,18 @@
 `MetricWriter` appends one JSON object per logged step and can be resumed without duplicates.
 """
 
+import contextlib
 import json
 import math
 import os
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
-import tensorboardX
 from absl import logging
+from tensorboardX import event_file_writer, summary
+from tensorboardX.proto import event_pb2
 
 from moe_jax import atomic_files
 
@@ -33,6 +35,7 @@ KEYS = (
   'save_stall_share',
   'skipped_steps',
 )
+_PROTO: Any = event_pb2  # its classes are made as it is imported
 _Path = str | os.PathLike[str]
 
 
@@ -54,19 +57,17 @@ class MetricWriter:
     path = workdir / 'metrics.jsonl'
     if path.exists():
       _drop_after(path, resume_step)
-    self._file = path.open('a', encoding='utf-8')
-    # The suffix keeps two writers that start within one second out of each other's file, in order.
-    self._events = tensorboardX.SummaryWriter(
-      str(workdir / 'tensorboard'),
-      purge_step=resume_step + 1,
-      filename_suffix=f'.{time.time_ns()}',
-    )
+    self._path, self._file = path, path.open('ab', buffering=0)
+    self._events = _Events(workdir / 'tensorboard', resume_step + 1)
 
   def write(self, metrics: Mapping[str, float | None]):
     """Appends one step; the keys must be exactly `KEYS`, None where there is nothing to say.
 
     Numbers are written with all their digits, so that equal lines mean bit-identical losses. JSON
     has no infinity and no NaN: they become null.
+
+    Raises:
+      errors.InputError: the disk is full.
     """
     if set(metrics) != set(KEYS):
       wrong = sorted(set(metrics) ^ set(KEYS))
@@ -75,24 +76,71 @@ class MetricWriter:
       return
     step = int(cast(float, metrics['step']))
     line = {'step': step, **{key: _json_number(metrics[key]) for key in KEYS[1:]}}
-    self._file.write(json.dumps(line, allow_nan=False) + '\n')
-    self._file.flush()
+    data = (json.dumps(line, allow_nan=False) + '\n').encode()
+    with atomic_files.told_if_full(self._path, len(data)):
+      while data:
+        data = data[self._file.write(data) :]
     self.write_scalars(step, {key: value for key, value in metrics.items() if key != 'step'})
 
   def write_scalars(self, step: int, scalars: Mapping[str, float | None]):
     """Adds scalars to TensorBoard only (held-out loss and the like); None is left out."""
     if not self._enabled:
       return
-    for name, value in scalars.items():
-      if value is not None:
-        self._events.add_scalar(name, float(value), int(step))
-    self._events.flush()
+    self._events.write(step, scalars)
 
   def close(self):
     """Closes both files."""
     if self._enabled:
       self._file.close()
       self._events.close()
+
+
+class _Events:
+  """A file of TensorBoard events, written by the caller: no thread that an error would end.
+
+  Where the file cannot be written that is said once, and the run goes on without.
+  """
+
+  def __init__(self, directory: pathlib.Path, first_step: int):
+    self._writer, self._directory = None, directory
+    session = _PROTO.SessionLog(status=_PROTO.SessionLog.START)
+    with self._going_on():
+      directory.mkdir(parents=True, exist_ok=True)
+      # The suffix keeps writers that start within one second out of each other's file, in order.
+      self._writer = event_file_writer.EventsWriter(str(directory / 'events'), f'.{time.time_ns()}')
+      # Hides what an earlier start has written of this step and later ones.
+      self._writer.write_event(_PROTO.Event(step=first_step, session_log=session))
+
+  def write(self, step: int, scalars: Mapping[str, float | None]):
+    """Adds what is not None, and has it on the disk."""
+    if self._writer is None:
+      return
+    event = _PROTO.Event(wall_time=time.time(), step=int(step))
+    for name, value in scalars.items():
+      if value is not None:
+        event.summary.MergeFrom(summary.scalar(name, float(value)))
+    with self._going_on():
+      self._writer.write_event(event)
+      self._writer.flush()
+
+  def close(self):
+    if self._writer is not None:
+      with self._going_on():
+        self._writer.close()
+
+  @contextlib.contextmanager
+  def _going_on(self) -> Iterator[None]:
+    try:
+      yield
+    except OSError as e:
+      logging.warning(
+        f'{self._directory} cannot be written ({e.strerror or e}): TensorBoard gets no more events '
+        'of this start, metrics.jsonl has all of them'
+      )
+      writer, self._writer = self._writer, None
+      if writer is not None:
+        with contextlib.suppress(OSError):  # what it still holds
+          writer.close()
 
 
 def read_metrics(workdir: _Path) -> list[dict[str, Any]]:

@@ -338,9 +338,10 @@ def _annotate_last(axes: Any, point: tuple[int, float]):
 def save(fig: figure.Figure, path: _Path):
   """Writes a figure as PNG, whole or not at all."""
   path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
   png = io.BytesIO()
   plot_text.make_plain(fig)
   backend_agg.FigureCanvasAgg(fig)
   fig.savefig(png, format='png', dpi=130)
+  with atomic_files.told_if_full(path, len(png.getvalue())):
+    path.parent.mkdir(parents=True, exist_ok=True)
   atomic_files.write_bytes(path, png.getvalue())

@@ -5,6 +5,7 @@ import jax
 import numpy as np
 import pytest
 
+from moe_jax import errors
 from moe_jax.checkpoints import checkpointer as checkpointer_lib
 from moe_jax.checkpoints import stream_reader, stream_writer
 from moe_jax.config import parse
@@ -44,6 +45,18 @@ def test_the_workdir_is_a_run(imported):
   assert {p.name for p in workdir.iterdir()} == {
     *('config.json', 'tokenizer.json', 'hf', 'checkpoints')
   }
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_behind(tmp_path):
+  target = tmp_path / 'exported'
+  with (
+    pytest.raises(errors.InputError, match=r'no room .*exported: 5,000 bytes are needed and'),
+    huggingface._staged(target, '--to_hf', 5000) as staging,
+    (staging / 'config.json').open('w'),
+    open('/dev/full', 'w') as full,
+  ):
+    full.write('x')
+  assert not list(tmp_path.iterdir())
 
 
 OWN = [

@@ -1,11 +1,15 @@
 """`finish` and `draw` are tested with a whole run in test_run.py."""
 
+import errno
 import gzip
 import random
+import types
 
 import pytest
 
-from moe_jax.runs import final_report
+from moe_jax.runs import final_report, goodput
+from moe_jax.training import evaluate
+from tests import tiny
 
 
 def test_compressors_report_bits_per_byte():
@@ -16,3 +20,28 @@ def test_compressors_report_bits_per_byte():
   expected = 8 * len(gzip.compress(text, 9)) / len(text)
   found = final_report.compressed_bits_per_byte(text)
   assert found['gzip -9'] == pytest.approx(expected) and 0 < found['xz -9'] < 0.1
+
+
+def test_a_report_without_room_for_plots_is_whole_and_its_time_is_counted(
+  tmp_path, monkeypatch, caplog
+):
+  figures = types.SimpleNamespace(as_dict=lambda step: {'step': step}, loss=3.0, routing=None)
+  monkeypatch.setattr(evaluate, 'evaluate', lambda *args, **kwargs: figures)
+  clock = iter([10.0, 17.0, 19.0])
+  monkeypatch.setattr(final_report.time, 'perf_counter', lambda: next(clock))
+
+  def full(*unused):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  monkeypatch.setattr(final_report.plots, 'loss_curve', full)
+  cfg = tiny.make(train__sample_prompt='')
+  run = types.SimpleNamespace(cfg=cfg, variables=None, mesh=None, step=3)
+  heldout = types.SimpleNamespace(num_bytes=3)
+  corpus = types.SimpleNamespace(heldout_bytes=lambda: b'abc', heldout=heldout)
+  said = []
+  final_report.finish(run, corpus, tmp_path, said.append)
+  assert (tmp_path / 'evaluation.json').exists() and 'No space left' in caplog.text
+  assert said[-2].startswith('wrote: ') and 'plots' not in said[-2]
+  seconds = goodput.read(tmp_path)
+  assert (seconds['evaluation'], seconds['other']) == (7.0, 2.0)
+  assert said[-1] == goodput.text(seconds)

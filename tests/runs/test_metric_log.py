@@ -1,10 +1,15 @@
 import json
 import math
+import os
+import pathlib
+import threading
 
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
+from tensorboardX import record_writer
 
+from moe_jax import errors
 from moe_jax.runs import metric_log
 
 
@@ -116,6 +121,34 @@ def test_tensorboard_opens_the_events_without_duplicates(tmp_path):
   loss = [(e.step, np.float32(e.value)) for e in events.Scalars('loss')]
   assert loss == [(step, np.float32(10 / (step + 1))) for step in (10, 20, 30)]
   assert [e.step for e in events.Scalars('max_vio')] == [10, 20]
+
+
+def test_a_run_goes_on_where_events_find_no_room_and_says_so_once(tmp_path, monkeypatch, caplog):
+  full = pathlib.Path('/dev/full')
+  monkeypatch.setattr(record_writer, 'open_file', lambda path: full.open('wb'))
+  write(tmp_path, [1, 2, 3])
+  assert metric_log.read_metrics(tmp_path) == [line(step) for step in (1, 2, 3)]
+  assert caplog.text.count('cannot be written (No space left on device)') == 1
+
+
+def test_metrics_that_find_no_room_are_one_line(tmp_path):
+  writer = metric_log.MetricWriter(tmp_path, resume_step=0, enabled=True)
+  writer.write(line(1))
+  with pathlib.Path('/dev/full').open('ab', buffering=0) as full:
+    os.dup2(full.fileno(), writer._file.fileno())
+  with pytest.raises(errors.InputError, match=r'no room .*metrics\.jsonl: 2\d\d bytes are needed'):
+    writer.write(line(2))
+  writer.close()
+  assert metric_log.read_metrics(tmp_path) == [line(1)]
+
+
+def test_the_writer_starts_no_thread_and_leaves_no_file_open(tmp_path):
+  threads, handles = threading.active_count(), len(os.listdir('/proc/self/fd'))
+  writer = metric_log.MetricWriter(tmp_path, resume_step=0, enabled=True)
+  writer.write(line(1))
+  assert threading.active_count() == threads
+  writer.close()
+  assert len(os.listdir('/proc/self/fd')) == handles
 
 
 def test_format_line():
