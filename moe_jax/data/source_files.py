@@ -60,14 +60,15 @@ def split(path: str) -> list[str]:
   """The names in a path: between commas, but for commas of something that exists as a whole."""
   parts, found = path.split(','), []
   while parts:
-    whole = (n for n in range(len(parts), 1, -1) if _exists(','.join(parts[:n]).strip()))
+    whole = (n for n in range(len(parts), 1, -1) if exists(','.join(parts[:n]).strip()))
     count = next(whole, 1)
     found.append(','.join(parts[:count]).strip())
     parts = parts[count:]
   return [name for name in found if name]
 
 
-def _exists(name: str) -> bool:
+def exists(name: str) -> bool:
+  """Whether a name, or a glob, is of something that is there."""
   place = pathlib.Path(os.path.expanduser(name))
   return os.path.exists(place) or (has_magic(name) and bool(_matches(place)[1]))
 

@@ -1,8 +1,8 @@
 """What a run was: `config.json` in its workdir, and whether a second start is the same run.
 
-The record holds the resolved config, package versions, the git commit, the command line and the
-fingerprint of the data. A record that differs from the one on disk never replaces it: the old one
-is kept as `config.<k>.json`.
+The record holds the resolved config, package versions, the git commit, the command line, the
+fingerprint of the data and the working directory. A record that differs from the one on disk never
+replaces it: the old one is kept as `config.<k>.json`.
 """
 
 import importlib.metadata
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import moe_jax
 from moe_jax import atomic_files, errors, trees
 from moe_jax.config import moe_config, parse, schema
+from moe_jax.runs import working_directory
 
 PACKAGES = (
   'jax',
@@ -146,6 +147,7 @@ def write(
     'argv': list(argv),
     'versions': versions(),
     'git': git_state(),
+    working_directory.KEY: working_directory.first(workdir, run_config),
   }
   text = json.dumps(record, indent=2) + '\n'
   if path.exists():

@@ -27,7 +27,16 @@ from moe_jax.config import paths, schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import pipeline
 from moe_jax.devices import compile_options, partitioning
-from moe_jax.runs import checks, first_state, fit, loop_actions, run_record, terminal, trained_run
+from moe_jax.runs import (
+  checks,
+  first_state,
+  fit,
+  loop_actions,
+  run_record,
+  terminal,
+  trained_run,
+  working_directory,
+)
 from moe_jax.training import objective, optim, optimizer_step, stop_signal, train_state
 
 
@@ -141,7 +150,10 @@ def run_training(
     f'seeds as an axis train on one device, and config.mesh has {mesh.size}; train one seed after '
     'the other (--together=1), or show the process a single device',
   )
-  corpora = [checks.prepare(one)[1] for one in cfgs]
+  corpora = [
+    checks.prepare(working_directory.resolved(one, workdir / str(one.train.seed)))[1]
+    for one in cfgs
+  ]
   for one in cfgs:
     run_record.check_workdir(workdir / str(one.train.seed), one, allow_change=False)
   together = workdir / 'together'

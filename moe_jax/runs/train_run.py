@@ -23,7 +23,16 @@ from moe_jax.devices import partitioning
 from moe_jax.models.experts import backends
 from moe_jax.planning import flops, profile
 from moe_jax.processes import agreement
-from moe_jax.runs import checks, first_state, fit, loop_actions, run_record, terminal, trained_run
+from moe_jax.runs import (
+  checks,
+  first_state,
+  fit,
+  loop_actions,
+  run_record,
+  terminal,
+  trained_run,
+  working_directory,
+)
 from moe_jax.training import objective, optim, optimizer_step, stop_signal, train_state
 
 
@@ -59,10 +68,12 @@ def run_training(
   say = terminal.of(say if first else _say_nothing)
   window = _profile_window(cfg, workdir, profile_steps, say)
   with agreement.together():
+    cfg = working_directory.as_recorded(cfg, workdir)
     changes, moved = run_record.check_workdir(workdir, cfg, allow_config_change)
-    source = first_state.source_meta(cfg)
-    mesh, corpus = checks.prepare(cfg)
-    checks.check_source(cfg, source, corpus)
+    reading = working_directory.resolved(cfg, workdir)
+    source = first_state.source_meta(reading)
+    mesh, corpus = checks.prepare(reading)
+    checks.check_source(reading, source, corpus)
     summary = _summary(cfg, corpus, mesh)
   with contextlib.ExitStack() as stack:
     with agreement.together():
@@ -80,7 +91,7 @@ def run_training(
       say(line)
     stream = pipeline.START
     if restored is None:
-      state = first_state.make(cfg, source, mesh, corpus, say)
+      state = first_state.make(reading, source, mesh, corpus, say)
     else:
       state = restored.state
       stream = _stream_start(restored.meta, restored.step, cfg)
@@ -90,7 +101,7 @@ def run_training(
         run_record.write(workdir, cfg, argv=argv, data_fingerprint=corpus.fingerprint)
         corpus.tokenizer.save(workdir / 'tokenizer.json')
         if cfg.init_from:
-          kept_files.carry(paths.local(cfg.init_from), workdir)
+          kept_files.carry(paths.local(reading.init_from), workdir)
     corpus.tokenizer.end_ids = kept_files.end_ids(workdir / kept_files.DIRECTORY, corpus.tokenizer)
     checkpointer.prepare(abstract_state)
     state, stopped_by = _fit(

@@ -21,6 +21,7 @@ from moe_jax.data import kept_files, pipeline
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.devices import partitioning
 from moe_jax.models import model_variables
+from moe_jax.runs import working_directory
 
 NO_DATA = 'imported'  # data fingerprint of a model whose training text is not known
 Say = Callable[[str], None]
@@ -169,7 +170,8 @@ def encode_prompt(run: Run, prompt: str, *, special_tokens: bool = False) -> lis
 def heldout_corpus(run: Run, workdir: str | os.PathLike[str], warn: Say) -> corpus_lib.Corpus:
   """The corpus of a loaded run, tokenised with the run's own tokenizer."""
   path = str(pathlib.Path(workdir) / 'tokenizer.json')
-  data = dataclasses.replace(run.cfg.data, tokenizer=path)
+  data = working_directory.resolved(run.cfg, workdir).data
+  data = dataclasses.replace(data, tokenizer=path)
   corpus = corpus_lib.load_corpus(data, run.cfg.model.vocab_size, run.cfg.train.seed)
   if run.data_fingerprint not in (corpus.fingerprint, NO_DATA):
     warn(

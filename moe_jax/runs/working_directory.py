@@ -1,0 +1,121 @@
+"""Relative paths of a run that goes on, or is read, in another directory than it was started in.
+
+`config.json` holds the directory of the first start. What a relative path of the config meant there
+it means ever after; where nothing is left there (the run was moved with its text), it is looked for
+below the present directory, and the fingerprint of the text decides whether that is the same.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from moe_jax import errors
+from moe_jax.config import paths, schema
+from moe_jax.data import source_files
+
+KEY = 'directory'  # in config.json
+_Path = str | os.PathLike[str]
+
+
+def first(workdir: _Path, cfg: schema.Config) -> str:
+  """What the record of a start has as its directory: that of the first start with these paths."""
+  began, old = _record(workdir)
+  return str(began if began and old == _fields(dataclasses.asdict(cfg)) else pathlib.Path.cwd())
+
+
+def as_recorded(cfg: schema.Config, workdir: _Path) -> schema.Config:
+  """The config with the record's spelling of each path that means the same place."""
+  began, old = _record(workdir)
+  if began is None:
+    return cfg
+  new = _fields(dataclasses.asdict(cfg))
+  here = pathlib.Path.cwd()
+  same = {
+    field: old[field]
+    for field, text in new.items()
+    if field in old and _written_out(old[field], began) == _written_out(text, here)
+  }
+  return _replaced(cfg, new | same)
+
+
+def resolved(cfg: schema.Config, workdir: _Path) -> schema.Config:
+  """The config to read by: relative paths lead to where they led when the run was started.
+
+  Raises:
+    errors.InputError: there is nothing there, nor at the same path from here; names both.
+  """
+  began, old = _record(workdir)
+  if began is None or began == pathlib.Path.cwd():
+    return cfg
+  new = _fields(dataclasses.asdict(cfg))
+  kept = {field: text for field, text in new.items() if old.get(field) == text}
+  found = {field: _place(field, text, began) for field, text in kept.items()}
+  return _replaced(cfg, new | found)
+
+
+def _place(field: str, text: str, began: pathlib.Path) -> str:
+  """Where the names in a path are now, each as seen from `began` or from here."""
+  whole = source_files.exists(str(began / paths.local(text, f'config.{field}')))
+  names = [text] if whole else [name.strip() for name in text.split(',')]
+  return ','.join(_one_place(field, name, began) for name in names if name)
+
+
+def _one_place(field: str, name: str, began: pathlib.Path) -> str:
+  path, here = paths.local(name, f'config.{field}'), pathlib.Path.cwd()
+  if path.is_absolute():
+    return name
+  found = [str(root / path) for root in (began, here) if source_files.exists(str(root / path))]
+  errors.require(
+    bool(found),
+    f'config.{field}={name!r} is neither {began / path}, as seen from where the run was started, '
+    f'nor {here / path}, as seen from here; put it back, or give the command in {began}',
+  )
+  return found[0]
+
+
+def _written_out(text: str, root: pathlib.Path) -> list[str]:
+  return [os.path.normpath(root / paths.local(name.strip())) for name in text.split(',')]
+
+
+def _fields(config: Mapping[str, Any]) -> dict[str, str]:
+  """The paths in a config as nested dicts, by dotted key; names of data sets are none."""
+  data = config['data']
+  members = {f'data.mixture.{label}.path': member for label, member in data['mixture'].items()}
+  found = {
+    field: member['path']
+    for field, member in {'data.path': data, **members}.items()
+    if member['source'] != 'hf'
+  }
+  found |= {'data.tokenizer': data['tokenizer'], 'init_from': config['init_from']}
+  return {key: text for key, text in found.items() if text and text not in ('bpe', 'bytes')}
+
+
+def _replaced(cfg: schema.Config, new: Mapping[str, str]) -> schema.Config:
+  """The config with other paths, by dotted key."""
+  data = cfg.data
+  mixture = {
+    label: dataclasses.replace(member, path=new.get(f'data.mixture.{label}.path', member.path))
+    for label, member in data.mixture.items()
+  }
+  data = dataclasses.replace(
+    data,
+    path=new.get('data.path', data.path),
+    tokenizer=new.get('data.tokenizer', data.tokenizer),
+    mixture=mixture,
+  )
+  return dataclasses.replace(cfg, data=data, init_from=new.get('init_from', cfg.init_from))
+
+
+def _record(workdir: _Path) -> tuple[pathlib.Path | None, dict[str, str]]:
+  """(directory of the first start, the paths of its config); (None, {}) without a whole record.
+
+  A record that cannot be read is refused by `run_record.check_workdir`.
+  """
+  try:
+    record = json.loads((pathlib.Path(workdir) / 'config.json').read_text(encoding='utf-8'))
+    return pathlib.Path(record[KEY]), _fields(record['config'])
+  except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    return None, {}

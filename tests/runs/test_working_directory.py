@@ -1,0 +1,129 @@
+"""A relative path means what it meant in the directory where the run was started."""
+
+import dataclasses
+import json
+import types
+
+import pytest
+
+from moe_jax import errors
+from moe_jax.config import schema
+from moe_jax.data import corpus
+from moe_jax.runs import run_record, train_run, trained_run, working_directory
+from tests import tiny
+
+
+@pytest.fixture(name='home')
+def _home(tmp_path, monkeypatch):
+  """`tmp_path` with a run in it that was started in a/, where its text is; work goes on in b/."""
+  for name in ('a', 'b', 'run'):
+    (tmp_path / name).mkdir()
+  for name in ('x.txt', 'y,z.txt', 't.json'):
+    (tmp_path / 'a' / name).write_text('text')
+  monkeypatch.chdir(tmp_path / 'a')
+  return tmp_path
+
+
+def make(path, source='text', **changes):
+  data = dataclasses.replace(tiny.make().data, source=source, path=path, **changes)
+  return dataclasses.replace(tiny.make(), data=data)
+
+
+def start(home, cfg):
+  run_record.write(home / 'run', cfg, argv=(), data_fingerprint='f')
+
+
+def test_the_first_start_is_recorded_and_stays_so(home, monkeypatch):
+  start(home, make('x.txt'))
+  monkeypatch.chdir(home / 'b')
+  start(home, dataclasses.replace(make('x.txt'), init_from=''))
+  assert json.loads((home / 'run/config.json').read_text())['directory'] == str(home / 'a')
+  assert run_record.check_workdir(home / 'run', make('x.txt'), allow_change=False) == ([], [])
+  start(home, make('other.txt'))  # of another path, as seen from here
+  assert json.loads((home / 'run/config.json').read_text())['directory'] == str(home / 'b')
+
+
+def test_from_elsewhere_the_same_files_are_read(home, monkeypatch):
+  cfg = make(f'x.txt, *.txt,{home}/a/x.txt', tokenizer='t.json')
+  start(home, cfg)
+  assert working_directory.resolved(cfg, home / 'run') == cfg
+  monkeypatch.chdir(home / 'b')
+  found = working_directory.resolved(cfg, home / 'run').data
+  assert found.path == f'{home}/a/x.txt,{home}/a/*.txt,{home}/a/x.txt'
+  assert found.tokenizer == str(home / 'a/t.json')
+  other = working_directory.resolved(make('y.txt', tokenizer='t.json'), home / 'run').data
+  assert (other.path, other.tokenizer) == ('y.txt', str(home / 'a/t.json')), 'not in the record'
+
+
+def test_a_name_with_a_comma_is_one_file(home, monkeypatch):
+  start(home, make('y,z.txt'))
+  monkeypatch.chdir(home / 'b')
+  assert working_directory.resolved(make('y,z.txt'), home / 'run').data.path == f'{home}/a/y,z.txt'
+
+
+def test_mixtures_and_what_is_no_path(home, monkeypatch):
+  member = schema.MixtureComponent
+  mixture = {'a': member('text', 'x.txt', 1.0), 'b': member('hf', 'x.txt', 1.0)}
+  cfg = make('', 'mixture', mixture=mixture)
+  start(home, cfg)
+  monkeypatch.chdir(home / 'b')
+  found = working_directory.resolved(cfg, home / 'run').data
+  assert found.mixture['a'].path == str(home / 'a/x.txt') and found.mixture['b'].path == 'x.txt'
+  assert (found.path, found.tokenizer) == ('', cfg.data.tokenizer)
+
+
+def test_what_was_moved_is_found_here_and_what_is_nowhere_is_refused_with_both_places(
+  home, monkeypatch
+):
+  cfg = make('x.txt')
+  start(home, cfg)
+  monkeypatch.chdir(home / 'b')
+  (home / 'a/x.txt').rename(home / 'b/x.txt')
+  assert working_directory.resolved(cfg, home / 'run').data.path == str(home / 'b/x.txt')
+  (home / 'b/x.txt').unlink()
+  with pytest.raises(
+    errors.InputError, match=r"data\.path='x\.txt' is neither .*/a/x\.txt.*/b/x\."
+  ):
+    working_directory.resolved(cfg, home / 'run')
+
+
+def test_another_spelling_of_the_same_place_is_no_change(home, monkeypatch):
+  cfg = make('x.txt')
+  start(home, cfg)
+  monkeypatch.chdir(home / 'b')
+  for text in (str(home / 'a/x.txt'), '../a/x.txt', '../a/../a/x.txt'):
+    assert working_directory.as_recorded(make(text), home / 'run') == cfg
+  for other in (make('../a/t.json'), make('')):
+    assert working_directory.as_recorded(other, home / 'run') == other
+
+
+def test_training_and_reading_look_there(home, monkeypatch):
+  seen = []
+
+  def stop(data, *unused, **kwargs):
+    seen.append(data.path)
+    raise errors.InputError('seen')
+
+  monkeypatch.setattr(corpus, 'load_corpus', stop)
+  cfg = make('x.txt')
+  start(home, cfg)
+  monkeypatch.chdir(home / 'b')
+  run = types.SimpleNamespace(cfg=cfg)
+  for call in (
+    lambda: train_run.run_training(make('../a/x.txt'), home / 'run'),
+    lambda: trained_run.heldout_corpus(run, home / 'run', print),
+  ):
+    with pytest.raises(errors.InputError, match='seen'):
+      call()
+  assert seen == [str(home / 'a/x.txt')] * 2
+
+
+@pytest.mark.parametrize(
+  'text', [None, '[]', '{"directory": 3}', '{"directory": "/", "config": 1}']
+)
+def test_without_a_record_paths_are_as_seen_from_here(home, text):
+  if text is not None:
+    (home / 'run/config.json').write_text(text)
+  cfg = make('nowhere.txt')
+  assert working_directory.resolved(cfg, home / 'run') == cfg
+  assert working_directory.as_recorded(cfg, home / 'run') == cfg
