@@ -69,6 +69,8 @@ setuptools.setup(
       'zstandard>=0.22',  # text in .zst files
       'transformers>=5.23',  # before, DeepSeek-V2 under YaRN lacked a factor of its logits
     ],
+    'storage': ['fsspec>=2024.12', 'gcsfs>=2024.12', 's3fs>=2024.12'],  # gs:// and s3://
+    'storage_test': ['gcp-storage-emulator>=2024.8', 'moto[server]>=5.1'],
     'docs': ['mkdocs-material>=9.5', 'mkdocstrings[python]>=0.26'],
     'colab': ['nbclient>=0.10', 'ipykernel>=6.29'],
   },

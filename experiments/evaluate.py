@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def define_flags():
   """Flags of this command."""
-  cli.workdir_flag('directory of a trained run, or of a downloaded checkpoint')
+  cli.workdir_flag('directory of a trained run, or of a downloaded checkpoint', bucket=True)
   flags.DEFINE_integer('step', None, 'checkpoint to evaluate; the newest whole one if not given')
   flags.DEFINE_bool('json', False, 'print one JSON object and nothing else')
   flags.DEFINE_multi_string(
@@ -48,6 +48,7 @@ def main(unused_argv: Sequence[str]):
   from moe_jax.api import load, run
   from moe_jax.processes import agreement
   from moe_jax.runs import overrides, trained_run
+  from moe_jax.storage import fetch
 
   workdir, step = cli.required('workdir'), flags.FLAGS.step
   if flags.FLAGS.tasks:
@@ -58,6 +59,8 @@ def main(unused_argv: Sequence[str]):
     not flags.FLAGS.tasks or jax.process_count() == 1,
     '--tasks runs in one process; start the command once, with --distributed=off',
   )
+  with agreement.together():
+    workdir = fetch.local(workdir, '--workdir')
   values = {}
   if flags.FLAGS.override and not load.is_downloaded(workdir, '--workdir'):
     cfg = trained_run.read_config(workdir, step)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def define_flags():
   """Flags of this command."""
-  cli.workdir_flag('directory of a trained run, or of a downloaded checkpoint')
+  cli.workdir_flag('directory of a trained run, or of a downloaded checkpoint', bucket=True)
   flags.DEFINE_multi_string('prompt', None, 'text to continue; repeat it for a batch')
   cli.path_flag('prompts_file', None, 'file of prompts, one per line')
   flags.DEFINE_string('prefix', None, 'fill in the middle: what stands before it')

@@ -14,6 +14,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 600, 120
 FLOORS = (
   ('errors', 'integer_hash', 'trees', 'atomic_files'),
   ('config',),
+  ('storage',),
   ('devices', 'processes', 'data', 'balance', 'checkpoints'),
   ('models',),
   ('training', 'inference'),

@@ -10,14 +10,13 @@ import sys
 import jax
 
 from experiments.common import stepper
-from moe_jax.config import parse
-from moe_jax.data import cache
+from moe_jax.config import parse, paths
 from moe_jax.devices import compile_cache
 
 
 def main():
   """Serves until standard input ends."""
-  compile_cache.enable(cache.root(''))
+  compile_cache.enable(paths.cache_root(''))
   one = stepper.Stepper(parse.from_dict(json.loads(sys.stdin.readline())))
   print(one.peak_bytes, flush=True)
   for line in sys.stdin:

@@ -24,8 +24,8 @@ from absl import app, flags, logging
 from experiments.common import config_overrides, flag_help
 from moe_jax import errors
 from moe_jax.config import parse, paths, schema
-from moe_jax.data import cache
 from moe_jax.processes import launch, watchdog
+from moe_jax.storage import urls
 
 MISSING_CONFIG = '--config is missing; give a config page, for example --config=quickstart'
 
@@ -75,7 +75,7 @@ def _quietly(main: Callable[[Sequence[str]], object], argv: Sequence[str]) -> ob
     logging.set_verbosity(logging.WARNING)  # app.run leaves it at INFO, and JAX is talkative
   absent_tpu.use_cpu_where_nothing_else_is()
   try:
-    compile_cache.enable(cache.root(''))
+    compile_cache.enable(paths.cache_root(''))
   except errors.InputError as e:
     logging.warning(f'Compiled programs are not kept from one command to the next: {e}.')
   status = main(argv)
@@ -141,23 +141,33 @@ def config_flag(repeated: bool = False):
   flags.DEFINE_flag(PageFlag(repeated))
 
 
-def workdir_flag(help_string: str) -> flags.FlagHolder:
-  """Defines `--workdir`."""
-  return path_flag('workdir', None, help_string)
+def workdir_flag(help_string: str, *, bucket: bool = False) -> flags.FlagHolder:
+  """Defines `--workdir`; see `path_flag`."""
+  return path_flag('workdir', None, help_string, bucket=bucket)
 
 
 class _PathParser(flags.ArgumentParser):
+  def __init__(self, bucket: bool):
+    self._bucket = bucket
+
   def parse(self, argument: str) -> str:
+    if self._bucket and urls.is_remote(argument):
+      return str(urls.parse(argument))
     return str(paths.local(argument)) if argument else ''
 
   def flag_type(self) -> str:
     return 'path'
 
 
-def path_flag(name: str, default: str | None, help_string: str) -> flags.FlagHolder:
-  """Defines a flag whose value is a path on this machine, see `paths.local`."""
+def path_flag(
+  name: str, default: str | None, help_string: str, *, bucket: bool = False
+) -> flags.FlagHolder:
+  """Defines a flag whose value is a path on this machine, see `paths.local`.
+
+  With `bucket` it may be an address of object storage too, which the command has to resolve.
+  """
   return flags.DEFINE(
-    _PathParser(), name, default, help_string, serializer=flags.ArgumentSerializer()
+    _PathParser(bucket), name, default, help_string, serializer=flags.ArgumentSerializer()
   )
 
 

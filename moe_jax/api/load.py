@@ -4,9 +4,10 @@ import os
 
 from moe_jax import errors
 from moe_jax.api import run as run_lib
-from moe_jax.config import pages, paths
+from moe_jax.config import pages
 from moe_jax.interop import huggingface
 from moe_jax.runs import trained_run
+from moe_jax.storage import fetch
 
 
 def load(
@@ -35,7 +36,7 @@ def load(
   Raises:
     errors.InputError: the directory is neither, or what it holds is damaged.
   """
-  directory = paths.local(directory, flag)
+  directory = fetch.local(directory, flag)
   return run_lib.Run(read(directory, step=step, param_dtype=param_dtype, flag=flag), directory)
 
 
@@ -47,6 +48,7 @@ def read(
   flag: str = 'directory',
 ) -> trained_run.Run:
   """What `load` wraps, with the same arguments."""
+  directory = fetch.local(directory, flag)
   if not is_downloaded(directory, flag):
     errors.require(
       not param_dtype,
@@ -66,7 +68,7 @@ def is_downloaded(directory: str | os.PathLike[str], flag: str = 'directory') ->
   Raises:
     errors.InputError: it is neither.
   """
-  path = paths.local(directory, flag)
+  path = fetch.local(directory, flag)
   if (path / 'checkpoints').is_dir():
     return False
   downloaded = (path / 'config.json').is_file() and any(path.glob('*.safetensors'))

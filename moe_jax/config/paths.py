@@ -29,8 +29,9 @@ def local(text: str | os.PathLike[str], name: str = '') -> pathlib.Path:
     kind, url = scheme[1].lower(), urllib.parse.urlsplit(text)
     errors.require(
       kind == 'file',
-      f'{where} is no path on this machine: {kind}:// is not read and not written; mount it or '
-      'copy it, and give the path of the folder here',
+      f'{where} must be a path on this machine: {kind}:// is not read and not written here '
+      '(docs/topics/storage.md says where gs:// and s3:// are); mount it or copy it, and give the '
+      'path of the folder here',
     )
     errors.require(
       url.netloc in ('', 'localhost'),
@@ -42,4 +43,23 @@ def local(text: str | os.PathLike[str], name: str = '') -> pathlib.Path:
   except RuntimeError as e:
     raise errors.InputError(
       f'{where} begins with a home that is not known ({e}); write the path out'
+    ) from e
+
+
+def cache_root(cache_dir: str) -> pathlib.Path:
+  """Resolves `config.data.cache_dir`; '' is $MOE_JAX_CACHE, or ~/.cache/moe_jax without it.
+
+  Raises:
+    errors.InputError: it is no path here, or there is no home (as in some containers).
+  """
+  if cache_dir:
+    return local(cache_dir, 'config.data.cache_dir')
+  if chosen := os.environ.get('MOE_JAX_CACHE'):
+    return local(chosen, 'MOE_JAX_CACHE')
+  try:
+    return pathlib.Path('~/.cache/moe_jax').expanduser()
+  except RuntimeError as e:
+    raise errors.InputError(
+      "config.data.cache_dir='' means ~/.cache/moe_jax, and this user has no home directory; set "
+      'config.data.cache_dir, or the environment variable MOE_JAX_CACHE or HOME, to a directory'
     ) from e

@@ -12,26 +12,6 @@ import uuid
 from collections.abc import Callable
 
 from moe_jax import errors
-from moe_jax.config import paths
-
-
-def root(cache_dir: str) -> pathlib.Path:
-  """Resolves `config.data.cache_dir`; '' is $MOE_JAX_CACHE, or ~/.cache/moe_jax without it.
-
-  Raises:
-    errors.InputError: it is no path here, or there is no home (as in some containers).
-  """
-  if cache_dir:
-    return paths.local(cache_dir, 'config.data.cache_dir')
-  if chosen := os.environ.get('MOE_JAX_CACHE'):
-    return paths.local(chosen, 'MOE_JAX_CACHE')
-  try:
-    return pathlib.Path('~/.cache/moe_jax').expanduser()
-  except RuntimeError as e:
-    raise errors.InputError(
-      "config.data.cache_dir='' means ~/.cache/moe_jax, and this user has no home directory; set "
-      'config.data.cache_dir, or the environment variable MOE_JAX_CACHE or HOME, to a directory'
-    ) from e
 
 
 def get_or_build(

@@ -19,7 +19,7 @@ import tqdm
 from absl import logging
 
 from moe_jax import errors
-from moe_jax.config import schema
+from moe_jax.config import paths, schema
 from moe_jax.data import cache, fim, hashing, sources
 from moe_jax.data import tokenizer as tokenizer_lib
 
@@ -125,7 +125,7 @@ def load_corpus(
     build = functools.partial(
       _build, spec=spec, scan=scan, tokenizer=tokenizer, data=data, seed=seed, progress=progress
     )
-    target = cache.root(data.cache_dir) / 'corpora' / key
+    target = paths.cache_root(data.cache_dir) / 'corpora' / key
     directories.append(cache.get_or_build(target, build, _is_whole))
     fingerprints.append(key)
   return _assemble(data, tokenizer, list(specs), fingerprints, directories)
@@ -229,7 +229,7 @@ def _tokenizer(
     key = hashing.hexdigest(
       _VERSION, tokenizer_lib.BPE_TRAINING_BYTES, vocab_size, *specials, *digests
     )
-    target = cache.root(data.cache_dir) / 'tokenizers' / key
+    target = paths.cache_root(data.cache_dir) / 'tokenizers' / key
     cache.get_or_build(target, build, lambda d: (d / 'tokenizer.json').is_file())
     tokenizer = tokenizer_lib.load(target / 'tokenizer.json', *specials, trusted=True)
   else:

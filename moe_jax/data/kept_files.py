@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_jax import errors
-from moe_jax.config import paths
 from moe_jax.data import json_files
 from moe_jax.data import tokenizer as tokenizer_lib
+from moe_jax.storage import fetch
 
 DIRECTORY, RECORD = 'hf', 'moe_jax.json'
 _WAY_OUT = 'download it again'
@@ -50,7 +50,7 @@ def require_untied(workdir: str | os.PathLike[str], field: str):
     errors.InputError: names the field, and the way to train them apart.
   """
   errors.require(
-    not is_tied(paths.local(workdir)),
+    not is_tied(fetch.local(workdir)),
     f'{field}={workdir} has one matrix as embedding and output head (tie_word_embeddings), and '
     'training would change each for itself; import it again with convert --untie to train them as '
     'two, which is what an export holds then',

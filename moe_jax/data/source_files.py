@@ -14,7 +14,7 @@ from glob import escape, glob, has_magic
 from typing import Any
 
 from moe_jax import errors
-from moe_jax.config import paths
+from moe_jax.storage import fetch
 
 _PACKED = ('.gz', '.zst')
 
@@ -35,7 +35,7 @@ def named(
   """
   files: dict[pathlib.Path, str] = {}
   for one in split(path):
-    place = paths.local(one, field)
+    place = fetch.local(one, field)
     if os.path.isfile(place):
       files[place] = place.name
       continue

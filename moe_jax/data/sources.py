@@ -22,6 +22,7 @@ from absl import logging
 from moe_jax import errors
 from moe_jax.config import paths, schema
 from moe_jax.data import cache, hashing, json_files, source_files, synthetic
+from moe_jax.storage import fetch
 
 TEXT_CUT_BYTES = 64 * 1024  # source 'text': files longer than this become several documents
 _SKIPPED_DIRS = frozenset({'site-packages', 'dist-packages', '__pycache__'})
@@ -71,7 +72,7 @@ def specs(data: schema.DataConfig, *, progress: bool = False) -> dict[str, Spec]
       text_field=data.text_field,
       domain_field=data.domain_field,
       synthetic_documents=data.synthetic_documents,
-      cache_dir=cache.root(data.cache_dir),
+      cache_dir=paths.cache_root(data.cache_dir),
       progress=progress,
       skip_null=data.skip_null_text,
     )
@@ -110,7 +111,7 @@ def python_source(spec: Spec, warn: Callable[[str], None]) -> Iterator[Document]
     set()
   )  # roots may overlap: a file under two names could be in both splits
   for pattern in source_files.split(spec.path) or [sysconfig.get_path('stdlib')]:
-    root = paths.local(pattern, f'{spec.section}.path')
+    root = fetch.local(pattern, f'{spec.section}.path')
     if not root.is_dir():
       raise errors.InputError(
         f'{spec.where} must name directories, and {pattern!r} is none; correct it, or leave it '

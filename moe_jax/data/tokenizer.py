@@ -19,8 +19,8 @@ from absl import logging
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from moe_jax import atomic_files, errors
-from moe_jax.config import paths
 from moe_jax.data import hashing, json_files, tokenizer_probe
+from moe_jax.storage import fetch
 
 # Begin, hole, end, spelled as in DeepSeek-Coder-V2: full-width bars, lower-one-eighth blocks.
 FIM_TOKENS = ('<｜fim▁begin｜>', '<｜fim▁hole｜>', '<｜fim▁end｜>')
@@ -165,7 +165,7 @@ def load(
     errors.InputError: no such file, not a tokenizer, one that loses text, or a token is missing.
   """
   try:
-    text = paths.local(path).read_text(encoding='utf-8')
+    text = fetch.local(path).read_text(encoding='utf-8')
     _check_file(str(path), text, trusted)
     return Tokenizer(tokenizers.Tokenizer.from_str(text), bos_token, eos_token)
   except errors.InputError:

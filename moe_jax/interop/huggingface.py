@@ -40,6 +40,7 @@ from moe_jax.interop import source as source_lib
 from moe_jax.models import model_variables
 from moe_jax.planning import host_memory
 from moe_jax.runs import run_record, trained_run
+from moe_jax.storage import fetch
 
 Say = Callable[[str], None]
 
@@ -65,7 +66,7 @@ def load(
   Raises:
     errors.InputError: see the message.
   """
-  directory = pathlib.Path(directory)
+  directory = fetch.local(directory)
   source, tokenizer = _open(directory, values, directory, param_dtype)
   for note in source.notes:
     say(note)
@@ -169,7 +170,7 @@ def import_checkpoint(
     errors.InputError: see the message; nothing has been written then.
   """
   began = time.monotonic()
-  directory, workdir = pathlib.Path(directory), pathlib.Path(workdir)
+  directory, workdir = fetch.local(directory, '--from_hf'), pathlib.Path(workdir)
   source, tokenizer = _open(directory, values, workdir, param_dtype)
   source = dataclasses.replace(source, allow_nonfinite=allow_nonfinite)
   cfg = source.cfg
@@ -228,7 +229,7 @@ def export_checkpoint(
     errors.InputError: see the message; nothing has been written then.
   """
   began = time.monotonic()
-  workdir, directory = pathlib.Path(workdir), pathlib.Path(directory)
+  workdir, directory = fetch.local(workdir, '--workdir'), pathlib.Path(directory)
   cfg = trained_run.read_config(workdir, step)
   record = sidecar.read_record(workdir)
   kept = workdir / sidecar.DIRECTORY

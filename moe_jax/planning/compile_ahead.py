@@ -26,7 +26,7 @@ import tqdm
 
 import moe_jax
 from moe_jax import errors, trees
-from moe_jax.config import parse, schema
+from moe_jax.config import parse, paths, schema
 from moe_jax.data import cache
 from moe_jax.devices import partitioning
 from moe_jax.inference import cached_model
@@ -246,7 +246,7 @@ def run(job: Job, cache_dir: str = '', *, progress: bool = False) -> Compiled:
     f'--topology={job.topology} needs libtpu to compile for it; install the extra: pip install '
     "'moe_jax[tpu]', or add --estimate to count from shapes alone",
   )
-  target = cache.root(cache_dir) / 'plans' / key(job)
+  target = paths.cache_root(cache_dir) / 'plans' / key(job)
 
   def whole(path):
     return (path / 'facts.json').is_file() and (path / 'program.txt.gz').is_file()

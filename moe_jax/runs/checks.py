@@ -1,12 +1,13 @@
 """Whether a run can be what its config says: found out before anything is compiled or written."""
 
+import os
 import pathlib
 
 import jax
 from absl import logging
 
 from moe_jax import errors, trees
-from moe_jax.config import parse, paths, router_traits, schema
+from moe_jax.config import parse, router_traits, schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import kept_files, pipeline
 from moe_jax.devices import partitioning
@@ -116,7 +117,7 @@ def check_source(cfg: schema.Config, source: trees.Json | None, corpus: corpus_l
     source['tokenizer'] == trained_run.digest(corpus.tokenizer),
     f'config.data.tokenizer={cfg.data.tokenizer!r} is not the tokenizer of config.init_from='
     f'{cfg.init_from}, whose embedding is used; pass '
-    f'--config.data.tokenizer={paths.local(cfg.init_from) / "tokenizer.json"}',
+    f'--config.data.tokenizer={os.path.join(cfg.init_from, "tokenizer.json")}',
   )
 
 

@@ -11,8 +11,7 @@ from typing import NamedTuple
 import jax
 
 from moe_jax import atomic_files, errors
-from moe_jax.config import pages, parse
-from moe_jax.data import cache
+from moe_jax.config import pages, parse, paths
 from moe_jax.runs import run_record, train_run
 
 PYTHON = (3, 11)
@@ -50,7 +49,7 @@ class Facts(NamedTuple):
 
 def facts(workdir: pathlib.Path) -> Facts:
   """Looks at this machine."""
-  places = {str(workdir): workdir, 'the cache': pathlib.Path(cache.root(''))}
+  places = {str(workdir): workdir, 'the cache': pathlib.Path(paths.cache_root(''))}
   names = [path.name for path in pathlib.Path('/dev').glob('*')]
   devices = jax.devices()
   return Facts(

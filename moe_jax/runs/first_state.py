@@ -5,9 +5,10 @@ from typing import Any
 import jax
 
 from moe_jax import trees
-from moe_jax.config import parse, paths, schema
+from moe_jax.config import parse, schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.runs import router_tables, trained_run, warm_start
+from moe_jax.storage import fetch
 from moe_jax.training import train_state
 
 
@@ -33,7 +34,7 @@ def make(
   """The state at step 0: random weights, or those of `init_from`, whose `meta` is `source`."""
   if source is None:
     return random(cfg, mesh, corpus)
-  with trained_run.reader(paths.local(cfg.init_from)) as checkpointer:
+  with trained_run.reader(fetch.local(cfg.init_from)) as checkpointer:
     found = warm_start.read(cfg, parse.from_record(source['config']), mesh, checkpointer, say)
   state = router_tables.with_tables(cfg, train_state.state_from(cfg, mesh, found['params']), corpus)
   return state.replace(router_state=warm_start.merge(state.router_state, found['router_state']))

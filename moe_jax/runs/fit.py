@@ -11,8 +11,7 @@ import jax.numpy as jnp
 
 from moe_jax import trees
 from moe_jax.checkpoints import checkpointer as checkpointer_lib
-from moe_jax.config import schema
-from moe_jax.data import cache
+from moe_jax.config import paths, schema
 from moe_jax.devices import peak_flops
 from moe_jax.planning import flops
 from moe_jax.processes import agreement
@@ -110,5 +109,5 @@ def step_timer(cfg: schema.Config) -> step_timer_lib.StepTimer:
   """The clock of the first process; the others' is never looked at, so it measures no peak."""
   peak = math.inf
   if agreement.is_first():
-    peak = peak_flops.matmul_peak(cfg.model.dtype, cache.root(cfg.data.cache_dir))
+    peak = peak_flops.matmul_peak(cfg.model.dtype, paths.cache_root(cfg.data.cache_dir))
   return step_timer_lib.StepTimer(flops.train_flops_per_token(cfg.model), peak)

@@ -33,6 +33,7 @@ from moe_jax.runs import (
   trained_run,
   working_directory,
 )
+from moe_jax.storage import fetch
 from moe_jax.training import objective, optim, optimizer_step, stop_signal, train_state
 
 
@@ -101,7 +102,7 @@ def run_training(
         run_record.write(workdir, cfg, argv=argv, data_fingerprint=corpus.fingerprint)
         corpus.tokenizer.save(workdir / 'tokenizer.json')
         if cfg.init_from:
-          kept_files.carry(paths.local(reading.init_from), workdir)
+          kept_files.carry(fetch.local(reading.init_from), workdir)
     corpus.tokenizer.end_ids = kept_files.end_ids(workdir / kept_files.DIRECTORY, corpus.tokenizer)
     checkpointer.prepare(abstract_state)
     state, stopped_by = _fit(

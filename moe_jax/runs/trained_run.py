@@ -15,13 +15,14 @@ import jax
 from moe_jax import errors, trees
 from moe_jax.checkpoints import checkpointer as checkpointer_lib
 from moe_jax.checkpoints import integrity
-from moe_jax.config import mesh_config, parse, paths, schema
+from moe_jax.config import mesh_config, parse, schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import kept_files, pipeline
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.devices import partitioning
 from moe_jax.models import model_variables
 from moe_jax.runs import working_directory
+from moe_jax.storage import fetch
 
 NO_DATA = 'imported'  # data fingerprint of a model whose training text is not known
 Say = Callable[[str], None]
@@ -69,7 +70,7 @@ def read_meta(
   Raises:
     errors.InputError: there is none, or it is damaged.
   """
-  workdir = paths.local(workdir, flag)
+  workdir = fetch.local(workdir, flag)
   if not (workdir / 'checkpoints').is_dir():
     raise errors.InputError(
       f'{flag}={workdir} holds no checkpoints; train first: python -m experiments.train '
@@ -102,7 +103,7 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Run:
     errors.InputError: there is none, it is damaged or holds numbers that are not finite, or the
       tokenizer is not the one trained with.
   """
-  workdir = paths.local(workdir, '--workdir')
+  workdir = fetch.local(workdir, '--workdir')
   cfg, mesh = on_devices_here(read_config(workdir, step))
   with reader(workdir) as checkpointer:
     # The optimizer's moments, twice the size of the weights, are left on the disk.

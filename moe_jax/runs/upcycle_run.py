@@ -65,7 +65,7 @@ def create(
   errors.require(
     trained_run.digest(corpus.tokenizer) == meta['tokenizer'],
     f'config.data.tokenizer={cfg.data.tokenizer!r} is not the tokenizer of the dense run, whose '
-    f'embedding is copied; pass --config.data.tokenizer={paths.local(source) / "tokenizer.json"}',
+    f'embedding is copied; pass --config.data.tokenizer={os.path.join(source, "tokenizer.json")}',
   )
   # A record without a checkpoint is of a run that never was; it is kept beside the new one.
   run_record.check_workdir(workdir, cfg, allow_change=True)

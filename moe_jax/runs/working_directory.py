@@ -15,6 +15,7 @@ from typing import Any
 from moe_jax import errors
 from moe_jax.config import paths, schema
 from moe_jax.data import source_files
+from moe_jax.storage import urls
 
 KEY = 'directory'  # in config.json
 _Path = str | os.PathLike[str]
@@ -58,12 +59,15 @@ def resolved(cfg: schema.Config, workdir: _Path) -> schema.Config:
 
 def _place(field: str, text: str, began: pathlib.Path) -> str:
   """Where the names in a path are now, each as seen from `began` or from here."""
-  whole = source_files.exists(str(began / paths.local(text, f'config.{field}')))
+  remote = any(urls.is_remote(name.strip()) for name in text.split(','))
+  whole = not remote and source_files.exists(str(began / paths.local(text, f'config.{field}')))
   names = [text] if whole else [name.strip() for name in text.split(',')]
   return ','.join(_one_place(field, name, began) for name in names if name)
 
 
 def _one_place(field: str, name: str, began: pathlib.Path) -> str:
+  if urls.is_remote(name):
+    return name
   path, here = paths.local(name, f'config.{field}'), pathlib.Path.cwd()
   if path.is_absolute():
     return name
@@ -77,7 +81,8 @@ def _one_place(field: str, name: str, began: pathlib.Path) -> str:
 
 
 def _written_out(text: str, root: pathlib.Path) -> list[str]:
-  return [os.path.normpath(root / paths.local(name.strip())) for name in text.split(',')]
+  names = [name.strip() for name in text.split(',')]
+  return [n if urls.is_remote(n) else os.path.normpath(root / paths.local(n)) for n in names]
 
 
 def _fields(config: Mapping[str, Any]) -> dict[str, str]:

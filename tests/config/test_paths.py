@@ -4,7 +4,6 @@ import pytest
 
 from moe_jax import errors
 from moe_jax.config import paths
-from moe_jax.data import cache
 
 
 def test_a_home_and_a_file_url_are_paths(monkeypatch):
@@ -48,4 +47,4 @@ def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
   monkeypatch.setattr(pathlib.Path, 'expanduser', no_home)
   monkeypatch.delenv('MOE_JAX_CACHE', raising=False)
   with pytest.raises(errors.InputError, match='no home directory; set config.data.cache_dir'):
-    cache.root('')
+    paths.cache_root('')

@@ -3,6 +3,7 @@ import pathlib
 import pytest
 
 from moe_jax import errors
+from moe_jax.config import paths
 from moe_jax.data import cache
 
 
@@ -16,10 +17,10 @@ def fill(directory: pathlib.Path):
 
 def test_root_prefers_config_then_environment_then_home(monkeypatch):
   monkeypatch.setenv('MOE_JAX_CACHE', '/from/environment')
-  assert cache.root('/from/config') == pathlib.Path('/from/config')
-  assert cache.root('') == pathlib.Path('/from/environment')
+  assert paths.cache_root('/from/config') == pathlib.Path('/from/config')
+  assert paths.cache_root('') == pathlib.Path('/from/environment')
   monkeypatch.delenv('MOE_JAX_CACHE')
-  assert cache.root('') == pathlib.Path('~/.cache/moe_jax').expanduser()
+  assert paths.cache_root('') == pathlib.Path('~/.cache/moe_jax').expanduser()
 
 
 def test_builds_once(tmp_path):

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from moe_jax import errors
-from moe_jax.config import parse
-from moe_jax.data import cache, kept_files, sources, tokenizer_probe
+from moe_jax.config import parse, paths
+from moe_jax.data import kept_files, sources, tokenizer_probe
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.interop import safetensors_files, source
 from moe_jax.models.routers import tables
@@ -40,7 +40,7 @@ class Jsonl:
   def read(self, path):
     spec = sources.Spec(
       *('config.data', 'jsonl', str(path / 'a.jsonl'), 'text', 'domain', 0),
-      cache_dir=cache.root(str(path)),
+      cache_dir=paths.cache_root(str(path)),
       progress=False,
     )
     for document in sources.read(spec):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import types
 
 import pytest
@@ -127,3 +128,11 @@ def test_without_a_record_paths_are_as_seen_from_here(home, text):
   cfg = make('nowhere.txt')
   assert working_directory.resolved(cfg, home / 'run') == cfg
   assert working_directory.as_recorded(cfg, home / 'run') == cfg
+
+
+def test_an_address_in_a_bucket_is_no_relative_path():
+  began = pathlib.Path('/began')
+  assert working_directory._place('data.path', 'gs://b1/a,s3://b1/*', began) == (
+    'gs://b1/a,s3://b1/*'
+  )
+  assert working_directory._written_out('gs://b1/a,x', began) == ['gs://b1/a', '/began/x']
