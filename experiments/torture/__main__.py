@@ -4,10 +4,11 @@ Every part prints a table, and all of it goes to WORKDIR/torture.json; status 1 
 was broken. Parts: `kills` (a run is killed at random moments and in named phases until it is
 complete, then compared bit by bit with an unbroken one), `damage` (every kind of damage to every
 file of a checkpoint, for every reader), `fuzz` (valid random configs are built, trained for two
-steps, saved, restored and decoded).
+steps, saved, restored and decoded), `hygiene` (memory, open files and threads of 2,000 steps in one
+process).
 
-python -m experiments.torture --workdir=runs/torture [--minutes=15] [--parts=kills,damage,fuzz] \
-  [--seed=0] [--kills=100] [--damages=400] [--fuzz=200]
+python -m experiments.torture --workdir=runs/torture [--minutes=15] \
+  [--parts=kills,damage,fuzz,hygiene] [--seed=0] [--kills=100] [--damages=400] [--fuzz=200]
 """
 
 import json
@@ -21,7 +22,7 @@ from absl import flags
 from experiments.common import cli
 from moe_jax import errors
 
-PARTS = ('kills', 'damage', 'fuzz')
+PARTS = ('kills', 'damage', 'fuzz', 'hygiene')
 
 
 def define_flags():
@@ -67,6 +68,10 @@ def _run(part: str, workdir: pathlib.Path, stop: float) -> dict:
     from experiments.torture import damage
 
     return damage.run(workdir, stop, values.seed, values.damages)
+  if part == 'hygiene':
+    from experiments.torture import hygiene
+
+    return hygiene.run(workdir, stop)
   from experiments.torture import fuzz
 
   return fuzz.run(workdir, stop, values.seed, values.fuzz)

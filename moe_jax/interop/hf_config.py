@@ -52,7 +52,7 @@ def family(hf: trees.Json) -> str:
   )
 
 
-def to_values(hf: trees.Json, values: trees.Json, num_mtp_layers: int = 0) -> dict[str, Any]:
+def to_values(hf: trees.Json, values: trees.Json, num_mtp_layers: int) -> dict[str, Any]:
   """A config's nested dict with the model that config.json describes.
 
   Args:

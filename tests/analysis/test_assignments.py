@@ -1,5 +1,6 @@
 """Recording a model's choices, replaying them in training, and what they would cost on devices."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -121,6 +122,16 @@ def test_a_recording_can_be_trained_on(fresh, first_batch, recording, cache, tmp
   loss = cross_entropy.next_token(logits, batch['targets'])[0] / (batch['targets'] >= 0).sum()
   (point,) = metric_log.read_metrics(tmp_path / 'run')
   assert point['loss'] == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_two_groups_of_experts_become_one(tmp_path):
+  model = parse.from_dict(routing.get_config().to_dict()).model
+  for groups in (1, 2):
+    moe = dataclasses.replace(model.moe, num_expert_groups=groups)
+    k = moe.num_experts_per_tok
+    found = assignments.Recording(np.zeros((3, 4, 8, k), np.int32), None, None, None)
+    got = assignments.replay_overrides(dataclasses.replace(model, moe=moe), tmp_path / 'x', found)
+    assert ('model.moe.num_expert_groups' in got) == (groups == 2)
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,16 @@ def test_a_directory_that_is_neither(tmp_path):
     moe_jax.load(tmp_path)
 
 
+def test_flags_of_the_other_kind_of_directory_are_refused(tmp_path):
+  (tmp_path / 'run/checkpoints').mkdir(parents=True)
+  with pytest.raises(moe_jax.InputError, match="param_dtype='bfloat16' has no effect on a run"):
+    moe_jax.load(tmp_path / 'run', param_dtype='bfloat16')
+  for name in ('config.json', 'a.safetensors'):
+    (tmp_path / name).touch()
+  with pytest.raises(moe_jax.InputError, match='step=3: .* has no steps'):
+    moe_jax.load(tmp_path, step=3)
+
+
 @pytest.mark.slow  # compiles three models
 def test_a_downloaded_checkpoint(tmp_path, monkeypatch):
   hf = checkpoints.config('deepseek_v2', torch_dtype='float32')

@@ -24,6 +24,7 @@ def test_every_end_token_that_a_file_names_ends_a_text(tmp_path):
   assert ends(tmp_path, generation_config={'eos_token_id': [END, 9, 7]}) == (END, 9, 7)
   assert ends(tmp_path, generation_config={'eos_token_id': 9}) == (END, 9)
   assert ends(tmp_path, config={'eos_token_id': [9]}) == (END, 9)
+  assert ends(tmp_path, config={'eos_token_id': 0}) == (END, 0)
   both = {'generation_config': {'eos_token_id': 8}, 'config': {'eos_token_id': 9}}
   assert ends(tmp_path, **both) == (END, 8)
   assert ends(tmp_path, **both | {'generation_config': {'eos_token_id': None}}) == (END, 9)

@@ -8,11 +8,12 @@ with the reason, a line 'KEY :: WHY' each. Not part of CI: it takes hours.
 """
 
 import argparse
+import ast
 import collections
+import functools
 import json
 import os
 import pathlib
-import re
 import shutil
 import subprocess
 import tempfile
@@ -101,17 +102,41 @@ def equivalent() -> dict[str, str]:
 
 
 def tests_of(path: str, most: int) -> list[str]:
-  """Test files of a module: the one of its own name, then importers, nearest folder first."""
+  """Test files of a module: that of its name, then importers, then those of what imports it.
+
+  At the same distance the nearest folder comes first.
+  """
   module = pathlib.PurePath(path)
-  own = pathlib.PurePath('tests', *module.parts[1:-1], f'test_{module.name}')
-  parts = [part for part in module.with_suffix('').parts if part != '__init__']
-  package, name = '.'.join(parts[:-1]), parts[-1]
-  imports = re.compile(rf'^from {re.escape(package)} import (.*, )?{name}\b', re.MULTILINE)
-  files = (p for p in (ROOT / 'tests').rglob('test_*.py') if imports.search(p.read_text()))
-  others = sorted(p.relative_to(ROOT) for p in files)
-  near = [p for p in others if p.parent == pathlib.Path(own.parent)]
-  ordered = [pathlib.Path(own)] * (ROOT / own).is_file() + near + others
-  return [str(p) for p in dict.fromkeys(ordered)][:most]
+  own = str(pathlib.PurePath('tests', *module.parts[1:-1], f'test_{module.name}'))
+  ordered, seen, new = [own] * (ROOT / own).is_file(), set(), {path}
+  while new and len(ordered) < most:
+    names = {dotted(one) for one in new}
+    seen |= new
+    new = {file for file, uses in imports().items() if uses & names} - seen
+    tests = [file for file in sorted(new) if pathlib.PurePath(file).name.startswith('test_')]
+    shared = [len(os.path.commonpath([own, file])) for file in tests]
+    ordered += [file for _, file in sorted(zip(shared, tests), key=lambda f: -f[0])]
+  return list(dict.fromkeys(ordered))[:most]
+
+
+def dotted(path: str) -> str:
+  """What a module of this path is called in imports."""
+  return path.removesuffix('.py').removesuffix('/__init__').replace('/', '.')
+
+
+@functools.cache
+def imports() -> dict[str, set[str]]:
+  """What every file of the library and of its tests imports."""
+  found = {}
+  for path in [*(ROOT / 'moe_jax').rglob('*.py'), *(ROOT / 'tests').rglob('*.py')]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Import):
+        names |= {alias.name for alias in node.names}
+      elif isinstance(node, ast.ImportFrom):
+        names |= {f'{node.module}.{alias.name}' for alias in node.names} | {node.module}
+    found[str(path.relative_to(ROOT))] = names
+  return found
 
 
 def verdict(mutant: mutants.Mutant, tree: pathlib.Path, timeout: float, files: int) -> dict:

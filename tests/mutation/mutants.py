@@ -34,8 +34,9 @@ ARITHMETIC = {
 NAMES = {'min': 'max', 'max': 'min', 'minimum': 'maximum', 'maximum': 'minimum'}
 NAMES |= {'any': 'all', 'all': 'any', 'argmax': 'argmin', 'floor': 'ceil', 'ceil': 'floor'}
 UNWRAPPED = ('stop_gradient', 'psum', 'pmean')
-FIXED_ORDER = ('isinstance', 'issubclass', 'getattr', 'hasattr', 'zip', 'range', 'field')
-MESSAGES = ('InputError', 'print', 'warn', 'warning', 'info', 'debug', 'error', 'exception')
+# Swapped arguments of these are no bug (min, max), or no program.
+FIXED_ORDER = (*NAMES, 'isinstance', 'issubclass', 'getattr', 'hasattr', 'zip', 'range', 'field')
+MESSAGES = ('InputError', 'print', 'say', 'warn', 'warning', 'info', 'debug', 'error', 'exception')
 
 
 @dataclasses.dataclass(frozen=True)

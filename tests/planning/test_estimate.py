@@ -1,4 +1,5 @@
 import dataclasses
+import types
 
 import pytest
 
@@ -69,3 +70,55 @@ def test_more_is_kept_with_less_recomputed():
   work = [kept[remat].computed_flops_per_device for remat in ('none', 'moe_core', 'full')]
   assert memory == sorted(memory, reverse=True) and work == sorted(work)
   assert len(set(memory)) == len(set(work)) == 3
+
+
+def sizes(**changes):
+  """Round numbers for every part of the estimate: D = 10, f = 6 over 2 tensor-parallel devices."""
+  attention = types.SimpleNamespace(
+    kind='mha', v_head_dim=3, mla=types.SimpleNamespace(kv_lora_rank=8, qk_rope_head_dim=2)
+  )
+  model = types.SimpleNamespace(
+    embed_dim=10, num_heads=2, vocab_size=100, remat='full', attention=attention
+  )
+  loop = types.SimpleNamespace(loss_chunk=3)
+  values = dict(cfg=types.SimpleNamespace(train=loop), model=model, a=2, p=4, t=5, tensor=2)
+  values |= dict(moe=types.SimpleNamespace(moe_mlp_dim=6), head_width=7, buffered=20, dense=100)
+  values |= dict(experts=60, layers=4, moe_layers=3, micros=2, shape={'expert': 1}, fsdp=2)
+  return types.SimpleNamespace(**values | {'devices_per_token': 1.5} | changes)
+
+
+def test_temporaries_worked_out_by_hand():
+  found = estimate._temporaries(sizes(), 1000, 'all_to_all')
+  assert found == {
+    'gradients': 2000,  # 1000, and their sum over 2 micro-batches
+    'weights in the compute dtype': 500 + 2 * (100 // 4 + 60 // 3) * 2,  # cast, two layers gathered
+    'activations kept for the backward pass': 5 * 10 * 2 * 4,
+    'experts': 20 * (4 * 10 * 2 + 2 * 3 * (2 * 2 + 2 * 4)),
+    'exchange': 0,
+    'attention': 3 * 5 * 7 * 2,
+    'logits and loss': 3 * 50 * (4 + 2) + 10 * 50 * 4,
+  }
+  found = estimate._temporaries(sizes(a=4, fsdp=1, micros=1), 1000, 'all_to_all')
+  assert (found['gradients'], found['weights in the compute dtype']) == (1000, 0)
+  for kind, size in (('all_to_all', 4 * 5 * 2 * 10 * 2), ('ragged_all_to_all', 4 * 5 * 15 * 2)):
+    found = estimate._temporaries(sizes(shape={'expert': 2}), 1000, kind)
+    assert found['exchange'] == size
+  kept = {
+    ('none', 'mha'): 5 * (60 + 14) + 20 * (9 + 10),
+    ('none', 'mla'): 5 * (60 + 14 + 20) + 20 * (9 + 10),
+    ('moe_core', 'mha'): 5 * (10 + 3) + 20 * 6,
+    ('offload', 'mha'): 0,
+  }
+  for (remat, kind), numbers in kept.items():
+    one = sizes()
+    one.model.remat, one.model.attention.kind = remat, kind
+    found = estimate._temporaries(one, 1000, 'all_to_all')
+    assert found['activations kept for the backward pass'] == numbers * 2 * 4
+
+
+def test_full_remat_repeats_the_forward_pass_without_the_head():
+  cfg = requests.request(model__remat='full').cfg
+  total, model = flops.train_flops_per_token(cfg.model), cfg.model
+  head = 6 * model.embed_dim * model.vocab_size
+  assert estimate.work(cfg).repeated == pytest.approx((total - head) / 3)
+  assert estimate.work(requests.request(model__remat='none').cfg).repeated == 0

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.planning import (
+  estimate_decode,
   flops,
   planner,
 )
@@ -15,5 +16,6 @@ def test_decode_reads_weights_and_caches():
   model = requests.request().cfg.model
   elements = flops.kv_cache_elements_per_token(model) * model.max_seq_len
   assert plan.breakdown['caches'] == elements * jnp.dtype(model.dtype).itemsize
+  assert plan.flops_per_device == estimate_decode.flops_per_token(model) * 8 / 8  # rows, devices
   assert plan.traffic_bytes > plan.breakdown['caches']
   assert np.isfinite(plan.step_seconds_bound) and plan.how == planner.ESTIMATED

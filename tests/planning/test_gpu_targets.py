@@ -1,5 +1,8 @@
+import types
+
 import jax
 import pytest
+from jax.experimental import topologies
 from jax.extend import backend
 
 from moe_jax import errors
@@ -15,6 +18,20 @@ def test_without_the_plugin_it_says_what_to_install(monkeypatch):
   monkeypatch.setattr(gpu_targets, 'installed', lambda: False)
   with pytest.raises(errors.InputError, match="'h100' needs the CUDA plugin.*jax-cuda13-plugin"):
     gpu_targets.describe('h100')
+
+
+def test_devices_of_a_target_are_described_to_the_plugin(monkeypatch):
+  seen = []
+
+  def describe(*args, **kwargs):
+    seen.append((args, kwargs))
+    return types.SimpleNamespace(devices=['a', 'b'])
+
+  monkeypatch.setattr(gpu_targets, 'installed', lambda: True)
+  monkeypatch.setattr(topologies, 'get_topology_desc', describe)
+  assert gpu_targets.describe('h100', 2) == ['a', 'b']
+  wanted = {'target_config': gpu_targets.TARGETS['h100'], 'topology': '1x1x2'}
+  assert seen == [(('h100x2', 'cuda'), wanted)]
 
 
 def test_the_two_descriptions_differ_in_memory_and_name_only():

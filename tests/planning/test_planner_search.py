@@ -18,6 +18,17 @@ def test_the_search_prefers_what_fits_and_is_fast():
   assert bounds[0] <= 1.05 * bounds[-1]
 
 
+def test_a_larger_machine_grows_as_pods_do():
+  def doubled(name):
+    request = planner.Request(requests.request().cfg, chips.parse(name))
+    grown = planner_search._doubled(request)
+    return grown.topology.name, grown.cfg.mesh.dcn_fsdp
+
+  assert doubled('v5e:4x4') == ('v5e:4x8', 1) and doubled('v5e:8x16') == ('v5e:16x16', 1)
+  assert doubled('v5e:16x16') == ('v5e:16x16*2', 2)
+  assert doubled('v5p:4x4x4') == ('v5p:4x4x8', 1) and doubled('h100:8') == ('h100:16', 1)
+
+
 def test_what_does_not_fit_says_what_would():
   large = deepseek_v2_lite.get_config()
   large.train.batch_size = large.train.micro_batch_size = 64

@@ -55,3 +55,14 @@ def test_every_text_is_drawn_as_it_stands(tmp_path, name):
 def test_what_the_font_lacks_is_written_otherwise():
   assert plot_text.drawable('a$｜▁é\n') == 'a$|▁é\n'
   assert plot_text.drawable('漢') == 'U+6F22'
+
+
+def test_the_font_of_the_text_decides_what_can_be_drawn(monkeypatch):
+  asked = []
+  find = plot_text.font_manager.findfont
+  monkeypatch.setattr(
+    plot_text.font_manager, 'findfont', lambda one: asked.append(one.get_family()) or find(one)
+  )
+  mono = plot_text.font_manager.FontProperties(family='monospace')
+  assert plot_text.drawable('ab', mono) == plot_text.drawable('ab') == 'ab'
+  assert asked == [['monospace'], plot_text.font_manager.FontProperties().get_family()]

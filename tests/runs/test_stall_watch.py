@@ -2,6 +2,7 @@
 
 import threading
 import time
+import types
 
 import pytest
 
@@ -79,6 +80,13 @@ def test_the_thread_looks_and_ends(watched):
     while 'nothing has gone on' not in said(out) and time.monotonic() < deadline:
       time.sleep(0.01)
   assert 'nothing has gone on' in said(out)
+
+
+def test_it_looks_several_times_in_that_time(watched):
+  watch, waits = watched[2], []
+  watch._over = types.SimpleNamespace(wait=lambda seconds: waits.append(seconds) or len(waits) > 2)
+  watch._watch()
+  assert waits == [60.0 / stall_watch._LOOKS] * 3 and stall_watch._LOOKS > 1
 
 
 def test_zero_is_off(watched):

@@ -141,6 +141,14 @@ def test_a_run_reads_nothing_from_the_device_between_log_lines(cache, tmp_path, 
   assert all(p['save_stall_share'] == 0 for p in points)  # the only save came last
 
 
+def test_the_last_step_can_be_profiled(cache, tmp_path):
+  cfg = make_config(cache)
+  last = cfg.train.num_steps
+  assert train_run._profile_window(cfg, tmp_path, (1, last), print).last == last
+  with pytest.raises(errors.InputError, match='must end by'):
+    train_run._profile_window(cfg, tmp_path, (1, last + 1), print)
+
+
 @pytest.mark.parametrize('steps', [(0, 1), (5, 4), (12, 13)])
 def test_steps_that_cannot_be_profiled_are_refused(cache, tmp_path, steps):
   with pytest.raises(errors.InputError, match='profile_steps'):

@@ -40,6 +40,12 @@ def test_every_expert_takes_its_best_tokens():
   )
 
 
+def test_each_of_four_experts_takes_k_n_over_e_tokens():
+  logits = np.random.default_rng(0).normal(size=(1, 8, 4)).astype(np.float32)
+  got = routes.route(routes.make(4, 2, router='expert_choice'), logits).expert_idx
+  assert np.bincount(np.ravel(got), minlength=4)[:4].tolist() == [4] * 4  # 2 * 8 / 4
+
+
 def test_a_token_is_taken_by_both_best_first_or_by_none():
   # Three tokens: floor(3 / 2) = 1 each.
   logits = np.array([[[2.0, 0.0], [0.0, 3.0], [1.0, 1.0]]])

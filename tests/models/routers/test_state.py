@@ -179,6 +179,10 @@ def test_without_capacity_the_drop_rate_is_what_a_capacity_would_have_dropped():
   assert rate(1.5, [50, 30, 15, 5]) == pytest.approx(0.125)
   assert rate(2.0, [50, 30, 15, 5]) == 0
   assert rate(1.0, [0, 0, 0, 0]) == 0  # no tokens
+  # Each layer has a mean of its own: 25 and 10.
+  layers = stats_of([[50, 30, 15, 5], [40, 0, 0, 0], [10, 10, 10, 10]])
+  one = make(**ADAPTIVE, balance__adaptive__capacity_factor=1.0)
+  np.testing.assert_allclose(state.drop_rate(one, layers), [0.3, 0.75, 0.0], rtol=1e-6)
   # With a capacity the real drops count, whatever that factor says.
   real = stats_of([[50, 30, 15, 5]], [[4, 0, 0, 0]])
   assert float(state.drop_rate(make(**CAPACITY), real)[0]) == pytest.approx(0.04)

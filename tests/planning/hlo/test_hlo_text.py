@@ -32,6 +32,9 @@ def test_a_loop_that_depends_on_data_is_counted_once_and_says_so():
 def test_shapes():
   (shape,) = hlo_text.shapes_of('bf16[6,1024]{1,0:T(8,128)(2,1)S(1)}')
   assert (shape.dims, shape.bytes, shape.on_chip) == ((6, 1024), 12288, True)
+  assert shape.padded_bytes == 2 * 8 * 1024
+  for text, size in (('f32[5]{0:T(8,128)}', 512), ('f32[3,130]{1,0:T(8,128)}', 8192)):
+    assert hlo_text.shapes_of(text)[0].padded_bytes == size
   sizes = [s.bytes for s in hlo_text.shapes_of('(f32[2,3]{1,0}, /*index=5*/f8e4m3fn[5], pred[])')]
   assert sizes == [24, 5, 1]
   assert [s.bytes for s in hlo_text.shapes_of('(s4[3], token[])')] == [2, 0]
