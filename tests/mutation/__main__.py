@@ -34,7 +34,8 @@ def main():
   out, keys = pathlib.Path(args.out), {m.key for m in found}
   known = {key: record for key, record in read(out).items() if key in keys}
   if args.again:
-    drawn = [m for m in found if known.get(m.key, {}).get('result') in args.again.split(',')]
+    wanted = {key for key, record in known.items() if record['result'] in args.again.split(',')}
+    drawn = [m for m in found if m.key in wanted - set(equivalent())]
   else:
     drawn = [m for m in drawn if m.key not in known][: max(args.count - len(known), 0)]
   stop = time.monotonic() + 60 * args.minutes
