@@ -19,7 +19,7 @@ from absl import logging
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from moe_jax import atomic_files, errors
-from moe_jax.data import hashing, json_files, tokenizer_probe
+from moe_jax.data import hashing, json_files, text_pieces, tokenizer_probe
 from moe_jax.storage import fetch
 
 # Begin, hole, end, spelled as in DeepSeek-Coder-V2: full-width bars, lower-one-eighth blocks.
@@ -28,12 +28,8 @@ FIM_TOKENS = ('<｜fim▁begin｜>', '<｜fim▁hole｜>', '<｜fim▁end｜>')
 # Merges hardly change beyond this much text, and training takes 2 s for it on 2 cores.
 BPE_TRAINING_BYTES = 8_000_000
 _SAMPLE_BYTES = 65_536  # a long document is sampled in pieces of this size
-# Longer texts are encoded in pieces of about so many characters: each takes 150 bytes of memory
-# while it is encoded.
-PIECE_CHARACTERS = 250_000
 Ids = Sequence[int] | np.ndarray  # of a text; an array of uint32 for a very long one
 _PIECES = 4  # of a text, encoded together
-_CUT = re.compile(r'[^\W_](?=[ \n])')  # a letter or digit before white space
 
 
 class Tokenizer:
@@ -84,14 +80,16 @@ class Tokenizer:
 
   def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
     """Encodes several texts, on all cores; a very long one in pieces, into an array."""
-    if max(map(len, texts), default=0) > PIECE_CHARACTERS and self._cuts_before_spaces:
-      return [self._encode_long(text) for text in texts]
+    if max(map(len, texts), default=0) > text_pieces.PIECE_CHARACTERS:
+      if self._places:
+        return [self._encode_long(text, self._places) for text in texts]
+      _ = self._warned
     batch = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
     return [encoding.ids for encoding in batch]
 
-  def _encode_long(self, text: str) -> Ids:
+  def _encode_long(self, text: str, places: re.Pattern[str]) -> Ids:
     """Ids of a text of any length, in an array; memory for a few pieces of it."""
-    pieces, found = list(cut(text)), []
+    pieces, found = list(text_pieces.cut(text, places)), []
     for first in range(0, len(pieces), _PIECES):
       batch = self._inner.encode_batch_fast(
         pieces[first : first + _PIECES], add_special_tokens=False
@@ -100,21 +98,17 @@ class Tokenizer:
     return np.concatenate(found) if len(found) > 1 else found[0].tolist()
 
   @functools.cached_property
-  def _cuts_before_spaces(self) -> bool:
-    """Whether a text may be cut between a letter and white space: its ids are those of the pieces.
+  def _places(self) -> re.Pattern[str] | None:
+    return text_pieces.places(json.loads(self.to_json()))
 
-    So it is for what is trained here: `ByteLevel` splits there whatever stands around (none of its
-    patterns has white space behind anything else, nor looks back), nothing normalises the text
-    before, and no added token is searched for in it.
-    """
-    content = json.loads(self.to_json())
-    added = [token for token in content['added_tokens'] if not token['special']]
-    splits = content['pre_tokenizer'] or {}
-    splits = splits.get('pretokenizers', [splits])
-    byte_level = splits[-1].get('type') == 'ByteLevel' and not splits[-1]['add_prefix_space']
-    regular = byte_level and (splits[-1]['use_regex'] or not content['model'].get('merges'))
-    others = all(split.get('type') == 'Digits' for split in splits[:-1])
-    return content['normalizer'] is None and regular and others and not added
+  @functools.cached_property
+  def _warned(self) -> bool:
+    """True; asked for the first time, it says that a long text is encoded whole."""
+    logging.warning(
+      f'a document of more than {text_pieces.PIECE_CHARACTERS:,} characters is encoded whole, with '
+      '150 bytes of memory for a character: in pieces its ids might be others with this tokenizer'
+    )
+    return True
 
   def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
     """Ids to text; ids that form no whole UTF-8 character become U+FFFD."""
@@ -136,18 +130,6 @@ class Tokenizer:
       unchanged = False
     if not unchanged:
       atomic_files.write_text(path, text)
-
-
-def cut(text: str) -> Iterator[str]:
-  """Pieces of a text of about PIECE_CHARACTERS, cut between a letter or digit and white space."""
-  begin = 0
-  while len(text) - begin > PIECE_CHARACTERS:
-    found = _CUT.search(text, begin + PIECE_CHARACTERS)
-    if found is None:
-      break
-    yield text[begin : found.end()]
-    begin = found.end()
-  yield text[begin:]
 
 
 def load(
