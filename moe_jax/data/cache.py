@@ -5,6 +5,8 @@ stands under the final name is whole. Two processes that build the same thing bo
 second finds the first one's result, which is equal by its name, and drops its own.
 """
 
+import contextlib
+import fcntl
 import os
 import pathlib
 import shutil
@@ -26,9 +28,9 @@ def get_or_build(
   """
   if is_whole(target):
     return target
-  temporary = target.parent / f'.{target.name}.{uuid.uuid4().hex}'
   try:
-    temporary.mkdir(parents=True)
+    _clear(target)
+    temporary, handle = _make(target)
   except OSError as e:
     raise _unwritable(target, e) from e
   try:
@@ -36,7 +38,38 @@ def get_or_build(
     _publish(temporary, target, is_whole)
   finally:
     shutil.rmtree(temporary, ignore_errors=True)  # already renamed away if all went well
+    os.close(handle)
   return target
+
+
+def _make(target: pathlib.Path) -> tuple[pathlib.Path, int]:
+  """A new directory beside `target` and the handle that holds its lock, where there are locks."""
+  while True:
+    temporary = target.parent / f'.{target.name}.{uuid.uuid4().hex}'
+    temporary.mkdir(parents=True)
+    handle = os.open(temporary, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # a file system without locks: nobody clears it either
+      fcntl.flock(handle, fcntl.LOCK_EX)
+    if temporary.exists():
+      return temporary, handle
+    os.close(handle)  # another process cleared it before it was locked
+
+
+def _clear(target: pathlib.Path):
+  """Deletes what builders of `target` that were killed have left: nobody holds its lock."""
+  for left in target.parent.glob(f'.{target.name}.*'):
+    try:
+      handle = os.open(left, os.O_RDONLY)
+    except OSError:  # just published or deleted, or of another user
+      continue
+    try:
+      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # its builder is at work, or the file system has no locks
+      continue
+    else:
+      shutil.rmtree(left, ignore_errors=True)
+    finally:
+      os.close(handle)
 
 
 def _publish(

@@ -72,3 +72,16 @@ def test_unwritable_cache(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(errors.InputError, match=r'config\.data\.cache_dir.*file.*MOE_JAX_CACHE'):
     cache.get_or_build(tmp_path / 'file' / 'x', fill, is_whole)
+
+
+def test_what_a_killed_builder_left_is_deleted_and_what_is_being_built_is_not(tmp_path):
+  (tmp_path / '.x.killed').mkdir()
+  (tmp_path / '.x.killed' / 'part').touch()
+  (tmp_path / '.xy.other').mkdir()
+
+  def build(directory):
+    cache.get_or_build(tmp_path / 'x', fill, is_whole)  # a second builder, who must not clear ours
+    assert directory.is_dir()
+
+  cache.get_or_build(tmp_path / 'x', build, is_whole)
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['.xy.other', 'x']
