@@ -42,10 +42,6 @@ def main(unused_argv: Sequence[str]) -> int:
   unknown = [part for part in values.parts if part not in PARTS]
   errors.require(not unknown, f'--parts={",".join(unknown)} must be of {", ".join(PARTS)}')
   workdir.mkdir(parents=True, exist_ok=True)
-  if 'fuzz' in values.parts:
-    import jax
-
-    jax.config.update('jax_num_cpu_devices', 8)  # for meshes
   stop = time.monotonic() + 60 * values.minutes
   path, found = workdir / 'torture.json', {}
   for part in values.parts:

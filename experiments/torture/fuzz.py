@@ -1,16 +1,23 @@
 """Valid random configs: built, trained for two steps, saved, restored, decoded.
 
 The restored state is bit by bit the saved one, and reading a text token by token gives the logits
-of reading it whole. Meshes use all devices that there are.
+of reading it whole. Meshes use 8 virtual devices. Configs are tried in processes of their own, a
+few in each, so that one that ends its process is one finding; `python -m experiments.torture.fuzz
+WORKDIR SEED NUMBER...` tries some of them again.
 """
 
 import collections
 import dataclasses
+import json
+import os
 import pathlib
 import random
 import shutil
+import subprocess
+import sys
 import time
 import traceback
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -29,6 +36,9 @@ from moe_jax.models import transformer
 from moe_jax.runs import first_state
 from moe_jax.training import objective, optim, optimizer_step, train_state
 
+ROOT = pathlib.Path(__file__).parents[2]
+ENV = {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
+BATCH = 8  # configs of a process
 SIZES = {
   'model.vocab_size': 288,
   'model.max_seq_len': 16,
@@ -71,16 +81,20 @@ def draw(base: dict, rng: random.Random, number: int) -> tuple[schema.Config, ja
   return cfg, partitioning.make_mesh(cfg.mesh, jax.devices()[:1])
 
 
-def try_one(cfg: schema.Config, mesh: jax.sharding.Mesh, workdir: pathlib.Path) -> str:
-  """Trains, saves, restores and decodes. Returns what was compared.
+def try_one(
+  cfg: schema.Config, mesh: jax.sharding.Mesh, workdir: pathlib.Path, tell: Callable[[str], None]
+) -> str:
+  """Trains, saves, restores and decodes; says at which stage it is. Returns what was compared.
 
   Raises:
     AssertionError: a figure is not finite, or two that should be are not equal.
   """
+  tell('building')
   workdir.mkdir(parents=True, exist_ok=True)
   corpus = corpus_lib.load_corpus(cfg.data, cfg.model.vocab_size, cfg.train.seed, progress=False)
   cfg = _with_replay(cfg, workdir)
   state = first_state.random(cfg, mesh, corpus)
+  tell('training')
   step = optimizer_step.make_train_step(cfg, mesh)
   batches = pipeline.train_batches(
     corpus,
@@ -97,6 +111,7 @@ def try_one(cfg: schema.Config, mesh: jax.sharding.Mesh, workdir: pathlib.Path) 
       state, metrics = step(state, partitioning.put_batch(objective.inputs(batch), mesh))
       figures = optimizer_step.host_metrics(metrics)
       assert np.isfinite([v for v in figures.values() if v is not None]).all(), figures
+  tell('saving')
   with checkpointer_lib.Checkpointer(workdir / 'checkpoints', cfg.checkpoint) as checkpointer:
     checkpointer.save(2, state, {}, force=True)
     checkpointer.wait()
@@ -105,7 +120,7 @@ def try_one(cfg: schema.Config, mesh: jax.sharding.Mesh, workdir: pathlib.Path) 
   traits = router_traits.of(cfg.model.moe)
   if not traits.causal or (cfg.model.moe.capacity.at_eval):
     return 'trained'
-  _decode(cfg, jax.device_get(restored.state.variables))
+  _decode(cfg, jax.device_get(restored.state.variables), tell)
   return 'trained and decoded'
 
 
@@ -124,13 +139,14 @@ def _with_replay(cfg: schema.Config, workdir: pathlib.Path) -> schema.Config:
   return dataclasses.replace(cfg, model=dataclasses.replace(model, moe=moe))
 
 
-def _decode(cfg: schema.Config, variables):
+def _decode(cfg: schema.Config, variables, tell: Callable[[str], None]):
   """A prompt of 5 tokens and 4 more, one at a time, against the full forward; on one device."""
   model, slots = cfg.model, cfg.model.max_seq_len
   rows = 1  # some routers deal by a token's place in the batch
   tokens = np.random.default_rng(1).integers(256, size=(rows, 9)).astype(np.int32)
   at = np.broadcast_to(np.arange(9, dtype=np.int32), tokens.shape)
   whole = jax.jit(lambda v, *a: transformer.apply(model, v, *a).logits)
+  tell('reading a text whole')
   want = np.asarray(whole(variables, tokens, at, np.ones_like(at)))
   weights = cached_model.unstack(model, variables)
   length = np.full(rows, 5, np.int32)
@@ -145,8 +161,10 @@ def _decode(cfg: schema.Config, variables):
     hidden, caches = cached_model.step(model, weights, tokens, at, caches)
     return cached_model.logits_of(model, weights, hidden), caches
 
+  tell('prefilling')
   logits, caches = prefill(weights, tokens[:, :5])
   got = [np.asarray(logits)]
+  tell('decoding')
   for t in range(5, 9):
     logits, caches = step(weights, tokens[:, t : t + 1], at[:, t : t + 1], caches)
     got.append(np.asarray(logits))
@@ -157,11 +175,62 @@ def _decode(cfg: schema.Config, variables):
   )
 
 
+def child(workdir: pathlib.Path, seed: int, numbers: Sequence[int]):
+  """Tries configs by their numbers; a line for each in records.jsonl."""
+  jax.config.update('jax_num_cpu_devices', 8)  # for meshes
+  base = values(workdir / 'cache')
+  for number in numbers:
+    begin = time.process_time()
+    cfg, mesh = draw(base, random.Random(f'{seed}-{number}'), number)
+    record = {'number': number, 'router': cfg.model.moe.router, 'error': ''}
+    record['changes'] = parse.diff(base, parse.to_dict(cfg))
+
+    def tell(stage: str, record=record):
+      (workdir / 'stage').write_text(json.dumps(record | {'stage': stage}))
+
+    try:
+      record['result'] = try_one(cfg, mesh, workdir / 'run', tell)
+    except Exception as error:  # every kind of failure is a finding, and the next config goes on
+      traceback.print_exc()
+      record |= {'result': 'failed', 'error': f'{type(error).__name__}: {str(error)[:400]}'}
+    record['cpu_seconds'] = round(time.process_time() - begin, 1)
+    _add(workdir, record)
+    shutil.rmtree(workdir / 'run', ignore_errors=True)
+
+
+def _add(workdir: pathlib.Path, record: Mapping):
+  with (workdir / 'records.jsonl').open('a') as lines:
+    lines.write(json.dumps(record) + '\n')
+
+
+def records(workdir: pathlib.Path) -> dict[int, dict]:
+  """Config's number -> what became of it; of two lines of a number the later one."""
+  path = workdir / 'records.jsonl'
+  lines = path.read_text().splitlines() if path.exists() else []
+  return {record['number']: record for record in map(json.loads, lines)}
+
+
+def _batch(workdir: pathlib.Path, seed: int, numbers: Sequence[int]):
+  """Tries configs in a process of their own; one that ends it is recorded with its stage."""
+  line = [sys.executable, '-m', 'experiments.torture.fuzz', str(workdir), str(seed)]
+  (workdir / 'stage').unlink(missing_ok=True)
+  with (workdir / 'log').open('a') as log:
+    done = subprocess.run(
+      [*line, *map(str, numbers)], cwd=ROOT, env=os.environ | ENV, stdout=log, stderr=log
+    )
+  if done.returncode and (workdir / 'stage').exists():
+    record = json.loads((workdir / 'stage').read_text())
+    error = f'the process ended with status {done.returncode} while {record["stage"]}'
+    _add(workdir, record | {'result': 'crashed', 'error': error})
+  elif done.returncode:
+    raise RuntimeError((workdir / 'log').read_text()[-2000:])
+
+
 def run(workdir: pathlib.Path, stop: float, seed: int, most: int) -> dict:
-  """Tries `most` configs until the time is over.
+  """Tries configs until the time is over; those with a line in records.jsonl are not tried again.
 
   Args:
-    workdir: scratch; emptied.
+    workdir: scratch.
     stop: of `time.monotonic`.
     seed: decides the configs.
     most: configs.
@@ -169,25 +238,24 @@ def run(workdir: pathlib.Path, stop: float, seed: int, most: int) -> dict:
   Returns:
     how many went how far, and the configs that failed.
   """
-  shutil.rmtree(workdir, ignore_errors=True)
-  base, rng = values(workdir / 'cache'), random.Random(seed)
-  counts: collections.Counter = collections.Counter()
-  broken = []
-  for number in range(most):
-    if time.monotonic() > stop:
+  workdir.mkdir(parents=True, exist_ok=True)
+  while time.monotonic() < stop:
+    known = records(workdir)
+    left = [number for number in range(most) if number not in known]
+    if not left:
       break
-    cfg, mesh = draw(base, rng, number)
-    try:
-      result = try_one(cfg, mesh, workdir / 'run')
-    except Exception as error:  # every kind of failure is a finding, and the next config goes on
-      traceback.print_exc()
-      result = 'failed'
-      changes = '; '.join(parse.diff(base, parse.to_dict(cfg)))
-      broken.append(f'{type(error).__name__}: {str(error)[:300]} with {changes}')
-    counts[f'{cfg.model.moe.router}: {result}'] += 1
-    shutil.rmtree(workdir / 'run', ignore_errors=True)
-    if number % 8 == 7:
-      jax.clear_caches()  # every config is another set of programs
+    _batch(workdir, seed, left[:BATCH])
+  found = list(records(workdir).values())
+  counts = collections.Counter(f'{r["router"]}: {r["result"]}' for r in found)
   for name, count in sorted(counts.items()):
     print(f'{count:4d} {name}')
+  broken = [
+    f'config {r["number"]}: {r["error"]} with {"; ".join(r["changes"])}'
+    for r in found
+    if r['result'] in ('failed', 'crashed')
+  ]
   return {'configs': dict(counts), 'broken': broken}
+
+
+if __name__ == '__main__':
+  child(pathlib.Path(sys.argv[1]), int(sys.argv[2]), [int(n) for n in sys.argv[3:]])

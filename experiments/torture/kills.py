@@ -42,7 +42,8 @@ PATIENCE = 400.0  # seconds for one start; beyond that it hangs
 class Scene:
   """A workdir, its cache, and the process that trains in it."""
 
-  def __init__(self, root: pathlib.Path):
+  def __init__(self, root: pathlib.Path, settings: Sequence[str] = SETTINGS):
+    self.settings = settings
     self.workdir, self.cache = root / 'run', root / 'cache'
     self.programs = root.parent / 'programs'  # compiled once for all rounds, or half made by a kill
     self.log = root / 'log'
@@ -59,7 +60,7 @@ class Scene:
 
   def train(self) -> subprocess.Popen:
     """Starts the run, or goes on with it."""
-    return self.command('experiments.train', *SETTINGS, f'--workdir={self.workdir}')
+    return self.command('experiments.train', *self.settings, f'--workdir={self.workdir}')
 
   def lines(self) -> list[str]:
     """The lines of metrics.jsonl."""
@@ -249,7 +250,7 @@ def _kill_once(
   _take_away(scene, phase, rng)
   watched = _phases(scene, rng, usual)[phase]
   process = scene.train()
-  if not _wait(process, watched, rng.uniform(0, watched.usual)):
+  if not wait(process, watched, rng.uniform(0, watched.usual)):
     process.kill()
     broken.append(f'a start hung for {PATIENCE:.0f} s: {_tail(scene)}')
   if process.poll() is not None:
@@ -275,7 +276,7 @@ def _kill_once(
   return 0
 
 
-def _wait(process: subprocess.Popen, phase: Phase, delay: float) -> bool:
+def wait(process: subprocess.Popen, phase: Phase, delay: float = 0.0) -> bool:
   """Waits until `delay` seconds after a phase's beginning, its end, or the process's own.
 
   Returns:
@@ -361,7 +362,7 @@ def _export(scene: Scene, whole: Scene, rng: random.Random, kills, broken: list[
   parts = Phase(lambda: any(target.parent.glob('.out*')), target.exists, 0.5)
   for _ in range(2):
     process = _convert(scene, 'out')
-    if not _wait(process, parts, rng.uniform(0, parts.usual)):
+    if not wait(process, parts, rng.uniform(0, parts.usual)):
       broken.append(f'an export hung for {PATIENCE:.0f} s: {_tail(scene)}')
     process.kill()
     if process.wait() == -signal.SIGKILL:

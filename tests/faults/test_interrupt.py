@@ -1,16 +1,12 @@
 """Real processes, really killed: the resumed run repeats the unbroken one bit by bit."""
 
-import json
-import os
-import pathlib
 import signal
 import subprocess
-import sys
-import time
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
+from experiments.torture import kills
+
 NUM_STEPS = 600
 SETTINGS = [
   '--config=configs/smoke.py',
@@ -22,77 +18,55 @@ SETTINGS = [
 
 
 @pytest.fixture(scope='module')
-def env(tmp_path_factory):
-  cache = tmp_path_factory.mktemp('cache')
-  return os.environ | {'JAX_PLATFORMS': 'cpu', 'MOE_JAX_CACHE': str(cache)}
+def root(tmp_path_factory):
+  return tmp_path_factory.mktemp('scenes')  # with the programs that all scenes share
 
 
-def start(workdir: pathlib.Path, env) -> subprocess.Popen:
-  command = [sys.executable, '-m', 'experiments.train', *SETTINGS, f'--workdir={workdir}']
-  pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-  return subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
+def finish(scene: kills.Scene) -> str:
+  assert scene.train().wait(300) == 0, scene.log.read_text()
+  return scene.log.read_text()
 
 
-def finish(workdir: pathlib.Path, env) -> str:
-  process = start(workdir, env)
-  out, err = process.communicate(timeout=300)
-  assert process.returncode == 0, err
-  return out
-
-
-def lines(workdir: pathlib.Path) -> list[str]:
-  path = workdir / 'metrics.jsonl'
-  return path.read_text().splitlines() if path.exists() else []
-
-
-def wait_for_step(workdir: pathlib.Path, step: int, process: subprocess.Popen):
-  deadline = time.monotonic() + 200
-  while len(lines(workdir)) < step:
-    assert process.poll() is None, process.communicate()
-    assert time.monotonic() < deadline, 'no progress'
-    time.sleep(0.01)
-
-
-def figures(workdir: pathlib.Path) -> list[tuple]:
-  """Everything about every step that does not depend on the clock, with all digits."""
-  parsed = [json.loads(line) for line in lines(workdir)]
-  return [tuple(p[key] for key in ('step', 'loss', 'lr', 'grad_norm', 'max_vio')) for p in parsed]
+def start_until(step: int, scene: kills.Scene) -> subprocess.Popen:
+  process = scene.train()
+  reached = kills.Phase(lambda: len(scene.lines()) >= step, over=lambda: False, usual=0.0)
+  assert kills.wait(process, reached), 'no progress'
+  assert process.poll() is None, scene.log.read_text()
+  return process
 
 
 @pytest.fixture(scope='module')
-def unbroken(env, tmp_path_factory):
-  workdir = tmp_path_factory.mktemp('unbroken')
-  finish(workdir, env)
-  result = figures(workdir)
+def unbroken(root):
+  scene = kills.Scene(root / 'unbroken', SETTINGS)
+  finish(scene)
+  result = scene.figures()
   assert [r[0] for r in result] == list(range(1, NUM_STEPS + 1))
   return result
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('stop', [signal.SIGTERM, signal.SIGINT])
-def test_a_polite_signal_saves_and_says_how_to_resume(unbroken, env, tmp_path, stop):
-  process = start(tmp_path, env)
-  wait_for_step(tmp_path, 60, process)
+def test_a_polite_signal_saves_and_says_how_to_resume(unbroken, root, stop):
+  scene = kills.Scene(root / stop.name, SETTINGS)
+  process = start_until(60, scene)
   process.send_signal(stop)
-  out, err = process.communicate(timeout=120)
-  assert process.returncode == 0, err
-  done = len(lines(tmp_path))
+  assert process.wait(120) == 0, scene.log.read_text()
+  done, said = len(scene.lines()), scene.log.read_text()
   assert 60 <= done < NUM_STEPS
-  assert f'stopped by {stop.name} after step {done}' in out
-  assert f'resume with: python -m experiments.train {SETTINGS[0]}' in out
-  assert (tmp_path / 'checkpoints' / str(done)).is_dir()
-  assert f'resuming after step {done} of {NUM_STEPS}' in finish(tmp_path, env)
-  assert figures(tmp_path) == unbroken
+  assert f'stopped by {stop.name} after step {done}' in said
+  assert f'resume with: python -m experiments.train {SETTINGS[0]}' in said
+  assert str(done) in scene.names('checkpoints')
+  assert f'resuming after step {done} of {NUM_STEPS}' in finish(scene)
+  assert scene.figures() == unbroken
 
 
 @pytest.mark.slow
-def test_a_run_killed_again_and_again_repeats_the_unbroken_one(unbroken, env, tmp_path):
+def test_a_run_killed_again_and_again_repeats_the_unbroken_one(unbroken, root):
+  scene = kills.Scene(root / 'killed', SETTINGS)
   for step in (10, 40, 130):  # the first comes before any checkpoint
-    process = start(tmp_path, env)
-    wait_for_step(tmp_path, step, process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert len(lines(tmp_path)) < NUM_STEPS
-  assert 'resuming after step' in finish(tmp_path, env)
-  assert figures(tmp_path) == unbroken
+    process = start_until(step, scene)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert len(scene.lines()) < NUM_STEPS
+  assert 'resuming after step' in finish(scene)
+  assert scene.figures() == unbroken

@@ -57,6 +57,42 @@ def test_other_metrics_arrays_and_files_break_the_promise(tmp_path, monkeypatch)
   assert len(broken) == 4 and all(word in line for word, line in zip(words, broken))
 
 
+class Process:
+  """Ends at its `polls`-th poll."""
+
+  def __init__(self, polls: int):
+    self.polls = polls
+
+  def poll(self):
+    self.polls -= 1
+    return None if self.polls > 0 else 0
+
+
+def test_a_kill_falls_into_its_phase_or_at_its_end(monkeypatch):
+  asked = []
+
+  def phase(begin: int, end: int) -> kills.Phase:
+    asked.clear()
+    return kills.Phase(lambda: len(asked) >= begin, lambda: asked.append(1) or len(asked) > end, 1)
+
+  process = Process(polls=50)
+  assert kills.wait(process, phase(begin=3, end=99))
+  assert len(asked) == 4 and process.polls > 40
+  assert kills.wait(process, phase(begin=3, end=6), delay=60.0) and len(asked) == 7
+  assert kills.wait(process, phase(begin=99, end=999)) and process.polls == 0  # it ended itself
+  monkeypatch.setattr(kills, 'PATIENCE', 0.01)
+  assert not kills.wait(Process(polls=999), phase(begin=99, end=999))
+
+
+def test_rounds_of_several_commands_add_up():
+  first = {'by_phase': {'save, SIGKILL': 2, 'step, SIGTERM': 1}, 'steps_again': 3, 'refused': 0}
+  second = {'by_phase': {'save, SIGKILL': 1}, 'steps_again': 4, 'refused': 1}
+  total = kills._total([first, second])
+  assert (total['kills'], total['rounds'], total['steps_again'], total['refused']) == (4, 2, 7, 1)
+  rows = kills.table(total['by_phase']).splitlines()
+  assert rows[2:] == ['| save | 3 | 0 |', '| step | 0 | 1 |']
+
+
 @pytest.mark.slow
 def test_a_few_kills_and_damages_break_no_promise(tmp_path):
   found = kills.run(tmp_path / 'kills', time.monotonic() + 600, seed=1, most=3)
