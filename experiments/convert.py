@@ -17,9 +17,9 @@ from moe_jax import errors
 
 def define_flags():
   """Flags of this command."""
-  cli.workdir_flag('directory of the run: written by an import, read by an export')
-  cli.path_flag('from_hf', None, 'directory of a downloaded checkpoint, to import')
-  cli.path_flag('to_hf', None, 'directory to export to; absent or empty')
+  cli.workdir_flag('directory of the run: written by an import, read by an export', bucket=True)
+  cli.path_flag('from_hf', None, 'directory of a downloaded checkpoint, to import', bucket=True)
+  cli.path_flag('to_hf', None, 'directory to export to; absent or empty', bucket=True)
   flags.DEFINE_string('param_dtype', '', "import: dtype of the weights; '' = that of the files")
   flags.DEFINE_bool('allow_nonfinite', False, 'import: take NaN and infinity as they are')
   flags.DEFINE_bool(

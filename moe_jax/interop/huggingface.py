@@ -40,7 +40,7 @@ from moe_jax.interop import source as source_lib
 from moe_jax.models import model_variables
 from moe_jax.planning import host_memory
 from moe_jax.runs import run_record, trained_run
-from moe_jax.storage import fetch
+from moe_jax.storage import fetch, upload
 
 Say = Callable[[str], None]
 
@@ -135,7 +135,7 @@ def save(
   content = (
     dict(hf) if hf is not None else hf_config_export.from_config(cfg) | export_plan.dtype_key(plan)
   )
-  with _staged(pathlib.Path(directory), '--to_hf', plan.num_bytes) as staging:
+  with _staged(directory, '--to_hf', plan.num_bytes) as staging:
     _write_json(staging / 'config.json', content)
     plan.write(staging, lambda name, index: leaves[name][index], shard_bytes)
 
@@ -170,7 +170,7 @@ def import_checkpoint(
     errors.InputError: see the message; nothing has been written then.
   """
   began = time.monotonic()
-  directory, workdir = fetch.local(directory, '--from_hf'), pathlib.Path(workdir)
+  directory = fetch.local(directory, '--from_hf')
   source, tokenizer = _open(directory, values, workdir, param_dtype)
   source = dataclasses.replace(source, allow_nonfinite=allow_nonfinite)
   cfg = source.cfg
@@ -229,7 +229,7 @@ def export_checkpoint(
     errors.InputError: see the message; nothing has been written then.
   """
   began = time.monotonic()
-  workdir, directory = fetch.local(workdir, '--workdir'), pathlib.Path(directory)
+  workdir = fetch.local(workdir, '--workdir')
   cfg = trained_run.read_config(workdir, step)
   record = sidecar.read_record(workdir)
   kept = workdir / sidecar.DIRECTORY
@@ -290,13 +290,13 @@ def _copy_small_files(
 
 
 def _open(
-  directory: pathlib.Path, values: trees.Json, home: pathlib.Path, param_dtype: str
+  directory: pathlib.Path, values: trees.Json, home: str | os.PathLike[str], param_dtype: str
 ) -> tuple[source_lib.Source, tokenizer_lib.Tokenizer]:
   """A checked checkpoint and its tokenizer, which the config expects in the directory `home`."""
   hf = source_lib.read_json(directory / 'config.json')
   hf_config.family(hf)  # before anything is said about its tokenizer
   bos, eos = sidecar.special_tokens(directory, hf)
-  path = str(home / sidecar.TOKENIZER)
+  path = os.path.join(home, sidecar.TOKENIZER)
   data = values['data'] | {'bos_token': bos, 'eos_token': eos, 'tokenizer': path}
   source = source_lib.read(directory, dict(values) | {'data': data}, param_dtype)
   tokenizer = tokenizer_lib.load(directory / sidecar.TOKENIZER, bos, eos)
@@ -311,7 +311,14 @@ def _progress(source: source_lib.Source, doing: str) -> tqdm.tqdm:
 
 
 @contextlib.contextmanager
-def _staged(target: pathlib.Path, flag: str, needed: int) -> Iterator[pathlib.Path]:
+def _staged(target: str | os.PathLike[str], flag: str, needed: int) -> Iterator[pathlib.Path]:
+  """A temporary directory that becomes `target`, here or in a bucket; see `_renamed`."""
+  with upload.folder(target, flag) as made, _renamed(made, flag, needed) as staging:
+    yield staging
+
+
+@contextlib.contextmanager
+def _renamed(target: pathlib.Path, flag: str, needed: int) -> Iterator[pathlib.Path]:
   """A temporary directory, renamed to `target` on success and removed on an exception.
 
   What a killed process left behind is cleared by the next one.
