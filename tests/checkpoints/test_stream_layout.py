@@ -75,3 +75,11 @@ def test_chunks_are_the_slices_and_no_larger_than_the_cap(streamed, tmp_path, mo
     np.testing.assert_array_equal(
       reader.read('params/embed', slice(2, 11)), embed['params']['embed'][2:11]
     )
+
+
+def test_boxes_that_touch_do_not_overlap():
+  tally = stream_layout.Tally((12,))
+  tally.add(stream_layout.Box((4,), (8,)), 0)
+  boxes = [((0,), (4,)), ((8,), (12,)), ((3,), (5,)), ((7,), (9,)), ((5,), (6,)), ((0,), (12,))]
+  found = [tally.overlaps(stream_layout.Box(*box)) for box in boxes]
+  assert found == [False, False, True, True, True, True]

@@ -16,6 +16,11 @@ def test_traits_belong_to_the_router_of_a_config():
   assert 'topk' in router_traits.names_with('causal')
 
 
+def test_routers_without_weights_and_the_others():
+  without = {name for name, traits in router_traits.LIBRARY.items() if not traits.has_logits}
+  assert without == {'hash'}
+
+
 @pytest.mark.parametrize(
   'flags',
   [

@@ -1,5 +1,8 @@
+import os
+import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -120,6 +123,22 @@ def test_another_program_is_refused(profiled):
 def test_an_empty_directory_is_refused(tmp_path):
   with pytest.raises(errors.InputError, match='xplane'):
     profile.shares(tmp_path, TEXT)
+
+
+def test_the_newest_profile_is_read(tmp_path, monkeypatch):
+  for name, age in (('old', 1000), ('new', 2000), ('older', 500)):
+    (tmp_path / f'{name}.xplane.pb').touch()
+    os.utime(tmp_path / f'{name}.xplane.pb', (age, age))
+  seen = []
+
+  def read(path):
+    seen.append(pathlib.Path(path).name)
+    raise KeyError
+
+  monkeypatch.setattr(jax.profiler, 'ProfileData', types.SimpleNamespace(from_file=read))
+  with pytest.raises(KeyError):
+    profile.shares(tmp_path, TEXT)
+  assert seen == ['new.xplane.pb']
 
 
 def test_a_window_is_traced_from_its_start_to_its_stop(tmp_path, monkeypatch):

@@ -41,3 +41,22 @@ def test_padding_of_tiles_counts():
   found = [(buffer.op_name, buffer.bytes) for buffer in hlo_memory.peak(shapes)]
   # 16 rows of one number fill tiles of 8 x 128, as much as two rows' worth of them.
   assert found == [('dead/before/the/loop', 4 * 16 * 128), ('carried', 4 * 8 * 128)]
+
+
+IN_PLACE = """HloModule test, is_scheduled=true
+
+ENTRY %main (x: f32[8,128]) -> f32[8,128] {
+  %x = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %zero = s32[]{:T(128)} constant(0)
+  %wide = f32[64,128]{1,0:T(8,128)} broadcast(%x), metadata={op_name="wide"}
+  %new = f32[64,128]{1,0:T(8,128)} dynamic-update-slice(%wide, %x, %zero), metadata={op_name="new"}
+  ROOT %y = f32[8,128]{1,0:T(8,128)} slice(LAST), slice={[0:8], [0:128]}
+}
+"""
+
+
+def test_an_update_is_in_place_where_nobody_reads_the_old_array_later():
+  names = [buffer.op_name for buffer in hlo_memory.peak(IN_PLACE.replace('LAST', '%new'))]
+  assert names == ['wide']
+  later = IN_PLACE.replace('LAST', '%new, %wide')
+  assert {buffer.op_name for buffer in hlo_memory.peak(later)} == {'wide', 'new'}
