@@ -101,6 +101,19 @@ def test_an_activation(path, index, value, where):
     assert found.rows and set(found.rows) <= {0, 2, 4, 6}  # of the first micro-batch
 
 
+@pytest.mark.parametrize('stack, names', [('moe_layers', 'moe'), ('mtp_layers', 'block/moe')])
+def test_an_expert_is_looked_for_in_every_kind_of_layer(stack, names, monkeypatch):
+  flags = {f'{stack}/{names}': np.array([[True, False]])}
+  monkeypatch.setattr(first_nonfinite, '_watched', lambda *unused: flags)
+  asked = []
+  monkeypatch.setattr(first_nonfinite, '_expert', lambda *given: asked.append(given[-2:]) or 'it')
+  rows = {key: value[:2] for key, value in tiny.batch().items()}
+  cfg = tiny.make(model__num_mtp_layers=1)
+  found = first_nonfinite.in_activations(cfg, tiny.mesh(1), {}, rows, SEED)
+  assert found == first_nonfinite.Found('activation', 'it', (1,))
+  assert asked == [((stack, *names.split('/')), 0)]
+
+
 @pytest.mark.slow
 def test_a_whole_step_is_taken_again():
   cfg = tiny.make(train__micro_batch_size=4)
