@@ -3,20 +3,25 @@
 Several CPU devices, so that shardings can be tested; and one folder for compiled programs, shared
 with the processes that tests start and between the workers of pytest-xdist, because many of them
 compile the same tiny model. Compiling is most of the time here, so it is done without optimisation,
-in this process only: commands that tests start as processes compile as they do for users.
+in this process. Commands that a test starts as processes compile as they do for users, unless it
+takes the fixture `quick_processes`.
 """
 
 import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 import jax
+import pytest
+
+from tests import compile_flags
 
 jax.config.update('jax_num_cpu_devices', 8)
 
 _FLAGS = os.environ.get('XLA_FLAGS')
-os.environ['XLA_FLAGS'] = f'{_FLAGS or ""} --xla_backend_optimization_level=0'
+os.environ['XLA_FLAGS'] = f'{_FLAGS or ""} {compile_flags.FLAGS}'
 jax.devices()  # reads the flags, once and for all
 if _FLAGS is None:
   del os.environ['XLA_FLAGS']
@@ -30,3 +35,11 @@ if 'PYTEST_XDIST_WORKER' not in os.environ:  # workers inherit the folder of the
   os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.3'
 jax.config.update('jax_compilation_cache_dir', os.environ['JAX_COMPILATION_CACHE_DIR'])
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+
+
+@pytest.fixture(scope='module')
+def quick_processes() -> Iterator[None]:
+  """Processes that the tests of a module start compile as this process does."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv('XLA_FLAGS', compile_flags.FLAGS)
+    yield

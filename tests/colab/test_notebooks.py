@@ -13,6 +13,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures('quick_processes')
 PAGES = sorted((ROOT / 'colab').glob('*.ipynb'))
 OURS = ('moe_jax', 'configs', 'experiments')
 MAX_CELL_LINES, MAX_BYTES = 22, 700_000

@@ -16,7 +16,7 @@ SMALL = (
   '--config.optim.warmup_steps=2',
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('quick_processes')]
 
 
 def command(name, *arguments, cache):

@@ -16,6 +16,7 @@ from moe_jax import errors
 from moe_jax.analysis import paired
 
 ROOT = pathlib.Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures('quick_processes')
 
 
 def resolved(scale, names=()):

@@ -13,6 +13,7 @@ from experiments.routing_zoo import table
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures('quick_processes')
 
 
 def result(bits, max_vio, dropped):

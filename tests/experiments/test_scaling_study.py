@@ -21,6 +21,7 @@ from moe_jax.training import optimizer_step, train_state
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures('quick_processes')
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import pytest
 
 from experiments.torture import kills
 
+pytestmark = pytest.mark.usefixtures('quick_processes')
 NUM_STEPS = 600
 SETTINGS = [
   '--config=configs/smoke.py',

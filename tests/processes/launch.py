@@ -12,6 +12,8 @@ import subprocess
 import sys
 import time
 
+from tests import compile_flags
+
 ROOT = pathlib.Path(__file__).parents[2]
 TIMEOUT = 240
 # What gloo's threads print on connecting, word by word and at the same time.
@@ -36,8 +38,7 @@ SETTINGS = {
 
 
 def environment(cache: pathlib.Path, **variables: str) -> dict[str, str]:
-  flags = '--xla_backend_optimization_level=0'
-  given = {'JAX_PLATFORMS': 'cpu', 'MOE_JAX_CACHE': str(cache), 'XLA_FLAGS': flags}
+  given = {'JAX_PLATFORMS': 'cpu', 'MOE_JAX_CACHE': str(cache), 'XLA_FLAGS': compile_flags.FLAGS}
   return os.environ | given | variables
 
 
