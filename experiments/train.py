@@ -7,7 +7,6 @@ On many processes the same command runs on each, with --coordinator=HOST:PORT --
 --process_id=I where they cannot find that out themselves; see docs/launch/.
 """
 
-import pathlib
 import shlex
 import sys
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from moe_jax.config import parse
 def define_flags():
   """Flags of this command."""
   cli.config_flag()
-  cli.workdir_flag('directory of the run; made if absent')
+  cli.workdir_flag('directory of the run; made if absent', bucket=True)
   flags.DEFINE_bool('allow_config_change', False, 'continue a run of another config')
   flags.DEFINE_list('profile_steps', None, 'first and last step to profile, into WORKDIR/profile')
   cli.distributed_flags()
@@ -49,24 +48,26 @@ def main(unused_argv: Sequence[str]):
 
   from moe_jax.processes import agreement
   from moe_jax.runs import final_report, terminal, train_run
+  from moe_jax.storage import workdir as storage_workdir
 
   cfg = cli.resolve(flags.FLAGS.config)
-  workdir = pathlib.Path(cli.required('workdir'))
+  workdir = cli.required('workdir')
   allow, say = flags.FLAGS.allow_config_change, terminal.Terminal(_say)
   cli.start_processes(
-    {'config': parse.to_dict(cfg), 'workdir': str(workdir), 'allow_config_change': allow}
+    {'config': parse.to_dict(cfg), 'workdir': workdir, 'allow_config_change': allow}
   )
-  trained, corpus = train_run.run_training(
-    cfg,
-    workdir,
-    allow_config_change=allow,
-    argv=sys.argv,
-    say=say,
-    profile_steps=_profile_steps(),
-  )
-  if not trained.interrupted_by:
-    final_report.finish(trained, corpus, workdir, say)
-    return
+  with storage_workdir.opened(workdir, '--workdir', say, jax.process_count()) as place:
+    trained, corpus = train_run.run_training(
+      cfg,
+      place,
+      allow_config_change=allow,
+      argv=sys.argv,
+      say=say,
+      profile_steps=_profile_steps(),
+    )
+    if not trained.interrupted_by:
+      final_report.finish(trained, corpus, place, say)
+      return
   if not agreement.is_first():
     return
   # Every process has a number of its own, the rest of the command is the same.

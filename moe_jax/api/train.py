@@ -4,12 +4,14 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import ml_collections
 
 from moe_jax import errors, trees
 from moe_jax.api import run as run_lib
-from moe_jax.config import pages, parse, paths, schema
+from moe_jax.config import pages, parse, schema
 from moe_jax.runs import final_report, goodput, terminal, train_run
+from moe_jax.storage import workdir as storage_workdir
 
 Config = str | ml_collections.ConfigDict | Mapping[str, Any] | schema.Config
 
@@ -31,7 +33,7 @@ def train(
   Args:
     config: a page by name or path, with `:variant`; or what its `get_config()` returns, possibly
       changed; or a checked config.
-    workdir: where everything is written.
+    workdir: where everything is written; gs:// and s3:// too, see docs/topics/storage.md.
     allow_config_change: continue a run of another config.
     report: at the end evaluate, sample and draw, as the command does.
     say: prints one line.
@@ -44,20 +46,21 @@ def train(
     errors.InputError: a value that breaks a rule, before anything is written; or divergence.
   """
   cfg = resolve(config, overrides)
-  workdir, say = paths.local(workdir, 'workdir'), terminal.of(say)
-  trained, corpus = train_run.run_training(
-    cfg, workdir, allow_config_change=allow_config_change, say=say
-  )
-  if trained.interrupted_by:
-    say(
-      f'stopped by {trained.interrupted_by} after step {trained.step}, which is saved; the same '
-      'call again goes on'
+  say = terminal.of(say)
+  with storage_workdir.opened(workdir, 'workdir', say, jax.process_count()) as place:
+    trained, corpus = train_run.run_training(
+      cfg, place, allow_config_change=allow_config_change, say=say
     )
-  elif report:
-    final_report.finish(trained, corpus, workdir, say)
-  else:
-    say(goodput.text(goodput.read(workdir)))
-  return run_lib.Run(trained, workdir)
+    if trained.interrupted_by:
+      say(
+        f'stopped by {trained.interrupted_by} after step {trained.step}, which is saved; the same '
+        'call again goes on'
+      )
+    elif report:
+      final_report.finish(trained, corpus, place, say)
+    else:
+      say(goodput.text(goodput.read(place)))
+  return run_lib.Run(trained, place)
 
 
 def resolve(config: Config, overrides: Mapping[str, Any]) -> schema.Config:

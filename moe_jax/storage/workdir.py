@@ -1,0 +1,261 @@
+"""A run whose workdir lies in a bucket: a folder here that is brought, and uploaded as it grows.
+
+The run writes into a folder on this disk (`CACHE/buckets/workdirs/...`) as into any workdir. A
+thread uploads what has changed every EVERY seconds, and the end of the block the rest: small files
+first, then each checkpoint step, `_CHECKPOINT_METADATA` last, after a comparison of sizes. What was
+deleted here is deleted there, of a step that object first. So whoever reads the bucket, or starts
+there with an empty disk, finds steps that are whole, and a config and metrics at least as new.
+
+A lease (`lease.py`) keeps other writers out. Each start that uploads writes a new token to the
+object `.session`. A later start on this machine keeps its folder, and with it what could not be
+uploaded, only if that token is still the one it knows; otherwise the bucket is right and the folder
+is brought anew.
+
+One process: those of a pod each hold a part of a checkpoint, and no folder here holds it all.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import signal
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+
+from absl import logging
+
+from moe_jax import atomic_files, errors
+from moe_jax.config import paths
+from moe_jax.storage import bucket as bucket_lib
+from moe_jax.storage import fetch, lease, upload, urls
+
+EVERY = 10.0  # seconds between looks for what has changed
+Stat = tuple[int, int]  # size, time of the last change
+
+
+@contextlib.contextmanager
+def opened(
+  workdir: str | os.PathLike[str], flag: str, say: Callable[[str], None], processes: int = 1
+) -> Iterator[pathlib.Path]:
+  """The path here at which the run of the block works; its own for a workdir on this disk.
+
+  Args:
+    workdir: a path here, or gs://BUCKET/KEY and s3://BUCKET/KEY.
+    flag: what the user calls it.
+    say: prints one line.
+    processes: how many write the run together.
+
+  Raises:
+    errors.InputError: another run writes there, the bucket fails, or several processes write.
+  """
+  if not urls.is_remote(workdir):
+    yield paths.local(workdir, flag)
+    return
+  url = urls.parse(workdir, flag)
+  where = f'{flag}={url}'
+  errors.require(
+    processes == 1,
+    f'{where} can be written by one process, and here are {processes}, of which each holds a part '
+    'of the checkpoints; give a directory that all machines share (a mounted bucket, NFS)',
+  )
+  client = bucket_lib.Bucket(url, flag)
+  name = hashlib.sha256(str(url).encode()).hexdigest()[:16]
+  home = paths.cache_root('') / 'buckets' / 'workdirs' / name
+  with atomic_files.lock(home), lease.held(client, url, where, _stop) as held:
+    mirror = Mirror(client, url, where, home, held.check)
+    mirror.bring()
+    say(f'{url} is worked on in {mirror.place} and uploaded every {EVERY:.0f} s')
+    mirror.start()
+    try:
+      yield mirror.place
+    except BaseException:
+      mirror.stop()
+      try:
+        mirror.push()
+      except errors.InputError as e:
+        logging.error(mirror.left_over(e))
+      raise
+    mirror.stop()
+    try:
+      mirror.push()
+    except lease.LostError:
+      raise
+    except errors.InputError as e:
+      raise errors.InputError(mirror.left_over(e)) from e
+
+
+def _stop():
+  """Ends the run as a signal does: the folder here is saved, and stays."""
+  os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Mirror:
+  """A folder here and the one in the bucket.
+
+  Args:
+    client: of the bucket.
+    url: the folder there.
+    where: how messages begin.
+    home: where the folder here, and what is known about it, lies.
+    check: raises if another process may write by now.
+  """
+
+  def __init__(
+    self,
+    client: bucket_lib.Bucket,
+    url: urls.Url,
+    where: str,
+    home: pathlib.Path,
+    check: Callable[[], None],
+  ):
+    self._client, self._url, self._where, self._check = client, url, where, check
+    self._home, self._files = home, home / 'files'
+    self.place = self._files / url.key
+    self._session, self._token = url.below(fetch.SESSION).key, uuid.uuid4().hex
+    self._claimed = False
+    self._sent: dict[str, Stat] = {}  # as they were when they were uploaded
+    self._there: set[str] = set()  # names in the bucket
+    self._ended = threading.Event()
+    self._thread = threading.Thread(target=self._run, name='upload', daemon=True)
+
+  def bring(self):
+    """Makes the folder here what a run goes on from: the bucket's, or its own if that is newer."""
+    token = (self._client.read(self._session) or b'').decode()
+    found = self._client.find(self._url.key)
+    guards = (self._session, self._url.below(f'{fetch.LEASE}/').key)
+    found = {key: one for key, one in found.items() if not key.startswith(guards)}
+    finished = fetch.finished(found, self._where)
+    begin = len(self._url.below('x').key) - 1
+    self._there = {key[begin:] for key in found}
+    kept = self.place.exists() and token in self._known()
+    if not kept:
+      for folder in (self._files, self._home / 'versions'):
+        shutil.rmtree(folder, ignore_errors=True)
+      self.place.mkdir(parents=True)
+      fetch.download(self._client, finished, self._files, self._home / 'versions', self._where)
+    self._remember([token, self._token])
+    # Of a folder that was kept, steps do not change, and what else there is goes up again.
+    self._sent = {
+      name: stat
+      for name, stat in scan(self.place).items()
+      if (not kept or fetch.step_of(name)[0])
+      and (one := finished.get(self._url.below(name).key)) is not None
+      and one.size == stat[0]
+    }
+
+  def _known(self) -> list[str]:
+    """The tokens in the bucket with which the folder here is at least as new."""
+    try:
+      return json.loads((self._home / 'session.json').read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+      return []
+
+  def _remember(self, tokens: list[str]):
+    atomic_files.write_text(self._home / 'session.json', json.dumps(tokens))
+
+  def start(self):
+    """Uploads in a thread from now on."""
+    self._thread.start()
+
+  def stop(self):
+    """Ends the thread, when what it is uploading has arrived."""
+    self._ended.set()
+    self._thread.join()
+
+  def _run(self):
+    told = ''
+    while not self._ended.wait(EVERY):
+      try:
+        self.push()
+        told = ''
+      except lease.LostError:
+        return
+      except errors.InputError as e:  # until the network is back
+        if str(e) != told:
+          logging.warning(f'nothing is uploaded at the moment: {e}')
+        told = str(e)
+
+  def push(self):
+    """Uploads what has changed here, and deletes what has gone.
+
+    Raises:
+      errors.InputError: the bucket fails, or is another's.
+    """
+    files = scan(self.place)
+    due = [name for name, stat in files.items() if self._sent.get(name) != stat]
+    gone = sorted(self._there - files.keys(), key=lambda name: not name.endswith(fetch.LAST))
+    if not (due or gone):
+      return
+    self._check()
+    if not self._claimed:
+      self._client.write(self._session, self._token.encode())
+      self._remember([self._token])
+      self._claimed = True
+    groups: dict[str, list[str]] = {}
+    for name in due:
+      groups.setdefault(fetch.step_of(name)[0], []).append(name)
+    self._put(groups.pop('', []), files)
+    for step, names in sorted(groups.items()):
+      self._put_step(step, names, files)
+    self._check()
+    self._delete(gone)
+
+  def _put_step(self, step: str, names: list[str], files: Mapping[str, Stat]):
+    """Uploads a step, so that it counts at the end or not at all."""
+    last = f'{step}/{fetch.LAST}'
+    if last not in files:
+      return
+    self._delete([last] if last in self._there else [])
+    self._put([name for name in names if name != last], files)
+    if not (self.place / last).exists():  # it has been deleted meanwhile
+      return
+    there = self._client.find(self._url.below(step).key)
+    parts = [name for name in files if name.startswith(f'{step}/') and name != last]
+    upload.check(there, {self._url.below(n).key: self.place / n for n in parts}, self._where)
+    self._check()
+    self._put([last], files)
+
+  def _put(self, names: list[str], files: Mapping[str, Stat]):
+    paths_here = {self._url.below(name).key: self.place / name for name in names}
+    if not paths_here:
+      return
+    self._there.update(names)
+    try:
+      self._client.put(paths_here)
+    except errors.InputError:
+      if all(path.exists() for path in paths_here.values()):
+        raise
+      return  # deleted while it was read: the next look finds what is left
+    self._sent.update({name: files[name] for name in names})
+
+  def _delete(self, names: list[str]):
+    self._client.delete([self._url.below(name).key for name in names])
+    self._there -= set(names)
+    for name in names:
+      self._sent.pop(name, None)
+
+  def left_over(self, error: errors.InputError) -> str:
+    """What to say of an upload that failed at the end."""
+    return (
+      f'{error}; what is not in the bucket lies in {self.place}: the same command on this machine '
+      'goes on from there and uploads it'
+    )
+
+
+def scan(place: pathlib.Path) -> dict[str, Stat]:
+  """Name -> state of the files of a run: no temporary ones, and no step in the making."""
+  found = {}
+  for path in sorted(place.rglob('*')):
+    name = path.relative_to(place).as_posix()
+    step, number = fetch.step_of(name)
+    hidden = not step and any(part.startswith('.') for part in name.split('/'))
+    if hidden or (step and not fetch.is_step_name(number)):
+      continue
+    with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+      if path.is_file():
+        stat = path.stat()
+        found[name] = (stat.st_size, stat.st_mtime_ns)
+  return found

@@ -1,0 +1,230 @@
+import shutil
+
+import pytest
+
+from configs import smoke
+from moe_jax import errors
+from moe_jax.config import parse
+from moe_jax.runs import metric_log, train_run
+from moe_jax.storage import bucket, fetch, lease, urls, workdir
+
+URL = 'gs://b1/runs/a'
+LAST = fetch.LAST
+
+
+def write(place, *names, text='x'):
+  for name in names:
+    (place / name).parent.mkdir(parents=True, exist_ok=True)
+    (place / name).write_text(text)
+
+
+def opened(said=None):
+  return workdir.opened(URL, '--workdir', (said or []).append)
+
+
+def names(objects):
+  return {path.removeprefix('b1/runs/a/') for path in objects.find('b1')} - {fetch.SESSION}
+
+
+@pytest.fixture(name='mirror')
+def _mirror(objects, tmp_path):
+  (tmp_path / 'home').mkdir()
+  url = urls.parse(URL)
+  made = workdir.Mirror(bucket.Bucket(url), url, 'W', tmp_path / 'home', lambda: None)
+  made.bring()
+  return made
+
+
+def test_a_workdir_here_is_itself(tmp_path):
+  with workdir.opened(tmp_path, '--workdir', print, processes=4) as place:
+    assert place == tmp_path
+
+
+def test_several_processes_are_refused(objects):
+  with pytest.raises(errors.InputError, match='by one process, and here are 4'):
+    with workdir.opened(URL, '--workdir', print, processes=4):
+      pass
+  assert objects.find('b1') == {}
+
+
+def test_what_is_uploaded_is_brought_back_on_an_empty_disk(objects, tmp_path):
+  said = []
+  with workdir.opened(URL, '--workdir', said.append) as place:
+    assert place.name == 'a' and not list(place.iterdir())
+    write(place, 'config.json', 'routing/4.npz', 'checkpoints/4/d/x', f'checkpoints/4/{LAST}')
+    write(place, '.lock', '.x.1.tmp', 'checkpoints/8.orbax-checkpoint-tmp-1/d/x')
+  want = {'config.json', 'routing/4.npz', 'checkpoints/4/d/x', f'checkpoints/4/{LAST}'}
+  assert names(objects) == want
+  assert len(said) == 1 and said[0].startswith(f'{URL} is worked on in ')
+  shutil.rmtree(tmp_path / 'cache')
+  with opened() as place:
+    found = {p.relative_to(place).as_posix() for p in place.rglob('*') if p.is_file()}
+    assert found == want
+    (place / 'routing/4.npz').unlink()
+    write(place, 'config.json', text='new')
+  assert names(objects) == want - {'routing/4.npz'}
+  assert objects.cat_file('b1/runs/a/config.json') == b'new'
+
+
+def test_nothing_is_written_by_a_run_that_wrote_nothing(objects):
+  with pytest.raises(errors.InputError, match='bad'):
+    with opened():
+      raise errors.InputError('bad')
+  assert objects.find('b1') == {}
+
+
+def test_only_what_has_changed_is_uploaded(mirror, objects, monkeypatch):
+  write(mirror.place, 'a', 'b')
+  mirror.push()
+  sent, plain = [], objects.put
+  monkeypatch.setattr(
+    objects, 'put', lambda files, paths: (sent.extend(paths), plain(files, paths))
+  )
+  write(mirror.place, 'b', text='longer')
+  mirror.push()
+  mirror.push()
+  assert sent == ['b1/runs/a/b']
+
+
+def test_a_step_counts_from_its_last_object_on(mirror, objects, monkeypatch):
+  order, put, rm = [], objects.put, objects.rm_file
+
+  def recorded_put(files, paths):
+    order.extend(sorted(paths))
+    put(files, paths)
+
+  def recorded_rm(path):
+    order.append(f'-{path}')
+    rm(path)
+
+  monkeypatch.setattr(objects, 'put', recorded_put)
+  monkeypatch.setattr(objects, 'rm_file', recorded_rm)
+  write(mirror.place, f'checkpoints/4/{LAST}', 'checkpoints/4/a', 'checkpoints/4/z', 'config.json')
+  mirror.push()
+  step = 'b1/runs/a/checkpoints/4'
+  assert order == ['b1/runs/a/config.json', f'{step}/a', f'{step}/z', f'{step}/{LAST}']
+  order.clear()
+  write(mirror.place, 'checkpoints/4/a', text='another run of this step')
+  mirror.push()
+  assert order == [f'-{step}/{LAST}', f'{step}/a', f'{step}/{LAST}']
+  order.clear()
+  shutil.rmtree(mirror.place / 'checkpoints/4')
+  mirror.push()
+  assert order == [f'-{step}/{LAST}', f'-{step}/a', f'-{step}/z']
+
+
+def test_a_step_that_did_not_arrive_whole_does_not_count(mirror, objects, monkeypatch):
+  plain = objects.put
+
+  def short(files, paths):
+    plain(files, paths)
+    objects.pipe_file('b1/runs/a/checkpoints/4/x', b'')
+
+  monkeypatch.setattr(objects, 'put', short)
+  write(mirror.place, f'checkpoints/4/{LAST}', 'checkpoints/4/x')
+  with pytest.raises(errors.InputError, match='4/x did not arrive whole'):
+    mirror.push()
+  assert names(objects) == {'checkpoints/4/x'}
+
+
+def test_a_cut_network_loses_nothing_of_a_folder_that_is_still_the_newest(objects, monkeypatch):
+  plain = objects.put
+
+  def cut(*unused):
+    raise ConnectionResetError('cut')
+
+  with opened() as place:
+    write(place, 'config.json', 'checkpoints/4/x', f'checkpoints/4/{LAST}')
+  monkeypatch.setattr(objects, 'put', cut)
+  with pytest.raises(errors.InputError, match='cut.*what is not in the bucket lies in .*goes on'):
+    with opened() as place:
+      write(place, 'checkpoints/8/x', f'checkpoints/8/{LAST}')
+  monkeypatch.setattr(objects, 'put', plain)
+  objects.downloads.clear()
+  with opened() as place:
+    assert (place / 'checkpoints/8/x').exists()
+  assert f'checkpoints/8/{LAST}' in names(objects) and objects.downloads == []
+
+
+@pytest.mark.parametrize('gone', [False, True])
+def test_a_folder_that_others_went_on_from_is_brought_anew(objects, tmp_path, monkeypatch, gone):
+  with opened() as place:
+    write(place, 'config.json', 'checkpoints/4/x', f'checkpoints/4/{LAST}')
+  write(place, 'unsent')
+  if gone:  # somebody deleted the run, to start again
+    for path in list(objects.find('b1')):
+      objects.rm_file(path)
+  else:
+    monkeypatch.setenv('MOE_JAX_CACHE', str(tmp_path / 'elsewhere'))
+    with opened() as other:
+      write(other, 'config.json', text='of another machine')
+    monkeypatch.setenv('MOE_JAX_CACHE', str(tmp_path / 'cache'))
+  with opened() as place:
+    assert not (place / 'unsent').exists()
+    assert (place / 'config.json').exists() != gone
+
+
+def test_an_unfinished_step_in_the_bucket_is_neither_brought_nor_kept(objects):
+  objects.pipe_file('b1/runs/a/checkpoints/4/x', b'x')
+  with opened() as place:
+    assert not (place / 'checkpoints').exists()
+    write(place, 'config.json')
+  assert names(objects) == {'config.json'}
+
+
+def test_a_run_that_lost_its_lease_uploads_nothing_more(objects):
+  with pytest.raises(lease.LostError):
+    with opened() as place:
+      objects.pipe_file('b1/runs/a/.lease/2', b'')
+      write(place, 'config.json')
+  assert names(objects) == {'.lease/2'}
+
+
+class _CutError(Exception):
+  pass
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_a_server_bit_by_bit(server, tmp_path, monkeypatch):
+  address, _ = server
+  values = {'train.num_steps': 4, 'train.log_every': 1, 'checkpoint.save_every': 2}
+  cfg = make_config(tmp_path / 'text', values)
+  train_run.run_training(cfg, tmp_path / 'here', say=lambda line: None)
+
+  def cut(line):
+    if line.startswith('step=3 '):
+      raise _CutError
+
+  with pytest.raises(_CutError):
+    with workdir.opened(f'{address}/run', '--workdir', print) as place:
+      train_run.run_training(cfg, place, say=cut)
+  monkeypatch.setenv('MOE_JAX_CACHE', str(tmp_path / 'empty'))
+  said = []
+  with workdir.opened(f'{address}/run', '--workdir', print) as place:
+    train_run.run_training(cfg, place, say=said.append)
+  assert 'resuming after step 2 of 4' in said
+  copy = fetch.local(f'{address}/run')
+  losses = [
+    [point['loss'] for point in metric_log.read_metrics(one)] for one in (copy, tmp_path / 'here')
+  ]
+  assert losses[0] == losses[1] and len(losses[0]) == 4
+  records = [
+    trained.read_record(4)['leaves']
+    for trained in (train_run.trained_run.reader(one) for one in (copy, tmp_path / 'here'))
+  ]
+  assert records[0] == records[1]
+
+
+def make_config(cache, values):
+  page = smoke.get_config()
+  page.update_from_flattened_dict(
+    {
+      'data.cache_dir': str(cache),
+      'data.synthetic_documents': 60,
+      'optim.warmup_steps': 0,
+      'train.batch_size': 8,
+      'train.eval_every': 0,
+      **values,
+    }
+  )
+  return parse.from_dict(page.to_dict())
