@@ -184,3 +184,12 @@ def test_every_parameter_names_its_axes(overrides):
     assert ('layers' in box.names) == ('layers' in where.split('.')[0]), where
   stacked = boxed['moe_layers']['moe']['gate_up']
   assert stacked.names == ('layers', 'expert', 'expert_embed', 'gate_up', 'expert_mlp')
+
+
+@pytest.mark.parametrize('axes', [{'tensor': 2}, {'fsdp': 2}])
+def test_rows_of_an_embedding_whose_vocabulary_or_width_is_split(axes):
+  table = np.arange(32 * 8, dtype=np.float32).reshape(32, 8)
+  ids = np.array([[0, 5, 17, 31], [16, 15, 1, 30]], np.int32)
+  with partitioning.activate(tiny.mesh(2, **axes)):
+    found = jax.jit(transformer.embedded)(ids, table)
+  np.testing.assert_array_equal(found, table[ids])
