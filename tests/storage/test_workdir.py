@@ -99,18 +99,18 @@ def test_a_step_counts_from_its_last_object_on(mirror, objects, monkeypatch):
 
   monkeypatch.setattr(objects, 'put', recorded_put)
   monkeypatch.setattr(objects, 'rm_file', recorded_rm)
-  write(mirror.place, f'checkpoints/4/{LAST}', 'checkpoints/4/a', 'checkpoints/4/z', 'config.json')
+  write(mirror.place, f'checkpoints/4/{LAST}', 'checkpoints/4/A', 'checkpoints/4/z', 'config.json')
   mirror.push()
   step = 'b1/runs/a/checkpoints/4'
-  assert order == ['b1/runs/a/config.json', f'{step}/a', f'{step}/z', f'{step}/{LAST}']
+  assert order == ['b1/runs/a/config.json', f'{step}/A', f'{step}/z', f'{step}/{LAST}']
   order.clear()
-  write(mirror.place, 'checkpoints/4/a', text='another run of this step')
+  write(mirror.place, 'checkpoints/4/A', text='another run of this step')
   mirror.push()
-  assert order == [f'-{step}/{LAST}', f'{step}/a', f'{step}/{LAST}']
+  assert order == [f'-{step}/{LAST}', f'{step}/A', f'{step}/{LAST}']
   order.clear()
   shutil.rmtree(mirror.place / 'checkpoints/4')
   mirror.push()
-  assert order == [f'-{step}/{LAST}', f'-{step}/a', f'-{step}/z']
+  assert order == [f'-{step}/{LAST}', f'-{step}/A', f'-{step}/z']
 
 
 def test_a_step_that_did_not_arrive_whole_does_not_count(mirror, objects, monkeypatch):
