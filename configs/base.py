@@ -81,6 +81,8 @@ def get_config() -> Page:
   c.optim.weight_decay = 0.1
   c.optim.clip_norm = 1.0
   c.optim.moment_dtype = 'float32'
+  c.optim.spike_sigma = 0.0
+  c.optim.spike_window = 128
 
   c.train = ml_collections.ConfigDict()
   c.train.num_steps = 1000

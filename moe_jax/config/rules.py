@@ -155,6 +155,13 @@ def _validate_optim(optim: schema.OptimConfig, train: schema.TrainConfig):
     'clip_norm',
     'beta1',
     'beta2',
+    'spike_sigma',
+  )
+  errors.at_least(optim, 'optim', 2, 'spike_window')
+  errors.require(
+    not optim.spike_sigma or train.max_skipped_steps,
+    f'config.optim.spike_sigma={optim.spike_sigma} skips steps, and '
+    'config.train.max_skipped_steps=0 allows none; allow some (3), or set spike_sigma=0',
   )
   errors.require(optim.peak_lr > 0, f'config.optim.peak_lr={optim.peak_lr} must be positive')
   errors.require(optim.eps > 0, f'config.optim.eps={optim.eps} must be positive')

@@ -100,6 +100,10 @@ class OptimConfig:
   weight_decay: float  # decoupled, on matrices only, times the learning rate
   clip_norm: float  # largest global gradient norm; 0 = no clipping
   moment_dtype: str  # dtype in which both moments are kept, one of DTYPES (DeepSeek-V3: bfloat16)
+  # A step is skipped whose loss or gradient norm lies this many standard deviations above the mean
+  # of the last spike_window steps (OLMo: 6 and 128); 0 = none is.
+  spike_sigma: float
+  spike_window: int  # steps; the rule begins once half of them were seen
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import optax
 
 from moe_jax import trees
 from moe_jax.config import schema
-from moe_jax.training import skipped_steps
+from moe_jax.training import loss_spikes, skipped_steps
 
 
 def learning_rate(cfg: schema.OptimConfig, num_steps: int) -> optax.Schedule:
@@ -97,7 +97,8 @@ def optimizer(cfg: schema.OptimConfig, num_steps: int) -> optax.GradientTransfor
     optax.add_decayed_weights(cfg.weight_decay, decay_mask),
     optax.scale_by_learning_rate(learning_rate(cfg, num_steps)),
   )
-  return optax.chain(*clip, _kept_in(jnp.dtype(cfg.moment_dtype), adamw))
+  spikes = [loss_spikes.recent(cfg.spike_window)] if cfg.spike_sigma else []
+  return optax.chain(*spikes, *clip, _kept_in(jnp.dtype(cfg.moment_dtype), adamw))
 
 
 def _adam(cfg: schema.OptimConfig) -> optax.GradientTransformationExtraArgs:

@@ -15,7 +15,7 @@ from moe_jax.config import schema
 from moe_jax.devices import compile_options, partitioning
 from moe_jax.models import model_variables
 from moe_jax.models.routers import state as state_lib
-from moe_jax.training import objective, optim, skipped_steps, train_state
+from moe_jax.training import loss_spikes, objective, optim, skipped_steps, train_state
 
 Array = jax.Array
 Batch = dict[str, Array]
@@ -86,7 +86,8 @@ def step_function(
 ) -> Callable[[train_state.TrainState, Batch], tuple[train_state.TrainState, StepMetrics]]:
   """One optimizer step, (state, batch) -> (state, StepMetrics), as a pure function to be compiled.
 
-  A step whose loss or gradient is not finite changes nothing but `step`, see `skipped_steps`.
+  A step whose loss or gradient is not finite changes nothing but `step`, see `skipped_steps`; so
+  does one far above those before it, where `optim.spike_sigma` asks for that, see `loss_spikes`.
 
   Args:
     cfg: the run.
@@ -109,11 +110,17 @@ def step_function(
       norm = optax.tree.norm(grads)
       losses = loss.cross_entropy + loss.aux + (0 if loss.mtp is None else loss.mtp)
       applied = skipped_steps.is_applied(losses, norm, before, cfg.train.max_skipped_steps)
+      if cfg.optim.spike_sigma:
+        most = before.in_row < cfg.train.max_skipped_steps  # a spike alone ends no run
+        figures = loss.cross_entropy, norm
+        applied &= ~(most & loss_spikes.is_spike(state.opt_state, *figures, cfg.optim.spike_sigma))
       opt_state = skipped_steps.at_step(state.opt_state, state.step)
       updates, opt_state = optimizer.update(grads, opt_state, params, applied=applied)
       params = skipped_steps.select(applied, optax.apply_updates(params, updates), params)
       in_row = jnp.where(applied, 0, before.in_row + 1)
       opt_state = skipped_steps.at_step(opt_state, state.step + 1 - in_row)
+      if cfg.optim.spike_sigma:
+        opt_state = loss_spikes.with_figures(opt_state, loss.cross_entropy, norm)
       params = as_moments(params)
     with jax.named_scope('router_state'):
       router_state = next_router_state(cfg, state.router_state, loss.stats, state.step)
