@@ -38,7 +38,8 @@ from moe_jax.training import objective, optim, optimizer_step, train_state
 
 ROOT = pathlib.Path(__file__).parents[2]
 ENV = {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
-BATCH = 8  # configs of a process
+ENV |= {'XLA_FLAGS': os.environ.get('XLA_FLAGS', '--xla_backend_optimization_level=0')}  # compiling
+BATCH = 4  # configs of a process
 SIZES = {
   'model.vocab_size': 288,
   'model.max_seq_len': 16,
@@ -180,12 +181,13 @@ def child(workdir: pathlib.Path, seed: int, numbers: Sequence[int]):
   jax.config.update('jax_num_cpu_devices', 8)  # for meshes
   base = values(workdir / 'cache')
   for number in numbers:
-    begin = time.process_time()
+    begun: dict[str, float] = {}  # stage -> seconds of CPU until then
     cfg, mesh = draw(base, random.Random(f'{seed}-{number}'), number)
     record = {'number': number, 'router': cfg.model.moe.router, 'error': ''}
     record['changes'] = parse.diff(base, parse.to_dict(cfg))
 
-    def tell(stage: str, record=record):
+    def tell(stage: str, record=record, begun=begun):
+      begun[stage] = time.process_time()
       (workdir / 'stage').write_text(json.dumps(record | {'stage': stage}))
 
     try:
@@ -193,7 +195,8 @@ def child(workdir: pathlib.Path, seed: int, numbers: Sequence[int]):
     except Exception as error:  # every kind of failure is a finding, and the next config goes on
       traceback.print_exc()
       record |= {'result': 'failed', 'error': f'{type(error).__name__}: {str(error)[:400]}'}
-    record['cpu_seconds'] = round(time.process_time() - begin, 1)
+    marks = [*begun.values(), time.process_time()]
+    record['cpu_seconds'] = {s: round(b - a, 1) for s, a, b in zip(begun, marks, marks[1:])}
     _add(workdir, record)
     shutil.rmtree(workdir / 'run', ignore_errors=True)
 
