@@ -6,6 +6,7 @@ the last checkpoint are compared with those of a run that nobody touched, files 
 """
 
 import collections
+import contextlib
 import json
 import math
 import os
@@ -36,7 +37,7 @@ SETTINGS = [
 ]
 FIGURES = ('step', 'loss', 'lr', 'grad_norm', 'max_vio')
 SIGNALS = ('SIGKILL', 'SIGTERM', 'SIGTERM twice')
-PATIENCE = 400.0  # seconds for one start; beyond that it hangs
+PATIENCE = 1200.0  # seconds for one start, on a busy machine; beyond that it hangs
 
 
 class Scene:
@@ -136,11 +137,11 @@ def _phases(scene: Scene, rng: random.Random, usual: float) -> dict[str, Phase]:
 
   return {
     'any moment': Phase(lambda: True, lambda: False, usual),
-    'tokenizer': Phase(building('tokenizers'), built('tokenizers'), 0.3),
-    'cache': Phase(building('corpora'), built('corpora'), 0.3),
+    'tokenizer': Phase(building('tokenizers'), built('tokenizers'), 0.03),
+    'cache': Phase(building('corpora'), built('corpora'), 0.03),
     'compile': Phase(lambda: 'parameters=' in scene.log.read_text(), lines(done + 1), 8.0),
     'step': Phase(lines(further), lambda: False, 0.1),
-    'save': Phase(saving, was_saved, 0.3),
+    'save': Phase(saving, was_saved, 0.1),
     'evaluation': Phase(lines(evaluated), lines(evaluated + 1), 2.0),
     'plots': Phase(lambda: written('evaluation.json'), lambda: False, 6.0),
   }
@@ -262,7 +263,7 @@ def _kill_once(
   if how == 'SIGTERM twice':
     time.sleep(rng.uniform(0, 0.3))
     process.send_signal(signal.SIGTERM)
-  process.wait(PATIENCE)
+  _end(process)
   kills[where, how] += 1
   done, saved = len(scene.lines()), [int(n) for n in scene.names('checkpoints') if n.isdigit()]
   lost = done - max(saved, default=0)
@@ -292,14 +293,20 @@ def wait(process: subprocess.Popen, phase: Phase, delay: float = 0.0) -> bool:
   return time.monotonic() < limit
 
 
+def _end(process: subprocess.Popen) -> int:
+  """Waits for a process's end, which is made after PATIENCE seconds. Returns its status."""
+  with contextlib.suppress(subprocess.TimeoutExpired):
+    process.wait(PATIENCE)
+  process.kill()
+  return process.wait()
+
+
 def _finish(process: subprocess.Popen, scene: Scene, broken: list[str]):
   """Waits for a start that nobody kills."""
-  try:
-    if process.wait(PATIENCE):
-      broken.append(f'{scene.workdir} ended with status {process.returncode}: {_tail(scene)}')
-  except subprocess.TimeoutExpired:
-    process.kill()
-    broken.append(f'{scene.workdir} hung: {_tail(scene)}')
+  status = _end(process)
+  if status:
+    hung = f' (it hung for {PATIENCE:.0f} s)' if status == -signal.SIGKILL else ''
+    broken.append(f'{scene.workdir} ended with status {status}{hung}: {_tail(scene)}')
 
 
 def _second_run(scene: Scene, broken: list[str]) -> int:
@@ -309,7 +316,7 @@ def _second_run(scene: Scene, broken: list[str]) -> int:
   log, scene.log = scene.log, second_log
   second = scene.train()
   scene.log = log
-  statuses = sorted((first.wait(PATIENCE), second.wait(PATIENCE)))
+  statuses = sorted((_end(first), _end(second)))
   text = log.read_text() + second_log.read_text()
   if statuses == [0, 0]:
     return 0  # one had ended before the other began

@@ -1,10 +1,13 @@
 """The long form of these tests, `python -m experiments.torture`: its judgement, and a short run."""
 
+import json
+import signal
+import subprocess
 import time
 
 import pytest
 
-from experiments.torture import damage, kills
+from experiments.torture import damage, fuzz, kills
 from moe_jax import errors
 
 
@@ -91,6 +94,33 @@ def test_rounds_of_several_commands_add_up():
   assert (total['kills'], total['rounds'], total['steps_again'], total['refused']) == (4, 2, 7, 1)
   rows = kills.table(total['by_phase']).splitlines()
   assert rows[2:] == ['| save | 3 | 0 |', '| step | 0 | 1 |']
+
+
+def test_a_process_that_hangs_is_ended(monkeypatch):
+  monkeypatch.setattr(kills, 'PATIENCE', 0.01)
+  assert kills._end(subprocess.Popen(['sleep', '60'])) == -signal.SIGKILL
+  monkeypatch.setattr(kills, 'PATIENCE', 60)
+  assert kills._end(subprocess.Popen(['false'])) == 1
+
+
+def test_a_config_that_ends_its_process_is_one_finding_and_the_next_are_tried(
+  tmp_path, monkeypatch, capsys
+):
+  def process(line, **unused):
+    for number in map(int, line[5:]):
+      record = {'number': number, 'router': 'topk', 'error': '', 'changes': ['a: 1 -> 2']}
+      (tmp_path / 'stage').write_text(json.dumps(record | {'stage': 'decoding'}))
+      if number == 2:
+        return subprocess.CompletedProcess(line, -11)
+      fuzz._add(tmp_path, record | {'result': 'trained'})
+    return subprocess.CompletedProcess(line, 0)
+
+  monkeypatch.setattr(fuzz.subprocess, 'run', process)
+  found = fuzz.run(tmp_path, time.monotonic() + 60, seed=0, most=6)
+  assert found['configs'] == {'topk: trained': 5, 'topk: crashed': 1}
+  (line,) = found['broken']
+  assert line == 'config 2: the process ended with status -11 while decoding with a: 1 -> 2'
+  assert fuzz.run(tmp_path, time.monotonic() + 60, seed=0, most=6) == found  # nothing is left
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import pytest
 from configs import smoke
 from moe_jax import errors
 from moe_jax.config import parse, schema
+from moe_jax.data import pipeline
 from moe_jax.devices import partitioning
 from moe_jax.runs import checks, metric_log, seeds, train_run, trained_run
 from moe_jax.training import optimizer_step, train_state
@@ -76,13 +77,26 @@ def test_a_step_of_all_is_a_step_of_each(name):
     return np.stack(leaves)
 
   together, batch = jax.tree.map(stack, *states), jax.tree.map(stack, rows, others)
+  step_all = tiny.jit(jax.vmap(optimizer_step.step_function(cfg)))
   with partitioning.activate(mesh):
-    got, figures = tiny.jit(jax.vmap(optimizer_step.step_function(cfg)))(together, batch)
+    got, figures = step_all(together, batch)
+    _check_poisoned(step_all, together, batch, got)
     one_step = tiny.jit(optimizer_step.step_function(cfg))
     for i, own in enumerate((rows, others)):
       want, want_figures = one_step(states[i], own)
       tiny.assert_trees_close(seeds.take(got, i), want, rtol=1e-2, atol=5e-3)
       tiny.assert_trees_close(seeds.take(figures, i), want_figures, rtol=1e-3, atol=1e-4)
+
+
+def _check_poisoned(step_all, states, batch, want):
+  """A seed whose batch is bad is skipped alone; the state of the other is the same bit by bit."""
+  bad = {**batch, 'tokens': batch['tokens'].copy()}
+  bad['tokens'][1, 0, 0] = 10**6
+  got, figures = step_all(states, bad)
+  np.testing.assert_array_equal(figures.skipped.total, [0, 1])
+  jax.tree.map(np.testing.assert_array_equal, seeds.take(got, 0), seeds.take(want, 0))
+  params = (seeds.take(one, 1).params for one in (got, states))
+  jax.tree.map(np.testing.assert_array_equal, *params)
 
 
 @pytest.fixture(scope='module')
@@ -120,6 +134,29 @@ def test_losses_are_those_of_separate_runs(trained):
   assert (
     len({m['loss'] for s in SEEDS for m in metric_log.read_metrics(root / 'arm' / str(s))}) == 12
   )
+
+
+@pytest.mark.slow
+def test_a_bad_batch_of_one_seed_is_skipped_by_it_alone(trained, monkeypatch):
+  root, cfg, runs = trained
+  batches = pipeline.train_batches
+
+  def poisoned(*args, seed, **kwargs):
+    for step, batch in enumerate(batches(*args, seed=seed, **kwargs), 1):
+      if (step, seed) == (3, SEEDS[0]):
+        batch = {**batch, 'tokens': batch['tokens'].copy()}
+        batch['tokens'][0, 0] = 10**6
+      yield batch
+
+  monkeypatch.setattr(pipeline, 'train_batches', poisoned)
+  found, _ = seeds.run_training(cfg, SEEDS, root / 'poisoned', say=lambda line: None)
+  bad, good = (metric_log.read_metrics(root / 'poisoned' / str(seed)) for seed in SEEDS)
+  assert [line['skipped_steps'] for line in bad] == [0, 0, 1, 1, 1, 1]
+  assert [line['step'] for line in bad if line['loss'] is None] == [3]
+  whole = metric_log.read_metrics(root / 'arm' / str(SEEDS[1]))
+  assert [line['loss'] for line in good] == [line['loss'] for line in whole]
+  assert {line['skipped_steps'] for line in good} == {0}
+  jax.tree.map(np.testing.assert_array_equal, found[1].variables, runs[1].variables)
 
 
 def test_each_seed_has_a_workdir_of_its_own(trained):
