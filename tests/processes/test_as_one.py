@@ -102,20 +102,6 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one(two, cache, tmp_path, monk
   assert trained_run.load(workdir).step == 6
 
 
-def test_a_bad_batch_of_one_process_is_skipped_and_counted_by_all(cache, tmp_path):
-  """Parameters are in shards on both; the state that both save behind the bad step is untouched."""
-  settings = SPLIT | {'train.num_steps': 4, 'checkpoint.save_every': 1, 'checkpoint.keep_last': 4}
-  launch.run(tmp_path, cache, 2, 4, settings=settings, module='tests.processes.poisoned_train')
-  lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
-  assert [line['skipped_steps'] for line in lines] == [0, 0, 1, 1]
-  assert [line['step'] for line in lines if line['loss'] is None] == [3]
-  states = {}
-  for step in (2, 3, 4):
-    leaves = jax.tree.leaves(trained_run.load(tmp_path, step).variables)
-    states[step] = [np.asarray(leaf).tobytes() for leaf in leaves]
-  assert states[2] == states[3] != states[4]
-
-
 def test_rows_and_errors_between_processes(cache, tmp_path):
   env = launch.environment(cache, JAX_NUM_CPU_DEVICES='2')
   env['PYTHONPATH'] = str(launch.ROOT)
