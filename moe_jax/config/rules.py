@@ -159,7 +159,7 @@ def _validate_optim(optim: schema.OptimConfig, train: schema.TrainConfig):
   )
   errors.at_least(optim, 'optim', 2, 'spike_window')
   errors.require(
-    not optim.spike_sigma or train.max_skipped_steps,
+    optim.spike_sigma == 0 or train.max_skipped_steps > 0,
     f'config.optim.spike_sigma={optim.spike_sigma} skips steps, and '
     'config.train.max_skipped_steps=0 allows none; allow some (3), or set spike_sigma=0',
   )

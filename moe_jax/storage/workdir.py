@@ -186,7 +186,9 @@ class Mirror:
     """
     files = scan(self.place)
     due = [name for name, stat in files.items() if self._sent.get(name) != stat]
-    gone = sorted(self._there - files.keys(), key=lambda name: not name.endswith(fetch.LAST))
+    gone = sorted(
+      self._there - files.keys(), key=lambda name: (not name.endswith(fetch.LAST), name)
+    )
     if not (due or gone):
       return
     self._check()
