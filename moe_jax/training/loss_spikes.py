@@ -20,8 +20,8 @@ Array = jax.Array
 class RecentFigures(NamedTuple):
   """The last losses and gradient norms, in the optimizer's state and so in its checkpoints."""
 
-  losses: Array  # [W] float32, step n of those with finite figures at n modulo W
-  norms: Array  # [W] float32
+  losses: Array  # [spike_window] float32, a ring: place n modulo its size
+  norms: Array  # [spike_window] float32
   seen: Array  # [] int32, how many there were
 
 
