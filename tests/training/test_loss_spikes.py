@@ -38,13 +38,24 @@ def test_the_rule_is_the_loop():
   assert int(state.seen) == 58
 
 
+def test_figures_by_hand():
+  """Of 1, 2, 3 the mean is 2 and the deviation 1 (with n - 1): two of them above are 4."""
+  losses, norms = jnp.array([1.0, 2, 3, 99, 99, 99]), jnp.array([10.0, 20, 30, 0, 0, 0])
+
+  def found(seen, loss, norm):
+    state = loss_spikes.RecentFigures(losses, norms, jnp.int32(seen))
+    return bool(loss_spikes.is_spike(state, jnp.float32(loss), jnp.float32(norm), 2.0))
+
+  assert [found(3, loss, 0) for loss in (3.9, 4.1)] == [False, True]
+  assert [found(3, 0, norm) for norm in (39, 41)] == [False, True]
+  assert not found(2, 50, 500)  # less than half of the window was seen
+
+
 def test_a_spike_is_skipped_and_lasting_ones_are_not():
   cfg = tiny.make(optim__spike_sigma=6.0, optim__spike_window=4, train__max_skipped_steps=1)
   mesh = tiny.mesh(1)
   with partitioning.activate(mesh):
     state = train_state.init_state(cfg, mesh)
-    norms, seen = jnp.full(4, 99.0), jnp.int32(4)
-    quiet, high = (loss_spikes.RecentFigures(jnp.full(4, n), norms, seen) for n in (0.0, 99.0))
     step = jax.jit(optimizer_step.step_function(cfg))
     batch = partitioning.put_batch(tiny.batch(), mesh)
 
@@ -56,7 +67,12 @@ def test_a_spike_is_skipped_and_lasting_ones_are_not():
       )
       return step(state.replace(opt_state=kept), batch)
 
-    applied, metrics = after(state, high)
+    def window(loss, norm):
+      return loss_spikes.RecentFigures(jnp.full(4, loss), jnp.full(4, norm), jnp.int32(4))
+
+    quiet = window(0.0, 99.0)
+    _, metrics = after(state, quiet)
+    applied, metrics = after(state, window(metrics.loss, metrics.grad_norm))  # no higher than these
     assert int(metrics.skipped.total) == 0
     skipped, metrics = after(state, quiet)
     assert int(metrics.skipped.total) == 1
