@@ -191,10 +191,14 @@ def _is_dead(owner: str) -> bool:
   host, _, number = owner.rpartition(' ')
   if host != socket.gethostname() or not number.isdecimal():
     return False
+  return int(number) == os.getpid() or not is_alive(int(number))
+
+
+def is_alive(process: int) -> bool:
+  """Whether a process of this machine runs, of whatever user."""
   try:
-    os.kill(int(number), 0)
+    with contextlib.suppress(PermissionError):  # it is another user's
+      os.kill(process, 0)
   except ProcessLookupError:
-    return True
-  except PermissionError:
     return False
-  return int(number) == os.getpid()
+  return True

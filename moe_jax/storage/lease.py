@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
-from moe_jax import errors
+from moe_jax import atomic_files, errors
 from moe_jax.storage import bucket as bucket_lib
 from moe_jax.storage import urls
 
@@ -57,7 +57,7 @@ def next_number(claims: Mapping[int, Claim], now: float, machine: str, where: st
   if not claims:
     return 1
   newest = claims[max(claims)]
-  ended = bool(machine) and newest.machine == machine and not _is_alive(newest.process)
+  ended = bool(machine) and newest.machine == machine and not atomic_files.is_alive(newest.process)
   left = newest.until - now
   errors.require(
     ended or left <= 0,
@@ -65,16 +65,6 @@ def next_number(claims: Mapping[int, Claim], now: float, machine: str, where: st
     f'it, or use another folder; if it was killed, it is free in {left:.0f} s',
   )
   return max(claims) + 1
-
-
-def _is_alive(process: int) -> bool:
-  try:
-    os.kill(process, 0)
-  except ProcessLookupError:
-    return False
-  except PermissionError:
-    pass
-  return True
 
 
 def _machine() -> str:
