@@ -3,8 +3,10 @@
 State is exact, by the shapes and layouts of the real train state. The rest is a model of the step:
 layers are gathered over the fsdp axes for the forward and again for the backward pass, gradients
 are reduced where their layer is done, each token travels once to every device that it needs, and
-every array that a kernel cannot keep on the chip passes through HBM. The figures of a compiled
-program, where there is one, are better.
+every array that a kernel cannot keep on the chip passes through HBM. The slow network carries one
+fsdp axis's share of a layer, which the fast one completes. A row that is split over `sequence` is
+unequal work (`models.attention.kernels.sharded`): the estimate is of the last device. The figures
+of a compiled program, where there is one, are better.
 
 Letters: t tokens of a device in a forward pass, a bytes per number.
 """
@@ -18,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax.config import mesh_config, schema
+from moe_jax.config import mesh_config, moe_config, schema
 from moe_jax.devices import partitioning
 from moe_jax.planning import compile_ahead, virtual_devices
 from moe_jax.planning import flops as flops_lib
@@ -49,6 +51,8 @@ class Work:
   model: float  # `flops.train_flops_per_token`
   experts: float  # the part of routed experts, which imbalance stretches
   repeated: float  # what the backward pass recomputes
+  attention: float  # the part of scores and weighted sums, passes that are repeated included
+  latents: float  # the part that makes keys and values from latents, likewise
 
 
 def work(cfg: schema.Config) -> Work:
@@ -63,7 +67,19 @@ def work(cfg: schema.Config) -> Work:
   count = flops_lib.count_parameters(model)
   kept = {'none': 0.0, 'moe_core': 2.0 * (count.attention + count.shared_experts + count.dense_ffn)}
   repeated = forward if model.remat in _REPEATS_LAYERS else kept[model.remat]
-  return Work(total, experts if model.is_moe else 0.0, repeated)
+  passes = 4 if model.remat in _REPEATS_LAYERS else 3
+  attention = passes * flops_lib.attention_flops_per_token(model)
+  again = passes if model.remat == 'none' else 4
+  latents = again * 2.0 * (model.num_layers + model.num_mtp_layers) * _up_projection(model)
+  return Work(total, experts if model.is_moe else 0.0, repeated, attention, latents)
+
+
+def _up_projection(model: schema.ModelConfig) -> int:
+  """Weights of a layer that make keys and values of all heads from a latent; 0 without latents."""
+  attention, mla = model.attention, model.attention.mla
+  if attention.kind != 'mla':
+    return 0
+  return mla.kv_lora_rank * model.num_heads * (mla.qk_nope_head_dim + mla.v_head_dim)
 
 
 def _moe_layers(model: schema.ModelConfig) -> int:
@@ -96,6 +112,9 @@ def estimate(
   tokens = cfg.train.batch_size * cfg.model.max_seq_len / mesh.size
   need = work(cfg)
   stretched = need.model + need.repeated + need.experts * (sizes.stretch - 1)
+  # Of s devices the last has (2 s - 1) / s of the mean pairs, and all make the keys of whole rows.
+  split = mesh.shape['sequence']
+  stretched += need.attention * (1 - 1 / split) + need.latents * (split - 1)
   batch = len(objective.BATCH_KEYS) * tokens * mesh.shape['tensor'] * 4
   arguments = state_bytes(cfg, mesh) | {'batch': int(batch)}
   return Estimate(
@@ -123,6 +142,15 @@ def _state_bytes(
   sizes: mesh_config.MeshConfig,
   mesh: jax.sharding.AbstractMesh,
 ) -> dict[str, int]:
+  state = train_state.laid_out(_boxed_state(model, optim, loop), mesh, zero1=sizes.zero1)
+  return compile_ahead.train_arguments(state)
+
+
+# Tracing the initialisation takes longest, and no mesh changes what it gives.
+@functools.lru_cache(maxsize=16)
+def _boxed_state(
+  model: schema.ModelConfig, optim: schema.OptimConfig, loop: schema.TrainConfig
+) -> train_state.TrainState:
   unread: Any = None
   cfg = schema.Config(
     init_from='',
@@ -131,10 +159,10 @@ def _state_bytes(
     optim=optim,
     train=loop,
     checkpoint=unread,
-    mesh=sizes,
+    mesh=unread,
     paper=unread,
   )
-  return compile_ahead.train_arguments(train_state.abstract_state(cfg, mesh))
+  return train_state.boxed_state(cfg)
 
 
 class _Sizes:
@@ -178,14 +206,32 @@ class _Sizes:
   @property
   def head_width(self) -> float:
     """Numbers of all heads of a layer on a device: query, key and value."""
+    return self.key_width + self.model.num_heads * self.model.attention.qk_head_dim / self.tensor
+
+  @property
+  def key_width(self) -> float:
+    """Numbers of all heads of a layer on a device: key and value."""
     attention = self.model.attention
-    return self.model.num_heads * (2 * attention.qk_head_dim + attention.v_head_dim) / self.tensor
+    return self.model.num_heads * (attention.qk_head_dim + attention.v_head_dim) / self.tensor
+
+  @property
+  def gathered_width(self) -> float:
+    """Numbers per token and layer that keys and values are made from, which `sequence` gathers."""
+    attention = self.model.attention
+    if attention.kind == 'mla':
+      return attention.mla.kv_lora_rank + attention.mla.qk_rope_head_dim
+    return 2 * attention.num_kv_heads * attention.head_dim / self.tensor
 
   @property
   def devices_per_token(self) -> float:
     """On how many devices of the expert axis a token has experts, its own among them or not."""
-    moe = dataclasses.replace(self.moe, num_virtual_devices=self.shape['expert'])
-    return virtual_devices.expected_devices_per_token(moe)
+    return _devices_per_token(self.moe, self.shape['expert'])
+
+
+@functools.lru_cache(maxsize=256)
+def _devices_per_token(moe: moe_config.MoEConfig, devices: int) -> float:
+  moe = dataclasses.replace(moe, num_virtual_devices=devices)
+  return virtual_devices.expected_devices_per_token(moe)
 
 
 def _temporaries(s: _Sizes, parameters: int, exchange: str) -> dict[str, int]:
@@ -215,7 +261,8 @@ def _temporaries(s: _Sizes, parameters: int, exchange: str) -> dict[str, int]:
     'activations kept for the backward pass': kept * a * s.layers,
     'experts': s.buffered * (4 * d * a + 2 * f * (2 * a + 2 * _WIDE)),
     'exchange': traveling,
-    'attention': 3 * s.t * s.head_width * a,
+    # Keys and values are those of whole rows.
+    'attention': 3 * s.t * (s.head_width + (s.shape['sequence'] - 1) * s.key_width) * a,
     'logits and loss': min(s.cfg.train.loss_chunk, s.t) * vocab * (_WIDE + a) + d * vocab * _WIDE,
   }
   return {name: int(size) for name, size in sizes_of.items()}
@@ -247,21 +294,22 @@ def _collectives(s: _Sizes, exchange: str) -> list[collectives_lib.Collective]:
   m = s.micros
   copies = ('dcn_data', 'data')
   for weights, others in ((s.dense + s.heads, (*copies, 'expert')), (s.experts, copies)):
+    part = weights / s.fsdp  # what a device keeps: the outer axis gathers it first
     for axis in partitioning.FSDP_AXES:
-      n = s.shape[axis]
-      add('all-gather', (axis,), weights * s.a / n, 2 * m, 'weights')
-      add('reduce-scatter', (axis,), weights * s.a, m, 'gradients')
+      add('all-gather', (axis,), part * s.a, 2 * m, 'weights')
+      part *= s.shape[axis]
+      add('reduce-scatter', (axis,), part * s.a, m, 'gradients')
     for axis in others:
       add('all-reduce', (axis,), weights / s.fsdp * s.a, m, 'gradients')
   activations = s.t * s.model.embed_dim * s.a
   passes = 3 if s.model.remat in _REPEATS_LAYERS else 2
   add('all-reduce', ('tensor',), activations, 2 * passes * s.layers * m, 'activations')
-  attention = s.model.attention
-  heads = s.model.num_heads * (attention.qk_head_dim + attention.v_head_dim) / s.tensor
-  add('all-gather', ('sequence',), s.t * heads * s.a, passes * s.layers * m, 'keys and values')
-  kind, operand = _travel(s, exchange, activations)
-  # There and back; the backward pass likewise, and there again if it recomputes.
-  add(kind, ('expert',), operand, (2 * passes - (passes == 3)) * s.moe_layers * m, 'exchange')
+  keys = s.t * s.gathered_width * s.a
+  add('all-gather', ('sequence',), keys, passes * s.layers * m, 'keys and values')
+  if s.moe_layers:
+    kind, operand = _travel(s, exchange, activations)
+    # There and back; the backward pass likewise, and there again if it recomputes.
+    add(kind, ('expert',), operand, (2 * passes - (passes == 3)) * s.moe_layers * m, 'exchange')
   return result
 
 

@@ -155,6 +155,12 @@ def train_flops_per_sequence(model: schema.ModelConfig) -> int:
   return length * TRAIN_FLOPS_PER_WEIGHT * weights + 3 * forward
 
 
+def attention_flops_per_token(model: schema.ModelConfig) -> float:
+  """Forward FLOPs per token of scores and weighted sums, a part of `train_flops_per_token`."""
+  layers = model.num_layers + model.num_mtp_layers
+  return 2.0 * layers * _pair_width(model) * (model.max_seq_len + 1) / 2
+
+
 def _pair_width(model: schema.ModelConfig) -> int:
   """Numbers of all heads of a layer that meet for each pair of a query and a key."""
   return model.num_heads * (model.attention.qk_head_dim + model.attention.v_head_dim)

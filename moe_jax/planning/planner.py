@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from moe_jax import errors
 from moe_jax.config import parse, schema
 from moe_jax.devices import partitioning
 from moe_jax.inference import generate
@@ -105,8 +106,9 @@ def plan(request: Request, *, progress: bool = False) -> Plan:
     errors.InputError: the sizes of config and mesh do not go together, libtpu is missing, or
       decoding is planned for a router that is not causal.
   """
-  cfg, notes = _prepared(request)
+  cfg, notes = prepared(request)
   mesh = estimate_lib.abstract_mesh(cfg.mesh, request.topology.num_devices)
+  check_slices(request.topology, mesh)
   partitioning.check(cfg, mesh)
   rows = request.rows or partitioning.row_ways(mesh)
   way = exchange_kind(cfg, request.topology)
@@ -130,7 +132,22 @@ def plan(request: Request, *, progress: bool = False) -> Plan:
   return facts.compiled(compiled, counted)
 
 
-def _prepared(request: Request) -> tuple[schema.Config, tuple[str, ...]]:
+def check_slices(topology: chips.Topology, mesh: jax.sharding.AbstractMesh):
+  """Refuses a mesh whose fast axes would cross from one TPU slice to the next.
+
+  Raises:
+    errors.InputError: the sizes of the axes `dcn_*` do not multiply to the number of slices.
+  """
+  between = math.prod(mesh.shape[axis] for axis in partitioning.DCN_AXES)
+  errors.require(
+    topology.chip.kind == 'gpu' or between == topology.num_slices,
+    f'--topology={topology.name} has {topology.num_slices} slice(s), and config.mesh.dcn_data='
+    f'{mesh.shape["dcn_data"]} times dcn_fsdp={mesh.shape["dcn_fsdp"]} must multiply to it: only '
+    'these axes may cross the network between slices; change them with --mesh',
+  )
+
+
+def prepared(request: Request) -> tuple[schema.Config, tuple[str, ...]]:
   """The config whose step is planned, and what there is to say about it."""
   cfg, notes = request.cfg, []
   if cfg.train.batch_ramp:

@@ -1,7 +1,8 @@
 """Tries meshes, remat policies and micro-batches: all of them by shapes, the best by compiling.
 
-A candidate's mesh has powers of two along `data`, `fsdp`, `expert` and `tensor`; `dcn_*` and
-`sequence` stay as the config has them.
+A candidate's mesh has powers of two along `data`, `fsdp`, `expert` and `tensor`. The axes `dcn_*`
+share the slices of a topology in every way, unless the config's already multiply to their number;
+rows of at least LONG tokens are split over `sequence`, unless the config splits them.
 """
 
 import dataclasses
@@ -12,12 +13,15 @@ import tqdm
 
 from moe_jax import errors
 from moe_jax.config import mesh_config, schema
-from moe_jax.planning import planner
+from moe_jax.devices import partitioning
+from moe_jax.planning import chips, planner
 
 REMATS = ('none', 'moe_core', 'full')
 # Estimates of memory are rough: candidates up to this share of the capacity go to the compiler.
 LIKELY = 0.95
 MAX_TENSOR = 4
+MAX_SEQUENCE = 16
+LONG = 16_384  # tokens of a row
 GIB = 2**30
 LARGER = 5  # doublings of a topology that is too small
 SPEED_ALIKE = 1.02  # bounds that close are as good
@@ -67,7 +71,7 @@ def search(
 def _ranked(request: planner.Request, progress: bool = False) -> list[Pair]:
   """Every candidate that divides, with its estimate."""
   ranked = []
-  options = list(candidates(request.cfg, request.topology.num_devices))
+  options = list(candidates(request.cfg, request.topology))
   for cfg in tqdm.tqdm(options, desc='candidates', disable=None if progress else True):
     try:
       plan = planner.plan(dataclasses.replace(request, cfg=cfg, estimate=True))
@@ -88,19 +92,38 @@ def _order(plan: planner.Plan) -> tuple[int, float]:
   return round(math.log(plan.step_seconds_bound, SPEED_ALIKE)), sum(plan.seconds.values())
 
 
-def candidates(cfg: schema.Config, num_devices: int) -> Iterator[schema.Config]:
+def candidates(cfg: schema.Config, topology: chips.Topology) -> Iterator[schema.Config]:
   """Configs with other meshes, remat policies and micro-batches."""
-  sizes = mesh_config.sizes(cfg.mesh)
-  fixed = {name: max(1, sizes[name]) for name in ('dcn_data', 'dcn_fsdp', 'sequence')}
-  free = num_devices // math.prod(fixed.values())
-  for expert in _powers(min(free, cfg.model.moe.num_experts) if cfg.model.is_moe else 1):
+  for fixed in _fixed_axes(cfg, topology):
+    free = topology.num_devices // math.prod(fixed.values())
+    for mesh in _meshes(free, cfg.model.moe.num_experts if cfg.model.is_moe else 1):
+      yield from _variants(cfg, fixed | mesh)
+
+
+def _fixed_axes(cfg: schema.Config, topology: chips.Topology) -> Iterator[dict[str, int]]:
+  """Sizes of the axes between slices and of `sequence`, the largest pieces of rows first."""
+  sizes, slices = mesh_config.sizes(cfg.mesh), topology.num_slices
+  between = {name: max(1, sizes[name]) for name in partitioning.DCN_AXES}
+  splits = [between]
+  if slices not in (1, math.prod(between.values())):
+    copies = [n for n in range(1, slices + 1) if slices % n == 0]
+    splits = [{'dcn_data': n, 'dcn_fsdp': slices // n} for n in copies]
+  pieces = [max(1, sizes['sequence'])]
+  if pieces == [1] and cfg.model.max_seq_len >= LONG:
+    pieces = _powers(MAX_SEQUENCE)
+  for split in splits:
+    for sequence in pieces:
+      yield split | {'sequence': sequence}
+
+
+def _meshes(free: int, num_experts: int) -> Iterator[dict[str, int]]:
+  """Sizes of the other axes, for `free` devices."""
+  for expert in _powers(min(free, num_experts)):
     for tensor in _powers(min(MAX_TENSOR, free // expert)):
       for data in _powers(free // expert // tensor):
         fsdp, rest = divmod(free, expert * tensor * data)
-        if rest:
-          continue
-        mesh = fixed | {'data': data, 'fsdp': fsdp, 'expert': expert, 'tensor': tensor}
-        yield from _variants(cfg, mesh)
+        if not rest:
+          yield {'data': data, 'fsdp': fsdp, 'expert': expert, 'tensor': tensor}
 
 
 def _variants(cfg: schema.Config, mesh: dict[str, int]) -> Iterator[schema.Config]:

@@ -43,9 +43,18 @@ def _init(cfg: schema.Config, rng: Array) -> TrainState:
 
 def abstract_state(cfg: schema.Config, mesh: partitioning.Mesh) -> TrainState:
   """Shape, dtype and sharding of every leaf; allocates nothing."""
-  boxed = jax.eval_shape(lambda: _init(cfg, jax.random.key(0)))
+  return laid_out(boxed_state(cfg), mesh, zero1=cfg.mesh.zero1)
+
+
+def boxed_state(cfg: schema.Config) -> TrainState:
+  """Shape, dtype and logical axes of every leaf; reads `model`, `optim` and `train` only."""
+  return jax.eval_shape(lambda: _init(cfg, jax.random.key(0)))
+
+
+def laid_out(boxed: TrainState, mesh: partitioning.Mesh, *, zero1: bool) -> TrainState:
+  """The leaves of `boxed_state` with their sharding on a mesh."""
   shapes, shardings = partitioning.unbox(boxed), partitioning.shardings(boxed, mesh)
-  if cfg.mesh.zero1:
+  if zero1:
 
     def further(s, x):
       return partitioning.split_further(s, x.shape) if x.ndim else s

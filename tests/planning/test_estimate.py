@@ -1,9 +1,10 @@
 import dataclasses
+import math
 import types
 
 import pytest
 
-from configs import deepseek_v2_lite, deepseek_v3
+from configs import deepseek_llm_67b, deepseek_v2_lite, deepseek_v3
 from moe_jax.config import parse
 from moe_jax.planning import (
   chips,
@@ -83,7 +84,8 @@ def sizes(**changes):
   loop = types.SimpleNamespace(loss_chunk=3)
   values = dict(cfg=types.SimpleNamespace(train=loop), model=model, a=2, p=4, t=5, tensor=2)
   values |= dict(moe=types.SimpleNamespace(moe_mlp_dim=6), head_width=7, buffered=20, dense=100)
-  values |= dict(experts=60, layers=4, moe_layers=3, micros=2, shape={'expert': 1}, fsdp=2)
+  values |= dict(experts=60, layers=4, moe_layers=3, micros=2, fsdp=2, key_width=4)
+  values |= dict(shape={'expert': 1, 'sequence': 1})
   return types.SimpleNamespace(**values | {'devices_per_token': 1.5} | changes)
 
 
@@ -101,7 +103,7 @@ def test_temporaries_worked_out_by_hand():
   found = estimate._temporaries(sizes(a=4, fsdp=1, micros=1), 1000, 'all_to_all')
   assert (found['gradients'], found['weights in the compute dtype']) == (1000, 0)
   for kind, size in (('all_to_all', 4 * 5 * 2 * 10 * 2), ('ragged_all_to_all', 4 * 5 * 15 * 2)):
-    found = estimate._temporaries(sizes(shape={'expert': 2}), 1000, kind)
+    found = estimate._temporaries(sizes(shape={'expert': 2, 'sequence': 1}), 1000, kind)
     assert found['exchange'] == size
   kept = {
     ('none', 'mha'): 5 * (60 + 14) + 20 * (9 + 10),
@@ -122,3 +124,66 @@ def test_full_remat_repeats_the_forward_pass_without_the_head():
   head = 6 * model.embed_dim * model.vocab_size
   assert estimate.work(cfg).repeated == pytest.approx((total - head) / 3)
   assert estimate.work(requests.request(model__remat='none').cfg).repeated == 0
+
+
+def test_whole_rows_of_keys_are_held_where_sequence_splits_them():
+  found = estimate._temporaries(sizes(shape={'expert': 1, 'sequence': 4}), 1000, 'all_to_all')
+  assert found['attention'] == 3 * 5 * (7 + 3 * 4) * 2  # own queries and keys, 3 others' keys
+
+
+def v3(variant: str, mesh: dict[str, int], rows: int):
+  values = deepseek_v3.get_config(variant)
+  values.mesh.data = 1
+  values.mesh.update(mesh)
+  values.model.remat = 'full'
+  values.train.batch_size = values.train.micro_batch_size = rows
+  values.train.batch_ramp = ()
+  cfg = parse.from_dict(values.to_dict())
+  sizes = estimate.abstract_mesh(cfg.mesh, math.prod(mesh.values()))
+  return cfg, estimate.estimate(cfg, sizes, 0.0, 'ragged_all_to_all')
+
+
+def test_a_split_row_costs_the_last_device_more():
+  rows = dict(fsdp=16, expert=8)
+  cfg, whole = v3('long_128k', rows, 128)
+  _, split = v3('long_128k', rows | dict(sequence=4), 128)
+  # Forward, forward again, and twice backward. Per token: 62 layers, 128 heads, 192 + 128 numbers
+  # per pair, 65,536.5 pairs, 2 FLOPs; and 512 x 128 x (128 + 128) weights that make the keys.
+  pairs = 4 * 2 * 62 * 128 * 320 * 65_536.5
+  keys = 4 * 2 * 62 * 512 * 128 * 256
+  mean = whole.flops / 4  # a quarter of the tokens
+  tokens = 128 * 131_072 / (16 * 8 * 4)
+  # The last quarter of the queries sees 7/16 of the pairs, which is 7/4 of the mean.
+  assert split.flops - mean == pytest.approx(tokens * (pairs * 3 / 4 + keys * 3))
+  # Latents travel: 512 + 64 numbers of 2 bytes, from 3 others, in 3 passes of 62 layers.
+  (sent,) = (one.total for one in split.collectives if one.axes == ('sequence',))
+  assert sent == pytest.approx(tokens * 576 * 2 * 3 * 3 * 62)
+  assert estimate.work(cfg).attention == pytest.approx(pairs)
+
+
+@pytest.mark.parametrize(
+  'mesh, rows, gathered, reduced',
+  [
+    # What libtpu's programs send between slices, in bytes: experiments/pod_plans/results.json.
+    (dict(dcn_fsdp=8, fsdp=16, expert=2, tensor=8), 256, 9.93e9, 10.03e9),
+    (dict(dcn_fsdp=4, fsdp=16, expert=8, tensor=2), 512, 9.88e9, 5.79e9),
+  ],
+)
+def test_the_slow_network_carries_what_compiled_programs_send(mesh, rows, gathered, reduced):
+  _, found = v3('', mesh, rows)
+  sent = {
+    kind: sum(one.total for one in found.collectives if (one.kind, one.axes) == (kind, where))
+    for where in [('dcn_fsdp',)]
+    for kind in ('all-gather', 'reduce-scatter')
+  }
+  # The gather to 5 %; the reduction at half (in bfloat16) or at all of it (in float32).
+  assert sent['all-gather'] == pytest.approx(gathered, rel=0.05)
+  assert 0.45 * reduced < sent['reduce-scatter'] < 1.05 * reduced
+
+
+def test_a_dense_model_has_no_exchange():
+  values = deepseek_llm_67b.get_config()
+  values.mesh.update(data=1, fsdp=512)
+  cfg = parse.from_dict(values.to_dict())
+  plan = planner.plan(planner.Request(cfg, chips.parse('v5p:8x8x8'), estimate=True))
+  assert plan.collective_bytes.keys() == {'fsdp'} and not plan.exchange_bytes

@@ -6,6 +6,7 @@ import functools
 import jax
 import pytest
 
+from moe_jax import errors
 from moe_jax.devices import partitioning
 from moe_jax.planning import (
   chips,
@@ -89,3 +90,9 @@ def test_a_compiled_program_becomes_a_plan():
 def test_laid_out_without_a_compiler():
   found = planner.laid_out(chips.parse('v5p:4x8x8'), {'data': 4, 'fsdp': 16, 'expert': 4})
   assert found == {'expert': {'2': 4}, 'fsdp': {'2': 2, '1': 8}, 'data': {'0': 4}}
+
+
+def test_fast_axes_do_not_cross_slices():
+  two = dataclasses.replace(requests.request(), topology=chips.parse('v5e:2x2*2'), estimate=True)
+  with pytest.raises(errors.InputError, match=r'dcn_data=1 times dcn_fsdp=1 must multiply to it'):
+    planner.plan(two)

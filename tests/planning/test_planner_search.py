@@ -50,3 +50,21 @@ def test_what_does_not_fit_says_what_would():
   small = dataclasses.replace(wanted, topology=chips.parse('h100:1'))
   (way,) = planner_search.suggestions(small, plan)
   assert way.startswith('--topology=h100:')
+
+
+def meshes(name: str, **changes) -> set[tuple[int, ...]]:
+  """(dcn_data, dcn_fsdp, sequence) of all candidates."""
+  cfg = requests.request(**changes).cfg
+  found = planner_search.candidates(cfg, chips.parse(name))
+  return {(c.mesh.dcn_data, c.mesh.dcn_fsdp, c.mesh.sequence) for c in found}
+
+
+def test_slices_are_shared_in_every_way():
+  assert meshes('v5e:2x2') == {(1, 1, 1)}
+  assert meshes('v5e:2x2*4') == {(1, 4, 1), (2, 2, 1), (4, 1, 1)}
+  assert meshes('v5e:2x2*4', mesh__dcn_fsdp=4) == {(1, 4, 1)}
+
+
+def test_long_rows_are_split():
+  assert {s for _, _, s in meshes('v5e:4x4', model__max_seq_len=32_768)} == {1, 2, 4, 8, 16}
+  assert {s for _, _, s in meshes('v5e:4x4', mesh__sequence=2)} == {2}
