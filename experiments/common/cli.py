@@ -24,6 +24,7 @@ from absl import app, flags, logging
 from experiments.common import config_overrides, flag_help
 from moe_jax import errors
 from moe_jax.config import parse, paths, schema
+from moe_jax.devices import host_allocator
 from moe_jax.processes import launch, watchdog
 from moe_jax.storage import urls
 
@@ -68,7 +69,8 @@ def run(main: Callable[[Sequence[str]], object], define_flags: Callable[[], obje
 
 
 def _quietly(main: Callable[[Sequence[str]], object], argv: Sequence[str]) -> object:
-  """`main(argv)` with the compile cache and without the chatter of libraries."""
+  """`main(argv)` with huge pages, the compile cache, and without the chatter of libraries."""
+  host_allocator.start_again_with_huge_pages()
   from moe_jax.devices import absent_tpu, compile_cache
 
   if not flags.FLAGS['verbosity'].present:

@@ -5,6 +5,7 @@ import os
 from moe_jax import errors
 from moe_jax.api import run as run_lib
 from moe_jax.config import pages
+from moe_jax.devices import host_allocator
 from moe_jax.interop import huggingface
 from moe_jax.runs import trained_run
 from moe_jax.storage import fetch
@@ -48,6 +49,7 @@ def read(
   flag: str = 'directory',
 ) -> trained_run.Run:
   """What `load` wraps, with the same arguments."""
+  host_allocator.keep_freed_memory()
   directory = fetch.local(directory, flag)
   if not is_downloaded(directory, flag):
     errors.require(

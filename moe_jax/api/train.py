@@ -10,6 +10,7 @@ import ml_collections
 from moe_jax import errors, trees
 from moe_jax.api import run as run_lib
 from moe_jax.config import pages, parse, schema
+from moe_jax.devices import host_allocator
 from moe_jax.runs import final_report, goodput, terminal, train_run
 from moe_jax.storage import workdir as storage_workdir
 
@@ -45,6 +46,7 @@ def train(
   Raises:
     errors.InputError: a value that breaks a rule, before anything is written; or divergence.
   """
+  host_allocator.keep_freed_memory()
   cfg = resolve(config, overrides)
   say = terminal.of(say)
   with storage_workdir.opened(workdir, 'workdir', say, jax.process_count()) as place:

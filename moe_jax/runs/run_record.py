@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import moe_jax
 from moe_jax import atomic_files, errors, trees
 from moe_jax.config import moe_config, parse, schema
+from moe_jax.devices import host_allocator
 from moe_jax.runs import working_directory
 
 PACKAGES = (
@@ -146,6 +147,7 @@ def write(
     'data_fingerprint': data_fingerprint,
     'argv': list(argv),
     'versions': versions(),
+    'host_allocator': host_allocator.in_use(),
     'git': git_state(),
     working_directory.KEY: working_directory.first(workdir, run_config),
   }
