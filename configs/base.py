@@ -62,10 +62,16 @@ def get_config() -> Page:
   c.data.tokenizer = 'bpe'  # trained to model.vocab_size entries
   c.data.bos_token = '<｜begin▁of▁sentence｜>'
   c.data.eos_token = '<｜end▁of▁sentence｜>'
+  c.data.chat_format = 'deepseek_llm'
   c.data.fim_rate = 0.0
   c.data.prefetch = 8
   c.data.cache_dir = ''
   c.data.mixture = ml_collections.ConfigDict()
+
+  c.objective = ml_collections.ConfigDict()
+  c.objective.kind = 'next_token'
+  c.objective.inherit = False
+  c.objective.balance = True
 
   c.optim = ml_collections.ConfigDict()
   c.optim.peak_lr = 1e-3

@@ -46,6 +46,7 @@ def main(unused_argv: Sequence[str]):
   import jax
 
   from moe_jax.api import load, run
+  from moe_jax.data import pipeline
   from moe_jax.processes import agreement
   from moe_jax.runs import overrides, trained_run
   from moe_jax.storage import fetch
@@ -82,7 +83,8 @@ def main(unused_argv: Sequence[str]):
     print(json.dumps(figures.as_dict(loaded.step) | ({'overrides': values} if values else {})))
     return
   under = ''.join(f' {key}={value}' for key, value in values.items())
-  print(f'step={loaded.step}{under} {figures} bytes={corpus.heldout.num_bytes:,}')
+  num_bytes = pipeline.num_bytes(corpus.heldout, loaded.config.model.max_seq_len)
+  print(f'step={loaded.step}{under} {figures} bytes={num_bytes:,}')
 
 
 def _warn(line: str):

@@ -20,7 +20,7 @@ FLOORS = (
   ('training', 'inference'),
   ('planning',),
   ('runs',),
-  ('interop', 'analysis'),
+  ('interop', 'analysis', 'post_training'),
   ('api',),
 )
 # The same inside the largest room.

@@ -10,6 +10,7 @@ from ml_collections import config_flags
 from configs import routing
 from moe_jax import errors
 from moe_jax.config import pages
+from moe_jax.post_training import inherited_model
 
 _ARGUMENT = re.compile(r'--?(no)?config(?:\.([^=]+))?(?:=(.*))?', re.DOTALL)
 
@@ -76,6 +77,19 @@ def read(spec: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
   known = values.to_dict()
   for argument in overrides:
     _check_key(known, _ARGUMENT.fullmatch(argument)[2])
+  values = _overridden(values, overrides)
+  if values.objective.inherit and values.init_from:
+    # The page again, with the model of the run that it now names, under the same overrides.
+    chosen = {'init_from': values.init_from, 'objective': values.objective.to_dict()}
+    inherited = inherited_model.applied(pages.values(spec).to_dict() | chosen)
+    values = _overridden(ml_collections.ConfigDict(inherited), overrides)
+  return values
+
+
+def _overridden(
+  values: ml_collections.ConfigDict, overrides: Sequence[str]
+) -> ml_collections.ConfigDict:
+  """The values with `--config.KEY=VALUE` applied, locked."""
   argv = ['', *overrides]
   try:
     parsed = flags.FlagValues()

@@ -19,7 +19,7 @@ from moe_jax import errors, trees
 from moe_jax.analysis import assignments, leakage
 from moe_jax.config import router_traits, schema
 from moe_jax.data import corpus as corpus_lib
-from moe_jax.data import packing
+from moe_jax.data import packing, pipeline
 from moe_jax.devices import partitioning
 from moe_jax.runs import overrides, trained_run
 from moe_jax.training import evaluate
@@ -66,7 +66,7 @@ def _pairs(
   """Batches of rows as they are, and with another second half; of the size that evaluation uses."""
   length = cfg.model.max_seq_len
   heldout = corpus.heldout
-  rows = packing.Packing(heldout, np.arange(heldout.num_documents), length)
+  rows = pipeline.rows_of(heldout, np.arange(heldout.num_documents), length)
   whole = len(rows) - (rows[len(rows) - 1]['segment_ids'][-1] == 0)
   errors.require(
     whole >= 2 and length >= 2,

@@ -12,7 +12,7 @@ import numpy as np
 from moe_jax import trees
 from moe_jax.analysis import assignments, interventions
 from moe_jax.config import schema
-from moe_jax.data import packing
+from moe_jax.data import packing, pipeline
 from moe_jax.devices import partitioning
 from moe_jax.models import transformer
 
@@ -63,7 +63,7 @@ def collect(subject: interventions.Subject, num_tokens: int) -> Observations:
   cfg, corpus = subject.cfg, subject.corpus
   assignments.check(cfg.model)
   length = cfg.model.max_seq_len
-  rows = packing.Packing(corpus.heldout, np.arange(corpus.heldout.num_documents), length)
+  rows = pipeline.rows_of(corpus.heldout, np.arange(corpus.heldout.num_documents), length)
   wanted = min(len(rows), max(1, num_tokens // length)) if num_tokens else len(rows)
   chosen = np.unique(np.linspace(0, len(rows) - 1, wanted).astype(np.int64))
   size = cfg.train.micro_batch_size or cfg.train.batch_size

@@ -11,6 +11,7 @@ from moe_jax import errors, trees
 from moe_jax.api import run as run_lib
 from moe_jax.config import pages, parse, schema
 from moe_jax.devices import host_allocator
+from moe_jax.post_training import inherited_model
 from moe_jax.runs import final_report, goodput, terminal, train_run
 from moe_jax.storage import workdir as storage_workdir
 
@@ -75,10 +76,16 @@ def resolve(config: Config, overrides: Mapping[str, Any]) -> schema.Config:
     config = pages.values(config)
   elif isinstance(config, schema.Config):
     config = parse.to_dict(config)
-  values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
+  page = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
+  values = _overridden(page, overrides)
+  chosen = {key: values[key] for key in ('init_from', 'objective') if key in values}
+  return parse.from_dict(_overridden(inherited_model.applied(page | chosen), overrides))
+
+
+def _overridden(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
   for key, value in overrides.items():
     values = _replaced(values, key.split('.'), value, 'config')
-  return parse.from_dict(values)
+  return values
 
 
 def _replaced(values: trees.Json, keys: list[str], value: Any, prefix: str) -> dict[str, Any]:

@@ -13,8 +13,11 @@ from moe_jax.config import mesh_config, rules, schema
 ADDED = {
   'train': {'max_skipped_steps': 0, 'stall_seconds': 0.0},
   'optim': {'spike_sigma': 0.0, 'spike_window': 128},
-  'data': {'skip_null_text': False},
+  'data': {'skip_null_text': False, 'chat_format': 'deepseek_llm'},
+  'objective': {'kind': 'next_token', 'inherit': False, 'balance': True},
 }
+# Of them, the sections that are new as a whole.
+_NEW_SECTIONS = ('objective',)
 LARGEST = 10**12  # no number of a run, whole or not, is as large
 
 
@@ -37,9 +40,9 @@ def from_record(values: Mapping[str, Any]) -> schema.Config:
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:
   """A recorded config with the fields that it was too old to have, `ADDED`."""
   new = {
-    name: {**fields, **values[name]}
+    name: {**fields, **values.get(name, {})}
     for name, fields in ADDED.items()
-    if isinstance(values.get(name), Mapping)
+    if isinstance(values.get(name), Mapping) or name in _NEW_SECTIONS and name not in values
   }
   return {**values, **new}
 

@@ -12,6 +12,7 @@ def validate(config: schema.Config):
   """
   validate_model(config.model)
   _validate_data(config.data)
+  _validate_objective(config)
   _validate_train(config.train)
   _validate_optim(config.optim, config.train)
   _validate_groups(config)
@@ -134,6 +135,31 @@ def _validate_data(data: schema.DataConfig):
       bool(data.path) or data.source not in needs_path,
       f"config.data.path='' must name a file, glob or dataset for data.source={data.source!r}",
     )
+
+
+def _validate_objective(config: schema.Config):
+  objective, data = config.objective, config.data
+  errors.choice('objective.kind', objective.kind, schema.OBJECTIVES)
+  members = [data.source, *(member.source for member in data.mixture.values())]
+  chats = [source in schema.CONVERSATION_SOURCES for source in members if source != 'mixture']
+  where = 'config.data.source' if data.source != 'mixture' else 'config.data.mixture'
+  names = ', '.join(map(repr, schema.CONVERSATION_SOURCES))
+  errors.require(
+    all(chats) if objective.kind == 'sft' else not any(chats),
+    f'{where} with config.objective.kind={objective.kind!r} must name '
+    + (f'conversations only ({names})' if objective.kind == 'sft' else 'no conversations')
+    + f", and has {', '.join(map(repr, members))}; conversations are for objective.kind='sft'",
+  )
+  errors.require(
+    objective.kind == 'next_token' or data.fim_rate == 0,
+    f'config.data.fim_rate={data.fim_rate} rearranges documents of text, not conversations; set it '
+    'to 0',
+  )
+  errors.require(
+    not objective.inherit or bool(config.init_from),
+    "config.init_from='' must name the run to go on from, as config.objective.inherit=True takes "
+    'its model; pass --config.init_from=WORKDIR, or set objective.inherit=False',
+  )
 
 
 def _validate_optim(optim: schema.OptimConfig, train: schema.TrainConfig):

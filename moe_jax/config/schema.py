@@ -15,7 +15,13 @@ REMAT_POLICIES = ('none', 'moe_core', 'full', 'offload')
 DTYPES = ('float32', 'bfloat16')
 SCHEDULES = ('multi_step', 'cosine', 'constant', 'linear', 'stages')
 STAGE_SHAPES = ('constant', 'linear', 'cosine')
-SOURCES = ('python_source', 'text', 'jsonl', 'parquet', 'hf', 'synthetic', 'mixture')
+# Those of conversations, of which a model learns the answers, and those of text.
+CONVERSATION_SOURCES = ('conversations', 'arithmetic')
+SOURCES = (
+  *('python_source', 'text', 'jsonl', 'parquet', 'hf', 'synthetic', 'mixture'),
+  *CONVERSATION_SOURCES,
+)
+OBJECTIVES = ('next_token', 'sft')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +81,26 @@ class DataConfig:
   tokenizer: str  # 'bpe' (trained on the training split), 'bytes', or a path to a tokenizer.json
   bos_token: str  # begin-of-document token; must be in a tokenizer.json that is given
   eos_token: str  # end-of-document token, likewise
+  chat_format: str  # of conversations, a key of data.chat_formats.FORMATS
   fim_rate: float  # share of training documents rearranged as prefix-suffix-middle
   prefetch: int  # batches prepared ahead of the device
   cache_dir: str  # tokenised corpora and tokenizers; '' = $MOE_JAX_CACHE or ~/.cache/moe_jax
   mixture: Mapping[str, MixtureComponent]  # members when source='mixture', by domain label
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+  """What the weights are trained for; the loss itself is the same, on other targets."""
+
+  # 'next_token': every token of a text; 'sft': the assistant's turns of conversations, which are
+  # never cut, and end tokens with them.
+  kind: str
+  # Whether config.model is that of init_from, and data.tokenizer its tokenizer. What a command line
+  # sets of them is changed after that.
+  inherit: bool
+  # Of an inherited model: whether its balance losses and the updates of its expert bias go on. The
+  # field tunes without (docs/topics/fine_tuning.md).
+  balance: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +181,7 @@ class Config:
   init_from: str  # workdir whose newest weights a fresh run starts from; '' = random weights
   model: ModelConfig
   data: DataConfig
+  objective: ObjectiveConfig
   optim: OptimConfig
   train: TrainConfig
   checkpoint: CheckpointConfig

@@ -12,7 +12,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tqdm
@@ -20,7 +20,7 @@ from absl import logging
 
 from moe_jax import errors
 from moe_jax.config import paths, schema
-from moe_jax.data import cache, fim, hashing, sources
+from moe_jax.data import cache, chat_formats, conversations, fim, hashing, sources
 from moe_jax.data import tokenizer as tokenizer_lib
 
 _VERSION = 1  # of the files below and of the way text becomes ids: raise it when either changes
@@ -36,6 +36,9 @@ class TokenSplit:
   offsets: np.ndarray  # [n + 1] int64
   doc_bytes: np.ndarray  # [n] int64, UTF-8 bytes of the text
   doc_domain: np.ndarray  # [n] int32, index into Corpus.domains
+  # [num_tokens] uint8, 1 for the tokens to be learned; None for text, of which all are. Documents
+  # that have it are never cut, and their doc_bytes are those of the answers.
+  learned: np.ndarray | None = None
 
   @property
   def num_documents(self) -> int:
@@ -64,6 +67,9 @@ class TokenSplit:
     shares = (num_tokens - before) // (len(ordered) - np.arange(len(ordered)))
     most = max(1, int(shares[np.argmax(shares <= ordered)]))
     kept = np.minimum(lengths, most)
+    errors.require(
+      self.learned is None, 'conversations are never cut: a sample of their beginnings is of no use'
+    )
     parts = [self.tokens[start : start + size] for start, size in zip(self.offsets, kept)]
     return TokenSplit(
       np.concatenate(parts),
@@ -118,10 +124,14 @@ def load_corpus(
   tokenizer = _tokenizer(data, vocab_size, specs, scans, progress)
   fim.check(tokenizer, data.fim_rate)
   fim_key = (data.fim_rate, seed) if data.fim_rate > 0 else ()
+  chats = {label: spec.source in schema.CONVERSATION_SOURCES for label, spec in specs.items()}
+  if any(chats.values()):
+    chat_formats.check(data.chat_format, tokenizer)
   fingerprints, directories = [], []
   for label, spec in specs.items():
     scan = scans[label]
-    key = hashing.hexdigest(_VERSION, *scan.digests, tokenizer.to_json(), *fim_key)
+    chat_key = ('chat', *chat_formats.FORMATS[data.chat_format]) if chats[label] else ()
+    key = hashing.hexdigest(_VERSION, *scan.digests, tokenizer.to_json(), *fim_key, *chat_key)
     build = functools.partial(
       _build, spec=spec, scan=scan, tokenizer=tokenizer, data=data, seed=seed, progress=progress
     )
@@ -216,7 +226,7 @@ def _tokenizer(
 
     def build(temporary: pathlib.Path):
       texts = (
-        (document.name, document.text)
+        (document.name, _said(document, spec))
         for spec in specs.values()
         for document in sources.read(spec, quiet=True)
         if not sources.is_heldout(document.name, data.heldout_fraction)
@@ -236,6 +246,14 @@ def _tokenizer(
     tokenizer = tokenizer_lib.load(data.tokenizer, *specials)
   tokenizer_lib.check_vocab_size(tokenizer, vocab_size)
   return tokenizer
+
+
+def _said(document: sources.Document, spec: sources.Spec) -> bytes:
+  """The text of a document; of a conversation what is said in it."""
+  if spec.source not in schema.CONVERSATION_SOURCES:
+    return document.text
+  turns = conversations.from_bytes(document.text)
+  return '\n'.join(turn.content for turn in turns).encode('utf-8')
 
 
 def _build(
@@ -262,10 +280,14 @@ def _build(
     for batch in _batches(sources.read(spec, quiet=True)):
       heldout = [counter.add(document) for document in batch]
       rates = [0.0 if is_heldout else data.fim_rate for is_heldout in heldout]
-      for document, is_heldout, ids in zip(batch, heldout, _encode(tokenizer, batch, rates, seed)):
-        writers[is_heldout].add(document, ids)
+      if spec.source in schema.CONVERSATION_SOURCES:
+        encoded = _encode_chats(tokenizer, batch, data.chat_format)
+      else:
+        encoded = _encode(tokenizer, batch, rates, seed)
+      for document, is_heldout, one in zip(batch, heldout, encoded):
+        writers[is_heldout].add(document.domain, one)
         if is_heldout:
-          heldout_text.write(document.text)
+          heldout_text.write(one.text)
       bar.update(sum(len(document.text) for document in batch))
   if counter.result() != scan:
     raise errors.InputError(f'{spec.where} changed while it was being tokenised; run again')
@@ -291,20 +313,37 @@ def _batches(documents: Iterable[sources.Document]) -> Iterator[list[sources.Doc
     yield batch
 
 
+class _Encoded(NamedTuple):
+  """One document as it is written."""
+
+  ids: tokenizer_lib.Ids
+  text: bytes  # what is to be learned of it
+  learned: np.ndarray | None  # [len(ids)] bool; None: all of it
+
+
+def _encode_chats(
+  tokenizer: tokenizer_lib.Tokenizer, documents: Sequence[sources.Document], chat_format: str
+) -> Iterator[_Encoded]:
+  """Yields each conversation's ids, and which of them are to be learned."""
+  batch = [conversations.from_bytes(document.text) for document in documents]
+  for one, found in zip(batch, chat_formats.render(chat_format, batch, tokenizer)):
+    yield _Encoded(found.ids, conversations.answers(one).encode('utf-8'), found.learned)
+
+
 def _encode(
   tokenizer: tokenizer_lib.Tokenizer,
   documents: Sequence[sources.Document],
   fim_rates: Sequence[float],
   seed: int,
-) -> Iterator[tokenizer_lib.Ids]:
+) -> Iterator[_Encoded]:
   """Yields each document's ids, BOS to EOS; all parts are encoded in one batch, on all cores."""
   parts = [
     fim.split(document.text.decode('utf-8'), fim.document_rng(seed, document.name), rate)
     for document, rate in zip(documents, fim_rates)
   ]
   encoded = iter(tokenizer.encode_batch([text for texts in parts for text in texts]))
-  for texts in parts:
-    yield fim.assemble(tokenizer, [next(encoded) for _ in texts])
+  for document, texts in zip(documents, parts):
+    yield _Encoded(fim.assemble(tokenizer, [next(encoded) for _ in texts]), document.text, None)
 
 
 class _SplitWriter:
@@ -313,6 +352,7 @@ class _SplitWriter:
   def __init__(self, directory: pathlib.Path, split: str, dtype: np.dtype):
     self._directory, self._split, self._dtype = directory, split, dtype
     self._tokens = (directory / f'{split}.tokens').open('wb')
+    self._learned = None  # the file of what is to be learned, once a document asks for it
     self._lengths, self._doc_bytes, self._doc_domain = [], [], []
 
   def __enter__(self) -> '_SplitWriter':
@@ -320,16 +360,22 @@ class _SplitWriter:
 
   def __exit__(self, *exception):
     self._tokens.close()
+    if self._learned is not None:
+      self._learned.close()
 
   @property
   def domains(self) -> set[str]:
     return set(self._doc_domain)
 
-  def add(self, document: sources.Document, ids: tokenizer_lib.Ids):
-    np.asarray(ids, self._dtype).tofile(self._tokens)
-    self._lengths.append(len(ids))
-    self._doc_bytes.append(len(document.text))
-    self._doc_domain.append(document.domain)
+  def add(self, domain: str, one: _Encoded):
+    np.asarray(one.ids, self._dtype).tofile(self._tokens)
+    if one.learned is not None:
+      if self._learned is None:
+        self._learned = (self._directory / f'{self._split}.learned').open('wb')
+      one.learned.astype(np.uint8).tofile(self._learned)
+    self._lengths.append(len(one.ids))
+    self._doc_bytes.append(len(one.text))
+    self._doc_domain.append(domain)
 
   def write_documents(self, domains: Sequence[str]):
     """Writes what is known per document; a document's domain becomes its place in `domains`."""
@@ -376,6 +422,9 @@ def _open(directory: pathlib.Path, split: str) -> TokenSplit:
     for name in ('offsets', 'doc_bytes', 'doc_domain')
   }
   tokens = np.memmap(directory / f'{split}.tokens', np.dtype(meta['dtype']), mode='r')
+  learned = directory / f'{split}.learned'
+  if learned.exists():
+    arrays['learned'] = np.memmap(learned, np.uint8, mode='r')
   return TokenSplit(tokens=tokens, **arrays)
 
 
@@ -391,6 +440,7 @@ def _concatenate(splits: Sequence[TokenSplit]) -> TokenSplit:
   if len(splits) == 1:
     return splits[0]
   starts = np.cumsum([0] + [split.num_tokens for split in splits[:-1]])
+  learned = [split.learned for split in splits if split.learned is not None]  # of all or of none
   offsets = [split.offsets[:-1] + start for split, start in zip(splits, starts)]
   total = sum(split.num_tokens for split in splits)
   return TokenSplit(
@@ -398,4 +448,5 @@ def _concatenate(splits: Sequence[TokenSplit]) -> TokenSplit:
     offsets=np.concatenate([*offsets, [total]]),
     doc_bytes=np.concatenate([split.doc_bytes for split in splits]),
     doc_domain=np.concatenate([split.doc_domain for split in splits]),
+    learned=np.concatenate(learned) if learned else None,
   )

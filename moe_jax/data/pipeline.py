@@ -19,7 +19,7 @@ import numpy as np
 
 from moe_jax import errors
 from moe_jax.data import corpus as corpus_lib
-from moe_jax.data import packing
+from moe_jax.data import packing, whole_documents
 
 Batch = dict[str, np.ndarray]
 
@@ -38,6 +38,26 @@ class StreamStart(NamedTuple):
 
 
 START = StreamStart()
+
+
+def rows_of(
+  split: corpus_lib.TokenSplit, order: np.ndarray, max_seq_len: int
+) -> packing.Packing | whole_documents.WholeDocuments:
+  """The rows of a split: its text as one stream that is cut, or whole conversations."""
+  kind = packing.Packing if split.learned is None else whole_documents.WholeDocuments
+  return kind(split, order, max_seq_len)
+
+
+def num_rows(split: corpus_lib.TokenSplit, max_seq_len: int) -> int:
+  """How many rows `rows_of` has, in any order."""
+  return (packing if split.learned is None else whole_documents).num_rows(split, max_seq_len)
+
+
+def num_bytes(split: corpus_lib.TokenSplit, max_seq_len: int) -> int:
+  """Bytes of text that the targets in the rows of a split spell."""
+  if split.learned is None:
+    return split.num_bytes
+  return int(split.doc_bytes[whole_documents.fits(split, max_seq_len)].sum())
 
 
 def check_corpus(
@@ -68,7 +88,7 @@ def check_corpus(
       )
   largest = max(sizes, default=0)
   for i, (split, weight) in enumerate(zip(corpus.train, corpus.weights)):
-    rows = packing.num_rows(split, max_seq_len)
+    rows = num_rows(split, max_seq_len)
     needed = int(largest * weight)
     if rows < needed:
       # A mixture's labels are its components' names, in this order.
@@ -127,7 +147,7 @@ def _row_stream(corpus: corpus_lib.Corpus, seed: int, max_seq_len: int) -> Seque
     # Hashed, so that neighbouring seeds share nothing: grain shuffles epoch e with (seed + e).
     order_seed, shuffle_seed = np.random.SeedSequence([seed, i]).generate_state(2).tolist()
     order = np.random.default_rng(order_seed).permutation(split.num_documents)
-    rows = grain.MapDataset.source(packing.Packing(split, order, max_seq_len))
+    rows = grain.MapDataset.source(cast(Sequence[Batch], rows_of(split, order, max_seq_len)))
     components.append(rows.shuffle(seed=shuffle_seed).repeat())
   if len(components) == 1:
     return components[0]
@@ -200,7 +220,7 @@ def heldout_batches(
   corpus: corpus_lib.Corpus, max_seq_len: int, batch_size: int
 ) -> Iterator[Batch]:
   """Yields the held-out rows in natural order, int32 [B, L]; padding rows fill the last batch."""
-  rows = packing.Packing(corpus.heldout, np.arange(corpus.heldout.num_documents), max_seq_len)
+  rows = rows_of(corpus.heldout, np.arange(corpus.heldout.num_documents), max_seq_len)
   for begin in range(0, len(rows), batch_size):
     batch = [rows[i] for i in range(begin, min(begin + batch_size, len(rows)))]
     yield packing.stack(batch + [packing.padding_row(max_seq_len)] * (batch_size - len(batch)))

@@ -21,7 +21,8 @@ from absl import logging
 
 from moe_jax import errors
 from moe_jax.config import paths, schema
-from moe_jax.data import cache, hashing, json_files, source_files, synthetic
+from moe_jax.data import cache, conversations, hashing, json_files, source_files, synthetic
+from moe_jax.data.tasks import arithmetic
 from moe_jax.storage import fetch
 
 TEXT_CUT_BYTES = 64 * 1024  # source 'text': files longer than this become several documents
@@ -227,14 +228,18 @@ def parquet(spec: Spec, warn: Callable[[str], None]) -> Iterator[Document]:
     yield from _records(spec, enumerate(_parquet_rows(spec, file)), name, file.stem, warn)
 
 
-def _parquet_rows(spec: Spec, file: pathlib.Path) -> Iterator[Mapping[str, Any]]:
+def _parquet_rows(
+  spec: Spec, file: pathlib.Path, every_column: bool = False
+) -> Iterator[Mapping[str, Any]]:
   library = _optional(spec, 'pyarrow.parquet', 'pyarrow')
   try:
     with library.ParquetFile(file) as table:
       known = table.schema_arrow.names
       wanted = [field for field in (spec.text_field, spec.domain_field) if field in known]
       # Without the wanted columns all are read, so that the error can name those that exist.
-      for batch in table.iter_batches(batch_size=1024, columns=wanted or None):
+      for batch in table.iter_batches(
+        batch_size=1024, columns=None if every_column else wanted or None
+      ):
         yield from batch.to_pylist()
   except (OSError, ValueError) as e:  # a malformed file is ArrowInvalid, a ValueError
     raise _unreadable(spec, file, e) from e
@@ -306,6 +311,59 @@ def synthetic_text(spec: Spec, warn: Callable[[str], None]) -> Iterator[Document
     yield Document(name, text.encode('utf-8'), domain)
 
 
+def conversation_files(spec: Spec, warn: Callable[[str], None]) -> Iterator[Document]:
+  """One document per conversation; see `conversations`, whose bytes are its text.
+
+  Files are JSON lines (.jsonl, also .gz and .zst) or parquet. Conversations without a turn to be
+  learned are left out and counted in a warning. Domain: data.domain_field, or the file's stem.
+  """
+  nothing = 0
+  for name, file in _files(spec, '.jsonl', '.parquet'):
+    if file.suffix == '.parquet':
+      rows = enumerate(_parquet_rows(spec, file, every_column=True))
+    else:
+      lines = enumerate(_lines(spec, file), start=1)
+      rows = ((n, _parse(spec, line, f'{file}:{n}')) for n, line in lines if line.strip())
+    for number, row in rows:
+      where = f'{name}:{number}'
+      try:
+        found = conversations.from_row(row)
+      except ValueError as e:
+        raise errors.InputError(f'{spec.where}: {where} {e}; repair or remove it') from e
+      if not conversations.is_learned(found):
+        nothing += 1
+        continue
+      domain = str(row.get(spec.domain_field, '')) if spec.domain_field else ''
+      yield Document(where, conversations.to_bytes(found), domain or source_files.stem(file))
+  if nothing:
+    warn(f'{spec.where}: left out {nothing} conversations in which nothing is to be learned')
+
+
+def arithmetic_task(spec: Spec, warn: Callable[[str], None]) -> Iterator[Document]:
+  """Conversations about sums, each question once; see `tasks.arithmetic`.
+
+  The path says how hard they are, '' or for example '?max_value=20&operations=3&problems=20000'. A
+  question's name is its text, by whose hash it is trained on or held out.
+  """
+  options = {'max_value': 20, 'operations': 3, 'problems': 20_000}
+  given = [part.partition('=') for part in spec.path.removeprefix('?').split('&') if part]
+  for key, _, value in given:
+    errors.require(
+      key in options and value.isdecimal() and 0 < int(value) <= 10**7,
+      f'{spec.where} must be of the form ?max_value=20&operations=3&problems=20000, with whole '
+      f'numbers from 1 to 10,000,000; it has {key}={value}',
+    )
+    options[key] = int(value)
+  difficulty = arithmetic.Difficulty(options['max_value'], options['operations'])
+  seen: set[str] = set()
+  for number in range(options['problems']):
+    one = arithmetic.problem(number, difficulty)
+    if one.question not in seen:
+      seen.add(one.question)
+      text = conversations.to_bytes(arithmetic.conversation(one))
+      yield Document(one.question, text, f'{len(one.steps)} operations')
+
+
 SOURCES: dict[str, Callable[[Spec, Callable[[str], None]], Iterator[Document]]] = {
   'python_source': python_source,
   'text': text_files,
@@ -313,6 +371,8 @@ SOURCES: dict[str, Callable[[Spec, Callable[[str], None]], Iterator[Document]]] 
   'parquet': parquet,
   'hf': hugging_face,
   'synthetic': synthetic_text,
+  'conversations': conversation_files,
+  'arithmetic': arithmetic_task,
 }
 
 

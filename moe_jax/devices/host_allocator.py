@@ -3,14 +3,14 @@
 XLA's programs on a CPU allocate their temporaries at each call, and glibc hands blocks of that size
 back to the kernel at once: a step of the quickstart then meets 32,000 page faults, a fifth of its
 time. Two ways out, both of glibc alone and with the same numbers as without:
-  'huge': pages of 2 MiB (GLIBC_TUNABLES=glibc.malloc.hugetlb=1), 250 faults, no more memory. It must
-    stand in the environment when a process starts, so a command starts itself once more.
+  'huge': pages of 2 MiB (GLIBC_TUNABLES=glibc.malloc.hugetlb=1), 250 faults, no more memory. It
+    must stand in the environment when a process starts, so a command starts itself once more.
   'keep': what was freed stays with the process (mallopt), no faults, but memory never shrinks, and
     with several threads its parts do not join: a third more on the quickstart. It works in a
     process that runs already, which is what the public API needs.
 
-MOE_JAX_MALLOC=huge|keep|default chooses; unset, commands use 'huge' where the kernel has such pages,
-and `moe_jax.train` and `moe_jax.load` 'keep'.
+MOE_JAX_MALLOC=huge|keep|default chooses; unset, commands use 'huge' where the kernel has such
+pages, and `moe_jax.train` and `moe_jax.load` 'keep'.
 """
 
 import ctypes

@@ -156,6 +156,7 @@ def _boxed_state(
     init_from='',
     model=model,
     data=unread,
+    objective=unread,
     optim=optim,
     train=loop,
     checkpoint=unread,

@@ -21,7 +21,7 @@ from moe_jax.balance import expert_similarity, router_stats
 from moe_jax.balance import routing_figures as routing_figures_lib
 from moe_jax.config import schema
 from moe_jax.data import corpus as corpus_lib
-from moe_jax.data import packing, pipeline
+from moe_jax.data import pipeline
 from moe_jax.devices import partitioning
 from moe_jax.models import model_variables, transformer
 from moe_jax.processes import agreement
@@ -109,7 +109,7 @@ def evaluate(
   length, ways = cfg.model.max_seq_len, partitioning.row_ways(mesh)
   batch_size = -(-(cfg.train.micro_batch_size or cfg.train.batch_size) // ways) * ways
   batches = pipeline.heldout_batches(corpus, length, batch_size)
-  total = -(-packing.num_rows(corpus.heldout, length) // batch_size)
+  total = -(-pipeline.num_rows(corpus.heldout, length) // batch_size)
   sums: Any = None
   bar = functools.partial(tqdm.tqdm, desc='held-out', unit='batch', leave=False)
   for batch in bar(batches, total=total, disable=None if progress else True):
@@ -125,7 +125,7 @@ def evaluate(
   nats, targets, stats = sums
   return Evaluation(
     loss=float(nats / targets),
-    bits_per_byte=float(nats / math.log(2) / corpus.heldout.num_bytes),
+    bits_per_byte=float(nats / math.log(2) / pipeline.num_bytes(corpus.heldout, length)),
     routing=None if stats is None else routing_figures(cfg.model, variables, stats),
   )
 

@@ -97,7 +97,9 @@ def test_an_unknown_choice_is_refused(monkeypatch):
 
 @HUGE
 def test_commands_run_with_huge_pages():
-  line = 'import sys; from experiments.common import cli; from moe_jax.devices import host_allocator'
+  line = (
+    'import sys; from experiments.common import cli; from moe_jax.devices import host_allocator'
+  )
   line += '; cli.run(lambda argv: print(host_allocator.in_use()))'
   clean = {k: v for k, v in os.environ.items() if k != 'GLIBC_TUNABLES'}
   done = subprocess.run(

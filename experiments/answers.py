@@ -1,0 +1,60 @@
+"""How many held-out questions a run answers rightly: exact match, with its interval.
+
+python -m experiments.answers --workdir=runs/sft [--n=256 --max_new_tokens=64] [--show=3] [--json]
+python -m experiments.answers --workdir=runs/base --like=runs/sft
+
+The questions are the held-out conversations of the run's own data; with --like those of another
+run, so that a model can be asked before it was tuned. Answers are written greedily.
+"""
+
+import json
+from collections.abc import Sequence
+
+from absl import flags
+
+from experiments.common import cli
+from moe_jax import errors
+
+
+def define_flags():
+  """Flags of this command."""
+  cli.workdir_flag('directory of a trained run, or of a downloaded checkpoint', bucket=True)
+  cli.path_flag('like', '', 'directory of the run whose questions are asked; its own without')
+  flags.DEFINE_integer('step', None, 'checkpoint to use; the newest whole one if not given')
+  flags.DEFINE_integer('n', 256, 'questions at most')
+  flags.DEFINE_integer('max_new_tokens', 64, 'tokens of an answer at most')
+  flags.DEFINE_integer('show', 0, 'questions that are shown with their answers')
+  flags.DEFINE_bool('json', False, 'print one JSON object and nothing else')
+
+
+def main(unused_argv: Sequence[str]):
+  """Prints the share that is right."""
+  from moe_jax.api import load
+  from moe_jax.post_training import answers
+  from moe_jax.runs import trained_run
+
+  values, workdir = flags.FLAGS, cli.required('workdir')
+  for name in ('n', 'max_new_tokens'):
+    errors.require(values[name].value > 0, f'--{name}={values[name].value} must be positive')
+  like = trained_run.read_config(values.like) if values.like else None
+  loaded = load.load(workdir, step=values.step, flag='--workdir')
+  data = (like or loaded.config).data
+  questions = answers.heldout_questions(data, values.n)
+  shown: list[str] = []
+
+  def tell(question: answers.Question, text: str, right: bool):
+    if len(shown) < values.show:
+      mark = 'right' if right else f'wrong, the answer is {question.answer!r}'
+      shown.append(f'{question.prompt[-1].content!r}\n  -> {text!r} ({mark})')
+
+  found = answers.measure(
+    loaded, questions, data.source, data.chat_format, values.max_new_tokens, tell
+  )
+  if values.json:
+    print(json.dumps({'step': loaded.step} | found.as_dict()))
+    return
+  print('\n'.join([*shown, f'step={loaded.step} {found}']))
+
+
+if __name__ == '__main__':
+  cli.run(main, define_flags)

@@ -1,0 +1,1 @@
+"""Problems that a generator makes and a program can check: (seed, number) -> problem."""

@@ -1,0 +1,95 @@
+"""Chains of sums: a question, its steps one by one, and whether an answer to it is right.
+
+  What is 7 + 5 - 3?      7 + 5 = 12
+                          12 - 3 = 9
+                          The answer is 9.
+
+How hard it is, is decided by the size of the numbers and by how many operations there are. A number
+names a problem; problems with the same question are one, so that a hash of the question may split
+them into training and held-out without any question standing in both.
+"""
+
+import random
+import re
+from typing import NamedTuple
+
+from moe_jax.data import conversations
+
+_STEP = re.compile(r'\s*(-?\d+) ([+-]) (-?\d+) = (-?\d+)\s*')
+_ANSWER = re.compile(r'The answer is (-?\d+)\.')
+
+
+class Difficulty(NamedTuple):
+  """How hard the questions are."""
+
+  max_value: int = 20  # of a number in a question, and of every value on the way; none is negative
+  operations: int = 3  # at most
+
+
+class Problem(NamedTuple):
+  """A question with its solution."""
+
+  question: str
+  steps: tuple[str, ...]
+  answer: int
+
+  @property
+  def solution(self) -> str:
+    """The steps, a line each, and the answer."""
+    return '\n'.join((*self.steps, f'The answer is {self.answer}.'))
+
+
+def problem(number: int, difficulty: Difficulty) -> Problem:
+  """The problem of that number, the same on every machine and in every Python."""
+  rng = random.Random(number)
+
+  def draw(low: int, high: int) -> int:
+    return low + int(rng.random() * (high - low + 1))
+
+  most = difficulty.max_value
+  value = draw(1, most)
+  question, steps = str(value), []
+  for _ in range(draw(1, difficulty.operations)):
+    plus = value == 0 or value < most and rng.random() < 0.5
+    operand = draw(1, most - value) if plus else draw(1, value)
+    result = value + operand if plus else value - operand
+    sign = '+' if plus else '-'
+    question += f' {sign} {operand}'
+    steps.append(f'{value} {sign} {operand} = {result}')
+    value = result
+  return Problem(f'What is {question}?', tuple(steps), value)
+
+
+def conversation(one: Problem) -> conversations.Conversation:
+  """A problem as the question of a user and the answer of an assistant."""
+  return (
+    conversations.Turn('user', one.question, False),
+    conversations.Turn('assistant', one.solution, True),
+  )
+
+
+def answer_in(text: str) -> int | None:
+  """The number that a text gives as its answer, the last one; None if it gives none."""
+  found = _ANSWER.findall(text)
+  return int(found[-1]) if found else None
+
+
+def is_right(text: str, solution: str) -> bool:
+  """Whether a text gives the answer of a solution."""
+  return answer_in(text) is not None and answer_in(text) == answer_in(solution)
+
+
+def num_right_steps(text: str, question: str) -> tuple[int, int]:
+  """(steps of a text that are true and go on from the one before, steps of a text)."""
+  state = int(question.removeprefix('What is ').split()[0].rstrip('?'))
+  right = total = 0
+  for line in text.splitlines():
+    match = _STEP.fullmatch(line)
+    if match is None:
+      continue
+    total += 1
+    first, sign, operand, result = int(match[1]), match[2], int(match[3]), int(match[4])
+    true = result == (first + operand if sign == '+' else first - operand)
+    right += true and first == state
+    state = result
+  return right, total

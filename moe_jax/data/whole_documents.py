@@ -1,0 +1,95 @@
+"""Rows of whole documents: none is cut, and none sees another.
+
+A document of n tokens takes n - 1 places, as its last token is a target only. Documents are placed
+longest first, each into the row that it fills best (best-fit decreasing), so which lengths share a
+row depends on the lengths alone, and which documents of one length on the order. What is longer
+than a row is left out, and counted.
+
+Axis letters: n documents.
+"""
+
+import bisect
+from collections.abc import Sequence
+
+import numpy as np
+
+from moe_jax.data import corpus, packing
+
+
+def fits(split: corpus.TokenSplit, max_seq_len: int) -> np.ndarray:
+  """[n] bool, whether a document has a target, and goes into a row."""
+  places = np.diff(split.offsets) - 1
+  return (places >= 1) & (places <= max_seq_len)
+
+
+def num_rows(split: corpus.TokenSplit, max_seq_len: int) -> int:
+  """Rows that `split` packs into, in any order."""
+  places = (np.diff(split.offsets) - 1)[fits(split, max_seq_len)]
+  return len(_bins(np.sort(places)[::-1], max_seq_len))
+
+
+class WholeDocuments:
+  """The rows of a split, each computed when it is asked for; immutable, so threads may share it."""
+
+  def __init__(self, split: corpus.TokenSplit, order: np.ndarray, max_seq_len: int):
+    """Lays out the rows.
+
+    Args:
+      split: the documents.
+      order: [n] decides which of the documents of one length comes first.
+      max_seq_len: L, the length of a row.
+    """
+    self._split, self._max_seq_len = split, max_seq_len
+    order = order[fits(split, max_seq_len)[order]]
+    places = (np.diff(split.offsets) - 1)[order]
+    longest_first = np.argsort(-places, kind='stable')
+    bins = _bins(places[longest_first], max_seq_len)
+    self._rows = [order[longest_first[members]] for members in bins]
+
+  def __len__(self) -> int:
+    return len(self._rows)
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    """Row `index`: arrays as of `packing.Packing`, with targets only where they are learned."""
+    if not 0 <= index < len(self._rows):
+      raise IndexError(f'row {index} of {len(self._rows)}')
+    row, at = packing.padding_row(self._max_seq_len), 0
+    for segment, document in enumerate(self._rows[index], start=1):
+      here = slice(*self._split.offsets[document : document + 2])
+      ids = np.asarray(self._split.tokens[here]).astype(np.int32)
+      learned = np.ones(len(ids), bool)
+      if self._split.learned is not None:
+        learned = np.asarray(self._split.learned[here], bool)
+      to = slice(at, at + len(ids) - 1)
+      row['tokens'][to] = ids[:-1]
+      row['targets'][to] = np.where(learned[1:], ids[1:], -1)
+      row['segment_ids'][to] = segment
+      row['positions'][to] = np.arange(len(ids) - 1)
+      row['domain_ids'][to] = self._split.doc_domain[document]
+      at = to.stop
+    return row
+
+
+def _bins(places: np.ndarray, capacity: int) -> Sequence[list[int]]:
+  """Best fit of falling sizes: the indices in each bin, bins in the order of their first one."""
+  bins: list[list[int]] = []
+  room: list[int] = []  # rising, of the bins that are not full
+  owners: dict[int, list[int]] = {}  # room -> bins with so much of it, the oldest last
+  for i, size in enumerate(places.tolist()):
+    at = bisect.bisect_left(room, size)
+    if at < len(room):
+      left = room[at]
+      number = owners[left].pop()
+      if not owners[left]:
+        del owners[left], room[at]
+    else:
+      left, number = capacity, len(bins)
+      bins.append([])
+    bins[number].append(i)
+    left -= size
+    if left:
+      if left not in owners:
+        owners[left] = []
+        bisect.insort(room, left)
+      owners[left].append(number)
+  return bins

@@ -1,0 +1,61 @@
+"""Config values whose model is that of the run whose weights are tuned.
+
+A page of fine-tuning names no sizes: with `objective.inherit` the section `model`, the tokenizer
+and its special tokens are taken from the record of `init_from`, so one page tunes any model.
+"""
+
+import copy
+import json
+import pathlib
+from typing import Any
+
+from moe_jax import errors
+from moe_jax.config import parse
+from moe_jax.storage import fetch
+
+
+def applied(values: dict[str, Any]) -> dict[str, Any]:
+  """The values with model and tokenizer of their `init_from`; the same where nothing is inherited.
+
+  Without `objective.balance` the balance losses get weight 0, and an expert bias, which stays in
+  the model and keeps its routing, the update rate 0: without its rule it would not be there.
+
+  Args:
+    values: of a config page, as nested dicts.
+
+  Raises:
+    errors.InputError: there is no run at `init_from`.
+  """
+  objective, place = values.get('objective', {}), values.get('init_from', '')
+  if not objective.get('inherit') or not place:
+    return values
+  source = _record(place)
+  new = copy.deepcopy(values)
+  new['model'] = source['model']
+  if not objective.get('balance'):
+    _without_balance(new['model']['moe'])
+  if not new['data']['tokenizer']:
+    new['data']['tokenizer'] = str(pathlib.PurePath(place) / 'tokenizer.json')
+    new['data'] |= {key: source['data'][key] for key in ('bos_token', 'eos_token')}
+  return new
+
+
+def _record(place: str) -> dict[str, Any]:
+  path = fetch.local(place, 'config.init_from') / 'config.json'
+  try:
+    recorded = json.loads(path.read_text(encoding='utf-8'))['config']
+    return copy.deepcopy(parse.completed(recorded))
+  except (OSError, ValueError, KeyError, TypeError) as e:
+    raise errors.InputError(
+      f'config.init_from={place} must be the directory of a run, and {path} is no record of one '
+      f'({e}); give a workdir of experiments.train, or import a downloaded checkpoint first with '
+      'python -m experiments.convert'
+    ) from e
+
+
+def _without_balance(moe: dict[str, Any]):
+  for part in moe['balance'].values():
+    if 'weight' in part:
+      part['weight'] = 0.0
+  moe['balance']['adaptive']['loss'] = ''
+  moe['expert_bias']['update_rate'] = 0.0
