@@ -3,7 +3,8 @@
 Run:    python -m experiments.train --config=configs/sft.py --config.init_from=runs/quickstart \
           --workdir=runs/sft
         python -m experiments.answers --workdir=runs/sft
-Takes:  (measured below)
+Takes:  4 minutes of CPU time on 2 cores.
+Expect: 15 % of 256 held-out questions right, [11, 20]; 0 % before.
 Own data: --config.data.source=conversations --config.data.path=chats.jsonl
 
 The model is that of `init_from`, without balance losses and with its expert bias at rest

@@ -3,6 +3,7 @@
 python -m experiments.generate --workdir=runs/quickstart --prompt="def main(" --max_new_tokens=64 \
   [--temperature=0.8 --top_k=50 --top_p=0.95 --min_p=0.05 --repetition_penalty=1.1 --seed=0] \
   [--stop="END" --stop_id=7 --stream --speculative --step=200 --json]
+python -m experiments.generate --workdir=W --chat --prompt="What is 7 + 5?" --temperature=0
 python -m experiments.generate --workdir=W --prefix="def add(a, b):" --suffix="  return c"
 
 --prompt may be repeated, or stand in --prompts_file, one per line: the prompts are one batch. A
@@ -32,6 +33,7 @@ def define_flags():
   cli.workdir_flag('directory of a trained run, or of a downloaded checkpoint', bucket=True)
   flags.DEFINE_multi_string('prompt', None, 'text to continue; repeat it for a batch')
   cli.path_flag('prompts_file', None, 'file of prompts, one per line')
+  flags.DEFINE_bool('chat', False, "each prompt is a question, in the run's data.chat_format")
   flags.DEFINE_string('prefix', None, 'fill in the middle: what stands before it')
   flags.DEFINE_string('suffix', None, 'fill in the middle: what stands behind it')
   flags.DEFINE_integer('max_new_tokens', 64, 'tokens to add at most')
@@ -69,7 +71,13 @@ def main(unused_argv: Sequence[str]):
   sampling = sampling_lib.Sampling(**{name: values[name].value for name in names})
   _check(len(texts))
   loaded = load.load(workdir, step=values.step, flag='--workdir')
-  if values.prefix is None:
+  if values.chat:
+    errors.require(
+      values.prefix is None and not values.special_tokens,
+      '--chat asks questions: give them with --prompt, without --prefix and --special_tokens',
+    )
+    prompts = [_question(loaded, text) for text in texts]
+  elif values.prefix is None:
     _warn_of_special_tokens(loaded, texts)
     read = functools.partial(trained_run.encode_prompt, special_tokens=values.special_tokens)
     prompts = [read(loaded.trained, text) for text in texts]
@@ -84,8 +92,17 @@ def main(unused_argv: Sequence[str]):
     print(json.dumps(records[0] if len(records) == 1 else records))
     return
   if not values.stream:
-    print('\n---\n'.join(a + b for a, b in zip(texts, completions)), end='')
+    between = '\n' if values.chat else ''
+    print('\n---\n'.join(a + between + b for a, b in zip(texts, completions)), end='')
   print(f'\n[{sum(map(len, tokens))} tokens, {speed:.0f} tokens/s{note}]')
+
+
+def _question(loaded: 'run.Run', text: str) -> list[int]:
+  """Ids of a question, up to where the answer begins."""
+  from moe_jax.data import chat_formats, conversations
+
+  turns = (conversations.Turn('user', text, False),)
+  return chat_formats.prompt(loaded.config.data.chat_format, turns, loaded.tokenizer)
 
 
 def _texts() -> list[str]:

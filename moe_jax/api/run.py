@@ -9,7 +9,7 @@ import functools
 import os
 import pathlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
 
 import jax
@@ -17,6 +17,7 @@ import numpy as np
 
 from moe_jax import errors, trees
 from moe_jax.config import schema
+from moe_jax.data import chat_formats, conversations
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.devices import partitioning
@@ -177,6 +178,40 @@ class Run:
         stacklevel=3,
       )
     return self.encode(text, special_tokens=special_tokens)
+
+  def chat(
+    self,
+    messages: str | Sequence[Mapping[str, Any]],
+    max_new_tokens: int = 64,
+    *,
+    chat_format: str = '',
+    **options: Any,
+  ) -> str:
+    """The answer to the last question of a conversation.
+
+        run.chat('What is 7 + 5?', temperature=0)
+        run.chat([{'role': 'system', 'content': '...'}, {'role': 'user', 'content': '...'}])
+
+    Args:
+      messages: a question, or turns that end with one, as `data.source='conversations'` has them.
+      max_new_tokens: limit of the answer.
+      chat_format: one of `schema.CHAT_FORMATS`; '' is `data.chat_format` of the run.
+      **options: of `generate`.
+
+    Raises:
+      errors.InputError: the turns are of another form, or see `generate`.
+    """
+    name = chat_format or self.config.data.chat_format
+    errors.choice('data.chat_format', name, schema.CHAT_FORMATS)
+    turns = [{'role': 'user', 'content': messages}] if isinstance(messages, str) else messages
+    try:
+      conversation = conversations.from_messages(turns, for_prompt=True)
+    except ValueError as e:
+      raise errors.InputError(f'messages: {e}; correct them') from e
+    prompt = chat_formats.prompt(name, conversation, self.tokenizer)
+    return self.generate([prompt], max_new_tokens, **options)[0].removeprefix(
+      chat_formats.FORMATS[name].answer
+    )
 
   def complete(
     self,

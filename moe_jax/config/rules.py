@@ -95,6 +95,7 @@ def validate_model(model: schema.ModelConfig):
 
 def _validate_data(data: schema.DataConfig):
   errors.choice('data.source', data.source, schema.SOURCES)
+  errors.choice('data.chat_format', data.chat_format, schema.CHAT_FORMATS)
   for name in ('heldout_fraction', 'fim_rate'):
     value = getattr(data, name)
     errors.require(0 <= value <= 1, f'config.data.{name}={value} must lie between 0 and 1')

@@ -22,6 +22,7 @@ SOURCES = (
   *CONVERSATION_SOURCES,
 )
 OBJECTIVES = ('next_token', 'sft')
+CHAT_FORMATS = ('deepseek_llm', 'deepseek_v3')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,7 @@ class DataConfig:
   tokenizer: str  # 'bpe' (trained on the training split), 'bytes', or a path to a tokenizer.json
   bos_token: str  # begin-of-document token; must be in a tokenizer.json that is given
   eos_token: str  # end-of-document token, likewise
-  chat_format: str  # of conversations, a key of data.chat_formats.FORMATS
+  chat_format: str  # of conversations, one of CHAT_FORMATS
   fim_rate: float  # share of training documents rearranged as prefix-suffix-middle
   prefetch: int  # batches prepared ahead of the device
   cache_dir: str  # tokenised corpora and tokenizers; '' = $MOE_JAX_CACHE or ~/.cache/moe_jax

@@ -57,7 +57,6 @@ def check(name: str, tokenizer: tokenizer_lib.Tokenizer):
   Raises:
     errors.InputError: names the format and the tokens.
   """
-  errors.choice('data.chat_format', name, FORMATS)
   wanted = filter(None, (FORMATS[name].user_token, FORMATS[name].assistant_token))
   missing = [token for token in wanted if tokenizer.token_id(token) is None]
   errors.require(

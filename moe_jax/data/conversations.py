@@ -41,8 +41,12 @@ def from_row(row: Any) -> Conversation:
   raise ValueError(f'must have "messages", or "prompt" and "completion"; its fields: {known}')
 
 
-def from_messages(messages: Any) -> Conversation:
-  """Turns in the form of `messages`; questions behind the last answer are left out.
+def from_messages(messages: Any, *, for_prompt: bool = False) -> Conversation:
+  """Turns in the form of `messages`.
+
+  Args:
+    messages: as in a row.
+    for_prompt: a question behind the last answer stays; else it is left out.
 
   Raises:
     ValueError: a message has another form, or stands where none of its role can.
@@ -60,7 +64,8 @@ def from_messages(messages: Any) -> Conversation:
         'message, which may come first, user and assistant take turns'
       )
     expected = 'assistant' if expected == 'user' else 'user'
-  return turns[:-1] if turns and turns[-1].role != 'assistant' else turns
+  unanswered = bool(turns) and turns[-1].role != 'assistant'
+  return turns[:-1] if unanswered and not for_prompt else turns
 
 
 def _turn(message: Any, index: int) -> Turn:

@@ -60,6 +60,13 @@ def num_bytes(split: corpus_lib.TokenSplit, max_seq_len: int) -> int:
   return int(split.doc_bytes[whole_documents.fits(split, max_seq_len)].sum())
 
 
+def num_left_out(split: corpus_lib.TokenSplit, max_seq_len: int) -> int:
+  """Conversations that no row has room for, or in which there is nothing to predict."""
+  if split.learned is None:
+    return 0
+  return int((~whole_documents.fits(split, max_seq_len)).sum())
+
+
 def check_corpus(
   corpus: corpus_lib.Corpus,
   *,

@@ -31,6 +31,7 @@ def prepare(cfg: schema.Config) -> tuple[jax.sharding.Mesh, corpus_lib.Corpus]:
   )
   _check_rows(cfg, corpus, mesh)
   _warn_of_single_gate(cfg.model)
+  _warn_of_left_out(cfg, corpus)
   if cfg.train.sample_prompt and cfg.train.sample_tokens:
     _check_sample_group(cfg.model)
     prompt = corpus.tokenizer.encode(cfg.train.sample_prompt)
@@ -49,6 +50,18 @@ def _warn_of_single_gate(model: schema.ModelConfig):
       'expert: the gate is 1, and the router gets no gradient but that of balance losses; set it '
       'to False.'
     )
+
+
+def _warn_of_left_out(cfg: schema.Config, corpus: corpus_lib.Corpus):
+  """Says how many conversations are longer than a row, which are left out rather than cut."""
+  for name, splits in (('training', corpus.train), ('held-out', (corpus.heldout,))):
+    left_out = sum(pipeline.num_left_out(split, cfg.model.max_seq_len) for split in splits)
+    if left_out:
+      total = sum(split.num_documents for split in splits)
+      logging.warning(
+        f'{left_out} of {total} {name} conversations have more tokens than '
+        f'config.model.max_seq_len={cfg.model.max_seq_len} and are left out, as none is cut.'
+      )
 
 
 def _check_sample_group(model: schema.ModelConfig):

@@ -207,3 +207,15 @@ def test_a_dense_model_has_no_routing(tmp_path):
   assert run.logits('ab').shape == (3, run.config.model.vocab_size)
   with pytest.raises(moe_jax.InputError, match='a dense model, which routes nothing'):
     run.routing('ab')
+
+
+def test_a_question_is_asked_in_the_format_of_training(run):
+  want = run.encode('User: What?\n\nAssistant:')
+  found = run.chat('What?', 4, temperature=0)
+  assert found == run.generate([want], 4, temperature=0)[0].removeprefix(' ')
+  turns = [{'role': 'user', 'content': 'What?'}]
+  assert run.chat(turns, 4, temperature=0) == found
+  with pytest.raises(moe_jax.InputError, match="messages: message 0 has role 'me'"):
+    run.chat([{'role': 'me', 'content': ''}])
+  with pytest.raises(moe_jax.InputError, match='must end with a question'):
+    run.chat([*turns, {'role': 'assistant', 'content': 'This.'}])

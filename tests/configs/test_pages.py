@@ -6,6 +6,7 @@ And what is said to be matched is: sizes, starting weights and data of presets t
 import bisect
 import functools
 import importlib
+import json
 import math
 import pathlib
 import re
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from configs import loss_free, routing
+from configs import loss_free, routing, smoke
 from moe_jax.balance import balance_losses
 from moe_jax.config import parse, schema
 from moe_jax.data import corpus as corpus_lib
@@ -23,6 +24,7 @@ from moe_jax.data import pipeline
 from moe_jax.devices import partitioning
 from moe_jax.models import model_variables
 from moe_jax.planning import flops
+from moe_jax.post_training import inherited_model
 from moe_jax.training import optim
 from tests import tiny
 
@@ -42,10 +44,19 @@ def specs():
       yield page, variant
 
 
-@pytest.mark.parametrize('page, variant', list(specs()))
-def test_page_builds_abstractly(page, variant):
+def values_of(page: str, variant: str, source: pathlib.Path) -> dict:
+  """Values of a page; one that tunes another run is given one of the page smoke."""
   get_config = importlib.import_module(f'configs.{page}').get_config
-  values = parse.from_dict((get_config(variant) if variant else get_config()).to_dict())
+  values = (get_config(variant) if variant else get_config()).to_dict()
+  if not values['objective']['inherit']:
+    return values
+  (source / 'config.json').write_text(json.dumps({'config': smoke.get_config().to_dict()}))
+  return inherited_model.applied(values | {'init_from': str(source)})
+
+
+@pytest.mark.parametrize('page, variant', list(specs()))
+def test_page_builds_abstractly(page, variant, tmp_path):
+  values = parse.from_dict(values_of(page, variant, tmp_path))
   params = model_variables.abstract_params(values.model)
 
   def size(tree):

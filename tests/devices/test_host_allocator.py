@@ -22,7 +22,7 @@ STEPS = """
 import ctypes, json, resource, sys
 sys.path.insert(0, '.')
 from moe_jax.devices import host_allocator
-{before}
+# BEFORE
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
 faults = []
@@ -40,7 +40,7 @@ def steps(before: str, **environ: str) -> list:
   """[page faults of the last step, what is in use, the command line's arguments]."""
   clean = {k: v for k, v in os.environ.items() if k not in ('GLIBC_TUNABLES', 'MOE_JAX_MALLOC')}
   done = subprocess.run(
-    [sys.executable, '-c', STEPS.format(before=before), 'one', '--two'],
+    [sys.executable, '-c', STEPS.replace('# BEFORE', before), 'one', '--two'],
     cwd=ROOT,
     env=clean | environ,
     capture_output=True,

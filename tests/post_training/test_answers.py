@@ -1,0 +1,76 @@
+import dataclasses
+import types
+
+import pytest
+
+from configs import base, sft
+from moe_jax import errors
+from moe_jax.config import schema
+from moe_jax.data import sources
+from moe_jax.data import tokenizer as tokenizer_lib
+from moe_jax.inference import generate
+from moe_jax.post_training import answers
+
+
+@pytest.fixture
+def data(tmp_path) -> schema.DataConfig:
+  values = sft.get_config().data.to_dict() | {'cache_dir': str(tmp_path), 'tokenizer': 'bytes'}
+  return schema.DataConfig(
+    **values | {'path': '?max_value=20&operations=2&problems=800', 'heldout_fraction': 0.3}
+  )
+
+
+def test_questions_are_held_out_ones(data):
+  questions = answers.heldout_questions(data, 10)
+  assert len(questions) == 10
+  for question in questions:
+    text = question.prompt[-1].content
+    assert sources.is_heldout(text, data.heldout_fraction) and question.prompt[-1].role == 'user'
+    assert question.answer.startswith(text.split()[2] + ' ')
+
+
+def test_text_has_no_questions(data):
+  with pytest.raises(errors.InputError, match="data.source='synthetic' must be a source of conv"):
+    answers.heldout_questions(dataclasses.replace(data, source='synthetic', path=''), 1)
+
+
+def test_counts(data):
+  """A model that knows every second answer, and never ends the others."""
+  questions = answers.heldout_questions(data, 70)
+  tokens = base.get_config().data
+  tokenizer = tokenizer_lib.byte_tokenizer(tokens.bos_token, tokens.eos_token)
+  asked, told = [], []
+
+  def complete(prompts, max_new_tokens, sampling):
+    begin = len(asked)
+    asked.extend(tokenizer.decode(p) for p in prompts)
+    assert sampling.temperature == 0 and len(prompts) <= answers.BATCH
+    numbers = range(begin, len(asked))
+    texts = [questions[i].answer if i % 2 else 'The answer is 99.' for i in numbers]
+    ids = [[0] * (5 if i % 2 else max_new_tokens) for i in numbers]
+    return generate.Generation(ids, texts, 1.0)
+
+  model = types.SimpleNamespace(config=None, tokenizer=tokenizer, complete=complete)
+  found = answers.measure(
+    model, questions, 'arithmetic', 'deepseek_llm', 8, lambda *one: told.append(one)
+  )
+  assert asked == [f'User: {q.prompt[-1].content}\n\nAssistant:' for q in questions]
+  assert found[:3] == (35, 70, 35)
+  steps = sum(q.answer.count('=') for q in questions[1::2])
+  assert found[3:] == (steps, steps)
+  assert [right for _, _, right in told] == [False, True] * 35
+
+
+def test_equality_judges_other_answers():
+  judge = answers.is_right('conversations')
+  assert judge(' {"a": 1}\n', '{"a": 1}') and not judge('{"a": 2}', '{"a": 1}')
+
+
+def test_wilsons_interval():
+  """Brown, Cai and DasGupta (2001): the centre is drawn to a half, the ends stay inside."""
+  low, high = answers.wilson(8, 10)
+  assert (low, high) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+  assert answers.wilson(0, 20)[0] == 0 and answers.wilson(0, 20)[1] == pytest.approx(
+    0.1611, abs=1e-4
+  )
+  assert answers.wilson(20, 20)[1] == 1

@@ -1,0 +1,61 @@
+import json
+
+import pytest
+
+from configs import sft
+from moe_jax import errors
+from moe_jax.config import parse
+from moe_jax.post_training import inherited_model
+from tests import tiny
+
+
+@pytest.fixture
+def source(tmp_path):
+  values = tiny.values(
+    model__moe__expert_bias__update_rule='sign',
+    model__moe__balance__router_z__weight=0.1,
+    model__embed_dim=24,
+    data__eos_token='<end>',
+  )
+  (tmp_path / 'config.json').write_text(json.dumps({'config': values}))
+  return tmp_path
+
+
+def page(source, **changes):
+  values = sft.get_config().to_dict() | {'init_from': str(source)}
+  values['objective'] |= changes
+  return values
+
+
+def test_model_and_tokenizer_are_the_sources(source):
+  found = inherited_model.applied(page(source))
+  cfg = parse.from_dict(found)
+  assert cfg.model.embed_dim == 24
+  assert cfg.data.tokenizer == str(source / 'tokenizer.json') and cfg.data.eos_token == '<end>'
+  moe = cfg.model.moe
+  assert not any(moe.loss(name).weight for name in ('expert_level', 'router_z'))
+  # The rule stays: without it the bias would leave the model, and with it the routing.
+  assert (moe.expert_bias.update_rule, moe.expert_bias.update_rate) == ('sign', 0.0)
+
+
+def test_balance_goes_on_if_asked_for(source):
+  moe = parse.from_dict(inherited_model.applied(page(source, balance=True))).model.moe
+  assert moe.loss('router_z').weight == 0.1 and moe.expert_bias.update_rate > 0
+
+
+def test_nothing_is_inherited_unasked(source):
+  values = page(source, inherit=False)
+  assert inherited_model.applied(values) is values
+  assert inherited_model.applied(values | {'init_from': ''})['init_from'] == ''
+
+
+def test_an_older_record_is_completed(source):
+  record = json.loads((source / 'config.json').read_text())
+  del record['config']['objective'], record['config']['optim']['spike_sigma']
+  (source / 'config.json').write_text(json.dumps(record))
+  assert parse.from_dict(inherited_model.applied(page(source))).model.embed_dim == 24
+
+
+def test_no_run_there(tmp_path):
+  with pytest.raises(errors.InputError, match='config.init_from=.* must be the directory of a run'):
+    inherited_model.applied(page(tmp_path / 'nowhere'))
