@@ -33,7 +33,7 @@ from moe_jax.data import pipeline
 from moe_jax.devices import partitioning
 from moe_jax.inference import cached_model
 from moe_jax.models import transformer
-from moe_jax.runs import first_state
+from moe_jax.runs import checks, first_state
 from moe_jax.training import objective, optim, optimizer_step, train_state
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -73,7 +73,7 @@ def draw(base: dict, rng: random.Random, number: int) -> tuple[schema.Config, ja
     cfg = dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, data=-1, **simpler))
     try:
       mesh = partitioning.make_mesh(cfg.mesh)
-      partitioning.check(cfg, mesh)
+      checks.check_mesh(cfg, mesh)
       return cfg, mesh
     except errors.InputError:  # sizes that do not divide each other: the message is the rule
       continue
@@ -119,7 +119,11 @@ def try_one(
     restored = checkpointer.restore(train_state.abstract_state(cfg, mesh))
   assert damage.digest(restored.state) == damage.digest(state), 'restored state is another'
   traits = router_traits.of(cfg.model.moe)
-  if not traits.causal or (cfg.model.moe.capacity.at_eval):
+  moe = cfg.model.moe
+  # DS-MoE's threshold_topk is a budget of all tokens that are read together: of one token while
+  # decoding, of all of them in a whole text.
+  budget = 'inference' in traits.options and moe.options.inference == 'threshold_topk'
+  if not traits.causal or moe.capacity.at_eval or budget:
     return 'trained'
   _decode(cfg, jax.device_get(restored.state.variables), tell)
   return 'trained and decoded'

@@ -12,6 +12,7 @@ from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import kept_files, pipeline
 from moe_jax.devices import partitioning
 from moe_jax.inference import generate
+from moe_jax.models.attention import kernels
 from moe_jax.models.experts import sorted_plan
 from moe_jax.processes import agreement
 from moe_jax.runs import run_record, trained_run, warm_start
@@ -24,8 +25,7 @@ def prepare(cfg: schema.Config) -> tuple[jax.sharding.Mesh, corpus_lib.Corpus]:
     errors.InputError: see the message.
   """
   mesh = partitioning.make_mesh(cfg.mesh)
-  partitioning.check(cfg, mesh)
-  _check_sort_key(cfg, mesh)
+  check_mesh(cfg, mesh)
   corpus = corpus_lib.load_corpus(
     cfg.data, cfg.model.vocab_size, cfg.train.seed, progress=agreement.is_first()
   )
@@ -39,6 +39,29 @@ def prepare(cfg: schema.Config) -> tuple[jax.sharding.Mesh, corpus_lib.Corpus]:
     generate.check_router(cfg.model)
     generate.check_lengths(cfg.model, 1 + len(prompt), cfg.train.sample_tokens, names)
   return mesh, corpus
+
+
+def check_mesh(cfg: schema.Config, mesh: jax.sharding.Mesh):
+  """Refuses what does not run on these devices: sizes that they cannot split, kernels that cannot.
+
+  Raises:
+    errors.InputError: names the field and the ways out.
+  """
+  partitioning.check(cfg, mesh)
+  _check_sort_key(cfg, mesh)
+  attention = cfg.model.attention
+  head_dim, v_head_dim = attention.head_dim, attention.head_dim
+  if attention.kind == 'mla':
+    head_dim = attention.mla.qk_nope_head_dim + attention.mla.qk_rope_head_dim
+    v_head_dim = attention.mla.v_head_dim
+  with partitioning.activate(mesh):
+    kernels.choose(
+      attention.impl,
+      head_dim=head_dim,
+      v_head_dim=v_head_dim,
+      length=cfg.model.max_seq_len,
+      dtype=cfg.model.dtype,
+    )
 
 
 def _warn_of_single_gate(model: schema.ModelConfig):

@@ -25,6 +25,22 @@ def test_rows_that_overflow_the_sort_key_are_refused_with_the_largest_that_do_no
   checks._check_sort_key(two, partitioning.make_mesh(two.mesh, jax.devices()[:2]))
 
 
+@pytest.mark.parametrize(
+  'impl, axes, words',
+  [
+    ('dot_product', {'sequence': 2}, "impl='dot_product' attends with whole rows, and config.mesh"),
+    ('splash', {'data': 2}, "impl='splash' is a TPU kernel, and the platform is 'cpu'"),
+    ('tokamax', {'data': 2}, "impl='tokamax'"),
+  ],
+)
+def test_kernels_that_cannot_run_are_refused_before_anything_is_made(impl, axes, words):
+  sizes = {f'mesh__{name}': size for name, size in axes.items()}
+  cfg = tiny.make(model__attention__impl=impl, **sizes)
+  with pytest.raises(errors.InputError, match=words):
+    checks.check_mesh(cfg, tiny.mesh(**axes))
+  checks.check_mesh(tiny.make(model__attention__impl='auto', **sizes), tiny.mesh(**axes))
+
+
 def corpus(fingerprint='same'):
   return types.SimpleNamespace(
     fingerprint=fingerprint, tokenizer=types.SimpleNamespace(to_json=lambda: 'a tokenizer')

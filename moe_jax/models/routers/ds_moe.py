@@ -3,7 +3,8 @@
 Training weighs every expert with its softmax score; outside of training `options.inference` says
 which experts stay: all of them, those with E * score above a threshold, the best K, or those above
 the threshold at which K experts per token stay on average over the batch. Gates are not
-renormalised.
+renormalised. That last rule, 'threshold_topk', is a budget of the tokens that are read together, so
+what is decoded one token at a time is not what a text read whole gives, nor what other rows give.
 """
 
 import jax
