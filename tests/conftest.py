@@ -8,6 +8,7 @@ takes the fixture `quick_processes`.
 """
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -35,6 +36,14 @@ if 'PYTEST_XDIST_WORKER' not in os.environ:  # workers inherit the folder of the
   os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.3'
 jax.config.update('jax_compilation_cache_dir', os.environ['JAX_COMPILATION_CACHE_DIR'])
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+
+
+def pytest_collection_finish(session):
+  """What is there for good is not looked through again by every collection of garbage."""
+  del session
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(scope='module')
