@@ -47,8 +47,7 @@ def main(unused_argv: Sequence[str]):
   import jax
 
   from moe_jax.processes import agreement
-  from moe_jax.runs import final_report, terminal, train_run
-  from moe_jax.storage import workdir as storage_workdir
+  from moe_jax.runs import final_report, run_place, terminal, train_run
 
   cfg = cli.resolve(flags.FLAGS.config)
   workdir = cli.required('workdir')
@@ -56,17 +55,18 @@ def main(unused_argv: Sequence[str]):
   cli.start_processes(
     {'config': parse.to_dict(cfg), 'workdir': workdir, 'allow_config_change': allow}
   )
-  with storage_workdir.opened(workdir, '--workdir', say, jax.process_count()) as place:
+  with run_place.opened(workdir, '--workdir', say) as place:
     trained, corpus = train_run.run_training(
       cfg,
-      place,
+      place.path,
+      parts=place.parts,
       allow_config_change=allow,
       argv=sys.argv,
       say=say,
       profile_steps=_profile_steps(),
     )
     if not trained.interrupted_by:
-      final_report.finish(trained, corpus, place, say)
+      final_report.finish(trained, corpus, place.path, say)
       return
   if not agreement.is_first():
     return

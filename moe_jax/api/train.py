@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import ml_collections
 
 from moe_jax import errors, trees
@@ -12,8 +11,7 @@ from moe_jax.api import run as run_lib
 from moe_jax.config import pages, parse, schema
 from moe_jax.devices import host_allocator
 from moe_jax.post_training import inherited_model
-from moe_jax.runs import final_report, goodput, terminal, train_run
-from moe_jax.storage import workdir as storage_workdir
+from moe_jax.runs import final_report, goodput, run_place, terminal, train_run
 
 Config = str | ml_collections.ConfigDict | Mapping[str, Any] | schema.Config
 
@@ -50,9 +48,9 @@ def train(
   host_allocator.keep_freed_memory()
   cfg = resolve(config, overrides)
   say = terminal.of(say)
-  with storage_workdir.opened(workdir, 'workdir', say, jax.process_count()) as place:
+  with run_place.opened(workdir, 'workdir', say) as place:
     trained, corpus = train_run.run_training(
-      cfg, place, allow_config_change=allow_config_change, say=say
+      cfg, place.path, parts=place.parts, allow_config_change=allow_config_change, say=say
     )
     if trained.interrupted_by:
       say(
@@ -60,10 +58,10 @@ def train(
         'call again goes on'
       )
     elif report:
-      final_report.finish(trained, corpus, place, say)
+      final_report.finish(trained, corpus, place.path, say)
     else:
-      say(goodput.text(goodput.read(place)))
-  return run_lib.Run(trained, place)
+      say(goodput.text(goodput.read(place.path)))
+  return run_lib.Run(trained, place.path)
 
 
 def resolve(config: Config, overrides: Mapping[str, Any]) -> schema.Config:

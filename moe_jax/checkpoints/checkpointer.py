@@ -29,8 +29,9 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from moe_jax import atomic_files, errors, trees
-from moe_jax.checkpoints import integrity, orbax_noise
+from moe_jax.checkpoints import integrity, orbax_noise, parts_handler
 from moe_jax.config import schema
+from moe_jax.storage import parts as parts_lib
 
 # Nothing less than a chunk can be read, so arrays above MAX_CHUNK_BYTES are cut up on disk; along
 # the axes of a stack of layers and experts as long as the chunks stay above MIN_CHUNK_BYTES.
@@ -59,6 +60,8 @@ class Checkpointer:
     directory: where the steps lie, `W/checkpoints`; made when the first writer opens it.
     cfg: how often to save and what to keep; None for a reader.
     read_only: a reader renames, deletes and creates nothing, so it may look at a run in progress.
+    parts: of a writer whose processes have a disk each, with the same steps on all; carries their
+      parts of new steps to process 0.
   """
 
   def __init__(
@@ -67,6 +70,7 @@ class Checkpointer:
     cfg: schema.CheckpointConfig | None,
     *,
     read_only: bool = False,
+    parts: parts_lib.Parts | None = None,
   ):
     orbax_noise.drop_orbax_chatter()
     remote = '://' in str(directory)
@@ -79,15 +83,11 @@ class Checkpointer:
     writer = None if read_only else cfg
     self._cfg = writer
     self._may_save = False  # until `restore` has settled which steps the new ones follow
+    self._parts = parts
+    if parts is not None:
+      self._directory.mkdir(parents=True, exist_ok=True)  # orbax does on process 0 only
     self._manager = ocp.CheckpointManager(
-      self._directory,
-      options=ocp.CheckpointManagerOptions(
-        max_to_keep=writer.keep_last if writer else None,
-        keep_period=(writer.keep_every or None) if writer else None,
-        create=writer is not None,
-        # What a killed run left half-written was never a checkpoint, and would fill the disk.
-        cleanup_tmp_directories=writer is not None,
-      ),
+      self._directory, options=_options(writer, parts), handler_registry=_handlers(parts)
     )
     self._reader = _reader()
     self._prepared: concurrent.futures.Future[None] | None = None
@@ -381,7 +381,7 @@ class Checkpointer:
     if not newer:
       return
     _on_all_processes(True)  # everyone has chosen its names before the first one changes
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 or self._parts is not None:
       for old, name in moved.items():
         (self._directory / str(old)).rename(name)
     _on_all_processes(True)
@@ -416,6 +416,30 @@ class Checkpointer:
       f'No checkpoint in {self._directory} is whole ({reasons}). Nothing was changed: repair one '
       'of them, or start again in another --workdir (or move this directory away)'
     )
+
+
+def _options(
+  writer: schema.CheckpointConfig | None, parts: parts_lib.Parts | None
+) -> ocp.CheckpointManagerOptions:
+  """What orbax shall keep, make and clear away."""
+  return ocp.CheckpointManagerOptions(
+    max_to_keep=writer.keep_last if writer else None,
+    keep_period=(writer.keep_every or None) if writer else None,
+    create=writer is not None,
+    # What a killed run left half-written was never a checkpoint, and would fill the disk.
+    cleanup_tmp_directories=writer is not None,
+    async_options=ocp.AsyncOptions(timeout_secs=parts_handler.TIMEOUT) if parts else None,
+  )
+
+
+def _handlers(parts: parts_lib.Parts | None) -> ocp.handlers.CheckpointHandlerRegistry | None:
+  """What writes and reads the items of a step where it comes in parts; None for orbax's own."""
+  if parts is None:
+    return None
+  registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+  registry.add('state', ocp.args.StandardSave, parts_handler.PartsHandler(parts))
+  registry.add('meta', ocp.args.JsonSave, ocp.JsonCheckpointHandler())
+  return registry
 
 
 def _reader() -> ocp.Checkpointer:

@@ -55,7 +55,7 @@ def together() -> Iterator[None]:
     problem = str(e) or 'bad input'
   if jax.process_count() == 1:
     return
-  problems = _gather_texts(problem)
+  problems = texts(problem)
   if not any(problems):
     return
   number = next(i for i, text in enumerate(problems) if text)
@@ -99,7 +99,7 @@ def require_shared(directory: pathlib.Path):
   """
   if jax.process_count() == 1:
     return
-  names = _gather_texts(secrets.token_hex(8) if is_first() else '')
+  names = texts(secrets.token_hex(8) if is_first() else '')
   probe = directory / f'.seen-{names[0]}'
   if is_first():
     probe.touch()
@@ -172,8 +172,8 @@ class StopAgreement:
     return signal.Signals(agreed).name if agreed else ''
 
 
-def _gather_texts(text: str) -> list[str]:
-  """The texts of all processes, by process."""
+def texts(text: str) -> list[str]:
+  """The texts of all processes, by process; up to 2000 bytes of each."""
   line = np.zeros(_TEXT_BYTES, np.uint8)
   encoded = np.frombuffer(text.encode()[:_TEXT_BYTES], np.uint8)
   line[: len(encoded)] = encoded

@@ -157,8 +157,12 @@ def check_source(cfg: schema.Config, source: trees.Json | None, corpus: corpus_l
   )
 
 
-def check_processes(workdir: pathlib.Path, corpus: corpus_lib.Corpus):
+def check_processes(workdir: pathlib.Path | None, corpus: corpus_lib.Corpus):
   """Makes sure that all processes see the same text and the same directory.
+
+  Args:
+    workdir: the directory; None where each process has its own.
+    corpus: the text.
 
   Raises:
     errors.InputError: on all processes; names what is different.
@@ -167,7 +171,8 @@ def check_processes(workdir: pathlib.Path, corpus: corpus_lib.Corpus):
   agreement.require_same(
     {'the text of config.data': corpus.fingerprint, 'the tokenizer of config.data': digest}
   )
-  agreement.require_shared(workdir)
+  if workdir is not None:
+    agreement.require_shared(workdir)
 
 
 def check_continues(cfg: schema.Config, meta: trees.Json, corpus: corpus_lib.Corpus, allow: bool):

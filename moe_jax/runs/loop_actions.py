@@ -21,6 +21,7 @@ from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import pipeline
 from moe_jax.processes import agreement
 from moe_jax.runs import metric_log, trained_run
+from moe_jax.storage import parts as parts_lib
 from moe_jax.training import evaluate, loop, step_timer
 
 Scalars = Callable[[Any], Mapping[str, float | None]]
@@ -41,6 +42,7 @@ class Member:
   label: str = ''  # before its lines on the terminal
   take: Callable[[Any], Any] = _whole  # its own part of a tree of the loop's state or metrics
   stream: pipeline.StreamStart = pipeline.START
+  parts: parts_lib.Parts | None = None  # where each process has a workdir of its own
 
 
 @contextlib.contextmanager
@@ -52,6 +54,7 @@ def member(
   label: str = '',
   take: Callable[[Any], Any] = _whole,
   stream: pipeline.StreamStart = pipeline.START,
+  parts: parts_lib.Parts | None = None,
 ) -> Iterator[Member]:
   """A member that goes on after step `start`; drops files of later steps, which come again."""
   first = agreement.is_first()
@@ -59,7 +62,7 @@ def member(
   if first:
     _drop_routing_after(workdir, start)
   with contextlib.closing(writer):
-    yield Member(cfg, corpus, workdir, writer, label, take, stream)
+    yield Member(cfg, corpus, workdir, writer, label, take, stream, parts)
 
 
 def _drop_routing_after(workdir: pathlib.Path, step: int):

@@ -55,12 +55,13 @@ def write(
     batch: of the member, whole.
   """
   first = agreement.is_first()
-  if first:
+  if first or one.parts:
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
   agreement.wait_for_all()
   values = one.take(_saved(state))
-  with checkpointer_lib.Checkpointer(directory / 'checkpoints', _SAVING) as checkpointer:
+  steps = directory / 'checkpoints'
+  with checkpointer_lib.Checkpointer(steps, _SAVING, parts=one.parts) as checkpointer:
     meta = trained_run.meta(one.cfg, one.corpus)
     checkpointer.save(figures['step'], values, meta, allow_nonfinite=True)
   if first:

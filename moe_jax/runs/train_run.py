@@ -34,6 +34,7 @@ from moe_jax.runs import (
   working_directory,
 )
 from moe_jax.storage import fetch
+from moe_jax.storage import parts as parts_lib
 from moe_jax.training import objective, optim, optimizer_step, stop_signal, train_state
 
 
@@ -41,6 +42,7 @@ def run_training(
   cfg: schema.Config,
   workdir: str | os.PathLike[str],
   *,
+  parts: parts_lib.Parts | None = None,
   allow_config_change: bool = False,
   argv: Sequence[str] = (),
   say: trained_run.Say = print,
@@ -53,6 +55,7 @@ def run_training(
   Args:
     cfg: the run.
     workdir: where everything is written.
+    parts: carries parts of checkpoints where each process has a workdir of its own.
     allow_config_change: continue a run of another config.
     argv: command line, for the record.
     say: prints one line.
@@ -66,6 +69,7 @@ def run_training(
   """
   began = time.perf_counter()
   workdir, first = paths.local(workdir, '--workdir'), agreement.is_first()
+  writes = first or parts is not None
   say = terminal.of(say if first else _say_nothing)
   window = _profile_window(cfg, workdir, profile_steps, say)
   with agreement.together():
@@ -78,10 +82,10 @@ def run_training(
     summary = _summary(cfg, corpus, mesh)
   with contextlib.ExitStack() as stack:
     with agreement.together():
-      stack.enter_context(atomic_files.lock(workdir, first))
-    checks.check_processes(workdir, corpus)
+      stack.enter_context(atomic_files.lock(workdir, writes))
+    checks.check_processes(None if parts else workdir, corpus)
     checkpointer = stack.enter_context(
-      checkpointer_lib.Checkpointer(workdir / 'checkpoints', cfg.checkpoint)
+      checkpointer_lib.Checkpointer(workdir / 'checkpoints', cfg.checkpoint, parts=parts)
     )
     stop = stack.enter_context(stop_signal.StopSignal())
     abstract_state = train_state.abstract_state(cfg, mesh)
@@ -98,7 +102,7 @@ def run_training(
       stream = _stream_start(restored.meta, restored.step, cfg)
       say(f'resuming after step {restored.step} of {cfg.train.num_steps}')
     with agreement.together():
-      if first:
+      if writes:
         run_record.write(workdir, cfg, argv=argv, data_fingerprint=corpus.fingerprint)
         corpus.tokenizer.save(workdir / 'tokenizer.json')
         if cfg.init_from:
@@ -106,7 +110,7 @@ def run_training(
     corpus.tokenizer.end_ids = kept_files.end_ids(workdir / kept_files.DIRECTORY, corpus.tokenizer)
     checkpointer.prepare(abstract_state)
     state, stopped_by = _fit(
-      cfg, workdir, corpus, mesh, state, stream, checkpointer, stop, say, window, began
+      cfg, workdir, parts, corpus, mesh, state, stream, checkpointer, stop, say, window, began
     )
     step = int(state.step)
   run = trained_run.Run(
@@ -118,6 +122,7 @@ def run_training(
 def _fit(
   cfg: schema.Config,
   workdir: pathlib.Path,
+  parts: parts_lib.Parts | None,
   corpus: corpus_lib.Corpus,
   mesh: jax.sharding.Mesh,
   state: train_state.TrainState,
@@ -130,7 +135,7 @@ def _fit(
 ) -> tuple[train_state.TrainState, str]:
   """Trains from `state` on; see `fit.fit`."""
   start = int(state.step)
-  with loop_actions.member(cfg, corpus, workdir, start, stream=stream) as member:
+  with loop_actions.member(cfg, corpus, workdir, start, stream=stream, parts=parts) as member:
     return fit.fit(
       [member],
       optimizer_step.make_train_step(cfg, mesh),

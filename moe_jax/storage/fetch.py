@@ -23,7 +23,7 @@ from moe_jax.config import paths
 from moe_jax.storage import bucket as bucket_lib
 from moe_jax.storage import urls
 
-UPLOADING, LEASE, SESSION = '.uploading', '.lease', '.session'
+UPLOADING, LEASE, SESSION, PARTS = '.uploading', '.lease', '.session', '.parts'
 LAST = '_CHECKPOINT_METADATA'  # of the objects of a step
 _STEP = re.compile(r'((?:.*/)?checkpoints/([^/]+))/.+', re.DOTALL)
 _STEP_NAME = re.compile(r'\d+(\.(damaged|superseded)-\d+)?')
@@ -87,7 +87,7 @@ def finished(found: Mapping[str, bucket_lib.Object], where: str) -> dict[str, bu
     key: one
     for key, one in found.items()
     if names[key] != SESSION
-    and f'/{LEASE}/' not in f'/{key}'
+    and not any(f'/{name}/' in f'/{key}' for name in (LEASE, PARTS))
     and (not step_of(key)[0] or f'{step_of(key)[0]}/{LAST}' in found)
   }
 

@@ -11,7 +11,8 @@ object `.session`. A later start on this machine keeps its folder, and with it w
 uploaded, only if that token is still the one it knows; otherwise the bucket is right and the folder
 is brought anew.
 
-One process: those of a pod each hold a part of a checkpoint, and no folder here holds it all.
+Of several processes, whose machines may have no common disk, the first has such a folder. The
+others have a copy to start from, and hand their parts of checkpoints over (`parts.py`).
 """
 
 import contextlib
@@ -20,7 +21,6 @@ import json
 import os
 import pathlib
 import shutil
-import signal
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -30,7 +30,7 @@ from absl import logging
 from moe_jax import atomic_files, errors
 from moe_jax.config import paths
 from moe_jax.storage import bucket as bucket_lib
-from moe_jax.storage import fetch, lease, upload, urls
+from moe_jax.storage import fetch, lease, parts, upload, urls
 
 EVERY = 10.0  # seconds between looks for what has changed
 Stat = tuple[int, int]  # size, time of the last change
@@ -38,7 +38,7 @@ Stat = tuple[int, int]  # size, time of the last change
 
 @contextlib.contextmanager
 def opened(
-  workdir: str | os.PathLike[str], flag: str, say: Callable[[str], None], processes: int = 1
+  workdir: str | os.PathLike[str], flag: str, say: Callable[[str], None]
 ) -> Iterator[pathlib.Path]:
   """The path here at which the run of the block works; its own for a workdir on this disk.
 
@@ -46,50 +46,62 @@ def opened(
     workdir: a path here, or gs://BUCKET/KEY and s3://BUCKET/KEY.
     flag: what the user calls it.
     say: prints one line.
-    processes: how many write the run together.
 
   Raises:
-    errors.InputError: another run writes there, the bucket fails, or several processes write.
+    errors.InputError: another run writes there, or the bucket fails.
   """
   if not urls.is_remote(workdir):
     yield paths.local(workdir, flag)
     return
-  url = urls.parse(workdir, flag)
-  where = f'{flag}={url}'
-  errors.require(
-    processes == 1,
-    f'{where} can be written by one process, and here are {processes}, of which each holds a part '
-    'of the checkpoints; give a directory that all machines share (a mounted bucket, NFS)',
-  )
-  client = bucket_lib.Bucket(url, flag)
-  name = hashlib.sha256(str(url).encode()).hexdigest()[:16]
-  home = paths.cache_root('') / 'buckets' / 'workdirs' / name
-  with atomic_files.lock(home), lease.held(client, url, where, _stop) as held:
+  with mirrored(urls.parse(workdir, flag), flag) as mirror:
+    mirror.start(say)
+    with mirror.given_up_on_error():
+      yield mirror.place
+    mirror.finish()
+
+
+@contextlib.contextmanager
+def mirrored(url: urls.Url, flag: str) -> Iterator['Mirror']:
+  """The folder here of the run at `url`, brought from there; nobody else writes it in the block.
+
+  Raises:
+    errors.InputError: another run writes there, or the bucket fails.
+  """
+  where, client, home = f'{flag}={url}', bucket_lib.Bucket(url, flag), _home(url)
+  with atomic_files.lock(home), lease.held(client, url, where, parts.stop_run) as held:
     mirror = Mirror(client, url, where, home, held.check)
     mirror.bring()
-    say(f'{url} is worked on in {mirror.place} and uploaded every {EVERY:.0f} s')
-    mirror.start()
-    try:
-      yield mirror.place
-    except BaseException:
-      mirror.stop()
-      try:
-        mirror.push()
-      except errors.InputError as e:
-        logging.error(mirror.left_over(e))
-      raise
-    mirror.stop()
-    try:
-      mirror.push()
-    except lease.LostError:
-      raise
-    except errors.InputError as e:
-      raise errors.InputError(mirror.left_over(e)) from e
+    yield mirror
 
 
-def _stop():
-  """Ends the run as a signal does: the folder here is saved, and stays."""
-  os.kill(os.getpid(), signal.SIGTERM)
+@contextlib.contextmanager
+def copied(url: urls.Url, flag: str, process: int) -> Iterator[pathlib.Path]:
+  """A folder with what the bucket holds of the run at `url`; deleted at the end of the block.
+
+  Args:
+    url: where another process of the run is the one that uploads.
+    flag: what the user calls it.
+    process: number of this one; those of one machine have a folder each.
+
+  Raises:
+    errors.InputError: it is in use, or the bucket cannot be read.
+  """
+  where, client, home = f'{flag}={url}', bucket_lib.Bucket(url, flag), _home(url, f'.{process}')
+  with atomic_files.lock(home):
+    shutil.rmtree(home / 'files', ignore_errors=True)  # of a process that was killed
+    place = home / 'files' / url.key
+    place.mkdir(parents=True)
+    try:
+      found = fetch.finished(client.find(url.key), where)
+      fetch.download(client, found, home / 'files', home / 'versions', where)
+      yield place
+    finally:
+      shutil.rmtree(home)
+
+
+def _home(url: urls.Url, ending: str = '') -> pathlib.Path:
+  name = hashlib.sha256(str(url).encode()).hexdigest()[:16]
+  return paths.cache_root('') / 'buckets' / 'workdirs' / f'{name}{ending}'
 
 
 class Mirror:
@@ -113,8 +125,8 @@ class Mirror:
   ):
     self._client, self._url, self._where, self._check = client, url, where, check
     self._home, self._files = home, home / 'files'
-    self.place = self._files / url.key
-    self._session, self._token = url.below(fetch.SESSION).key, uuid.uuid4().hex
+    self.place, self.token = self._files / url.key, uuid.uuid4().hex
+    self._session = url.below(fetch.SESSION).key
     self._claimed = False
     self._sent: dict[str, Stat] = {}  # as they were when they were uploaded
     self._there: set[str] = set()  # names in the bucket
@@ -125,7 +137,8 @@ class Mirror:
     """Makes the folder here what a run goes on from: the bucket's, or its own if that is newer."""
     token = (self._client.read(self._session) or b'').decode()
     found = self._client.find(self._url.key)
-    guards = (self._session, self._url.below(f'{fetch.LEASE}/').key)
+    folders = (self._url.below(f'{name}/').key for name in (fetch.LEASE, fetch.PARTS))
+    guards = (self._session, *folders)
     found = {key: one for key, one in found.items() if not key.startswith(guards)}
     finished = fetch.finished(found, self._where)
     begin = len(self._url.below('x').key) - 1
@@ -136,7 +149,7 @@ class Mirror:
         shutil.rmtree(folder, ignore_errors=True)
       self.place.mkdir(parents=True)
       fetch.download(self._client, finished, self._files, self._home / 'versions', self._where)
-    self._remember([token, self._token])
+    self._remember([token, self.token])
     # Of a folder that was kept, steps do not change, and what else there is goes up again.
     self._sent = {
       name: stat
@@ -156,11 +169,39 @@ class Mirror:
   def _remember(self, tokens: list[str]):
     atomic_files.write_text(self._home / 'session.json', json.dumps(tokens))
 
-  def start(self):
+  def start(self, say: Callable[[str], None]):
     """Uploads in a thread from now on."""
+    say(f'{self._url} is worked on in {self.place} and uploaded every {EVERY:.0f} s')
     self._thread.start()
 
-  def stop(self):
+  @contextlib.contextmanager
+  def given_up_on_error(self) -> Iterator[None]:
+    """If the block fails, uploads what it has left before the error goes on."""
+    try:
+      yield
+    except BaseException:
+      self._stop()
+      try:
+        self.push()
+      except errors.InputError as e:
+        logging.error(self._left_over(e))
+      raise
+
+  def finish(self):
+    """Uploads what is left, and ends.
+
+    Raises:
+      errors.InputError: the bucket fails, or is another's.
+    """
+    self._stop()
+    try:
+      self.push()
+    except lease.LostError:
+      raise
+    except errors.InputError as e:
+      raise errors.InputError(self._left_over(e)) from e
+
+  def _stop(self):
     """Ends the thread, when what it is uploading has arrived."""
     self._ended.set()
     self._thread.join()
@@ -193,8 +234,8 @@ class Mirror:
       return
     self._check()
     if not self._claimed:
-      self._client.write(self._session, self._token.encode())
-      self._remember([self._token])
+      self._client.write(self._session, self.token.encode())
+      self._remember([self.token])
       self._claimed = True
     groups: dict[str, list[str]] = {}
     for name in due:
@@ -239,7 +280,7 @@ class Mirror:
     for name in names:
       self._sent.pop(name, None)
 
-  def left_over(self, error: errors.InputError) -> str:
+  def _left_over(self, error: errors.InputError) -> str:
     """What to say of an upload that failed at the end."""
     return (
       f'{error}; what is not in the bucket lies in {self.place}: the same command on this machine '

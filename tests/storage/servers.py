@@ -35,7 +35,11 @@ def google() -> Iterator[dict[str, str]]:
   port = _free_port()
   try:
     with server.create_server('127.0.0.1', port, in_memory=True):
-      yield {'STORAGE_EMULATOR_HOST': f'http://127.0.0.1:{port}'}
+      yield {
+        'STORAGE_EMULATOR_HOST': f'http://127.0.0.1:{port}',
+        # gcsfs would ask the real cloud, with credentials, what kind of bucket this is.
+        'GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT': 'false',
+      }
   finally:
     handlers._multipart_upload = plain
 

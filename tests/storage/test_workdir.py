@@ -36,15 +36,25 @@ def _mirror(objects, tmp_path):
 
 
 def test_a_workdir_here_is_itself(tmp_path):
-  with workdir.opened(tmp_path, '--workdir', print, processes=4) as place:
+  with workdir.opened(tmp_path, '--workdir', print) as place:
     assert place == tmp_path
 
 
-def test_several_processes_are_refused(objects):
-  with pytest.raises(errors.InputError, match='by one process, and here are 4'):
-    with workdir.opened(URL, '--workdir', print, processes=4):
-      pass
-  assert objects.find('b1') == {}
+def test_a_copy_holds_what_can_be_read_and_leaves_nothing(objects, tmp_path):
+  with opened() as place:
+    write(place, 'config.json', 'checkpoints/4/x', f'checkpoints/4/{LAST}')
+  objects.pipe_file('b1/runs/a/checkpoints/8/x', b'x')
+  objects.pipe_file('b1/runs/a/.parts/t/8/1/x', b'x')
+  url, before = urls.parse(URL), objects.find('b1')
+  with workdir.copied(url, '--workdir', 1) as one, workdir.copied(url, '--workdir', 2) as two:
+    for place in (one, two):
+      found = {p.relative_to(place).as_posix() for p in place.rglob('*') if p.is_file()}
+      assert found == {'config.json', 'checkpoints/4/x', f'checkpoints/4/{LAST}'}
+    write(two, 'own')
+    with pytest.raises(errors.InputError, match='being written by another process'):
+      with workdir.copied(url, '--workdir', 2):
+        pass
+  assert not one.exists() and not two.exists() and objects.find('b1') == before
 
 
 def test_what_is_uploaded_is_brought_back_on_an_empty_disk(objects, tmp_path):
