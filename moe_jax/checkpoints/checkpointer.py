@@ -18,6 +18,7 @@ import dataclasses
 import math
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -37,6 +38,7 @@ from moe_jax.storage import parts as parts_lib
 # the axes of a stack of layers and experts as long as the chunks stay above MIN_CHUNK_BYTES.
 MAX_CHUNK_BYTES, MIN_CHUNK_BYTES = 32 * 2**20, 2**20
 LOOKS = 10  # how often a reader looks for newer steps when all that it saw were deleted
+_LOOK_SECONDS = 0.02
 _MOVED_ASIDE = re.compile(r'\d+\.(damaged|superseded)-\d+')
 
 
@@ -155,6 +157,7 @@ class Checkpointer:
     json_item = integrity.record(step, integrity.leaf_records(state, allow_nonfinite), meta)
     arrays = ocp.args.StandardSave(state, save_args=jax.tree.map(_save_args, state))
     items = ocp.args.Composite(state=arrays, meta=ocp.args.JsonSave(json_item))
+    self._wait_for_parts()
     # Orbax's own rules for when to save are switched off: the schedule is decided above.
     self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     with self._told_if_full():
@@ -246,8 +249,18 @@ class Checkpointer:
 
   def wait(self):
     """Blocks until the save in flight is on disk, and raises what went wrong with it."""
+    self._wait_for_parts()
     with self._told_if_full():
       self._manager.wait_until_finished()
+
+  def _wait_for_parts(self):
+    """Raises what went wrong with a hand-over of parts.
+
+    Orbax would not: its threads wait for the other processes first, and those for this one.
+    """
+    while self._parts is not None and self._manager.is_saving_in_progress():
+      self._parts.check()
+      time.sleep(_LOOK_SECONDS)
 
   @contextlib.contextmanager
   def _told_if_full(self) -> Iterator[None]:
@@ -267,7 +280,10 @@ class Checkpointer:
   def close(self):
     """Waits for the save in flight and frees the threads."""
     was_full = self._is_full  # and has been told
+    if self._parts is not None and self._parts.failure is not None:
+      return  # the process ends, and orbax would wait for ever
     try:
+      self._wait_for_parts()
       with self._told_if_full():
         self._manager.close()
     except errors.InputError:

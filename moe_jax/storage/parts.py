@@ -49,6 +49,12 @@ class Parts:
     self._client, self._where = client, where
     self._folder = url.below(f'{fetch.PARTS}/{start}')
     self.process, self._processes = process, processes
+    self.failure: errors.InputError | None = None  # after which nothing is saved any more
+
+  def check(self):
+    """Raises what went wrong with a part, in whatever thread."""
+    if self.failure is not None:
+      raise self.failure
 
   def give(self, step: int, folder: pathlib.Path):
     """Uploads this process's part of a step.
@@ -119,6 +125,7 @@ class Parts:
         return
       except errors.InputError as e:
         if time.monotonic() >= deadline:
+          self.failure = e
           stop_run()  # its next save raises this
           raise
         if str(e) != told:

@@ -5,8 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 from etils import epath
 
+from moe_jax import errors
 from moe_jax.checkpoints import checkpointer, parts_handler
 from moe_jax.config import schema
 
@@ -18,7 +20,11 @@ class Parts:
   """Notes what it is asked for."""
 
   def __init__(self, process):
-    self.process, self.asked = process, []
+    self.process, self.asked, self.failure = process, [], None
+
+  def check(self):
+    if self.failure is not None:
+      raise self.failure
 
   def give(self, step, folder):
     names = {path.relative_to(folder).parts[0] for path in folder.rglob('*') if path.is_file()}
@@ -70,3 +76,21 @@ def test_each_process_moves_aside_on_its_own_disk(tmp_path, monkeypatch):
     assert writer.restore(jax.eval_shape(lambda: state)).step == 3
     monkeypatch.undo()
     assert writer.steps() == [3]
+
+
+def test_a_failed_hand_over_is_raised_while_orbax_waits_for_others(tmp_path, monkeypatch):
+  """Neither the next save nor the end waits for a save that never ends."""
+  parts, state = Parts(0), jax.tree.map(jnp.asarray, TREE)
+  writer = checkpointer.Checkpointer(tmp_path / 'c', CONFIG, parts=parts)
+  writer.save(3, state, {})
+  writer.wait()
+  monkeypatch.setattr(writer._manager, 'is_saving_in_progress', lambda: True)
+  parts.failure = errors.InputError('cut')
+  for again in (lambda: writer.save(4, state, {}), writer.wait):
+    with pytest.raises(errors.InputError, match='cut'):
+      again()
+  writer.close()
+  assert writer.steps() == [3]
+  monkeypatch.undo()
+  parts.failure = None
+  writer.close()

@@ -69,8 +69,12 @@ def test_a_part_that_is_not_whole_is_not_taken(objects, tmp_path, stopped):
 
 def test_a_part_that_did_not_arrive_whole_is_not_given(objects, tmp_path, stopped, monkeypatch):
   monkeypatch.setattr(objects, 'put', lambda files, paths: objects.pipe_file(paths[0], b''))
+  one = of(1)
+  one.check()
   with pytest.raises(errors.InputError, match='x did not arrive whole'):
-    of(1).give(STEP, written(tmp_path / '1', x='long'))
+    one.give(STEP, written(tmp_path / '1', x='long'))
+  with pytest.raises(errors.InputError, match='x did not arrive whole'):
+    one.check()
   assert stopped == [True] and 'b1/runs/a/.parts/t1/8/1.json' not in objects.find('b1')
 
 
