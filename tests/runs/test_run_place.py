@@ -140,7 +140,7 @@ def test_killed_processes_go_on_from_the_bucket_alone(server, common, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('server', ['gs'], indirect=True)
-def test_a_signal_to_one_and_the_end_of_another_lose_nothing(server, common, tmp_path):
+def test_a_signal_to_one_stops_all_after_the_same_step(server, tmp_path):
   address, filesystem = server
   processes = start(f'{address}/run', tmp_path)
   wait_for(filesystem, f'tests/run/checkpoints/10/{fetch.LAST}', processes)
@@ -149,15 +149,6 @@ def test_a_signal_to_one_and_the_end_of_another_lose_nothing(server, common, tmp
   done = steps(filesystem)[-1]
   assert said == '' and 10 < done < NUM_STEPS
   assert f'stopped by SIGTERM after step {done}, which is saved' in out
-  processes = start(f'{address}/run', tmp_path)
-  later = next(step for step in range(10, NUM_STEPS, 10) if step > done)
-  wait_for(filesystem, f'tests/run/checkpoints/{later}/{fetch.LAST}', processes)
-  processes[1].send_signal(signal.SIGKILL)
-  (status, _, error), (killed, _, _) = launch.join(processes)
-  assert (status, killed) == (1, -signal.SIGKILL)
-  assert 'error: process 1 (' in error and 'was killed or has crashed' in error
-  assert 'resuming after step' in finished(start(f'{address}/run', tmp_path))[0]
-  assert result(f'{address}/run') == common
 
 
 @pytest.mark.slow
