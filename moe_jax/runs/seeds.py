@@ -138,7 +138,10 @@ def run_training(
   """
   workdir = paths.local(workdir, '--workdir')
   began = time.perf_counter()
-  cfgs, say = configs(cfg, seeds), terminal.of(say)
+  say = terminal.of(say)
+  cfgs = [
+    working_directory.as_recorded(one, workdir / str(one.train.seed)) for one in configs(cfg, seeds)
+  ]
   errors.require(
     not cfg.init_from,
     f'config.init_from={cfg.init_from!r} must be empty for seeds as an axis, which would all start '

@@ -14,7 +14,7 @@ from configs import smoke
 from moe_jax import errors
 from moe_jax.config import parse, schema
 from moe_jax.devices import partitioning
-from moe_jax.runs import checks, metric_log, seeds, train_run, trained_run
+from moe_jax.runs import checks, metric_log, run_record, seeds, train_run, trained_run
 from moe_jax.training import optimizer_step, train_state
 from tests import tiny
 
@@ -226,3 +226,31 @@ def test_each_seed_reads_the_corpus_of_a_run_of_its_own(tmp_path, monkeypatch):
   with pytest.raises(errors.InputError, match='enough'):
     seeds.run_training(make_config(tmp_path), SEEDS, tmp_path / 'arm')
   assert asked == list(SEEDS)
+
+
+def test_another_spelling_of_a_path_is_the_same_run(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'tokenizer.json').touch()
+  (tmp_path / 'elsewhere').mkdir()
+  first = make_config(tmp_path / 'cache', data__tokenizer='tokenizer.json')
+  for one in seeds.configs(first, SEEDS):
+    run_record.write(tmp_path / 'arm' / str(one.train.seed), one, argv=[], data_fingerprint='')
+  asked = []
+
+  def prepare(one):
+    asked.append(one.data.tokenizer)
+    return None, None
+
+  def enough(*unused):
+    raise errors.InputError('enough')
+
+  monkeypatch.setattr(checks, 'prepare', prepare)
+  monkeypatch.setattr(seeds.atomic_files, 'lock', enough)
+  monkeypatch.chdir(tmp_path / 'elsewhere')
+  cfg = make_config(tmp_path / 'cache', data__tokenizer='../tokenizer.json')
+  with pytest.raises(errors.InputError, match='enough'):
+    seeds.run_training(cfg, SEEDS, tmp_path / 'arm')
+  assert asked == [str(tmp_path / 'tokenizer.json')] * 2
+  other = make_config(tmp_path / 'cache', data__tokenizer='tokenizer.json.old')
+  with pytest.raises(errors.InputError, match='holds a run of another config'):
+    seeds.run_training(other, SEEDS, tmp_path / 'arm')
