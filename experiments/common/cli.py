@@ -43,7 +43,7 @@ def run(main: Callable[[Sequence[str]], object], define_flags: Callable[[], obje
   own = flag_help.described(define_flags or (lambda: None))
   if any(argument in flag_help.HELP_ARGUMENTS for argument in sys.argv[1:]):
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    print(flag_help.text(main.__globals__['__doc__'] or '', own))
+    print(flag_help.text(_module_of(main)['__doc__'] or '', own))
     return
 
   try:
@@ -68,9 +68,48 @@ def run(main: Callable[[Sequence[str]], object], define_flags: Callable[[], obje
     _drop_unread_output()
 
 
+def run_action(
+  main: Callable[..., object], define_flags: Callable[[], object], actions: Sequence[str]
+):
+  """`run` of a command whose first argument says what to do: `python -m experiments.X ACTION`.
+
+  Args:
+    main: called with (argv, action).
+    define_flags: as of `run`.
+    actions: the words that may stand there.
+  """
+  argument = sys.argv[1] if len(sys.argv) > 1 else ''
+  if argument in flag_help.HELP_ARGUMENTS:
+    run(main, define_flags)
+    return
+  if argument not in actions:
+    words = ', '.join(actions)
+    hint = errors.did_you_mean(argument, actions)
+    print(f'error: {argument!r} must be one of {words}{hint}; see --help', file=sys.stderr)
+    sys.exit(2)
+  del sys.argv[1]
+
+  @functools.wraps(main)
+  def chosen(argv: Sequence[str]) -> object:
+    return main(argv, argument)
+
+  run(chosen, define_flags)
+
+
+def _module_of(main: Callable[..., object]) -> dict[str, Any]:
+  """The names of the module that a command's `main` stands in."""
+  return getattr(main, '__wrapped__', main).__globals__
+
+
+def _is_program(main: Callable[..., object]) -> bool:
+  """Whether this process is the command, not a notebook or a test that calls it."""
+  return _module_of(main)['__name__'] == '__main__'
+
+
 def _quietly(main: Callable[[Sequence[str]], object], argv: Sequence[str]) -> object:
   """`main(argv)` with huge pages, the compile cache, and without the chatter of libraries."""
-  host_allocator.start_again_with_huge_pages()
+  if _is_program(main):
+    host_allocator.start_again_with_huge_pages()
   from moe_jax.devices import absent_tpu, compile_cache
 
   if not flags.FLAGS['verbosity'].present:

@@ -101,8 +101,22 @@ def test_commands_run_with_huge_pages():
     'import sys; from experiments.common import cli; from moe_jax.devices import host_allocator'
   )
   line += '; cli.run(lambda argv: print(host_allocator.in_use()))'
-  clean = {k: v for k, v in os.environ.items() if k != 'GLIBC_TUNABLES'}
+  clean = {k: v for k, v in os.environ.items() if k not in ('GLIBC_TUNABLES', 'MOE_JAX_MALLOC')}
   done = subprocess.run(
     [sys.executable, '-c', line], cwd=ROOT, env=clean, capture_output=True, text=True, check=True
   )
   assert done.stdout == 'huge\n'
+
+
+@HUGE
+def test_a_process_that_calls_a_command_is_not_started_again():
+  """A notebook or a test would be gone, with all it holds."""
+  line = 'from experiments.common import cli; from moe_jax.devices import host_allocator; '
+  line += "text = 'def main(argv): print(host_allocator.in_use())'; "
+  line += "names = {'host_allocator': host_allocator, '__name__': 'experiments.other'}; "
+  line += "exec(text, names); cli.run(names['main'])"
+  clean = {k: v for k, v in os.environ.items() if k not in ('GLIBC_TUNABLES', 'MOE_JAX_MALLOC')}
+  done = subprocess.run(
+    [sys.executable, '-c', line], cwd=ROOT, env=clean, capture_output=True, text=True, check=True
+  )
+  assert done.stdout == 'default\n'

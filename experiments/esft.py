@@ -1,0 +1,101 @@
+"""Which experts a task uses, and which of them to train: ESFT's scores and selection.
+
+python -m experiments.esft score --workdir=runs/base --config=configs/sft.py \
+  --config.init_from=runs/base [--tokens=131072] --out=scores/sums
+python -m experiments.esft select --scores=scores/sums/summary.json [--kind=token] [--p=0.2] \
+  --out=scores/sums
+
+`score` runs the model over training rows of the config's data and writes OUT/summary.json; `select`
+takes the fewest experts of each layer that reach p and writes OUT/expert_cfg.json. Both are the
+official files: those of the released checkpoints are read too.
+"""
+
+import pathlib
+from collections.abc import Sequence
+
+from absl import flags
+
+from experiments.common import cli
+from moe_jax import errors
+
+ACTIONS = ('score', 'select')
+
+
+def define_flags():
+  """Flags of this command."""
+  cli.workdir_flag('score: directory of the run whose experts are scored')
+  cli.config_flag()
+  flags.DEFINE_integer('tokens', 131_072, 'score: tokens to read, about; the paper has 2^17')
+  cli.path_flag('scores', '', 'select: a summary.json')
+  flags.DEFINE_enum('kind', 'token', ('token', 'gate'), 'select: by which scores')
+  flags.DEFINE_float('p', None, 'select: what the scores of a layer must reach; 0.2 or 0.1 if none')
+  cli.path_flag('out', '', 'directory that is written to')
+
+
+def main(unused_argv: Sequence[str], action: str) -> None:
+  """Writes the file of the action, and prints what is in it."""
+  out = pathlib.Path(cli.required('out'))
+  if action == 'select':
+    _select(out)
+  else:
+    _score(out)
+
+
+def _select(out: pathlib.Path):
+  from moe_jax.post_training import expert_config
+
+  kind = flags.FLAGS.kind
+  scores, first = expert_config.read_scores(pathlib.Path(cli.required('scores')), kind)
+  share = expert_config.PAPERS_SHARE[kind] if flags.FLAGS.p is None else flags.FLAGS.p
+  found = expert_config.select(scores, first, share)
+  out.mkdir(parents=True, exist_ok=True)
+  expert_config.write(out / 'expert_cfg.json', found)
+  total, fewest, most = expert_config.count(found)
+  layers, experts = scores.shape
+  print(
+    f'{out / "expert_cfg.json"}: {total} of {scores.size} experts by {kind} scores, p={share:g}, '
+    f'{total / layers:.2f} of {experts} per layer ({fewest} to {most})'
+  )
+
+
+def _score(out: pathlib.Path):
+  import itertools
+
+  from moe_jax.api import load
+  from moe_jax.data import corpus as corpus_lib
+  from moe_jax.data import pipeline
+  from moe_jax.devices import partitioning
+  from moe_jax.post_training import expert_config, expert_scores
+
+  cfg, workdir = cli.resolve(flags.FLAGS.config), cli.required('workdir')
+  tokens, length = flags.FLAGS.tokens, cfg.model.max_seq_len
+  errors.require(tokens > 0, f'--tokens={tokens} must be positive')
+  loaded = load.load(workdir, flag='--workdir')
+  expert_scores.check(loaded.config.model)
+  corpus = corpus_lib.load_corpus(cfg.data, cfg.model.vocab_size, cfg.train.seed)
+  ways = partitioning.row_ways(loaded.mesh)
+  rows = -(-cfg.train.batch_size // ways) * ways
+  steps = -(-tokens // (rows * length))
+  batches = pipeline.train_batches(
+    corpus,
+    seed=cfg.train.seed,
+    max_seq_len=length,
+    batch_size_at=lambda step: rows,
+    start_step=0,
+    num_steps=steps,
+  )
+  found = expert_scores.measure(
+    loaded.config.model, loaded.variables, loaded.mesh, itertools.islice(batches, steps)
+  )
+  out.mkdir(parents=True, exist_ok=True)
+  expert_config.write_scores(out / 'summary.json', found)
+  busiest = found.token.max(axis=1)
+  print(
+    f'{out / "summary.json"}: {found.num_tokens:,} tokens; the busiest expert of a layer takes '
+    f'{busiest.min():.1%} to {busiest.max():.1%} of the choices, '
+    f'{1 / loaded.config.model.moe.num_experts:.1%} if all were alike'
+  )
+
+
+if __name__ == '__main__':
+  cli.run_action(main, define_flags, ACTIONS)

@@ -1,0 +1,100 @@
+"""How much a task uses each routed expert: ESFT's two scores (arXiv 2407.01906, section 3).
+
+The model reads text as it stands, prompts and answers, in evaluation mode and without drops. The
+token score of an expert is the share of choices that fall on it, 1[g > 0] / K, so a layer's add up
+to 1; its gate score is the mean gate that it gets, so a layer's add up to the gate mass that the K
+best keep: below 1 without `norm_topk_prob`, and p is then an absolute mass, not a share of it.
+Means are over tokens, as in the released scores; the paper's mean over sequences is the same where
+all are of one length.
+"""
+
+import functools
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax import errors, trees
+from moe_jax.config import router_traits, schema
+from moe_jax.devices import partitioning
+from moe_jax.models import transformer
+
+Array = jax.Array
+_INPUTS = ('tokens', 'positions', 'segment_ids')
+
+
+class ExpertScores(NamedTuple):
+  """Of every routed expert in every MoE layer."""
+
+  token: np.ndarray  # [layers, E] float64
+  gate: np.ndarray  # [layers, E] float64
+  num_tokens: int  # that were read
+  first_layer: int  # number of the first MoE layer, dense ones counted
+
+
+def check(model: schema.ModelConfig):
+  """Refuses models whose tokens do not choose K experts each.
+
+  Raises:
+    errors.InputError: a dense model, or a router without a ranking of K choices per token.
+  """
+  errors.require(
+    model.is_moe and router_traits.of(model.moe).ranked,
+    f'config.model.moe.router={model.moe.router!r} with num_experts={model.moe.num_experts}: ESFT '
+    'scores the K choices that every token makes; use a model whose tokens choose experts',
+  )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sums(
+  model: schema.ModelConfig, variables: trees.Variables, batch: trees.Batch
+) -> tuple[Array, Array]:
+  """Choices and gates per expert over the real tokens, both [layers, E] float32."""
+  sown: Any = transformer.Transformer(model).apply(
+    variables, *(batch[key] for key in _INPUTS), row=batch['row'], mutable=['intermediates']
+  )
+  routing = sown[1]['intermediates']['moe_layers']['moe']
+  experts, gates = routing['expert_idx'][0], routing['gates'][0]  # [layers, B, L, K]
+  real = (batch['segment_ids'] > 0)[None, ..., None]
+  # Index E, no expert, and padding fall out.
+  one_hot = jax.nn.one_hot(jnp.where(real, experts, model.moe.num_experts), model.moe.num_experts)
+  chosen = one_hot * (gates > 0)[..., None]
+  return chosen.sum((1, 2, 3)), (one_hot * gates[..., None]).sum((1, 2, 3))
+
+
+def measure(
+  model: schema.ModelConfig,
+  variables: trees.Variables,
+  mesh: jax.sharding.Mesh,
+  batches: Iterable[trees.HostBatch],
+) -> ExpertScores:
+  """Scores over the real tokens of batches.
+
+  Args:
+    model: see `check`.
+    variables: params and router_state, on the mesh.
+    mesh: devices that share each batch, whose rows they must divide.
+    batches: tokens, positions and segment_ids, [B, L] int32 each.
+
+  Raises:
+    errors.InputError: see `check`; or there is no token.
+  """
+  check(model)
+  shape = (model.num_moe_layers, model.moe.num_experts)
+  chosen, gates, num_tokens = np.zeros(shape), np.zeros(shape), 0
+  for batch in batches:
+    inputs = {key: batch[key] for key in _INPUTS}
+    inputs['row'] = np.arange(len(batch['tokens']), dtype=np.int32)
+    with partitioning.activate(mesh):
+      put = partitioning.put_global_batch(inputs, mesh)
+      more = jax.device_get(_sums(model, variables, put))
+    chosen += np.asarray(more[0], np.float64)
+    gates += np.asarray(more[1], np.float64)
+    num_tokens += int((batch['segment_ids'] > 0).sum())
+  errors.require(num_tokens > 0, 'there is no token to score experts by; give more text')
+  per_token = model.moe.num_experts_per_tok
+  return ExpertScores(
+    chosen / (num_tokens * per_token), gates / num_tokens, num_tokens, model.num_dense_layers
+  )

@@ -1,0 +1,57 @@
+import jax
+import numpy as np
+import pytest
+
+from moe_jax import errors
+from moe_jax.models import transformer
+from moe_jax.post_training import expert_scores
+from tests import tiny
+
+CFG = tiny.make(model__moe__balance__expert_level__weight=0.0)
+
+
+@pytest.fixture(scope='module')
+def subject():
+  """(variables, batch): ragged rows, one of them all padding."""
+  return {'params': tiny.params(CFG.model), 'router_state': {}}, tiny.batch()
+
+
+@pytest.fixture(scope='module')
+def found(subject):
+  variables, batch = subject
+  halves = [{key: value[part] for key, value in batch.items()} for part in (slice(4), slice(4, 8))]
+  return expert_scores.measure(CFG.model, variables, tiny.mesh(data=1), halves)
+
+
+def test_scores_are_the_formula_token_by_token(subject, found):
+  variables, batch = subject
+  inputs = [batch[key] for key in ('tokens', 'positions', 'segment_ids')]
+  model = transformer.Transformer(CFG.model)
+  sown = jax.jit(lambda v, *a: model.apply(v, *a, mutable=['intermediates']))(variables, *inputs)[1]
+  routing = sown['intermediates']['moe_layers']['moe']
+  experts, gates = (np.asarray(routing[key][0]) for key in ('expert_idx', 'gates'))
+  layers, k = len(experts), CFG.model.moe.num_experts_per_tok
+  token, gate = np.zeros((2, layers, CFG.model.moe.num_experts))
+  real = np.argwhere(batch['segment_ids'] > 0)
+  for layer in range(layers):
+    for row, place in real:
+      for e, g in zip(experts[layer, row, place], gates[layer, row, place]):
+        token[layer, e] += (g > 0) / k
+        gate[layer, e] += g
+  assert found.num_tokens == len(real) and found.first_layer == CFG.model.num_dense_layers == 1
+  np.testing.assert_allclose(found.token, token / len(real), atol=1e-6)
+  np.testing.assert_allclose(found.gate, gate / len(real), atol=1e-6)
+
+
+def test_token_scores_add_up_to_one_and_gate_scores_to_the_mass_that_is_kept(found):
+  np.testing.assert_allclose(found.token.sum(axis=1), 1, atol=1e-6)
+  assert (found.gate.sum(axis=1) < 1).all() and (found.gate.sum(axis=1) > 0.2).all()
+
+
+def test_who_has_no_choices_has_no_scores(subject):
+  dense = tiny.make(model__moe__num_experts=0)
+  for model in (dense.model, tiny.make(model__moe__router='ds_moe').model):
+    with pytest.raises(errors.InputError, match='ESFT scores the K choices that every token makes'):
+      expert_scores.check(model)
+  with pytest.raises(errors.InputError, match='there is no token'):
+    expert_scores.measure(CFG.model, subject[0], tiny.mesh(data=1), [])
