@@ -8,7 +8,12 @@ import pathlib
 from experiments.common import flag_help
 
 _HERE = pathlib.Path(__file__).parents[1]
-_START = 'cli.run(main, define_flags)'  # ends the module of every command
+# One of these ends the module of every command.
+_STARTS = (
+  'cli.run(main, define_flags)',
+  'sys.exit(cli.run(main, define_flags))',
+  'cli.run_action(main, define_flags, ACTIONS)',
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +48,7 @@ def commands() -> list[Command]:
   found = []
   for path in _HERE.rglob('*.py'):
     source = path.read_text(encoding='utf-8')
-    if source.rstrip().endswith((_START, f'sys.exit({_START})')):
+    if source.rstrip().endswith(_STARTS):
       doc = ast.get_docstring(ast.parse(source)) or ''
       parts = path.relative_to(_HERE).with_suffix('').parts
       name = '.'.join(part for part in parts if part != '__main__')
