@@ -3,14 +3,18 @@
 Run:  python -m experiments.plan --config=configs/deepseek_v2.py --topology=v5p:8x8x8
         --mesh=fsdp=64,expert=8 --config.train.batch_size=4096 --config.train.micro_batch_size=512
         [--decode --rows=4096] [--max_vio=1.0] [--estimate] [--search] [--json]
+        [--tokens=8.1e12 --chip_hour_price=2.2 --mfu=0.4] [--pipeline=8]
+        [--mtbf_hours=50000 --checkpoint_seconds=60 --restart_seconds=600]
 
 TPU topologies (v5e:16x16, v5p:8x8x8, two slices of one: v5e:16x16*2) compile the real step, which
 needs the extra `tpu` and no TPU; GPUs (h100:8, h200:64) are counted from shapes. The step has
-train.batch_size rows, whatever fewer a ramp begins with.
+train.batch_size rows, whatever fewer a ramp begins with. Cost, goodput and pipeline are estimates,
+with --search of the best plan.
 """
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
@@ -31,6 +35,13 @@ def define_flags():
   flags.DEFINE_bool('estimate', False, 'count from shapes also where a compiler could tell')
   flags.DEFINE_bool('search', False, 'try meshes, remat policies and micro-batches')
   flags.DEFINE_integer('best', 3, 'with --search: how many plans to show')
+  flags.DEFINE_float('tokens', 1e12, 'tokens of the run, for its cost')
+  flags.DEFINE_float('chip_hour_price', None, 'price of one chip for an hour, in any unit')
+  flags.DEFINE_float('mfu', None, "what steps reach of a chip's peak; default: the plan's bound")
+  flags.DEFINE_float('mtbf_hours', None, 'mean hours between failures of one chip, for the goodput')
+  flags.DEFINE_float('checkpoint_seconds', 60, 'with --mtbf_hours: steps stand still so long')
+  flags.DEFINE_float('restart_seconds', 600, 'with --mtbf_hours: from a failure to the next step')
+  flags.DEFINE_integer('pipeline', 0, 'compare with so many pipeline stages (an estimate only)')
   flags.DEFINE_bool('json', False, 'print one JSON object (a list with --search) and nothing else')
 
 
@@ -39,7 +50,7 @@ def main(argv: Sequence[str]):
   del argv
   import jax
 
-  from moe_jax.planning import plan_text, planner, planner_search
+  from moe_jax.planning import outlook_text, plan_text, planner, planner_search
 
   args = flags.FLAGS
   topology = chips.parse(cli.required('topology'))
@@ -62,13 +73,31 @@ def main(argv: Sequence[str]):
   if args.search:
     plans, tried = planner_search.search(request, args.best, progress=True)
     text = f'best of {tried} candidates\n{plan_text.ranking(plans)}'
-    print(json.dumps([p.to_json() for p in plans], indent=2) if args.json else text)
+  else:
+    plans = [planner.plan(request, progress=True)]
+    text = plan_text.table(plans[0])
+  further = _outlook(request, plans[0])
+  if args.json:
+    values = [plan.to_json() for plan in plans]
+    values[0]['outlook'] = further.to_json()
+    print(json.dumps(values if args.search else values[0], indent=2))
     return
-  plan = planner.plan(request, progress=True)
-  print(json.dumps(plan.to_json(), indent=2) if args.json else plan_text.table(plan))
-  if not plan.fits and not args.json:
-    ways = planner_search.suggestions(request, plan)
+  print(text, '', outlook_text.table(further), sep='\n')
+  if not plans[0].fits:
+    ways = planner_search.suggestions(request, plans[0])
     print('would fit:', *(ways or ['nothing that was tried']), sep='\n  ')
+
+
+def _outlook(request: Any, plan: Any) -> Any:
+  """The `outlook.Outlook` of a plan, by the flags."""
+  from moe_jax.planning import failures, outlook
+
+  args = flags.FLAGS
+  stated = None
+  if args.mtbf_hours is not None:
+    stated = failures.Failures(args.mtbf_hours, args.checkpoint_seconds, args.restart_seconds)
+  asked = outlook.Questions(args.tokens, args.chip_hour_price, args.mfu, stated, args.pipeline)
+  return outlook.outlook(request, plan, asked)
 
 
 if __name__ == '__main__':

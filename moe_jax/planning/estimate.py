@@ -108,22 +108,30 @@ def estimate(
     max_vio: the busiest device of the expert axis has 1 + max_vio times the mean load.
     exchange: a key of `exchange.EXCHANGES`, how tokens travel.
   """
-  sizes = _Sizes(cfg, mesh, 1 + max_vio if mesh.shape['expert'] > 1 else 1.0)
+  sizes = _Sizes(cfg, mesh, _stretch(mesh.shape, max_vio))
   tokens = cfg.train.batch_size * cfg.model.max_seq_len / mesh.size
-  need = work(cfg)
-  stretched = need.model + need.repeated + need.experts * (sizes.stretch - 1)
-  # Of s devices the last has (2 s - 1) / s of the mean pairs, and all make the keys of whole rows.
-  split = mesh.shape['sequence']
-  stretched += need.attention * (1 - 1 / split) + need.latents * (split - 1)
   batch = len(objective.BATCH_KEYS) * tokens * mesh.shape['tensor'] * 4
   arguments = state_bytes(cfg, mesh) | {'batch': int(batch)}
   return Estimate(
     arguments=arguments,
     temporaries=_temporaries(sizes, arguments['parameters'], exchange),
-    flops=stretched * tokens,
+    flops=busiest_flops_per_token(cfg, mesh.shape, max_vio) * tokens,
     hbm_bytes=_traffic(sizes, arguments),
     collectives=_collectives(sizes, exchange),
   )
+
+
+def busiest_flops_per_token(cfg: schema.Config, shape: Mapping[str, int], max_vio: float) -> float:
+  """What the busiest device computes, per token of the mean device, see `estimate`."""
+  need, split = work(cfg), shape['sequence']
+  experts = need.experts * (_stretch(shape, max_vio) - 1)
+  # Of s devices the last has (2 s - 1) / s of the mean pairs, and all make the keys of whole rows.
+  rows = need.attention * (1 - 1 / split) + need.latents * (split - 1)
+  return need.model + need.repeated + experts + rows
+
+
+def _stretch(shape: Mapping[str, int], max_vio: float) -> float:
+  return 1 + max_vio if shape['expert'] > 1 else 1.0
 
 
 def state_bytes(cfg: schema.Config, mesh: jax.sharding.AbstractMesh) -> dict[str, int]:

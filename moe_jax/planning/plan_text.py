@@ -40,7 +40,7 @@ def _memory(plan: planner.Plan) -> list[str]:
   )
   if plan.exchange_bytes:
     rows.append(('exchange buffers, at their most', f'{plan.exchange_bytes / GIB:9.2f} GiB'))
-  return ['MEMORY per device', *_aligned(rows), verdict]
+  return ['MEMORY per device', *aligned(rows), verdict]
 
 
 def _time(plan: planner.Plan) -> list[str]:
@@ -49,7 +49,7 @@ def _time(plan: planner.Plan) -> list[str]:
   ]
   return [
     'TIME per step, each resource alone at its peak',
-    *_aligned(rows),
+    *aligned(rows),
     f'at least {plan.step_seconds_bound:.3f} s, bound by {plan.bound_by}: at most '
     f'{plan.tokens_per_second_bound:,.0f} tokens/s and {100 * plan.mfu_bound:.1f} % MFU',
   ]
@@ -64,21 +64,23 @@ def _traffic(plan: planner.Plan) -> list[str]:
   for axes, kinds in plan.collective_bytes.items():
     for kind, size in kinds.items():
       rows.append((f'{kind} along {axes}', f'{size / 1e9:12,.2f} GB'))
-  return ['WORK per device and step', *_aligned(rows)]
+  return ['WORK per device and step', *aligned(rows)]
 
 
-def _aligned(rows: Sequence[tuple[str, str]]) -> list[str]:
+def aligned(rows: Sequence[tuple[str, str]]) -> list[str]:
+  """Lines with a label and its value."""
   width = max(len(label) for label, _ in rows)
   return [f'  {label.ljust(width)}  {value}' for label, value in rows]
 
 
 def ranking(plans: Sequence[planner.Plan]) -> str:
   """One line per plan."""
-  lines = ['        GiB   bound s  MFU at most  by       mesh; remat, rows at a time']
+  lines = ['        GiB    left   bound s  MFU at most  by       mesh; remat, rows at a time']
   for number, plan in enumerate(plans, 1):
     mesh = ','.join(f'{name}={size}' for name, size in plan.mesh.items())
     lines.append(
-      f'{number:>3}  {plan.hbm_bytes / GIB:>6.1f}  {plan.step_seconds_bound:>8.2f}  '
+      f'{number:>3}  {plan.hbm_bytes / GIB:>6.1f}  '
+      f'{(plan.hbm_capacity_bytes - plan.hbm_bytes) / GIB:>6.1f}  {plan.step_seconds_bound:>8.2f}  '
       f'{100 * plan.mfu_bound:>9.1f} %  {plan.bound_by:<7}  {mesh}; {plan.remat}, '
       f'{plan.micro_batch_size}{"" if plan.how == planner.COMPILED else " (" + plan.how + ")"}'
     )

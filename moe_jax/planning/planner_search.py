@@ -20,8 +20,9 @@ REMATS = ('none', 'moe_core', 'full')
 # Estimates of memory are rough: candidates up to this share of the capacity go to the compiler.
 LIKELY = 0.95
 MAX_TENSOR = 4
-MAX_SEQUENCE = 16
-LONG = 16_384  # tokens of a row
+LONG = 16_384  # tokens of a row; a batch of such rows is few of them, which leave devices over
+MAX_LONG = 16  # of tensor and of sequence, for such rows
+MICROS = (1, 2, 3, 4, 5)  # rows of a device at a time
 GIB = 2**30
 LARGER = 5  # doublings of a topology that is too small
 SPEED_ALIKE = 1.02  # bounds that close are as good
@@ -96,7 +97,8 @@ def candidates(cfg: schema.Config, topology: chips.Topology) -> Iterator[schema.
   """Configs with other meshes, remat policies and micro-batches."""
   for fixed in _fixed_axes(cfg, topology):
     free = topology.num_devices // math.prod(fixed.values())
-    for mesh in _meshes(free, cfg.model.moe.num_experts if cfg.model.is_moe else 1):
+    tensor = MAX_LONG if cfg.model.max_seq_len >= LONG else MAX_TENSOR
+    for mesh in _meshes(free, cfg.model.moe.num_experts if cfg.model.is_moe else 1, tensor):
       yield from _variants(cfg, fixed | mesh)
 
 
@@ -110,16 +112,16 @@ def _fixed_axes(cfg: schema.Config, topology: chips.Topology) -> Iterator[dict[s
     splits = [{'dcn_data': n, 'dcn_fsdp': slices // n} for n in copies]
   pieces = [max(1, sizes['sequence'])]
   if pieces == [1] and cfg.model.max_seq_len >= LONG:
-    pieces = _powers(MAX_SEQUENCE)
+    pieces = _powers(MAX_LONG)
   for split in splits:
     for sequence in pieces:
       yield split | {'sequence': sequence}
 
 
-def _meshes(free: int, num_experts: int) -> Iterator[dict[str, int]]:
+def _meshes(free: int, num_experts: int, max_tensor: int) -> Iterator[dict[str, int]]:
   """Sizes of the other axes, for `free` devices."""
   for expert in _powers(min(free, num_experts)):
-    for tensor in _powers(min(MAX_TENSOR, free // expert)):
+    for tensor in _powers(min(max_tensor, free // expert)):
       for data in _powers(free // expert // tensor):
         fsdp, rest = divmod(free, expert * tensor * data)
         if not rest:
@@ -129,7 +131,8 @@ def _meshes(free: int, num_experts: int) -> Iterator[dict[str, int]]:
 def _variants(cfg: schema.Config, mesh: dict[str, int]) -> Iterator[schema.Config]:
   ways = math.prod(size for name, size in mesh.items() if name not in ('sequence', 'tensor'))
   batch = cfg.train.batch_size
-  micros = sorted({m for m in (ways, 2 * ways, 4 * ways, batch) if batch % m == 0 and m <= batch})
+  micros = {ways * rows for rows in MICROS} | {batch}
+  micros = sorted(m for m in micros if m <= batch and batch % m == 0)
   for micro in micros:
     for remat in REMATS:
       yield dataclasses.replace(

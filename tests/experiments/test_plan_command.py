@@ -6,7 +6,7 @@ import pytest
 
 from experiments import plan
 from moe_jax import errors
-from moe_jax.planning import compile_ahead, planner
+from moe_jax.planning import compile_ahead, pipeline, planner
 from tests import in_process
 
 LITE = (
@@ -64,8 +64,27 @@ def test_what_does_not_fit_says_what_would(capsys):
 
 def test_search(capsys):
   in_process.run(plan, *LITE, '--topology=h200:8', '--search', '--best=2')
-  lines = capsys.readouterr().out.splitlines()
+  text, _, cost = capsys.readouterr().out.partition('\n\n')
+  lines = text.splitlines()
   assert lines[0].startswith('best of ') and len(lines) == 4
+  assert cost.startswith('COST of 1e+12 tokens on 8 chips, at ')
+
+
+def test_cost_goodput_and_pipeline(capsys):
+  stated = ('--tokens=5.7e12', '--chip_hour_price=2', '--mfu=0.3')
+  failing = ('--mtbf_hours=50000', '--checkpoint_seconds=30', '--restart_seconds=300')
+  found = in_process.run_json(capsys, plan, *H200, *stated, *failing, '--pipeline=2')['outlook']
+  cost = found['cost']
+  assert (cost['tokens'], cost['mfu'], cost['num_chips']) == (5.7e12, 0.3, 16)
+  assert cost['money'] == 2 * cost['chip_hours']
+  assert found['goodput']['mtbf_seconds'] == 50_000 * 3600 / 16
+  assert [one['schedule'] for one in found['pipelines']] == [*pipeline.SCHEDULES]
+  in_process.run(plan, *H200, *failing, '--pipeline=2')
+  text = capsys.readouterr().out
+  for words in ('COST of', 'GOODPUT, saving', 'PIPELINE of 2 stages', 'fits,'):
+    assert words in text
+  (first, second) = in_process.run_json(capsys, plan, *H200, '--search', '--best=2')
+  assert first['outlook']['pipelines'] == [] and 'outlook' not in second
 
 
 def test_decode(capsys):
@@ -82,6 +101,10 @@ def test_decode(capsys):
     ((*LITE, '--topology=h200:8', '--mesh=expert=3,fsdp=-1'), 'must divide'),
     ((*LITE, '--topology=h200:64', '--mesh=fsdp=64'), 'must be divisible by 64'),
     ((*H200, '--max_vio=-1'), 'must not be negative'),
+    ((*H200, '--mfu=1.5'), "at most the plan's bound"),
+    ((*H200, '--mtbf_hours=-1'), '--mtbf_hours=-1.0 must be'),
+    ((*H200, '--pipeline=3'), '--pipeline=3 must be a power of two'),
+    ((*H200, '--decode', '--pipeline=2'), 'are about training'),
     ((*H200, '--decode', '--search'), 'leave out --decode'),
     (LITE, '--topology is missing'),
   ],

@@ -68,3 +68,13 @@ def test_slices_are_shared_in_every_way():
 def test_long_rows_are_split():
   assert {s for _, _, s in meshes('v5e:4x4', model__max_seq_len=32_768)} == {1, 2, 4, 8, 16}
   assert {s for _, _, s in meshes('v5e:4x4', mesh__sequence=2)} == {2}
+
+
+def test_micro_batches_are_whole_rows_of_every_device_and_divide_the_batch():
+  cfg = requests.request(train__batch_size=120).cfg
+  found = {
+    c.train.micro_batch_size
+    for c in planner_search.candidates(cfg, chips.parse('v5e:2x2'))
+    if c.mesh.data == 4
+  }
+  assert found == {4, 8, 12, 20, 120}  # 4 x 4 does not divide 120
