@@ -13,7 +13,8 @@ of weights:
   dualpipe     (p / 2 - 1) (FB + B - 3 W)     DeepSeek-V3, arXiv 2412.19437, Table 2, which has all
                                               three; FB is F + B where arithmetic is the bound. Two
                                               copies of the weights.
-  zero_bubble  0                              Qi et al., ZB-H2: what no schedule can be better than
+  zero_bubble  0                              Qi et al., ZB-H2: nobody waits, but activations of
+                                              2 p - 1 micro-batches are kept
 
 The rest is `estimate`'s count of a middle stage, and on purpose too good, so that a loss is certain
 and a gain is not: stages are balanced to the mean, or to whole layers where these are more;
