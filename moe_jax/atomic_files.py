@@ -48,14 +48,22 @@ def write_bytes(path: str | os.PathLike[str], data: bytes):
 
 
 @contextlib.contextmanager
-def told_if_full(path: str | os.PathLike[str], needed: int) -> Iterator[None]:
-  """Turns what a write of `needed` bytes raises for a disk without room into `disk_full`."""
+def told_if_full(
+  path: str | os.PathLike[str], needed: int, besides: Callable[[], str] = str
+) -> Iterator[None]:
+  """Turns what a write of `needed` bytes raises for a disk without room into `disk_full`.
+
+  Args:
+    path: what is written.
+    needed: bytes.
+    besides: what else the user should know then, '' for nothing.
+  """
   try:
     yield
   except Exception as e:
     if isinstance(e, errors.InputError) or not is_disk_full(e):
       raise
-    raise disk_full(path, needed) from e
+    raise disk_full(path, needed, besides()) from e
 
 
 @contextlib.contextmanager
@@ -80,14 +88,14 @@ def is_disk_full(error: BaseException | None) -> bool:
   return False
 
 
-def disk_full(path: str | os.PathLike[str], needed: int) -> errors.InputError:
+def disk_full(path: str | os.PathLike[str], needed: int, besides: str = '') -> errors.InputError:
   """The error of a write of `needed` bytes for which a disk has no room; names place and sizes."""
   path = pathlib.Path(path)
   there = next(place for place in path.absolute().parents if place.exists())
   free = shutil.disk_usage(there).free
   return errors.InputError(
     f'no room on the disk for {path}: {needed:,} bytes are needed and {free:,} are free; make room '
-    'and give the same command again'
+    'and give the same command again' + (f'; {besides}' if besides else '')
   )
 
 

@@ -52,6 +52,11 @@ def test_where_a_disk_is_full_that_is_said_though_the_directory_is_not_there_yet
     open('/dev/full', 'w') as full,
   ):
     full.write('x')
+  with (
+    pytest.raises(errors.InputError, match='give the same command again; 3 are saved$'),
+    atomic_files.told_if_full(tmp_path / 'a', 1, lambda: '3 are saved'),
+  ):
+    raise OSError(errno.ENOSPC, 'full')
   with pytest.raises(KeyError), atomic_files.told_if_full(tmp_path / 'a', 1):
     raise KeyError('a')
 

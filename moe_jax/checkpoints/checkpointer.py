@@ -160,7 +160,7 @@ class Checkpointer:
     self._wait_for_parts()
     # Orbax's own rules for when to save are switched off: the schedule is decided above.
     self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    with self._told_if_full():
+    with self._writing():
       return self._manager.save(step, args=items, force=True)
 
   def restore(
@@ -250,7 +250,7 @@ class Checkpointer:
   def wait(self):
     """Blocks until the save in flight is on disk, and raises what went wrong with it."""
     self._wait_for_parts()
-    with self._told_if_full():
+    with self._writing():
       self._manager.wait_until_finished()
 
   def _wait_for_parts(self):
@@ -263,19 +263,20 @@ class Checkpointer:
       time.sleep(_LOOK_SECONDS)
 
   @contextlib.contextmanager
-  def _told_if_full(self) -> Iterator[None]:
-    """Turns what libraries raise for a disk without room into one line."""
+  def _writing(self) -> Iterator[None]:
+    """`atomic_files.told_if_full` of a step, which remembers that it has told."""
+    target = self._directory / 'a checkpoint'
     try:
-      yield
-    except Exception as e:
-      if isinstance(e, errors.InputError) or not atomic_files.is_disk_full(e):
-        raise
+      with atomic_files.told_if_full(target, self._bytes, self._last_saved):
+        yield
+    except errors.InputError:  # orbax raises none of its own
       self._is_full = True
-      error = atomic_files.disk_full(self._directory / 'a checkpoint', self._bytes)
-      names = os.listdir(self._directory) if os.path.isdir(self._directory) else []
-      saved = max((int(name) for name in names if name.isdecimal()), default=None)
-      last = 'no step is saved yet' if saved is None else f'step {saved} is the last one saved'
-      raise errors.InputError(f'{error}; {last}') from e
+      raise
+
+  def _last_saved(self) -> str:
+    names = os.listdir(self._directory) if os.path.isdir(self._directory) else []
+    saved = max((int(name) for name in names if name.isdecimal()), default=None)
+    return 'no step is saved yet' if saved is None else f'step {saved} is the last one saved'
 
   def close(self):
     """Waits for the save in flight and frees the threads."""
@@ -284,7 +285,7 @@ class Checkpointer:
       return  # the process ends, and orbax would wait for ever
     try:
       self._wait_for_parts()
-      with self._told_if_full():
+      with self._writing():
         self._manager.close()
     except errors.InputError:
       if not was_full:
