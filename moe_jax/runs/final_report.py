@@ -84,7 +84,7 @@ def finish(
   if first:
     _write(run, corpus, workdir, figures, say)
     spent = {'evaluation': evaluated - began, 'other': time.perf_counter() - evaluated}
-    say(goodput.text(goodput.add(workdir, spent)))
+    say(goodput.text(goodput.add(workdir, run.step, spent)))
   agreement.wait_for_all()
   return figures
 

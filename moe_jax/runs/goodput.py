@@ -2,7 +2,8 @@
 
 `WORKDIR/goodput.json` holds the seconds of every phase. What was trained after the last save of a
 start that was killed is done anew by the next one, so it counts as `restart`, as does the time of
-each later start until the loop begins; that of the first is `start-up`.
+each later start until the loop begins; that of the first is `start-up`. A finished run that is
+started again trains nothing, and its file stays as it is.
 """
 
 import dataclasses
@@ -37,17 +38,38 @@ def begin(workdir: pathlib.Path, spent: float) -> dict[str, float]:
   return seconds
 
 
-def add(workdir: pathlib.Path, spent: Mapping[str, float]) -> dict[str, float]:
-  """Adds what a finished run did behind its loop to the file; returns the seconds of `KEYS`."""
+def add(workdir: pathlib.Path, step: int, spent: Mapping[str, float]) -> dict[str, float]:
+  """Adds what a finished run did behind its loop to the file; returns the seconds of `KEYS`.
+
+  Args:
+    workdir: of the run.
+    step: its last one. What was done behind it is added once, not by each start of a finished run.
+    spent: seconds by key.
+  """
   seconds = read(workdir)
+  if _finished(workdir) == step:
+    return seconds
   seconds |= {key: seconds[key] + value for key, value in spent.items()}
   with atomic_files.dispensable(workdir / NAME):
-    _write(workdir, seconds, seconds)
+    _write(workdir, seconds, seconds, finished=step)
   return seconds
 
 
-def _write(workdir: pathlib.Path, seconds: Mapping[str, float], saved: Mapping[str, float]):
-  record = {'all': dict(seconds), 'saved': dict(saved)}
+def _finished(workdir: pathlib.Path) -> int | None:
+  """The step behind which `add` has added; None where training has gone on, or without a file."""
+  try:
+    return json.loads((workdir / NAME).read_text(encoding='utf-8'))['finished']
+  except (OSError, ValueError, KeyError, TypeError):
+    return None
+
+
+def _write(
+  workdir: pathlib.Path,
+  seconds: Mapping[str, float],
+  saved: Mapping[str, float],
+  finished: int | None = None,
+):
+  record = {'all': dict(seconds), 'saved': dict(saved), 'finished': finished}
   atomic_files.write_text(workdir / NAME, json.dumps(record) + '\n')
 
 

@@ -45,3 +45,6 @@ def test_a_report_without_room_for_plots_is_whole_and_its_time_is_counted(
   seconds = goodput.read(tmp_path)
   assert (seconds['evaluation'], seconds['other']) == (7.0, 2.0)
   assert said[-1] == goodput.text(seconds)
+  clock = iter([0.0, 7.0, 9.0])
+  final_report.finish(run, corpus, tmp_path, said.append)  # the finished run is started again
+  assert goodput.read(tmp_path) == seconds and said[-1] == goodput.text(seconds)

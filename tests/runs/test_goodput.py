@@ -62,8 +62,17 @@ def test_without_a_file_of_ours_counting_starts_anew(tmp_path, text):
 
 def test_what_a_finished_run_does_behind_its_loop_is_added(tmp_path):
   before = start(tmp_path, 5)
-  after = goodput.add(tmp_path, {'evaluation': 7.0, 'other': 1.0})
-  assert after == before | {'evaluation': 7.0, 'other': 1.0} and goodput.read(tmp_path) == after
+  spent = {'evaluation': 7.0, 'other': 1.0}
+  after = goodput.add(tmp_path, 10, spent)
+  assert after == before | spent and goodput.read(tmp_path) == after
+  assert goodput.add(tmp_path, 10, spent) == goodput.read(tmp_path) == after  # started again
+  further = start(tmp_path, 5)  # a run that is prolonged is evaluated anew
+  assert goodput.add(tmp_path, 20, spent)['evaluation'] == further['evaluation'] + 7 == 14
+
+
+def test_a_report_that_was_killed_is_counted_by_the_next_start(tmp_path):
+  before = start(tmp_path, 5)
+  assert goodput.add(tmp_path, 10, {'evaluation': 3.0}) == before | {'evaluation': 3.0}
 
 
 def test_a_file_without_room_is_said_once_and_the_run_goes_on(tmp_path, caplog):
