@@ -116,9 +116,17 @@ class Trainer:
     cfg: a page; its length, batch, rate, warm-up and seed give way to those of each recipe.
     corpus: its text.
     max_rows: largest batch of any recipe.
+
+  Raises:
+    errors.InputError: the page has steps skipped.
   """
 
   def __init__(self, cfg: schema.Config, corpus: corpus_lib.Corpus, max_rows: int):
+    errors.require(
+      not cfg.optim.spike_sigma,
+      f'config.optim.spike_sigma={cfg.optim.spike_sigma} skips steps, and the step of this study '
+      'skips none; set optim.spike_sigma=0 in its page',
+    )
     self._cfg, self._corpus = cfg, corpus
     self._mesh = partitioning.make_mesh(cfg.mesh, jax.devices()[:1])
     self._micro_rows = cfg.train.micro_batch_size

@@ -50,6 +50,11 @@ def test_a_step_with_rate_and_batch_as_arguments_is_the_ordinary_one(kind):
   tiny.assert_trees_close(got.params, want.params, rtol=1e-2, atol=2e-3)
 
 
+def test_a_page_whose_steps_may_be_skipped_is_refused():
+  with pytest.raises(errors.InputError, match=r'spike_sigma=6\.0 skips steps, and .* skips none'):
+    trainer.Trainer(tiny.make(optim__spike_sigma=6.0), None, 8)
+
+
 def test_points_of_another_text_are_not_taken(tmp_path):
   given = {'scale': 'tiny', 'data_source': 'text', 'data_path': 'a.txt'}
   for _ in range(2):
