@@ -100,7 +100,9 @@ def _write(
   record = {**figures.as_dict(run.step), 'compressors_bits_per_byte': baselines}
   atomic_files.write_text(workdir / 'evaluation.json', json.dumps(record, indent=2) + '\n')
   if figures.routing is not None:
-    routing_figures.write(workdir / 'routing' / 'heldout.npz', figures.routing)
+    heldout = workdir / 'routing' / 'heldout.npz'
+    with atomic_files.dispensable(heldout):
+      routing_figures.write(heldout, figures.routing)
   written = []
   with atomic_files.dispensable(workdir / 'plots'):
     written = draw(run.cfg, workdir, run.step, figures)
@@ -111,7 +113,7 @@ def _write(
   if train.sample_prompt and train.sample_tokens:
     say(_sample(run, workdir))
   names = ['config.json', 'metrics.jsonl', 'tensorboard', 'checkpoints', 'evaluation.json']
-  names += ['routing'] if figures.routing is not None else []
+  names += ['routing'] if (workdir / 'routing').is_dir() else []
   say('wrote: ' + ' '.join(str(path) for path in [*(workdir / n for n in names), *written]))
 
 

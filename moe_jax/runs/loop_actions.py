@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import jax
+import numpy as np
 import tqdm
 
-from moe_jax import trees
+from moe_jax import atomic_files, trees
 from moe_jax.balance import routing_figures
 from moe_jax.checkpoints import checkpointer as checkpointer_lib
 from moe_jax.config import schema
@@ -125,13 +126,17 @@ class LogMetrics:
     self.bar.show(sum(cast(float, found['loss']) for found in values) / len(values))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class WriteRoutingFigures:
-  """Routing figures of a step's global batch, to `routing/<step>.npz` of each member."""
+  """Routing figures of a step's global batch, to `routing/<step>.npz` of each member.
+
+  Where a file cannot be written that is said once, and this start of the run writes no more.
+  """
 
   members: Sequence[Member]
   every: int
   timer: step_timer.StepTimer
+  _failed: bool = False
 
   def after_step(self, report: loop.StepReport):
     """Writes every `every` steps and after the last step of the run; of MoE models only."""
@@ -141,8 +146,14 @@ class WriteRoutingFigures:
       for one in (one for one in self.members if one.cfg.model.is_moe):
         variables, stats = one.take((report.state.variables, report.metrics.stats))
         figures = evaluate.routing_figures(one.cfg.model, variables, stats)
-        if agreement.is_first():
-          routing_figures.write(one.workdir / 'routing' / f'{report.step}.npz', figures)
+        if agreement.is_first() and not self._failed:
+          self._write(one.workdir / 'routing' / f'{report.step}.npz', figures)
+
+  def _write(self, path: pathlib.Path, figures: Mapping[str, np.ndarray]):
+    self._failed = True
+    with atomic_files.dispensable(f'{path} (and routing figures of later steps)'):
+      routing_figures.write(path, figures)
+      self._failed = False
 
 
 @dataclasses.dataclass(frozen=True)

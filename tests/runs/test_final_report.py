@@ -48,3 +48,20 @@ def test_a_report_without_room_for_plots_is_whole_and_its_time_is_counted(
   clock = iter([0.0, 7.0, 9.0])
   final_report.finish(run, corpus, tmp_path, said.append)  # the finished run is started again
   assert goodput.read(tmp_path) == seconds and said[-1] == goodput.text(seconds)
+
+
+def test_a_report_without_room_for_routing_figures_is_whole(tmp_path, monkeypatch, caplog):
+  figures = types.SimpleNamespace(as_dict=lambda step: {'step': step}, routing={})
+  monkeypatch.setattr(final_report, 'draw', lambda *unused: [])
+
+  def full(*unused):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  monkeypatch.setattr(final_report.routing_figures, 'write', full)
+  run = types.SimpleNamespace(cfg=tiny.make(train__sample_prompt=''), step=3)
+  heldout = types.SimpleNamespace(num_bytes=3)
+  corpus = types.SimpleNamespace(heldout_bytes=lambda: b'abc', heldout=heldout)
+  said = []
+  final_report._write(run, corpus, tmp_path, figures, said.append)
+  assert (tmp_path / 'evaluation.json').exists() and 'heldout.npz cannot be written' in caplog.text
+  assert said[-1].startswith('wrote: ') and 'routing' not in said[-1]

@@ -1,12 +1,14 @@
 """When each action acts, on which values, and in which order; no model is trained."""
 
 import contextlib
+import errno
 import types
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 
+from moe_jax import atomic_files
 from moe_jax.runs import loop_actions, metric_log
 from moe_jax.training import evaluate, loop, step_timer
 from tests import tiny
@@ -168,6 +170,32 @@ def test_actions_that_are_off_or_not_due_look_at_nothing(members):
   loop_actions.WriteRoutingFigures(members, 0, timer()).after_step(hidden)
   loop_actions.EvaluateMidway(members, 0, None, timer(), str, str).after_step(hidden)
   loop_actions.SaveCheckpoint(members, Saver(), {}, timer()).after_step(hidden)
+
+
+def test_routing_figures_without_room_are_said_once_and_the_run_goes_on(
+  tmp_path, monkeypatch, caplog
+):
+  monkeypatch.setattr(evaluate, 'routing_figures', lambda *args: {'load': np.ones((1, 2))})
+  room, write, tried = [True], loop_actions.routing_figures.write, []
+
+  def maybe_full(path, figures):
+    tried.append(path.name)
+    with atomic_files.told_if_full(path, 1):
+      if not room[0]:
+        raise OSError(errno.ENOSPC, 'No space left on device')
+      write(path, figures)
+
+  monkeypatch.setattr(loop_actions.routing_figures, 'write', maybe_full)
+  state, metrics = types.SimpleNamespace(variables=None), types.SimpleNamespace(stats=None)
+  with loop_actions.member(tiny.make(), None, tmp_path, start=0) as member:
+    action = loop_actions.WriteRoutingFigures([member], 2, timer())
+    for step in (2, 4, 6):
+      action.after_step(loop.StepReport(step, state, metrics))
+      room[0] = False
+  assert tried == ['2.npz', '4.npz']
+  assert [path.name for path in (tmp_path / 'routing').iterdir()] == ['2.npz']
+  assert caplog.text.count('cannot be written, and the run goes on without') == 1
+  assert '4.npz (and routing figures of later steps)' in caplog.text
 
 
 def test_files_of_steps_that_come_again_are_dropped(tmp_path):
