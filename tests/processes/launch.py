@@ -56,11 +56,12 @@ def start(
   *flags: str,
   settings: dict | None = None,
   only: range | None = None,
+  module: str = 'experiments.train',
 ) -> list[subprocess.Popen]:
   """One process per number (or those of `only`), each with `num_devices` devices."""
   values = SETTINGS | (settings or {})
   env = environment(cache, JAX_NUM_CPU_DEVICES=str(num_devices))
-  command = [sys.executable, '-m', 'experiments.train', '--config=configs/smoke.py']
+  command = [sys.executable, '-m', module, '--config=configs/smoke.py']
   command += [f'--config.{key}={value}' for key, value in values.items()]
   command += [f'--workdir={workdir}', f'--num_processes={num_processes}', '--heartbeat_timeout=20']
   command += [f'--coordinator=127.0.0.1:{free_port()}', *flags]

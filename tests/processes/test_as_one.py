@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -100,6 +101,29 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one(two, cache, tmp_path, monk
   np.testing.assert_array_equal(got[:3], want[:3])
   np.testing.assert_allclose(got[3:], want[3:], rtol=RTOL)
   assert trained_run.load(workdir).step == 6
+
+
+def test_a_bad_batch_of_one_process_is_skipped_and_counted_by_all(cache, tmp_path):
+  """Parameters lie in shards on both; after the bad step each still has its own, bit by bit."""
+  settings = SPLIT | {'train.num_steps': 4, 'checkpoint.save_every': 4}
+  module = 'tests.processes.poisoned_train'
+  said = launch.run(tmp_path, cache, 2, 4, settings=settings, module=module)
+  lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+  assert [line['skipped_steps'] for line in lines] == [0, 0, 1, 1]
+  assert [line['step'] for line in lines if line['loss'] is None] == [3]
+  for out in said:
+    states = dict(re.findall(r'state (\d) (\w+)', out))
+    assert list(states) == ['1', '2', '3', '4']
+    assert states['1'] != states['2'] == states['3'] != states['4']
+
+
+def test_a_bad_batch_of_one_process_leaves_copies_equal(cache, tmp_path):
+  """Without sharding both processes hold whole parameters, which stay the same bit by bit."""
+  settings = {'train.num_steps': 4, 'checkpoint.save_every': 4}
+  module = 'tests.processes.poisoned_train'
+  first, second = launch.run(tmp_path, cache, 2, 1, settings=settings, module=module)
+  states, others = (dict(re.findall(r'state (\d) (\w+)', out)) for out in (first, second))
+  assert states == others and states['2'] == states['3'] != states['4']
 
 
 def test_rows_and_errors_between_processes(cache, tmp_path):
