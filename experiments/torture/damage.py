@@ -1,9 +1,10 @@
 """Damage to every file of a checkpoint, for every reader: noticed or harmless, never silent.
 
-One step is damaged at a time: a byte flipped at the beginning, in the middle or at the end of a
-file, the file cut in half, emptied or deleted. Each reader then reads the workdir as its command
-does. Noticed: one line of an error. Harmless: what is read is bit by bit what was written. Silent:
-anything else is read. A traceback in place of a line is counted apart, as broken as silence.
+One step is damaged at a time: a byte flipped at the beginning, in the middle, at the end or
+anywhere in a file, the file cut in half, emptied, filled with zeros, made longer or deleted. Each
+reader then reads the workdir as its command does. Noticed: one line of an error. Harmless: what is
+read is bit by bit what was written. Silent: anything else is read. A traceback in place of a line
+is counted apart, as broken as silence.
 """
 
 import collections
@@ -14,20 +15,25 @@ import pathlib
 import random
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
+import moe_jax
 from configs import smoke
 from moe_jax import errors
+from moe_jax.analysis import assignments, interventions
+from moe_jax.analysis.probes import probe_types, report
 from moe_jax.checkpoints import checkpointer as checkpointer_lib
 from moe_jax.config import parse, schema
 from moe_jax.interop import huggingface
 from moe_jax.runs import checks, first_state, train_run, trained_run, upcycle_run
 from moe_jax.training import evaluate, train_state
 
-DAMAGES = ('first byte', 'middle byte', 'last byte', 'half', 'empty', 'deleted')
+PLACES = {'first byte': 0.0, 'middle byte': 0.5, 'last byte': 1.0}  # shares of a file
+DAMAGES = (*PLACES, 'half', 'empty', 'zeros', 'longer', 'deleted')
+PROBES, ANALYSED_TOKENS = ('expert_weights', 'coactivation', 'confidence'), 256
 OUTCOMES = ('noticed', 'harmless', 'silent', 'traceback')
 
 
@@ -79,6 +85,21 @@ def readers(cfg: schema.Config, workdir: pathlib.Path, scratch: pathlib.Path) ->
     found = evaluate.evaluate(run.cfg, run.variables, corpus, run.mesh)
     return f'{found.loss!r} {digest(run.variables)}'
 
+  def analysed() -> str:
+    # As `analyze_experts` does, on a little text, with a probe of the weights and two of choices.
+    assignments.check(trained_run.read_config(workdir).model)
+    run = loaded()
+    corpus = trained_run.heldout_corpus(run, workdir, warn=lambda line: None)
+    subject = interventions.Subject(run.cfg, run.variables, corpus, run.mesh)
+    context = probe_types.Context(subject, ANALYSED_TOKENS, step=run.step)
+    found, skipped = report.run(context, PROBES)
+    return digest(({k: dict(one.arrays) for k, one in found.items()}, sorted(skipped)))
+
+  def opened() -> str:
+    run = moe_jax.load(workdir)
+    routing, found = run.routing('def f(x):'), run.evaluate(progress=False)
+    return digest((routing.experts, routing.gates, found.loss, found.routing, run.variables))
+
   def convert() -> str:
     target = scratch / 'exported'
     shutil.rmtree(target, ignore_errors=True)
@@ -93,8 +114,10 @@ def readers(cfg: schema.Config, workdir: pathlib.Path, scratch: pathlib.Path) ->
 
   return {
     'train': train,
-    'generate, analyse': lambda: digest(loaded().variables),
+    'generate': lambda: digest(loaded().variables),
     'evaluate': evaluated,
+    'analyse': analysed,
+    'moe_jax.load': opened,
     'convert': convert,
     'init_from': init_from,
   }
@@ -119,17 +142,31 @@ def _hash(path: pathlib.Path) -> str:
 
 
 def harm(path: pathlib.Path, how: str):
-  """Damages a file in one of the ways of DAMAGES."""
+  """Damages a file in one of the ways of DAMAGES, or at 'byte at SHARE' of its length."""
   data = bytearray(path.read_bytes())
   if how == 'deleted':
     path.unlink()
-    return
-  if how in ('half', 'empty'):
-    data = data[: len(data) // 2 if how == 'half' else 0]
+  elif how in ('half', 'empty'):
+    path.write_bytes(data[: len(data) // 2 if how == 'half' else 0])
+  elif how in ('zeros', 'longer'):
+    path.write_bytes(bytes(len(data)) if how == 'zeros' else data + b'\0' * 7)
   elif data:
-    at = {'first byte': 0, 'middle byte': len(data) // 2, 'last byte': len(data) - 1}[how]
-    data[at] ^= 1
-  path.write_bytes(data)
+    share = PLACES[how] if how in PLACES else float(how.removeprefix('byte at '))
+    data[round(share * (len(data) - 1))] ^= 1
+    path.write_bytes(data)
+
+
+def cases(
+  files: Sequence[pathlib.Path], rng: random.Random, most: int
+) -> list[tuple[pathlib.Path, str]]:
+  """`most` damages as (file, how): every file once, then once more, in other ways each time.
+
+  A file that has had all of DAMAGES goes on with bytes flipped at random places.
+  """
+  rounds = -(-most // len(files))
+  places = [f'byte at {rng.random():.6f}' for _ in range(max(rounds - len(DAMAGES), 0))]
+  ways = {file: rng.sample(DAMAGES, len(DAMAGES)) + places for file in files}
+  return [(file, ways[file][i]) for i in range(rounds) for file in files][:most]
 
 
 def judge(read: Callable[[], str], want: str) -> tuple[str, str]:
@@ -152,7 +189,7 @@ def run(workdir: pathlib.Path, stop: float, seed: int, most: int) -> dict:
     most: damages, each read by every reader.
 
   Returns:
-    counts by reader and outcome, and the broken promises.
+    counts by reader and outcome, files damaged and in all by subject, and the broken promises.
   """
   shutil.rmtree(workdir, ignore_errors=True)
   cfg = config(workdir / 'cache')
@@ -165,31 +202,42 @@ def run(workdir: pathlib.Path, stop: float, seed: int, most: int) -> dict:
   upcycled = config(workdir / 'cache', **{'data.tokenizer': tokenizer, 'model.moe.num_experts': 6})
   subjects['dense'] = {'upcycle': upcycle_reader(upcycled, workdir / 'dense', workdir)}
   counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
-  broken = []
+  broken, files = [], {}
   logging.disable(logging.CRITICAL)  # of damage that is noticed there are many lines
   try:
     for name, reads in subjects.items():
       share = most if name == 'moe' else most // 4  # upcycling compiles
       deadline = stop if name == 'dense' else stop - 0.2 * (stop - time.monotonic())
-      broken += _damage_all(workdir / name, reads, random.Random(seed), share, deadline, counts)
+      rng = random.Random(seed)
+      files[name], found = _damage_all(workdir / name, reads, rng, share, deadline, counts)
+      broken += found
   finally:
     logging.disable(logging.NOTSET)
   print(table(counts))
-  return {'by_reader': {k: dict(v) for k, v in counts.items()}, 'broken': broken}
+  print(
+    '; '.join(f'{hit} of {total} files of a {name} step' for name, (hit, total) in files.items())
+  )
+  by_reader = {k: dict(v) for k, v in counts.items()}
+  return {'by_reader': by_reader, 'files': files, 'broken': broken}
 
 
-def _damage_all(workdir, reads, rng, most: int, stop: float, counts) -> list[str]:
-  """Damages files of a workdir's only step one after the other; each is mended again."""
+def _damage_all(
+  workdir, reads, rng, most: int, stop: float, counts
+) -> tuple[tuple[int, int], list[str]]:
+  """Damages files of a workdir's only step one after the other; each is mended again.
+
+  Returns:
+    ((files that were damaged, files in all), broken promises).
+  """
   whole = workdir.with_name(f'{workdir.name}-whole')
   shutil.copytree(workdir / 'checkpoints', whole)
   wanted = {name: read() for name, read in reads.items()}
   files = sorted(p.relative_to(whole) for p in whole.rglob('*') if p.is_file())
-  cases = [(path, how) for path in files for how in DAMAGES]
-  rng.shuffle(cases)
-  broken = []
-  for path, how in cases[:most]:
+  broken, hit = [], set()
+  for path, how in cases(files, rng, most):
     if time.monotonic() > stop:
       break
+    hit.add(path)
     for name, read in reads.items():
       harm(workdir / 'checkpoints' / path, how)
       outcome, why = judge(read, wanted[name])
@@ -198,7 +246,7 @@ def _damage_all(workdir, reads, rng, most: int, stop: float, counts) -> list[str
         broken.append(f'{name}: {how} of {path}: {outcome}: {why}')
       shutil.rmtree(workdir / 'checkpoints')  # a reader may have moved it aside
       shutil.copytree(whole, workdir / 'checkpoints')
-  return broken
+  return (len(hit), len(files)), broken
 
 
 def table(counts: dict[str, collections.Counter]) -> str:

@@ -1,6 +1,8 @@
 """The long form of these tests, `python -m experiments.torture`: its judgement, and a short run."""
 
 import json
+import pathlib
+import random
 import signal
 import subprocess
 import time
@@ -22,6 +24,21 @@ def test_every_damage_changes_the_file(tmp_path):
   path.write_bytes(b'')
   damage.harm(path, 'middle byte')  # an empty file has no byte to flip
   assert path.read_bytes() == b''
+
+
+def test_every_file_is_damaged_before_one_is_again_and_in_another_way():
+  files = [pathlib.Path(name) for name in 'abc']
+  drawn = damage.cases(files, random.Random(0), 3 * 10 - 1)
+  assert [file for file, _ in drawn] == [*files * 9, *files[:2]]
+  of_a = [how for file, how in drawn if file.name == 'a']
+  assert set(of_a[:8]) == set(damage.DAMAGES) and len(set(of_a)) == 10
+
+
+def test_a_byte_is_flipped_anywhere(tmp_path):
+  path, whole = tmp_path / 'file', bytes(range(9))
+  path.write_bytes(whole)
+  damage.harm(path, 'byte at 0.250000')  # of the places 0 to 8 it is 2
+  assert path.read_bytes() == b'\0\1\3' + whole[3:]
 
 
 def test_other_arrays_are_silent_and_only_one_line_is_noticed():
@@ -128,4 +145,5 @@ def test_a_few_kills_and_damages_break_no_promise(tmp_path):
   found = kills.run(tmp_path / 'kills', time.monotonic() + 600, seed=1, most=3)
   assert not found['broken'] and found['kills'] >= 3
   found = damage.run(tmp_path / 'damage', time.monotonic() + 300, seed=1, most=8)
-  assert not found['broken'] and sum(found['by_reader']['convert'].values()) == 8
+  assert not found['broken'] and found['files']['moe'][0] == 8
+  assert sum(found['by_reader']['convert'].values()) == 8
