@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from moe_jax.training import loop
 from tests.processes import launch
 
 NUM_STEPS = 60
@@ -82,6 +83,25 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(unbroken, cache, 
   out = launch.run(tmp_path, cache, 2, 2, settings=SETTINGS)[0]
   assert f'resuming after step {done} of {NUM_STEPS}' in out
   assert launch.figures(tmp_path) == unbroken
+
+
+def test_a_signal_to_one_process_in_an_evaluation_stops_all_after_the_same_step(
+  unbroken, cache, tmp_path
+):
+  """Process 1 alone is sent it, before the second batch of the evaluation after step 25."""
+  settings = SETTINGS | {'train.eval_every': 25}
+  module = 'tests.processes.signalled_train'
+  processes = launch.start(tmp_path, cache, 2, 2, settings=settings, module=module)
+  (status, out, _), (other, said, _) = launch.join(processes)
+  assert (status, other, said) == (0, 0, '')
+  assert 'step=25 held-out evaluation left unfinished after SIGTERM' in out
+  done = len(launch.figures(tmp_path))
+  assert 25 <= done <= 25 + loop.MAX_IN_FLIGHT + 1
+  assert f'stopped by SIGTERM after step {done}, which is saved' in out
+  assert (tmp_path / 'checkpoints' / str(done)).is_dir()
+  out = launch.run(tmp_path, cache, 2, 2, settings=settings)[0]
+  assert f'resuming after step {done} of {NUM_STEPS}' in out and 'step=50 heldout_loss' in out
+  assert launch.figures(tmp_path) == unbroken  # of a run that evaluates nothing on the way
 
 
 def test_bad_input_of_one_process_ends_all_with_its_words(cache, tmp_path):
