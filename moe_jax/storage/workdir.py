@@ -257,7 +257,10 @@ class Mirror:
       return
     there = self._client.find(self._url.below(step).key)
     parts = [name for name in files if name.startswith(f'{step}/') and name != last]
-    upload.check(there, {self._url.below(n).key: self.place / n for n in parts}, self._where)
+    try:
+      upload.check(there, {self._url.below(n).key: self.place / n for n in parts}, self._where)
+    except FileNotFoundError:  # deleted while it was compared: the next look finds what is left
+      return
     self._check()
     self._put([last], files)
 

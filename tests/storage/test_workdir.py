@@ -6,7 +6,7 @@ from configs import smoke
 from moe_jax import errors
 from moe_jax.config import parse
 from moe_jax.runs import metric_log, train_run
-from moe_jax.storage import bucket, fetch, lease, urls, workdir
+from moe_jax.storage import bucket, fetch, lease, upload, urls, workdir
 
 URL = 'gs://b1/runs/a'
 LAST = fetch.LAST
@@ -135,6 +135,22 @@ def test_a_step_that_did_not_arrive_whole_does_not_count(mirror, objects, monkey
   with pytest.raises(errors.InputError, match='4/x did not arrive whole'):
     mirror.push()
   assert names(objects) == {'checkpoints/4/x'}
+
+
+def test_a_step_that_is_deleted_while_it_is_compared_ends_no_upload(mirror, objects, monkeypatch):
+  write(mirror.place, 'checkpoints/4/x', f'checkpoints/4/{LAST}', 'metrics.jsonl')
+  compare = upload.check
+
+  def deleted(*arguments):
+    shutil.rmtree(mirror.place / 'checkpoints/4')
+    compare(*arguments)
+
+  monkeypatch.setattr(upload, 'check', deleted)
+  mirror.push()
+  assert f'checkpoints/4/{LAST}' not in names(objects)
+  monkeypatch.undo()
+  mirror.push()
+  assert names(objects) == {'metrics.jsonl'}
 
 
 def test_a_cut_network_loses_nothing_of_a_folder_that_is_still_the_newest(objects, monkeypatch):
