@@ -1,4 +1,7 @@
-"""Several real processes, each with a disk of its own, whose run lies in a bucket."""
+"""Several real processes, each with a disk of its own, whose run lies in a bucket.
+
+One protocol will do: both have the same calls under them, which tests/storage tries on each.
+"""
 
 import json
 import pathlib
@@ -116,6 +119,7 @@ def test_one_process_has_the_folder_itself_or_its_mirror(objects, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('server', ['gs'], indirect=True)
 def test_killed_processes_go_on_from_the_bucket_alone(server, common, tmp_path):
   address, filesystem = server
   disks = tmp_path / 'disks'
@@ -136,6 +140,20 @@ def test_killed_processes_go_on_from_the_bucket_alone(server, common, tmp_path):
   longer = start(f'{address}/run', tmp_path / 'alone', {'train.num_steps': NUM_STEPS + 1}, 1)
   (out,) = finished(longer)
   assert f'resuming after step {NUM_STEPS} of {NUM_STEPS + 1}' in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('server', ['gs'], indirect=True)
+def test_one_is_killed_and_all_go_on_with_the_folders_that_they_have(server, common, tmp_path):
+  address, filesystem = server
+  processes = start(f'{address}/run', tmp_path)
+  wait_for(filesystem, f'tests/run/checkpoints/10/{fetch.LAST}', processes)
+  processes[1].send_signal(signal.SIGKILL)
+  (status, _, error), (killed, _, _) = launch.join(processes)
+  assert killed == -signal.SIGKILL and status == 1 and 'process 1' in error
+  first, second = finished(start(f'{address}/run', tmp_path))
+  assert 'resuming after step' in first and second == ''
+  assert result(f'{address}/run') == common
 
 
 @pytest.mark.slow
