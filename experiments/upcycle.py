@@ -15,7 +15,7 @@ from experiments.common import cli
 def define_flags():
   """Flags of this command."""
   cli.config_flag()
-  cli.workdir_flag('directory of the new run; made if absent')
+  cli.workdir_flag('directory of the new run; made if absent', bucket=True)
   cli.path_flag('from', None, 'directory of a trained dense run', bucket=True)
   flags.DEFINE_integer('step', None, 'checkpoint of it; the newest whole one if not given')
   flags.DEFINE_float('noise', 0.0, 'noise on the experts, as a multiple of the dense weights')

@@ -16,6 +16,7 @@ from absl import logging
 
 from moe_jax import errors
 
+LOCK = '.lock'  # in a workdir, while a run writes there
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
 _TEMPORARY = re.compile(r'\..+\.\d+\.tmp')  # of `write_bytes`
@@ -125,7 +126,7 @@ def lock(workdir: pathlib.Path, enabled: bool = True) -> Iterator[None]:
   made = [path for path in (workdir, *workdir.parents) if not path.exists()]
   workdir.mkdir(parents=True, exist_ok=True)
   try:
-    with (workdir / '.lock').open('w') as handle, _held(handle, workdir):
+    with (workdir / LOCK).open('w') as handle, _held(handle, workdir):
       for pattern in ('.*.tmp', '*/.*.tmp'):
         for path in workdir.glob(pattern):
           if _TEMPORARY.fullmatch(path.name):
@@ -133,10 +134,10 @@ def lock(workdir: pathlib.Path, enabled: bool = True) -> Iterator[None]:
       yield
   except BaseException:
     with contextlib.suppress(OSError):  # checkpoints, or a parent, holds something
-      if made and {path.name for path in workdir.iterdir()} <= {'.lock', 'checkpoints'}:
+      if made and {path.name for path in workdir.iterdir()} <= {LOCK, 'checkpoints'}:
         if (workdir / 'checkpoints').exists():
           (workdir / 'checkpoints').rmdir()
-        (workdir / '.lock').unlink()
+        (workdir / LOCK).unlink()
         for path in made:
           path.rmdir()
     raise

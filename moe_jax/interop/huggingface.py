@@ -343,10 +343,10 @@ def _renamed(target: pathlib.Path, flag: str, needed: int) -> Iterator[pathlib.P
   with atomic_files.told_if_full(target, needed), atomic_files.lock(staging):
     try:
       for path in staging.iterdir():
-        if path.name != '.lock':
+        if path.name != atomic_files.LOCK:
           shutil.rmtree(path) if path.is_dir() else path.unlink()
       yield staging
-      (staging / '.lock').unlink()
+      (staging / atomic_files.LOCK).unlink()
       staging.rename(absolute)
     except BaseException:
       shutil.rmtree(staging, ignore_errors=True)

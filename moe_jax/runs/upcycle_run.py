@@ -14,12 +14,13 @@ import jax.numpy as jnp
 from moe_jax import atomic_files, errors, trees
 from moe_jax.balance import expert_similarity
 from moe_jax.checkpoints import checkpointer as checkpointer_lib
-from moe_jax.config import moe_config, parse, paths, router_traits, schema
+from moe_jax.config import moe_config, parse, router_traits, schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import kept_files, pipeline
 from moe_jax.devices import partitioning
 from moe_jax.models import transformer
 from moe_jax.runs import checks, first_state, run_record, trained_run, upcycle
+from moe_jax.storage import upload
 from moe_jax.training import cross_entropy, objective, optim, train_state
 
 Array = jax.Array
@@ -45,7 +46,8 @@ def create(
     source: workdir of a dense run.
     step: its checkpoint; None for the newest whole one.
     cfg: the MoE's run.
-    workdir: where to write; without checkpoints.
+    workdir: where to write; without checkpoints. In a bucket, gs:// or s3://, it is uploaded at the
+      end, as one that is whole.
     noise: see `upcycle.upcycle`; drawn, like the router, from `train.seed`.
     argv: command line, for the record.
     say: prints one line.
@@ -53,10 +55,23 @@ def create(
   Raises:
     errors.InputError: see the message; nothing has been written then but an empty workdir.
   """
-  workdir = paths.local(workdir, '--workdir')
   errors.require(
     0 <= noise < math.inf, f'--noise={noise} must be a number of at least 0; 0 makes exact copies'
   )
+  with upload.folder(workdir, '--workdir') as place:
+    _create(source, step, cfg, place, noise, argv, say)
+
+
+def _create(
+  source: str | os.PathLike[str],
+  step: int | None,
+  cfg: schema.Config,
+  workdir: pathlib.Path,
+  noise: float,
+  argv: Sequence[str],
+  say: Callable[[str], None],
+):
+  """`create` in a folder on this disk."""
   _check_no_checkpoints(workdir)
   meta = trained_run.read_meta(source, step)
   layout = upcycle.plan(parse.from_record(meta['config']).model, cfg.model)

@@ -47,7 +47,9 @@ def folder(target: str | os.PathLike[str], flag: str) -> Iterator[pathlib.Path]:
       client.write(marker, b'')
       client.delete([key for key in remains if key != marker])
       files = {
-        url.below(p.relative_to(made).as_posix()).key: p for p in made.rglob('*') if p.is_file()
+        url.below(path.relative_to(made).as_posix()).key: path
+        for path in made.rglob('*')
+        if path.is_file() and path.name != atomic_files.LOCK
       }
       client.put(files)
       check(client.find(url.key), files, where)

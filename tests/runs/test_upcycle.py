@@ -11,7 +11,7 @@ import pytest
 
 from configs import smoke
 from experiments import upcycle
-from moe_jax import errors
+from moe_jax import atomic_files, errors
 from moe_jax.balance import expert_similarity, routing_figures
 from moe_jax.config import parse, schema
 from moe_jax.data import pipeline
@@ -21,8 +21,10 @@ from moe_jax.runs import checks, metric_log, train_run, trained_run, upcycle_run
 from moe_jax.runs import upcycle as runs_upcycle
 from moe_jax.training import cross_entropy
 from tests import in_process, tiny
+from tests.storage import conftest as storage
 
 MAKE_MESH = partitioning.make_mesh
+objects = storage.objects
 DENSE = tiny.make(
   model__moe__num_experts=0, model__moe__num_shared_experts=0, model__num_dense_layers=0
 ).model
@@ -323,3 +325,19 @@ def test_the_command_reads_its_flags(dense, tmp_path):
     )  # fmt: skip
   with pytest.raises(errors.InputError, match='--from is missing: directory of a trained dense'):
     in_process.run(upcycle, '--config=configs/base.py', f'--workdir={tmp_path}')
+
+
+def test_a_workdir_in_a_bucket_is_uploaded_as_one_that_is_whole(objects, monkeypatch):
+  """The folder itself is made as any other, see above; here is what becomes of it."""
+
+  def make(source, step, cfg, workdir, noise, argv, say):
+    with atomic_files.lock(workdir):
+      (workdir / 'checkpoints/0').mkdir(parents=True)
+      (workdir / 'checkpoints/0/x').write_text(f'{source} {step} {noise}')
+
+  monkeypatch.setattr(upcycle_run, '_create', make)
+  upcycle_run.create('dense', 3, DENSE, 'gs://b1/moe', noise=0.5)
+  assert set(objects.find('b1')) == {'b1/moe/checkpoints/0/x'}
+  assert objects.cat_file('b1/moe/checkpoints/0/x') == b'dense 3 0.5'
+  with pytest.raises(errors.InputError, match='--workdir=gs://b1/moe must hold nothing'):
+    upcycle_run.create('dense', 3, DENSE, 'gs://b1/moe')
