@@ -5,6 +5,9 @@ name first, then others that import it, those that use the changed function firs
 A line of JSON per mutant goes to --out; a second call goes on where the first stopped, also after
 edits of the library. `equivalent.txt` lists mutants that no test can or need tell from the program,
 with the reason, a line 'KEY :: WHY' each. Not part of CI: it takes hours.
+
+`records.jsonl` keeps the records of the last round. `--check` tries nothing, and takes seconds: it
+holds both files to the library as it is and prints the round's table.
 """
 
 import argparse
@@ -16,17 +19,22 @@ import os
 import pathlib
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Set
 
 from tests.mutation import judge, mutants
 
 ROOT = pathlib.Path(__file__).parents[2]
 EQUIVALENT = pathlib.Path(__file__).parent / 'equivalent.txt'
+RECORDS = pathlib.Path(__file__).parent / 'records.jsonl'
 
 
 def main():
   args = parser().parse_args()
+  if args.check:
+    sys.exit(check(read(RECORDS), equivalent()))
   rooms = [room for room in args.rooms.split(',') if room]
   found = [m for path in modules(rooms) for m in mutants.of((ROOT / path).read_text(), path)]
   drawn = mutants.sample(found, args.count, args.seed)
@@ -55,7 +63,7 @@ def main():
         file.write(json.dumps(record) + '\n')
       line = f'{record["result"]:9s}{record["seconds"]:6.0f} s  {mutant.key}  {record["by"]}'
       print(line, flush=True)
-    broken = failing_without_a_mutant(known.values(), tree) if args.check else []
+    broken = failing_without_a_mutant(known.values(), tree) if args.without else []
   print(table(known.values(), broken, equivalent()))
 
 
@@ -70,7 +78,10 @@ def parser() -> argparse.ArgumentParser:
   flags.add_argument('--files', type=int, default=4, help='test files per mutant at most')
   flags.add_argument('--out', default='mutants.jsonl')
   flags.add_argument('--again', default='', help='survived,timeout: try those of --out again')
-  flags.add_argument('--check', action='store_true', help='see the killing tests pass without')
+  flags.add_argument('--without', action='store_true', help='see the killing tests pass without')
+  flags.add_argument(
+    '--check', action='store_true', help='hold what is kept to the library, no more'
+  )
   return flags
 
 
@@ -100,6 +111,44 @@ def equivalent() -> dict[str, str]:
   """Why a mutant of that key is no bug."""
   lines = EQUIVALENT.read_text().splitlines()
   return {key: why for key, _, why in (line.rpartition(' :: ') for line in lines)}
+
+
+def check(records: dict[str, dict], known: dict[str, str]) -> int:
+  """Prints the table of kept records; 1 where a file says what is no longer so, else 0.
+
+  A record of a mutant that an edit took away is left out, and counted. One whose killing test is
+  gone is doubtful, and a line of `equivalent.txt` about no mutant is wrong.
+
+  Args:
+    records: kept records by key.
+    known: as `equivalent` returns.
+  """
+  there = real({*records, *known})
+  live = [record for key, record in records.items() if key in there]
+  gone = sorted({r['by'] for r in live if r['result'] == 'killed' and not exists(r['by'])})
+  wrong = [key for key in known if key not in there]
+  print(table(live, gone, known))
+  print(f'{len(records) - len(live)} of {len(records)} records are of code that is no more')
+  for line in [*(f'no such test: {by}' for by in gone), *(f'no such mutant: {k}' for k in wrong)]:
+    print(line)
+  return 1 if gone or wrong else 0
+
+
+def real(keys: Set[str]) -> set[str]:
+  """Those of the keys that are mutants of the library as it is."""
+  found = set()
+  for path in sorted({key.partition(' :: ')[0] for key in keys}):
+    if (ROOT / path).is_file():
+      found |= {mutant.key for mutant in mutants.of((ROOT / path).read_text(), path, keys)}
+  return found
+
+
+def exists(test: str) -> bool:
+  """Whether there is a test (or a file of tests) of that name, whatever its parameters."""
+  file, _, name = test.partition('::')
+  name = name.rpartition('::')[2].partition('[')[0]
+  found = (ROOT / file).is_file()
+  return found and (not name or f'def {name}(' in (ROOT / file).read_text())
 
 
 def tests_of(path: str, most: int) -> list[str]:

@@ -58,6 +58,33 @@ def test_keys_and_the_draw_survive_edits_elsewhere():
   ]
 
 
+def test_what_is_listed_as_equivalent_is_a_mutant_of_the_library():
+  keys = command.equivalent().keys()
+  assert keys and keys - command.real(keys) == set()
+
+
+def test_kept_records_are_held_to_the_library(monkeypatch, tmp_path, capsys):
+  monkeypatch.setattr(command, 'ROOT', tmp_path)
+  (tmp_path / 'moe_jax/data').mkdir(parents=True)
+  (tmp_path / 'moe_jax/data/a.py').write_text('x = 1\ny = 2\n')
+  (tmp_path / 'test_a.py').write_text('def test_x():\n  pass\n')
+
+  def record(line, result, by=''):
+    key = f'moe_jax/data/a.py :: constant@4 :: {line}'
+    return key, {'mutant': key, 'before': '1', 'after': '2', 'by': by, 'result': result}
+
+  killed, survived = record('x = 1', 'killed', 'test_a.py::test_x[3]'), record('y = 2', 'survived')
+  away = record('z = 3', 'survived')
+  known = {survived[0]: 'of no weight'}
+  assert command.check(dict([killed, survived, away]), known) == 0
+  said = capsys.readouterr().out
+  assert '| all | 1 | 0 | 0 | 1 | 0 |' in said and '1 of 3 records are of code that is no' in said
+  assert command.check(dict([killed]), {away[0]: 'of no weight'}) == 1
+  assert f'no such mutant: {away[0]}' in capsys.readouterr().out
+  assert command.check(dict([record('x = 1', 'killed', 'test_a.py::test_y')]), {}) == 1
+  assert '| all | 0 | 0 | 0 | 0 | 1 |' in capsys.readouterr().out
+
+
 def test_the_functions_that_use_a_line():
   source = 'LIMIT = 3\ndef a():\n  return LIMIT\ndef b():\n  return a()\ndef c():\n  return 1\n'
   assert mutants.users(source, 1) == {'LIMIT', 'a', 'b'}
