@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax.balance import routing_figures
-from moe_jax.data import packing, pipeline
+from moe_jax.data import pipeline
 from moe_jax.devices import partitioning
 from moe_jax.models import transformer
 from moe_jax.training import evaluate
@@ -37,7 +37,7 @@ def test_a_dense_model_has_no_balance():
 
 def test_an_evaluation_looks_for_a_signal_before_every_batch(monkeypatch):
   done, signals = [], iter(['', '', 'SIGTERM'])
-  monkeypatch.setattr(packing, 'num_rows', lambda split, length: 5)
+  monkeypatch.setattr(pipeline, 'num_rows', lambda split, length: 5)
   monkeypatch.setattr(
     pipeline, 'heldout_batches', lambda *unused: ({'domain_ids': i} for i in range(5))
   )
@@ -51,14 +51,14 @@ def test_an_evaluation_looks_for_a_signal_before_every_batch(monkeypatch):
 
 def test_bits_per_byte_divide_by_the_held_out_bytes(monkeypatch):
   parts = iter([(np.float32(30.0), np.int32(10), None), (np.float32(10.0), np.int32(6), None)])
-  monkeypatch.setattr(packing, 'num_rows', lambda split, length: 2)
+  monkeypatch.setattr(pipeline, 'num_rows', lambda split, length: 2)
   monkeypatch.setattr(
     pipeline, 'heldout_batches', lambda *unused: ({'domain_ids': i} for i in range(2))
   )
   monkeypatch.setattr(partitioning, 'put_global_batch', lambda batch, mesh: batch)
   monkeypatch.setattr(evaluate, '_sums', lambda *unused: next(parts))
   splits = dict(train=types.SimpleNamespace(num_bytes=999))
-  corpus = types.SimpleNamespace(heldout=types.SimpleNamespace(num_bytes=25), **splits)
+  corpus = types.SimpleNamespace(heldout=types.SimpleNamespace(num_bytes=25, learned=None), **splits)
   got = evaluate.evaluate(tiny.make(), {}, corpus, tiny.mesh(1))
   assert got.loss == pytest.approx(40 / 16)
   assert got.bits_per_byte == pytest.approx(40 / math.log(2) / 25)
