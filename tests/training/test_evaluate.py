@@ -58,7 +58,9 @@ def test_bits_per_byte_divide_by_the_held_out_bytes(monkeypatch):
   monkeypatch.setattr(partitioning, 'put_global_batch', lambda batch, mesh: batch)
   monkeypatch.setattr(evaluate, '_sums', lambda *unused: next(parts))
   splits = dict(train=types.SimpleNamespace(num_bytes=999))
-  corpus = types.SimpleNamespace(heldout=types.SimpleNamespace(num_bytes=25, learned=None), **splits)
+  corpus = types.SimpleNamespace(
+    heldout=types.SimpleNamespace(num_bytes=25, learned=None), **splits
+  )
   got = evaluate.evaluate(tiny.make(), {}, corpus, tiny.mesh(1))
   assert got.loss == pytest.approx(40 / 16)
   assert got.bits_per_byte == pytest.approx(40 / math.log(2) / 25)
