@@ -30,8 +30,10 @@ else:
   os.environ['XLA_FLAGS'] = _FLAGS
 
 if 'PYTEST_XDIST_WORKER' not in os.environ:  # workers inherit the folder of the process above them
-  _PROGRAMS = tempfile.mkdtemp(prefix='moe_jax_tests_')
-  atexit.register(shutil.rmtree, _PROGRAMS, ignore_errors=True)
+  _PROGRAMS = os.environ.get('MOE_JAX_TEST_PROGRAMS')  # of several runs of pytest, see .ci/run
+  if not _PROGRAMS:
+    _PROGRAMS = tempfile.mkdtemp(prefix='moe_jax_tests_')
+    atexit.register(shutil.rmtree, _PROGRAMS, ignore_errors=True)
   os.environ['JAX_COMPILATION_CACHE_DIR'] = _PROGRAMS
   os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.3'
 jax.config.update('jax_compilation_cache_dir', os.environ['JAX_COMPILATION_CACHE_DIR'])
