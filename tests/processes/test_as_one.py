@@ -117,6 +117,7 @@ def test_a_bad_batch_of_one_process_is_skipped_and_counted_by_all(cache, tmp_pat
     assert states['1'] != states['2'] == states['3'] != states['4']
 
 
+@pytest.mark.long
 def test_a_bad_batch_of_one_process_leaves_copies_equal(cache, tmp_path):
   """Without sharding both processes hold whole parameters, which stay the same bit by bit."""
   settings = {'train.num_steps': 4, 'checkpoint.save_every': 4}

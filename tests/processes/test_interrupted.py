@@ -85,6 +85,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(unbroken, cache, 
   assert launch.figures(tmp_path) == unbroken
 
 
+@pytest.mark.long
 def test_a_signal_to_one_process_in_an_evaluation_stops_all_after_the_same_step(
   unbroken, cache, tmp_path
 ):

@@ -143,6 +143,7 @@ def test_killed_processes_go_on_from_the_bucket_alone(server, common, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('server', ['gs'], indirect=True)
 def test_one_is_killed_and_all_go_on_with_the_folders_that_they_have(server, common, tmp_path):
   address, filesystem = server
@@ -157,6 +158,7 @@ def test_one_is_killed_and_all_go_on_with_the_folders_that_they_have(server, com
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('server', ['gs'], indirect=True)
 def test_a_signal_to_one_stops_all_after_the_same_step(server, tmp_path):
   address, filesystem = server
@@ -170,6 +172,7 @@ def test_a_signal_to_one_stops_all_after_the_same_step(server, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('server', ['gs'], indirect=True)
 def test_a_part_that_cannot_be_handed_over_ends_all_with_the_name(server, tmp_path):
   address, filesystem = server
@@ -182,6 +185,7 @@ def test_a_part_that_cannot_be_handed_over_ends_all_with_the_name(server, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('server', ['gs'], indirect=True)
 def test_a_lease_that_was_taken_over_ends_all(server, tmp_path):
   address, filesystem = server
@@ -195,6 +199,7 @@ def test_a_lease_that_was_taken_over_ends_all(server, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('server', ['gs'], indirect=True)
 def test_a_second_run_is_refused_by_all_of_its_processes(server, tmp_path):
   address, filesystem = server
