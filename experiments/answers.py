@@ -31,14 +31,16 @@ def main(unused_argv: Sequence[str]):
   """Prints the share that is right."""
   from moe_jax.api import load
   from moe_jax.post_training import answers
-  from moe_jax.runs import trained_run
+  from moe_jax.runs import trained_run, working_directory
+  from moe_jax.storage import fetch
 
   values, workdir = flags.FLAGS, cli.required('workdir')
   for name in ('n', 'max_new_tokens'):
     errors.require(values[name].value > 0, f'--{name}={values[name].value} must be positive')
   like = trained_run.read_config(values.like) if values.like else None
+  asked = fetch.local(values.like or workdir, '--like' if values.like else '--workdir')
   loaded = load.load(workdir, step=values.step, flag='--workdir')
-  data = (like or loaded.config).data
+  data = working_directory.resolved(like or loaded.config, asked).data
   questions = answers.heldout_questions(data, values.n)
   shown: list[str] = []
 

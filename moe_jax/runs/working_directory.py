@@ -92,7 +92,7 @@ def _fields(config: Mapping[str, Any]) -> dict[str, str]:
   found = {
     field: member['path']
     for field, member in {'data.path': data, **members}.items()
-    if member['source'] != 'hf'
+    if member['source'] not in schema.PATHLESS_SOURCES
   }
   found |= {'data.tokenizer': data['tokenizer'], 'init_from': config['init_from']}
   return {key: text for key, text in found.items() if text and text not in ('bpe', 'bytes')}

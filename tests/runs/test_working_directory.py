@@ -56,6 +56,14 @@ def test_from_elsewhere_the_same_files_are_read(home, monkeypatch):
   assert (other.path, other.tokenizer) == ('y.txt', str(home / 'a/t.json')), 'not in the record'
 
 
+@pytest.mark.parametrize('source, path', [('arithmetic', '?max_value=9'), ('hf', 'some/name')])
+def test_what_is_no_path_stays_from_elsewhere(home, monkeypatch, source, path):
+  cfg = make(path, source)
+  start(home, cfg)
+  monkeypatch.chdir(home / 'b')
+  assert working_directory.resolved(cfg, home / 'run').data.path == path
+
+
 def test_a_name_with_a_comma_is_one_file(home, monkeypatch):
   start(home, make('y,z.txt'))
   monkeypatch.chdir(home / 'b')
