@@ -26,6 +26,7 @@ setuptools.setup(
     'flax>=0.12',
     'grain>=0.2.12',
     'jax>=0.10',
+    'jinja2>=3.1',  # chat templates of checkpoints
     'matplotlib>=3.9',
     'ml-dtypes>=0.5',
     'ml-collections>=1.0',

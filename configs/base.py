@@ -63,6 +63,7 @@ def get_config() -> Page:
   c.data.bos_token = '<｜begin▁of▁sentence｜>'
   c.data.eos_token = '<｜end▁of▁sentence｜>'
   c.data.chat_format = 'deepseek_llm'
+  c.data.chat_template = ''
   c.data.fim_rate = 0.0
   c.data.prefetch = 8
   c.data.cache_dir = ''

@@ -23,7 +23,8 @@ def get_config():
   config.objective.balance = False
   config.data.source = 'arithmetic'
   config.data.path = '?max_value=20&operations=3&problems=20000'
-  config.data.tokenizer = ''  # that of init_from
+  config.data.tokenizer = ''  # that of init_from, as the next
+  config.data.chat_format = ''
   config.data.heldout_fraction = 0.05
   config.optim.peak_lr = 2e-3
   config.optim.schedule = 'cosine'

@@ -49,9 +49,7 @@ def main(unused_argv: Sequence[str]):
       mark = 'right' if right else f'wrong, the answer is {question.answer!r}'
       shown.append(f'{question.prompt[-1].content!r}\n  -> {text!r} ({mark})')
 
-  found = answers.measure(
-    loaded, questions, data.source, data.chat_format, values.max_new_tokens, tell
-  )
+  found = answers.measure(loaded, questions, data, values.max_new_tokens, tell)
   if values.json:
     print(json.dumps({'step': loaded.step} | found.as_dict()))
     return

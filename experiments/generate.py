@@ -61,7 +61,7 @@ def define_flags():
 def main(unused_argv: Sequence[str]):
   """Prints prompts and continuations."""
   from moe_jax.api import load
-  from moe_jax.data import fim
+  from moe_jax.data import chat_formats, fim
   from moe_jax.inference import sampling as sampling_lib
   from moe_jax.runs import trained_run
 
@@ -76,7 +76,7 @@ def main(unused_argv: Sequence[str]):
       values.prefix is None and not values.special_tokens,
       '--chat asks questions: give them with --prompt, without --prefix and --special_tokens',
     )
-    prompts = [_question(loaded, text) for text in texts]
+    prompts = loaded.encode_chats(texts)
   elif values.prefix is None:
     _warn_of_special_tokens(loaded, texts)
     read = functools.partial(trained_run.encode_prompt, special_tokens=values.special_tokens)
@@ -86,6 +86,8 @@ def main(unused_argv: Sequence[str]):
   if values.stream:
     print(texts[0], end='', flush=True)
   completions, tokens, note, speed = _write(loaded, prompts, sampling)
+  if values.chat:
+    completions = [chat_formats.said(loaded.config.data, text) for text in completions]
   if values.json:
     keys = ('prompt', 'completion', 'tokens', 'tokens_per_second')
     records = [dict(zip(keys, (*row, speed))) for row in zip(texts, completions, tokens)]
@@ -95,14 +97,6 @@ def main(unused_argv: Sequence[str]):
     between = '\n' if values.chat else ''
     print('\n---\n'.join(a + between + b for a, b in zip(texts, completions)), end='')
   print(f'\n[{sum(map(len, tokens))} tokens, {speed:.0f} tokens/s{note}]')
-
-
-def _question(loaded: 'run.Run', text: str) -> list[int]:
-  """Ids of a question, up to where the answer begins."""
-  from moe_jax.data import chat_formats, conversations
-
-  turns = (conversations.Turn('user', text, False),)
-  return chat_formats.prompt(loaded.config.data.chat_format, turns, loaded.tokenizer)
 
 
 def _texts() -> list[str]:

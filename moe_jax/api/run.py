@@ -201,17 +201,33 @@ class Run:
     Raises:
       errors.InputError: the turns are of another form, or see `generate`.
     """
-    name = chat_format or self.config.data.chat_format
-    errors.choice('data.chat_format', name, schema.CHAT_FORMATS)
-    turns = [{'role': 'user', 'content': messages}] if isinstance(messages, str) else messages
+    data, prompts = self._chat_data(chat_format), self.encode_chats([messages], chat_format)
+    return chat_formats.said(data, self.generate(prompts, max_new_tokens, **options)[0])
+
+  def encode_chats(
+    self, batch: Sequence[str | Sequence[Mapping[str, Any]]], chat_format: str = ''
+  ) -> list[list[int]]:
+    """Ids of each conversation up to where the answer to its last question begins.
+
+    Args:
+      batch: conversations, each in the form of `chat`.
+      chat_format: as of `chat`.
+
+    Raises:
+      errors.InputError: see `chat`.
+    """
+    turns = [[{'role': 'user', 'content': m}] if isinstance(m, str) else m for m in batch]
     try:
-      conversation = conversations.from_messages(turns, for_prompt=True)
+      asked = [conversations.from_messages(messages, for_prompt=True) for messages in turns]
     except ValueError as e:
       raise errors.InputError(f'messages: {e}; correct them') from e
-    prompt = chat_formats.prompt(name, conversation, self.tokenizer)
-    return self.generate([prompt], max_new_tokens, **options)[0].removeprefix(
-      chat_formats.FORMATS[name].answer
-    )
+    return chat_formats.prompts(self._chat_data(chat_format), asked, self.tokenizer)
+
+  def _chat_data(self, chat_format: str) -> schema.DataConfig:
+    data = self.config.data
+    name = chat_format or data.chat_format
+    errors.choice('data.chat_format', name, schema.CHAT_FORMATS)
+    return dataclasses.replace(data, chat_format=name)
 
   def complete(
     self,

@@ -13,7 +13,7 @@ from moe_jax.config import mesh_config, rules, schema
 ADDED = {
   'train': {'max_skipped_steps': 0, 'stall_seconds': 0.0},
   'optim': {'spike_sigma': 0.0, 'spike_window': 128},
-  'data': {'skip_null_text': False, 'chat_format': 'deepseek_llm'},
+  'data': {'skip_null_text': False, 'chat_format': 'deepseek_llm', 'chat_template': ''},
   'objective': {'kind': 'next_token', 'inherit': False, 'balance': True},
 }
 # Of them, the sections that are new as a whole.

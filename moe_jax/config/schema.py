@@ -23,7 +23,7 @@ SOURCES = (
   *CONVERSATION_SOURCES,
 )
 OBJECTIVES = ('next_token', 'sft')
-CHAT_FORMATS = ('deepseek_llm', 'deepseek_v3')
+CHAT_FORMATS = ('deepseek_llm', 'deepseek_v3', 'template')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,10 @@ class DataConfig:
   tokenizer: str  # 'bpe' (trained on the training split), 'bytes', or a path to a tokenizer.json
   bos_token: str  # begin-of-document token; must be in a tokenizer.json that is given
   eos_token: str  # end-of-document token, likewise
-  chat_format: str  # of conversations, one of CHAT_FORMATS
+  # Of conversations, one of CHAT_FORMATS, of which 'template' is chat_template; '' on a page with
+  # objective.inherit = that of init_from.
+  chat_format: str
+  chat_template: str  # text of a jinja template; '' = that of init_from, if it has one
   fim_rate: float  # share of training documents rearranged as prefix-suffix-middle
   prefetch: int  # batches prepared ahead of the device
   cache_dir: str  # tokenised corpora and tokenizers; '' = $MOE_JAX_CACHE or ~/.cache/moe_jax

@@ -1,9 +1,10 @@
 """How a conversation becomes token ids, and which of them are to be learned.
 
-A format is a few strings around what is said. Each piece of text is encoded apart, so that no merge
-of the tokenizer crosses the border between question and answer, and what users write never becomes
-a special token. An answer is learned with the end token behind it, without which a model would
-never stop; begin token, questions and the words that open an answer are not.
+A format is a few strings around what is said, or the template of a checkpoint (`chat_template`).
+Each piece of text is encoded apart, so that no merge of the tokenizer crosses the border between
+question and answer, and what users write never becomes a special token. An answer is learned with
+the end token behind it, without which a model would never stop; begin token, questions and the
+words that open an answer are not.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_jax import errors
-from moe_jax.data import conversations
+from moe_jax.config import schema
+from moe_jax.data import chat_template, conversations
 from moe_jax.data import tokenizer as tokenizer_lib
 
 
@@ -28,7 +30,8 @@ class Format(NamedTuple):
   answer: str  # before an answer; learned with it
 
 
-# By name; the source of each beside it.
+TEMPLATE = 'template'  # the format whose text is data.chat_template
+# The others by name; the source of each beside it.
 FORMATS = {
   # DeepSeek LLM, DeepSeekMoE 16B, V2, Coder-V2, and ESFT's data: "Assistant:" ends the question's
   # part, and the answer begins with the space.
@@ -49,14 +52,31 @@ class _Piece(NamedTuple):
   text: str  # '' if `token`
   token: int | None
   learned: bool
+  is_template: bool = False  # the spelling of a special token is that token
 
 
-def check(name: str, tokenizer: tokenizer_lib.Tokenizer):
-  """Refuses a format whose special tokens the tokenizer lacks.
+def key(data: schema.DataConfig) -> tuple[str, ...]:
+  """All of the config that decides how a conversation becomes text."""
+  if data.chat_format == TEMPLATE:
+    return 'chat', TEMPLATE, *_template(data)
+  return 'chat', *FORMATS[data.chat_format]
+
+
+def check(data: schema.DataConfig, tokenizer: tokenizer_lib.Tokenizer):
+  """Refuses a format whose special tokens the tokenizer lacks, and a template that is not there.
 
   Raises:
-    errors.InputError: names the format and the tokens.
+    errors.InputError: names the format and what is missing.
   """
+  name = data.chat_format
+  if name == TEMPLATE:
+    errors.require(
+      bool(data.chat_template),
+      "config.data.chat_template='' must be the text of a jinja template for "
+      "data.chat_format='template': no checkpoint has brought one; give the text, or choose "
+      "chat_format='deepseek_llm'",
+    )
+    return
   wanted = filter(None, (FORMATS[name].user_token, FORMATS[name].assistant_token))
   missing = [token for token in wanted if tokenizer.token_id(token) is None]
   errors.require(
@@ -68,35 +88,57 @@ def check(name: str, tokenizer: tokenizer_lib.Tokenizer):
 
 
 def render(
-  name: str,
+  data: schema.DataConfig,
   batch: Sequence[conversations.Conversation],
   tokenizer: tokenizer_lib.Tokenizer,
 ) -> list[Rendered]:
   """Whole conversations as ids, begin token to the last end token; encoded in one batch."""
-  return _encode([list(_pieces(name, c, tokenizer)) for c in batch], tokenizer)
+  return _encode(_pieces(data, batch, tokenizer), tokenizer)
 
 
-def prompt(
-  name: str, conversation: conversations.Conversation, tokenizer: tokenizer_lib.Tokenizer
-) -> list[int]:
-  """Ids behind which a model writes its answer to the last question of a conversation.
+def prompts(
+  data: schema.DataConfig,
+  batch: Sequence[conversations.Conversation],
+  tokenizer: tokenizer_lib.Tokenizer,
+) -> list[list[int]]:
+  """Ids behind which a model writes its answer to the last question of each conversation.
 
   Raises:
     errors.InputError: the format does not go with the tokenizer, or the last turn is no question.
   """
-  check(name, tokenizer)
+  check(data, tokenizer)
   errors.require(
-    bool(conversation) and conversation[-1].role == 'user',
+    all(one and one[-1].role == 'user' for one in batch),
     'a prompt must end with a question of the user; leave out what is behind it',
   )
-  pieces = [*_pieces(name, conversation, tokenizer), *_opening(FORMATS[name], tokenizer)]
-  return _encode([pieces], tokenizer)[0].ids.tolist()
+  return [found.ids.tolist() for found in _encode(_pieces(data, batch, tokenizer), tokenizer)]
+
+
+def said(data: schema.DataConfig, text: str) -> str:
+  """An answer that a model has written, without what the format opens it with."""
+  opening = ' ' if data.chat_format == TEMPLATE else FORMATS[data.chat_format].answer
+  return text.removeprefix(opening)
+
+
+def _template(data: schema.DataConfig) -> chat_template.Template:
+  return chat_template.Template(data.chat_template, data.bos_token, data.eos_token)
 
 
 def _pieces(
-  name: str, conversation: conversations.Conversation, tokenizer: tokenizer_lib.Tokenizer
+  data: schema.DataConfig,
+  batch: Sequence[conversations.Conversation],
+  tokenizer: tokenizer_lib.Tokenizer,
+) -> list[list[_Piece]]:
+  """Each conversation in pieces; with a question at its end, up to where the answer begins."""
+  if data.chat_format != TEMPLATE:
+    return [list(_format_pieces(FORMATS[data.chat_format], one, tokenizer)) for one in batch]
+  rendered = chat_template.render(_template(data), batch, tokenizer.special_tokens)
+  return [[_Piece(p.text, None, p.learned, p.is_template) for p in one] for one in rendered]
+
+
+def _format_pieces(
+  form: Format, conversation: conversations.Conversation, tokenizer: tokenizer_lib.Tokenizer
 ) -> Iterator[_Piece]:
-  form = FORMATS[name]
   yield _Piece('', tokenizer.bos_id, False)
   for turn in conversation:
     if turn.role == 'system':
@@ -108,6 +150,8 @@ def _pieces(
       yield from _opening(form, tokenizer)
       yield _Piece(form.answer + turn.content, None, turn.learned)
       yield _Piece('', tokenizer.eos_id, turn.learned)
+  if conversation[-1].role == 'user':
+    yield from _opening(form, tokenizer)
 
 
 def _opening(form: Format, tokenizer: tokenizer_lib.Tokenizer) -> Iterator[_Piece]:
@@ -123,11 +167,13 @@ def _token(token: str, tokenizer: tokenizer_lib.Tokenizer) -> Iterator[_Piece]:
 def _encode(
   batch: Sequence[Sequence[_Piece]], tokenizer: tokenizer_lib.Tokenizer
 ) -> list[Rendered]:
-  texts = [piece.text for pieces in batch for piece in pieces if piece.token is None]
-  encoded = iter(tokenizer.encode_batch(texts))
+  encoded = {}
+  for special in (False, True):
+    texts = [p.text for one in batch for p in one if p.token is None and p.is_template == special]
+    encoded[special] = iter(tokenizer.encode_batch(texts, special_tokens=special))
   found = []
   for pieces in batch:
-    ids = [next(encoded) if p.token is None else [p.token] for p in pieces]
+    ids = [next(encoded[p.is_template]) if p.token is None else [p.token] for p in pieces]
     lengths = [len(part) for part in ids]
     learned = np.repeat([p.learned for p in pieces], lengths)
     joined = np.concatenate([np.asarray(part, np.uint32) for part in ids])

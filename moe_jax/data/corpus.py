@@ -126,11 +126,11 @@ def load_corpus(
   fim_key = (data.fim_rate, seed) if data.fim_rate > 0 else ()
   chats = {label: spec.source in schema.CONVERSATION_SOURCES for label, spec in specs.items()}
   if any(chats.values()):
-    chat_formats.check(data.chat_format, tokenizer)
+    chat_formats.check(data, tokenizer)
   fingerprints, directories = [], []
   for label, spec in specs.items():
     scan = scans[label]
-    chat_key = ('chat', *chat_formats.FORMATS[data.chat_format]) if chats[label] else ()
+    chat_key = chat_formats.key(data) if chats[label] else ()
     key = hashing.hexdigest(_VERSION, *scan.digests, tokenizer.to_json(), *fim_key, *chat_key)
     build = functools.partial(
       _build, spec=spec, scan=scan, tokenizer=tokenizer, data=data, seed=seed, progress=progress
@@ -281,7 +281,7 @@ def _build(
       heldout = [counter.add(document) for document in batch]
       rates = [0.0 if is_heldout else data.fim_rate for is_heldout in heldout]
       if spec.source in schema.CONVERSATION_SOURCES:
-        encoded = _encode_chats(tokenizer, batch, data.chat_format)
+        encoded = _encode_chats(tokenizer, batch, data)
       else:
         encoded = _encode(tokenizer, batch, rates, seed)
       for document, is_heldout, one in zip(batch, heldout, encoded):
@@ -322,11 +322,11 @@ class _Encoded(NamedTuple):
 
 
 def _encode_chats(
-  tokenizer: tokenizer_lib.Tokenizer, documents: Sequence[sources.Document], chat_format: str
+  tokenizer: tokenizer_lib.Tokenizer, documents: Sequence[sources.Document], data: schema.DataConfig
 ) -> Iterator[_Encoded]:
   """Yields each conversation's ids, and which of them are to be learned."""
   batch = [conversations.from_bytes(document.text) for document in documents]
-  for one, found in zip(batch, chat_formats.render(chat_format, batch, tokenizer)):
+  for one, found in zip(batch, chat_formats.render(data, batch, tokenizer)):
     yield _Encoded(found.ids, conversations.answers(one).encode('utf-8'), found.learned)
 
 

@@ -57,6 +57,38 @@ def require_untied(workdir: str | os.PathLike[str], field: str):
   )
 
 
+def chat_template(directory: pathlib.Path) -> str:
+  """The jinja template by which a checkpoint writes conversations; '' if its files have none.
+
+  chat_template.jinja comes first. In tokenizer_config.json there may be several with names, of
+  which the one called 'default' is taken.
+
+  Raises:
+    errors.InputError: a file cannot be read, or holds something else than templates.
+  """
+  path = directory / 'chat_template.jinja'
+  if path.is_file():
+    try:
+      return path.read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError) as e:
+      raise errors.InputError(f'{path} must be readable UTF-8 text ({e}); {_WAY_OUT}') from e
+  path = directory / 'tokenizer_config.json'
+  found = json_files.read_object(path, _WAY_OUT).get('chat_template') if path.is_file() else None
+  if isinstance(found, list):
+    named = {one['name']: one.get('template') for one in found if _is_named(one)}
+    found = named.get('default')
+  errors.require(
+    found is None or isinstance(found, str),
+    f'{path}: chat_template must be a text, or a list of objects with "name" and "template"; '
+    f'{_WAY_OUT}',
+  )
+  return found or ''
+
+
+def _is_named(one: Any) -> bool:
+  return isinstance(one, Mapping) and isinstance(one.get('name'), str)
+
+
 def end_ids(directory: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer) -> tuple[int, ...]:
   """Ids that end a text: the tokenizer's end token, and what the files of a checkpoint add.
 

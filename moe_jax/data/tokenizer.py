@@ -75,11 +75,24 @@ class Tokenizer:
 
   def special_tokens_in(self, text: str) -> list[str]:
     """The special tokens that a text spells."""
-    added = self._inner.get_added_tokens_decoder().values()
-    return [token.content for token in added if token.special and token.content in text]
+    return [token for token in self.special_tokens if token in text]
 
-  def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-    """Encodes several texts, on all cores; a very long one in pieces, into an array."""
+  @property
+  def special_tokens(self) -> list[str]:
+    """The spelling of every special token."""
+    added = self._inner.get_added_tokens_decoder().values()
+    return [token.content for token in added if token.special]
+
+  def encode_batch(self, texts: Sequence[str], *, special_tokens: bool = False) -> list[Ids]:
+    """Encodes several texts, on all cores; a very long one in pieces, into an array.
+
+    Args:
+      texts: the texts.
+      special_tokens: as of `encode`; then none is cut into pieces.
+    """
+    if special_tokens:
+      batch = self._with_special_tokens.encode_batch_fast(list(texts), add_special_tokens=False)
+      return [encoding.ids for encoding in batch]
     if max(map(len, texts), default=0) > text_pieces.PIECE_CHARACTERS:
       if self._places:
         return [self._encode_long(text, self._places) for text in texts]

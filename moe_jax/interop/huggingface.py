@@ -298,6 +298,8 @@ def _open(
   bos, eos = sidecar.special_tokens(directory, hf)
   path = os.path.join(home, sidecar.TOKENIZER)
   data = values['data'] | {'bos_token': bos, 'eos_token': eos, 'tokenizer': path}
+  if template := kept_files.chat_template(directory):
+    data |= {'chat_template': template, 'chat_format': 'template'}
   source = source_lib.read(directory, dict(values) | {'data': data}, param_dtype)
   tokenizer = tokenizer_lib.load(directory / sidecar.TOKENIZER, bos, eos)
   tokenizer_lib.check_vocab_size(tokenizer, source.cfg.model.vocab_size)

@@ -109,8 +109,7 @@ def is_right(source: str) -> Callable[[str, str], bool]:
 def measure(
   model: Model,
   questions: Sequence[Question],
-  source: str,
-  chat_format: str,
+  data: schema.DataConfig,
   max_new_tokens: int,
   tell: Callable[[Question, str, bool], object] = lambda *_: None,
 ) -> Accuracy:
@@ -119,24 +118,23 @@ def measure(
   Args:
     model: the model.
     questions: see `heldout_questions`.
-    source: where they come from; decides what is right.
-    chat_format: a key of `chat_formats.FORMATS`.
+    data: where they come from, which decides what is right; and the format in which they are asked.
     max_new_tokens: limit of an answer; what does not end within it is judged as it stands.
     tell: is told every question with its text and whether that is right.
 
   Raises:
     errors.InputError: a prompt and its answer do not go into `model.max_seq_len`.
   """
-  judge, counts = is_right(source), Accuracy(0, 0, 0, 0, 0)
+  judge, counts = is_right(data.source), Accuracy(0, 0, 0, 0, 0)
   greedy = sampling.Sampling(temperature=0.0)
   for begin in range(0, len(questions), BATCH):
     batch = questions[begin : begin + BATCH]
-    prompts = [chat_formats.prompt(chat_format, q.prompt, model.tokenizer) for q in batch]
+    prompts = chat_formats.prompts(data, [q.prompt for q in batch], model.tokenizer)
     written = model.complete(prompts, max_new_tokens, greedy)
     for question, text, tokens in zip(batch, written.texts, written.tokens):
       right = judge(text, question.answer)
       steps = (0, 0)
-      if source == 'arithmetic':
+      if data.source == 'arithmetic':
         steps = arithmetic.num_right_steps(text, question.prompt[-1].content)
       counts = Accuracy(
         counts.right + right,

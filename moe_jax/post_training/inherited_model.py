@@ -1,7 +1,8 @@
 """Config values whose model is that of the run whose weights are tuned.
 
-A page of fine-tuning names no sizes: with `objective.inherit` the section `model`, the tokenizer
-and its special tokens are taken from the record of `init_from`, so one page tunes any model.
+A page of fine-tuning names no sizes: with `objective.inherit` the section `model`, the tokenizer,
+its special tokens and the form of conversations are taken from the record of `init_from`, so one
+page tunes any model.
 """
 
 import copy
@@ -11,6 +12,7 @@ from typing import Any
 
 from moe_jax import errors
 from moe_jax.config import parse
+from moe_jax.data import kept_files
 from moe_jax.storage import fetch
 
 
@@ -37,7 +39,17 @@ def applied(values: dict[str, Any]) -> dict[str, Any]:
   if not new['data']['tokenizer']:
     new['data']['tokenizer'] = str(pathlib.PurePath(place) / 'tokenizer.json')
     new['data'] |= {key: source['data'][key] for key in ('bos_token', 'eos_token')}
+  _with_chat_format(new['data'], source['data'], place)
   return new
+
+
+def _with_chat_format(data: dict[str, Any], source: dict[str, Any], place: str):
+  """Fills in what a page leaves open; of an older import, the template is that of its files."""
+  data['chat_format'] = data['chat_format'] or source['chat_format']
+  kept = fetch.local(place, 'config.init_from') / kept_files.DIRECTORY
+  data['chat_template'] = (
+    data['chat_template'] or source['chat_template'] or kept_files.chat_template(kept)
+  )
 
 
 def _record(place: str) -> dict[str, Any]:

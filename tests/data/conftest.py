@@ -5,7 +5,7 @@ import pytest
 
 from configs import base
 from moe_jax.config import schema
-from moe_jax.data import corpus, sources
+from moe_jax.data import chat_template, corpus, sources, template_worker
 
 
 @pytest.fixture
@@ -67,3 +67,13 @@ def make_corpus():
     )
 
   return make
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+  """Templates are rendered without a process, which takes a tenth of a second to start."""
+
+  def ask(request):
+    return template_worker.answer(request, lambda: None)
+
+  monkeypatch.setattr(chat_template, '_ask', ask)

@@ -40,6 +40,27 @@ def test_what_is_no_id_is_refused(tmp_path, value):
     ends(tmp_path, generation_config={'eos_token_id': value})
 
 
+def template(directory, **content) -> str:
+  (directory / 'tokenizer_config.json').write_text(json.dumps(content))
+  return kept_files.chat_template(directory)
+
+
+def test_the_template_of_a_checkpoint(tmp_path):
+  assert kept_files.chat_template(tmp_path) == template(tmp_path) == ''
+  assert template(tmp_path, chat_template='{{ a }}') == '{{ a }}'
+  several = [{'name': 'tools', 'template': 'b'}, {'name': 'default', 'template': 'c'}]
+  assert template(tmp_path, chat_template=several) == 'c'
+  assert template(tmp_path, chat_template=several[:1]) == ''
+  for bad in (7, [{'name': 'default', 'template': 7}]):
+    with pytest.raises(errors.InputError, match='tokenizer_config.json: chat_template must be'):
+      template(tmp_path, chat_template=bad)
+  (tmp_path / 'chat_template.jinja').write_text('{{ d }}', encoding='utf-8')
+  assert template(tmp_path, chat_template='{{ a }}') == '{{ d }}'
+  (tmp_path / 'chat_template.jinja').write_bytes(b'\xff')
+  with pytest.raises(errors.InputError, match='chat_template.jinja must be readable UTF-8'):
+    kept_files.chat_template(tmp_path)
+
+
 def test_files_are_carried_once_and_whole(tmp_path):
   source, target = tmp_path / 'a', tmp_path / 'b'
   source.mkdir(), target.mkdir()

@@ -51,9 +51,8 @@ def test_counts(data):
     return generate.Generation(ids, texts, 1.0)
 
   model = types.SimpleNamespace(config=None, tokenizer=tokenizer, complete=complete)
-  found = answers.measure(
-    model, questions, 'arithmetic', 'deepseek_llm', 8, lambda *one: told.append(one)
-  )
+  data = schema.DataConfig(**tokens.to_dict() | {'source': 'arithmetic'})
+  found = answers.measure(model, questions, data, 8, lambda *one: told.append(one))
   assert asked == [f'User: {q.prompt[-1].content}\n\nAssistant:' for q in questions]
   assert found[:3] == (35, 70, 35)
   steps = sum(q.answer.count('=') for q in questions[1::2])

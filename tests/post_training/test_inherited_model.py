@@ -56,6 +56,23 @@ def test_an_older_record_is_completed(source):
   assert parse.from_dict(inherited_model.applied(page(source))).model.embed_dim == 24
 
 
+def test_the_form_of_conversations_is_the_sources(source):
+  assert parse.from_dict(inherited_model.applied(page(source))).data.chat_format == 'deepseek_llm'
+  (source / 'hf').mkdir()
+  (source / 'hf/chat_template.jinja').write_text('{{ older }}')
+  data = inherited_model.applied(page(source))['data']
+  assert (data['chat_format'], data['chat_template']) == ('deepseek_llm', '{{ older }}')
+  record = json.loads((source / 'config.json').read_text())
+  record['config']['data'] |= {'chat_format': 'template', 'chat_template': '{{ x }}'}
+  (source / 'config.json').write_text(json.dumps(record))
+  data = inherited_model.applied(page(source))['data']
+  assert (data['chat_format'], data['chat_template']) == ('template', '{{ x }}')
+  own = page(source)
+  own['data'] |= {'chat_format': 'deepseek_v3', 'chat_template': '{{ own }}'}
+  data = inherited_model.applied(own)['data']
+  assert (data['chat_format'], data['chat_template']) == ('deepseek_v3', '{{ own }}')
+
+
 def test_no_run_there(tmp_path):
   with pytest.raises(errors.InputError, match='config.init_from=.* must be the directory of a run'):
     inherited_model.applied(page(tmp_path / 'nowhere'))

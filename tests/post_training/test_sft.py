@@ -75,7 +75,7 @@ def test_packed_conversations_teach_what_they_teach_alone(attention):
 def test_text_and_conversations_do_not_mix():
   values = sft.get_config().to_dict()
   values['objective']['inherit'] = False
-  values['data']['tokenizer'] = 'bytes'
+  values['data'] |= {'tokenizer': 'bytes', 'chat_format': 'deepseek_llm'}
   parse.from_dict(values)
   values['data'] |= {'source': 'synthetic', 'path': ''}
   words = "config.data.source with config.objective.kind='sft' must name conversations only"
