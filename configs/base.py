@@ -34,6 +34,7 @@ def get_config() -> Page:
 
   c.model = ml_collections.ConfigDict()
   c.model.vocab_size = 8192
+  c.model.tie_embeddings = False
   c.model.max_seq_len = 512
   c.model.embed_dim = 256
   c.model.mlp_dim = 704  # 8/3 D, up to a multiple of 64

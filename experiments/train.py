@@ -46,6 +46,7 @@ def main(unused_argv: Sequence[str]):
   """Trains, then reports; an interrupted run says how to go on."""
   import jax
 
+  from moe_jax.interop import start_weights
   from moe_jax.processes import agreement
   from moe_jax.runs import final_report, run_place, terminal, train_run
 
@@ -64,6 +65,7 @@ def main(unused_argv: Sequence[str]):
       argv=sys.argv,
       say=say,
       profile_steps=_profile_steps(),
+      open_weights=start_weights.of,
     )
     if not trained.interrupted_by:
       final_report.finish(trained, corpus, place.path, say)

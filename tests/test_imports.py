@@ -42,6 +42,7 @@ NEIGHBOURS = {
   ('balance', 'devices'),
   ('checkpoints', 'devices'),
   ('inference', 'training'),
+  ('post_training', 'interop'),
 }
 
 # Names, not modules: the tables that a layer looks its functions up in.

@@ -31,6 +31,7 @@ EPS = 1e-3
 # changes the gradient's norm by a tenth.
 CASES = {
   'llama': ('llama_gqa', {}),
+  'llama_tied': ('llama_tied', {}),
   'deepseek_v2': ('v2_no_yarn', {}),
   'deepseek_v3': ('v3', {}),
   'deepseek_v2_balanced': ('v2_no_yarn', {'aux_loss_alpha': 0.5, 'seq_aux': True}),

@@ -109,8 +109,9 @@ def readers(cfg: schema.Config, workdir: pathlib.Path, scratch: pathlib.Path) ->
   def init_from() -> str:
     # As a new run's check and its first state do.
     new = dataclasses.replace(mesh_cfg, init_from=str(workdir))
-    source = trained_run.read_meta(workdir, flag='config.init_from')
-    return digest(first_state.make(new, source, mesh, corpus, lambda line: None).params)
+    return digest(
+      first_state.make(new, first_state.of_run(new), mesh, corpus, lambda line: None).params
+    )
 
   return {
     'train': train,

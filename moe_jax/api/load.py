@@ -71,13 +71,11 @@ def is_downloaded(directory: str | os.PathLike[str], flag: str = 'directory') ->
     errors.InputError: it is neither.
   """
   path = fetch.local(directory, flag)
-  if (path / 'checkpoints').is_dir():
-    return False
-  downloaded = (path / 'config.json').is_file() and any(path.glob('*.safetensors'))
+  downloaded = huggingface.is_checkpoint(path)
   errors.require(
-    downloaded,
+    downloaded or (path / 'checkpoints').is_dir(),
     f'{flag}={directory} is neither a run (it holds no checkpoints) nor a downloaded Hugging Face '
     'checkpoint (config.json with *.safetensors); train first: python -m experiments.train '
     f'--config=configs/quickstart.py --workdir={directory}, or name another directory',
   )
-  return True
+  return downloaded

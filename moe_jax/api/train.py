@@ -10,6 +10,7 @@ from moe_jax import errors, trees
 from moe_jax.api import run as run_lib
 from moe_jax.config import pages, parse, schema
 from moe_jax.devices import host_allocator
+from moe_jax.interop import start_weights
 from moe_jax.post_training import inherited_model
 from moe_jax.runs import final_report, goodput, run_place, terminal, train_run
 
@@ -50,7 +51,12 @@ def train(
   say = terminal.of(say)
   with run_place.opened(workdir, 'workdir', say) as place:
     trained, corpus = train_run.run_training(
-      cfg, place.path, parts=place.parts, allow_config_change=allow_config_change, say=say
+      cfg,
+      place.path,
+      parts=place.parts,
+      allow_config_change=allow_config_change,
+      say=say,
+      open_weights=start_weights.of,
     )
     if trained.interrupted_by:
       say(

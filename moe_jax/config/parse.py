@@ -11,6 +11,7 @@ from moe_jax.config import mesh_config, rules, schema
 
 # Fields that came after runs were recorded without them: section -> field -> what held until then.
 ADDED = {
+  'model': {'tie_embeddings': False},
   'train': {'max_skipped_steps': 0, 'stall_seconds': 0.0},
   'optim': {'spike_sigma': 0.0, 'spike_window': 128},
   'data': {'skip_null_text': False, 'chat_format': 'deepseek_llm', 'chat_template': ''},

@@ -30,7 +30,9 @@ CHAT_FORMATS = ('deepseek_llm', 'deepseek_v3', 'template')
 class ModelConfig:
   """A pre-norm decoder: `num_dense_layers` dense blocks, then MoE blocks."""
 
-  vocab_size: int  # rows V of the embedding and of the output head (untied)
+  vocab_size: int  # rows V of the embedding and of the output head
+  # Whether the output head is the embedding: one matrix, with one gradient and one set of moments.
+  tie_embeddings: bool
   max_seq_len: int  # L, the longest row a batch holds and the longest context that is generated
   embed_dim: int  # D, width of the residual stream
   mlp_dim: int  # FFN width of the dense layers

@@ -9,7 +9,7 @@ import os
 import pathlib
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from moe_jax import errors
@@ -23,12 +23,18 @@ _WAY_OUT = 'download it again'
 
 def carry(source: pathlib.Path, workdir: pathlib.Path):
   """Copies the kept files of a workdir, if it has any, into another that has none yet."""
+  if (source / DIRECTORY).is_dir():
+    put(workdir, lambda target: shutil.copytree(source / DIRECTORY, target))
+
+
+def put(workdir: pathlib.Path, write: Callable[[pathlib.Path], object]):
+  """Gives a workdir that has no kept files those that `write` makes in a directory, or none."""
   target = workdir / DIRECTORY
-  if not (source / DIRECTORY).is_dir() or target.exists():
+  if target.exists():
     return
   temporary = target.with_name(f'.{DIRECTORY}.{uuid.uuid4().hex}')
   try:
-    shutil.copytree(source / DIRECTORY, temporary)
+    write(temporary)
     temporary.rename(target)
   finally:
     shutil.rmtree(temporary, ignore_errors=True)  # renamed away if all went well
@@ -44,16 +50,19 @@ def is_tied(workdir: pathlib.Path) -> bool:
 
 
 def require_untied(workdir: str | os.PathLike[str], field: str):
-  """Refuses to train from an import whose embedding and head are one matrix: here they are two.
+  """Refuses to train two matrices that are one in the files of an import.
+
+  Imports of before there was `model.tie_embeddings` hold it twice.
 
   Raises:
-    errors.InputError: names the field, and the way to train them apart.
+    errors.InputError: names the field and the ways out.
   """
   errors.require(
     not is_tied(fetch.local(workdir)),
     f'{field}={workdir} has one matrix as embedding and output head (tie_word_embeddings), and '
-    'training would change each for itself; import it again with convert --untie to train them as '
-    'two, which is what an export holds then',
+    'this config would train two, each for itself; set config.model.tie_embeddings=True after '
+    'importing it again with experiments.convert, or import it with --untie to train them as two, '
+    'which is what an export holds then',
   )
 
 

@@ -67,7 +67,8 @@ def unstack(cfg: schema.ModelConfig, variables: trees.Variables) -> Weights:
       own, kernels = lay_out(cfg, kind.is_moe, own)
       layer = {'router_state': jax.tree.map(lambda a: a[i], state.get(kind.name, {}))}  # noqa: B023
       found.append({'params': own, decode_layers.KERNELS: kernels, **layer})
-  outside = {k: params[k] for k in ('embedding', 'final_norm', 'head')}
+  outside = {k: params[k] for k in ('embedding', 'final_norm')}
+  outside['head'] = transformer.head_of(cfg, params)
   outside = jax.tree_util.tree_map_with_path(narrow, outside)
   if hardware.platform() == 'cpu':
     outside |= {

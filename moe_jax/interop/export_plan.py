@@ -83,6 +83,7 @@ def _is_for_training(name: str) -> bool:
 
 def own_record(model: schema.ModelConfig, layout: mapping.Layout) -> sidecar.Record:
   """How a model that was never imported is written."""
+  layout = layout._replace(lm_head=not model.tie_embeddings)
   return sidecar.Record(layout, _FILE_DTYPE[model.param_dtype], {}, False)
 
 
@@ -113,6 +114,8 @@ def config_json(
   before = hf_config_export.from_config(parse.from_dict(values))
   missing = object()
   changed = {k: v for k, v in made.items() if before.get(k, missing) != v}
+  # Imports of before there was model.tie_embeddings hold one matrix twice.
+  changed.pop('tie_word_embeddings', None)
   changed |= {'tie_word_embeddings': False} if untied else {}
   if cfg.model.num_mtp_layers not in (0, hf_config.declared_mtp_layers(original)):
     changed['num_nextn_predict_layers'] = cfg.model.num_mtp_layers

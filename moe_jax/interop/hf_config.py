@@ -75,6 +75,7 @@ def to_values(hf: trees.Json, values: trees.Json, num_mtp_layers: int) -> dict[s
   model = values['model']
   model |= {
     'vocab_size': hf_values.size(hf, 'vocab_size'),
+    'tie_embeddings': hf_values.flag(hf, 'tie_word_embeddings', False),
     'max_seq_len': hf_values.size(hf, 'max_position_embeddings', most=hf_values.LONGEST),
     'embed_dim': hf_values.size(hf, 'hidden_size'),
     'mlp_dim': hf_values.size(hf, 'intermediate_size'),

@@ -93,7 +93,7 @@ def from_config(cfg: schema.Config) -> dict[str, Any]:
     'hidden_act': 'silu',
     'attention_bias': False,
     'attention_dropout': 0.0,
-    'tie_word_embeddings': False,
+    'tie_word_embeddings': model.tie_embeddings,
     'use_cache': True,
   }
   if kind == 'deepseek':  # transformers has no code of its own for it

@@ -67,12 +67,24 @@ def load(
     errors.InputError: see the message.
   """
   directory = fetch.local(directory)
-  source, tokenizer = _open(directory, values, directory, param_dtype)
+  source, tokenizer = opened(directory, values, directory, param_dtype)
   for note in source.notes:
     say(note)
   cfg, mesh = trained_run.on_devices_here(source.cfg)
   abstract = model_variables.abstract_variables(cfg.model, mesh)
-  return trained_run.Run(cfg, mesh, _place(source, abstract), tokenizer, 0, trained_run.NO_DATA)
+  return trained_run.Run(cfg, mesh, placed(source, abstract), tokenizer, 0, trained_run.NO_DATA)
+
+
+def is_checkpoint(directory: pathlib.Path) -> bool:
+  """Whether a directory holds the files of a Hugging Face checkpoint, and is not a workdir."""
+  files = (directory / 'config.json').is_file() and any(directory.glob('*.safetensors'))
+  return files and not (directory / 'checkpoints').is_dir()
+
+
+def read_config(directory: str | os.PathLike[str], values: trees.Json) -> schema.Config:
+  """The config of a downloaded checkpoint, with its tokenizer; arguments as of `load`."""
+  directory = fetch.local(directory)
+  return opened(directory, values, directory)[0].cfg
 
 
 def load_variables(
@@ -92,10 +104,10 @@ def load_variables(
     errors.InputError: see the message.
   """
   source = source_lib.read(directory, values, param_dtype)
-  return source.cfg, _place(source, source_lib.abstract_leaves(source.cfg.model))
+  return source.cfg, placed(source, source_lib.abstract_leaves(source.cfg.model))
 
 
-def _place(source: source_lib.Source, abstract: Any) -> dict[str, Any]:
+def placed(source: source_lib.Source, abstract: Any) -> dict[str, Any]:
   """The variables of a source, placed as the tree of shapes `abstract` says."""
   leaves = placement.Leaves(source_lib.by_name(abstract))
   with _progress(source, 'read') as bar:
@@ -162,7 +174,7 @@ def import_checkpoint(
     workdir: absent or empty.
     param_dtype: of weights and computation, one of schema.DTYPES; '' for that of the files.
     allow_nonfinite: take tensors with NaN or infinity as they are.
-    untie: an embedding that is the head too becomes two matrices, which training may change.
+    untie: an embedding that is the head too becomes two matrices, which are trained apart.
     argv: command line, for the record.
     say: prints one line.
 
@@ -171,7 +183,7 @@ def import_checkpoint(
   """
   began = time.monotonic()
   directory = fetch.local(directory, '--from_hf')
-  source, tokenizer = _open(directory, values, workdir, param_dtype)
+  source, tokenizer = opened(directory, values, workdir, param_dtype, untie)
   source = dataclasses.replace(source, allow_nonfinite=allow_nonfinite)
   cfg = source.cfg
   for note in source.notes:
@@ -289,10 +301,28 @@ def _copy_small_files(
     exported_tokenizer.write(tokenizer, data, cfg.model.max_seq_len, into, say)
 
 
-def _open(
-  directory: pathlib.Path, values: trees.Json, home: str | os.PathLike[str], param_dtype: str
+def opened(
+  directory: pathlib.Path,
+  values: trees.Json,
+  home: str | os.PathLike[str],
+  param_dtype: str = '',
+  untie: bool = False,
 ) -> tuple[source_lib.Source, tokenizer_lib.Tokenizer]:
-  """A checked checkpoint and its tokenizer, which the config expects in the directory `home`."""
+  """Checks a downloaded checkpoint.
+
+  Args:
+    directory: of the checkpoint.
+    values: see `load`.
+    home: directory in which the config is to expect the tokenizer.
+    param_dtype: see `load`.
+    untie: see `import_checkpoint`.
+
+  Returns:
+    (the checkpoint, its tokenizer).
+
+  Raises:
+    errors.InputError: see the message.
+  """
   hf = source_lib.read_json(directory / 'config.json')
   hf_config.family(hf)  # before anything is said about its tokenizer
   bos, eos = sidecar.special_tokens(directory, hf)
@@ -300,7 +330,7 @@ def _open(
   data = values['data'] | {'bos_token': bos, 'eos_token': eos, 'tokenizer': path}
   if template := kept_files.chat_template(directory):
     data |= {'chat_template': template, 'chat_format': 'template'}
-  source = source_lib.read(directory, dict(values) | {'data': data}, param_dtype)
+  source = source_lib.read(directory, dict(values) | {'data': data}, param_dtype, untie=untie)
   tokenizer = tokenizer_lib.load(directory / sidecar.TOKENIZER, bos, eos)
   tokenizer_lib.check_vocab_size(tokenizer, source.cfg.model.vocab_size)
   tokenizer.end_ids = kept_files.end_ids(directory, tokenizer)

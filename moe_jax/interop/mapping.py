@@ -31,7 +31,7 @@ class Layout(NamedTuple):
   """Choices of a set of files that the model does not decide."""
 
   fused_experts: bool = False  # all experts of a layer in two tensors, as transformers holds them
-  lm_head: bool = True  # False: tied, the head is the embedding and has no tensor
+  lm_head: bool = True  # False: the head is the embedding and has no tensor
 
 
 class Entry(NamedTuple):
@@ -102,6 +102,7 @@ _EMBEDDING = _Row('model.embed_tokens.weight', 'params/embedding', 'vocab embed'
 _FINAL_NORM = _Row('model.norm.weight', 'params/final_norm/scale', 'embed')
 _HEAD = _Row('lm_head.weight', 'params/head', 'embed | vocab')
 _TIED_HEAD = _Row('model.embed_tokens.weight', 'params/head', 'embed | vocab')
+_REPEATED_HEAD = _Row('lm_head.weight', 'params/embedding', 'vocab embed')
 
 _NORMS = (
   _Row('input_layernorm.weight', 'attention_norm/scale', 'embed'),
@@ -162,11 +163,14 @@ def entries(cfg: schema.ModelConfig, layout: Layout) -> Iterator[Entry]:
   """
   axes = _axes(cfg)
   yield from _vocabulary(_EMBEDDING, _Place(axes))
-  yield from (
-    _vocabulary(_HEAD, _Place(axes))
-    if layout.lm_head
-    else _vocabulary(_TIED_HEAD, _Place(axes), TIED)
-  )
+  if cfg.tie_embeddings:
+    yield from _vocabulary(_REPEATED_HEAD, _Place(axes), COPY) if layout.lm_head else ()
+  else:
+    yield from (
+      _vocabulary(_HEAD, _Place(axes))
+      if layout.lm_head
+      else _vocabulary(_TIED_HEAD, _Place(axes), TIED)
+    )
   yield _entry(_FINAL_NORM, _Place(axes))
   num_dense = cfg.num_layers - cfg.num_moe_layers
   for layer in range(cfg.num_layers):
@@ -178,7 +182,7 @@ def entries(cfg: schema.ModelConfig, layout: Layout) -> Iterator[Entry]:
     yield from _block(cfg, axes, layout, prefix, _MTP_BLOCK, module, cfg.is_moe)
     for row in _MTP:
       yield _entry(row, _Place(axes, prefix, index=(module,)))
-    for row in (_EMBEDDING, _HEAD):
+    for row in (_EMBEDDING, _REPEATED_HEAD if cfg.tie_embeddings else _HEAD):
       yield from _vocabulary(row._replace(hf=_MTP_COPIES[row.hf]), _Place(axes, prefix), COPY)
 
 

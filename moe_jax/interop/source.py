@@ -108,13 +108,20 @@ def by_name(tree: trees.Tree) -> dict[str, Any]:
   }
 
 
-def read(directory: str | os.PathLike[str], values: trees.Json, param_dtype: str = '') -> Source:
+def read(
+  directory: str | os.PathLike[str],
+  values: trees.Json,
+  param_dtype: str = '',
+  *,
+  untie: bool = False,
+) -> Source:
   """Reads config.json and all headers, and checks them.
 
   Args:
     directory: a downloaded checkpoint.
     values: nested dicts of a whole config, whose model section is replaced.
     param_dtype: of the kept weights, '' for that of the files.
+    untie: an embedding that is the head too becomes two matrices.
 
   Raises:
     errors.InputError: see the message.
@@ -136,6 +143,7 @@ def read(directory: str | os.PathLike[str], values: trees.Json, param_dtype: str
   file_dtype = _file_dtype(tensors)
   values['model']['param_dtype'] = param_dtype or file_dtype
   values['model']['dtype'] = param_dtype or file_dtype
+  values['model']['tie_embeddings'] &= not untie
   cfg = parse.from_dict(values)
   field_checks.check_counts(hf, cfg.model, tensors, directory)
   tied = hf_values.flag(hf, 'tie_word_embeddings', False)

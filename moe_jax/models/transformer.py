@@ -134,8 +134,11 @@ class Transformer(nn.Module):
       x, (_, found[kind.name]) = stack(x, decoder_block.LayerInputs(None, number, own), ctx, routed)
     hidden = x
     x = layers.RMSNorm(cfg.norm_eps, dtype, name='final_norm')(x)
-    head_init = layers.init_weight(cfg.init_std, 'embed', 'vocab')
-    head = self.param('head', head_init, (cfg.embed_dim, cfg.vocab_size), param_dtype)
+    if cfg.tie_embeddings:
+      head = embedding.T
+    else:
+      head_init = layers.init_weight(cfg.init_std, 'embed', 'vocab')
+      head = self.param('head', head_init, (cfg.embed_dim, cfg.vocab_size), param_dtype)
     logits = logits_of(x, head)
     stats = found.get('moe_layers')
     mtp = None
@@ -205,6 +208,11 @@ def embedded(ids: Array, embedding: Array) -> Array:
   axes = ('act_batch', 'act_len'), ('vocab', 'embed')
   with jax.named_scope('embedding'):
     return partitioning.per_shard(part, axes, axes[0])(ids, embedding)
+
+
+def head_of(cfg: schema.ModelConfig, params: trees.Params) -> Array:
+  """The output head [D, V] of a model's parameters."""
+  return params['embedding'].T if cfg.tie_embeddings else params['head']
 
 
 def logits_of(x: Array, head: Array) -> Array:

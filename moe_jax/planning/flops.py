@@ -34,14 +34,14 @@ TRAIN_FLOPS_PER_WEIGHT = 6
 class ParameterCount:
   """Parameters of a whole model by what they are for; the fields but `mtp` add up to `total`."""
 
-  embedding: int  # [V, D]
+  embedding: int  # [V, D]; 0 where it is the head
   attention: int  # q, k, v and output projections, or the five of MLA (four without q_lora_rank)
   norms: int  # scales of the two norms of each layer, of the last one and of MLA's latents
   dense_ffn: int  # FFNs of the dense layers
   shared_experts: int
   routed_experts: int
   router: int  # one row of D per routed expert, and per expert of a mixture of attention heads
-  head: int  # [D, V], untied
+  head: int  # [D, V]
   mtp: int  # all of the modules of multi-token prediction, which share embedding and head
 
   @property
@@ -79,7 +79,7 @@ def _count(model: schema.ModelConfig, experts: int) -> ParameterCount:
   d, moe, num_moe = model.embed_dim, model.moe, model.num_moe_layers
   expert = _swiglu(d, moe.moe_mlp_dim)
   return ParameterCount(
-    embedding=model.vocab_size * d,
+    embedding=0 if model.tie_embeddings else model.vocab_size * d,
     attention=model.num_layers * _attention(model),
     norms=model.num_layers * _norms(model) + d,
     dense_ffn=(model.num_layers - num_moe) * _swiglu(d, model.mlp_dim),

@@ -11,8 +11,7 @@ import pathlib
 from typing import Any
 
 from moe_jax import errors
-from moe_jax.config import parse
-from moe_jax.data import kept_files
+from moe_jax.config import pages, parse
 from moe_jax.storage import fetch
 
 
@@ -26,7 +25,7 @@ def applied(values: dict[str, Any]) -> dict[str, Any]:
     values: of a config page, as nested dicts.
 
   Raises:
-    errors.InputError: there is no run at `init_from`.
+    errors.InputError: there is neither a run nor a downloaded checkpoint at `init_from`.
   """
   objective, place = values.get('objective', {}), values.get('init_from', '')
   if not objective.get('inherit') or not place:
@@ -45,6 +44,8 @@ def applied(values: dict[str, Any]) -> dict[str, Any]:
 
 def _with_chat_format(data: dict[str, Any], source: dict[str, Any], place: str):
   """Fills in what a page leaves open; of an older import, the template is that of its files."""
+  from moe_jax.data import kept_files  # every command imports this module
+
   data['chat_format'] = data['chat_format'] or source['chat_format']
   kept = fetch.local(place, 'config.init_from') / kept_files.DIRECTORY
   data['chat_template'] = (
@@ -53,15 +54,19 @@ def _with_chat_format(data: dict[str, Any], source: dict[str, Any], place: str):
 
 
 def _record(place: str) -> dict[str, Any]:
+  from moe_jax.interop import huggingface  # every command imports this module
+
   path = fetch.local(place, 'config.init_from') / 'config.json'
+  if huggingface.is_checkpoint(path.parent):
+    return parse.to_dict(huggingface.read_config(path.parent, pages.values('base').to_dict()))
   try:
     recorded = json.loads(path.read_text(encoding='utf-8'))['config']
     return copy.deepcopy(parse.completed(recorded))
   except (OSError, ValueError, KeyError, TypeError) as e:
     raise errors.InputError(
       f'config.init_from={place} must be the directory of a run, and {path} is no record of one '
-      f'({e}); give a workdir of experiments.train, or import a downloaded checkpoint first with '
-      'python -m experiments.convert'
+      f'({e}); give a workdir of experiments.train, or the directory of a Hugging Face checkpoint '
+      '(config.json, tokenizer.json, *.safetensors)'
     ) from e
 
 

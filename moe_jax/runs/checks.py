@@ -148,7 +148,8 @@ def check_source(cfg: schema.Config, source: trees.Json | None, corpus: corpus_l
   if source is None:
     return
   warm_start.check(cfg, parse.from_record(source['config']))
-  kept_files.require_untied(cfg.init_from, 'config.init_from')
+  if not cfg.model.tie_embeddings:
+    kept_files.require_untied(cfg.init_from, 'config.init_from')
   errors.require(
     source['tokenizer'] == trained_run.digest(corpus.tokenizer),
     f'config.data.tokenizer={cfg.data.tokenizer!r} is not the tokenizer of config.init_from='

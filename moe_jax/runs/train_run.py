@@ -33,7 +33,6 @@ from moe_jax.runs import (
   trained_run,
   working_directory,
 )
-from moe_jax.storage import fetch
 from moe_jax.storage import parts as parts_lib
 from moe_jax.training import objective, optim, optimizer_step, stop_signal, train_state
 
@@ -47,6 +46,7 @@ def run_training(
   argv: Sequence[str] = (),
   say: trained_run.Say = print,
   profile_steps: tuple[int, int] | None = None,
+  open_weights: first_state.Open = first_state.of_run,
 ) -> tuple[trained_run.Run, corpus_lib.Corpus]:
   """Trains `cfg` in `workdir`, resuming from the newest whole checkpoint there.
 
@@ -60,6 +60,7 @@ def run_training(
     argv: command line, for the record.
     say: prints one line.
     profile_steps: the first and the last of the steps that are profiled, into workdir/profile.
+    open_weights: config -> what `init_from` names, for more kinds than runs.
 
   Returns:
     The trained (or interrupted) run and its corpus.
@@ -76,9 +77,9 @@ def run_training(
     cfg = working_directory.as_recorded(cfg, workdir)
     changes, moved = run_record.check_workdir(workdir, cfg, allow_config_change)
     reading = working_directory.resolved(cfg, workdir)
-    source = first_state.source_meta(reading)
+    source = open_weights(reading)
     mesh, corpus = checks.prepare(reading)
-    checks.check_source(reading, source, corpus)
+    checks.check_source(reading, source and source.meta, corpus)
     summary = _summary(cfg, corpus, mesh)
   with contextlib.ExitStack() as stack:
     with agreement.together():
@@ -105,8 +106,8 @@ def run_training(
       if writes:
         run_record.write(workdir, cfg, argv=argv, data_fingerprint=corpus.fingerprint)
         corpus.tokenizer.save(workdir / 'tokenizer.json')
-        if cfg.init_from:
-          kept_files.carry(fetch.local(reading.init_from), workdir)
+        if source is not None:
+          source.carry(workdir)
     corpus.tokenizer.end_ids = kept_files.end_ids(workdir / kept_files.DIRECTORY, corpus.tokenizer)
     checkpointer.prepare(abstract_state)
     state, stopped_by = _fit(

@@ -31,6 +31,7 @@ Array = jax.Array
 # What decides the weights that are copied, or how they are used.
 _EQUAL = (
   'vocab_size',
+  'tie_embeddings',
   'embed_dim',
   'num_layers',
   'num_heads',

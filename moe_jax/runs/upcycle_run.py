@@ -75,7 +75,8 @@ def _create(
   _check_no_checkpoints(workdir)
   meta = trained_run.read_meta(source, step)
   layout = upcycle.plan(parse.from_record(meta['config']).model, cfg.model)
-  kept_files.require_untied(source, '--from')
+  if not cfg.model.tie_embeddings:
+    kept_files.require_untied(source, '--from')
   mesh, corpus = checks.prepare(cfg)
   errors.require(
     trained_run.digest(corpus.tokenizer) == meta['tokenizer'],

@@ -69,7 +69,7 @@ def read(
     errors.InputError: no checkpoint there is whole.
   """
   fresh, theirs = (train_state.abstract_state(c, mesh) for c in (cfg, source))
-  shared = _common(theirs.router_state, fresh.router_state)
+  shared = common(theirs.router_state, fresh.router_state)
   wanted = {'params': theirs.params} | ({'router_state': shared} if shared else {})
   restored = checkpointer.restore(wanted, partial=True)
   if restored is None:
@@ -77,10 +77,30 @@ def read(
       f'config.init_from={cfg.init_from} holds no finished checkpoint; give a workdir that has one'
     )
   say(f'starting from the weights of {cfg.init_from}, step {restored.step}')
+  return adapted(cfg, source, restored.state, fresh, say)
+
+
+def adapted(
+  cfg: schema.Config,
+  source: schema.Config,
+  found: trees.Json,
+  fresh: train_state.TrainState,
+  say: Callable[[str], None],
+) -> dict[str, Any]:
+  """What was read in the new run's dtypes, without what routing remembers there alone.
+
+  Args:
+    cfg: the new run.
+    source: config of the weights.
+    found: `params` and, if there is any, `router_state`.
+    fresh: shapes and dtypes of the new run.
+    say: prints a line for each setting of the model that is another one.
+  """
   for change in changed_settings(cfg, source):
     say(f'config changed against init_from: {change}')
-  params = jax.tree.map(lambda x, to: x.astype(to.dtype), restored.state['params'], fresh.params)
-  return {'params': params, 'router_state': restored.state.get('router_state', {})}
+  params = jax.tree.map(lambda x, to: x.astype(to.dtype), found['params'], fresh.params)
+  state = common(found.get('router_state', {}), fresh.router_state)
+  return {'params': params, 'router_state': state}
 
 
 def _shapes(tree: trees.Tree) -> dict[str, tuple[int, ...]]:
@@ -92,12 +112,12 @@ def _describe(shape: tuple[int, ...] | None) -> str:
   return 'nothing' if shape is None else str(list(shape))
 
 
-def _common(a: trees.Json, b: trees.Json) -> dict[str, Any]:
+def common(a: trees.Json, b: trees.Json) -> dict[str, Any]:
   """The leaves of `a` that `b` has with the same shape; no empty dicts."""
   found = {}
   for key in a.keys() & b.keys():
     if isinstance(a[key], Mapping):
-      inner = _common(a[key], b[key])
+      inner = common(a[key], b[key])
       found |= {key: inner} if inner else {}
     elif a[key].shape == b[key].shape and key != 'assignments':
       found[key] = a[key]

@@ -76,7 +76,7 @@ class Evaluation:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _sums(cfg: schema.ModelConfig, chunk: int, variables: trees.Variables, batch: trees.Batch):
-  head, targets = variables['params']['head'], batch['targets']
+  head, targets = transformer.head_of(cfg, variables['params']), batch['targets']
   out = transformer.apply(cfg, variables, batch['tokens'], batch['positions'], batch['segment_ids'])
   found = cross_entropy.head_loss(out.normed, head, targets, chunk=chunk, z_weight=0.0)
   return found.cross_entropy, (targets >= 0).sum(), out.stats

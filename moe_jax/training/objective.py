@@ -78,9 +78,8 @@ def batch_loss(
     seed=seed,
     slopes=slopes,
   )
-  head_loss = functools.partial(
-    cross_entropy_lib.head_loss, head=params['head'], chunk=cfg.train.loss_chunk
-  )
+  head = transformer.head_of(cfg.model, params)
+  head_loss = functools.partial(cross_entropy_lib.head_loss, head=head, chunk=cfg.train.loss_chunk)
   with jax.named_scope('head_loss'):
     found = head_loss(out.normed, targets=batch['targets'], z_weight=cfg.train.z_loss_weight)
   total, cross_entropy = found.total / totals.targets, found.cross_entropy / totals.targets

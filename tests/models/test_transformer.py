@@ -114,6 +114,18 @@ def test_dense_model():
   assert out.logits.shape == (8, L, 32)
 
 
+def test_a_tied_head_has_the_gradient_of_both_ends():
+  one = {'model__num_layers': 1, 'model__num_dense_layers': 1, 'model__moe__num_experts': 0}
+  tied = tiny.params(tiny.make(**one, model__tie_embeddings=True).model)
+  assert 'head' not in tied
+  loss, grads = tiny.gradients(**one, model__tie_embeddings=True)(tied, tiny.batch())
+  apart = {**tied, 'head': tied['embedding'].T}
+  loss_apart, grads_apart = tiny.gradients(**one)(apart, tiny.batch())
+  np.testing.assert_array_equal(loss.cross_entropy, loss_apart.cross_entropy)
+  both = grads_apart.pop('head').T + grads_apart['embedding']
+  tiny.assert_trees_close(grads, grads_apart | {'embedding': both}, rtol=1e-5, atol=1e-6)
+
+
 def test_all_layers_moe_and_stats_per_layer():
   cfg = tiny.make(model__num_dense_layers=0).model
   params = model_variables.abstract_params(cfg)

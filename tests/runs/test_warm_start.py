@@ -66,7 +66,7 @@ def start(cache, source, **overrides):
   lines = []
   cfg = make(cache, init_from=str(source), **overrides)
   mesh, corpus = checks.prepare(cfg)
-  return first_state.make(cfg, first_state.source_meta(cfg), mesh, corpus, lines.append), lines
+  return first_state.make(cfg, first_state.of_run(cfg), mesh, corpus, lines.append), lines
 
 
 def long_context(length: int = 128) -> dict:
