@@ -2,6 +2,7 @@
 
 python -m experiments.evaluate --workdir=runs/quickstart [--step=200] [--json] \
   [--override=model.moe.num_experts_per_tok=3 ...]
+python -m experiments.evaluate --workdir=runs/code [--by_domain] [--infill=64]
 python -m experiments.evaluate --workdir=runs/v2_lite --tasks=hellaswag,gsm8k \
   [--limit=100 --num_fewshot=5 --batch_size=8 --include_path=DIR --json]
 """
@@ -18,7 +19,11 @@ from experiments.common import cli
 from moe_jax import errors
 
 if TYPE_CHECKING:
+  from moe_jax.api import run
+  from moe_jax.data import corpus as corpus_lib
+  from moe_jax.post_training import infilling
   from moe_jax.runs import trained_run
+  from moe_jax.training import evaluate as evaluate_lib
 
 
 def define_flags():
@@ -28,6 +33,10 @@ def define_flags():
   flags.DEFINE_bool('json', False, 'print one JSON object and nothing else')
   flags.DEFINE_multi_string(
     'override', [], 'KEY=VALUE: a setting of the model that keeps its weights; repeat it for more'
+  )
+  flags.DEFINE_bool('by_domain', False, 'figures of each domain of the text for itself too')
+  flags.DEFINE_integer(
+    'infill', 0, 'fill this many gaps per domain of the text, and count exact matches'
   )
   flags.DEFINE_list(
     'tasks', [], 'tasks of lm-evaluation-harness (extra hf), in place of held-out text'
@@ -57,8 +66,8 @@ def main(unused_argv: Sequence[str]):
   cli.start_processes({'workdir': workdir, 'step': step, 'override': flags.FLAGS.override})
   first = agreement.is_first()
   errors.require(
-    not flags.FLAGS.tasks or jax.process_count() == 1,
-    '--tasks runs in one process; start the command once, with --distributed=off',
+    not (flags.FLAGS.tasks or flags.FLAGS.infill) or jax.process_count() == 1,
+    '--tasks and --infill run in one process; start the command once, with --distributed=off',
   )
   with agreement.together():
     workdir = fetch.local(workdir, '--workdir')
@@ -77,14 +86,45 @@ def main(unused_argv: Sequence[str]):
     corpus = loaded.heldout_corpus(warn=_warn)
   agreement.require_same({'the text of config.data': corpus.fingerprint})
   figures = loaded.evaluate(corpus, progress=first)
+  domains = _by_domain(loaded, corpus) if flags.FLAGS.by_domain else {}
+  filled = _infill(loaded) if flags.FLAGS.infill else {}
   if not first:
     return
   if flags.FLAGS.json:
-    print(json.dumps(figures.as_dict(loaded.step) | ({'overrides': values} if values else {})))
+    more = {'overrides': values} if values else {}
+    if domains:
+      more['domains'] = {label: one.as_dict(loaded.step) for label, one in domains.items()}
+    if filled:
+      more['infill'] = {label: count._asdict() for label, count in filled.items()}
+    print(json.dumps(figures.as_dict(loaded.step) | more))
     return
   under = ''.join(f' {key}={value}' for key, value in values.items())
   num_bytes = pipeline.num_bytes(corpus.heldout, loaded.config.model.max_seq_len)
   print(f'step={loaded.step}{under} {figures} bytes={num_bytes:,}')
+  for label, one in domains.items():
+    print(f'  {label}: bits_per_byte={one.bits_per_byte:.3f} loss={one.loss:.4f}')
+  for label, count in filled.items():
+    print(f'  {label}: gaps filled, {count}')
+
+
+def _by_domain(
+  loaded: 'run.Run', corpus: 'corpus_lib.Corpus'
+) -> 'dict[str, evaluate_lib.Evaluation]':
+  from moe_jax.training import evaluate_domains
+
+  found = evaluate_domains.by_domain(
+    loaded.config, loaded.trained.variables, corpus, loaded.trained.mesh
+  )
+  return dict(found)
+
+
+def _infill(loaded: 'run.Run') -> 'dict[str, infilling.Filled]':
+  from moe_jax.post_training import infilling
+  from moe_jax.runs import working_directory
+
+  data = working_directory.resolved(loaded.config, loaded.directory).data
+  made = infilling.gaps(data, flags.FLAGS.infill)
+  return {label: infilling.measure(loaded, found) for label, found in made}
 
 
 def _warn(line: str):

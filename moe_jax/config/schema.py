@@ -17,7 +17,7 @@ SCHEDULES = ('multi_step', 'cosine', 'constant', 'linear', 'stages')
 STAGE_SHAPES = ('constant', 'linear', 'cosine')
 # Those of conversations, of which a model learns the answers, and those of text.
 CONVERSATION_SOURCES = ('conversations', 'arithmetic')
-PATHLESS_SOURCES = ('hf', 'arithmetic')  # whose `path` is a name or settings, no path
+PATHLESS_SOURCES = ('hf', 'arithmetic', 'synthetic')  # whose `path` is no path
 SOURCES = (
   *('python_source', 'text', 'jsonl', 'parquet', 'hf', 'synthetic', 'mixture'),
   *CONVERSATION_SOURCES,

@@ -306,8 +306,18 @@ def _download(spec: Spec, file: pathlib.Path, warn: Callable[[str], None]):
 
 
 def synthetic_text(spec: Spec, warn: Callable[[str], None]) -> Iterator[Document]:
-  """`data.synthetic_documents` documents of made-up text in four domains; see `synthetic`."""
-  for name, text, domain in synthetic.documents(spec.synthetic_documents):
+  """`data.synthetic_documents` documents of made-up text in four domains; see `synthetic`.
+
+  A path names the domains of which they are taken: 'code,arithmetic'; '' is all of them.
+  """
+  chosen = [name.strip() for name in spec.path.split(',') if name.strip()]
+  for name in chosen:
+    errors.require(
+      name in synthetic.DOMAINS,
+      f'{spec.where} must name domains of made-up text, {", ".join(synthetic.DOMAINS)}, or be '
+      f'empty for all of them; it has {name!r}{errors.did_you_mean(name, synthetic.DOMAINS)}',
+    )
+  for name, text, domain in synthetic.documents(spec.synthetic_documents, chosen):
     yield Document(name, text.encode('utf-8'), domain)
 
 

@@ -5,7 +5,7 @@ them all.
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 LINES_PER_DOCUMENT = 12
 
@@ -15,11 +15,16 @@ _ADJECTIVES = ('small', 'busy', 'shared', 'idle', 'dense')
 _OPERATORS = {'add': '+', 'sub': '-', 'mul': '*'}
 
 
-def documents(count: int) -> Iterator[tuple[str, str, str]]:
-  """Yields `count` triples (name, text, domain)."""
+def documents(count: int, chosen: Sequence[str] = ()) -> Iterator[tuple[str, str, str]]:
+  """Yields triples (name, text, domain): of `count` documents those of the domains in `chosen`.
+
+  Without it those of all domains.
+  """
   labels = list(DOMAINS)
   for i in range(count):
     label = labels[i % len(labels)]
+    if chosen and label not in chosen:
+      continue
     # `random.Random` promises the same stream for an integer seed in every Python version.
     rng = random.Random(i)
     yield f'synthetic/{i}', ''.join(DOMAINS[label](rng) for _ in range(LINES_PER_DOCUMENT)), label
