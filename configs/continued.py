@@ -4,8 +4,8 @@ Run:    python -m experiments.train --config=configs/continued.py:base --workdir
         python -m experiments.train --config=configs/continued.py --config.init_from=runs/language \
           --workdir=runs/code
         python -m experiments.evaluate --workdir=runs/code --by_domain --infill=64
-Takes:  TODO
-Expect: TODO
+Takes:  not yet measured.
+Expect: not yet measured.
 
   variant   text                                                 fill-in-the-middle
   base      90 % language, 10 % of the others                    0
@@ -14,7 +14,7 @@ Expect: TODO
 
 The text is what a machine without a network has: the standard library, made-up functions and sums,
 and the descriptions of the installed packages. The model is that of `init_from`, balance losses
-included. Rows of the stage may be longer than those before, under YaRN (docs/topics/continued.md).
+included. Rows of the stage may be longer than those before, under YaRN.
 """
 
 import sysconfig

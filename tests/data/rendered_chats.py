@@ -57,5 +57,25 @@ CHAT = [
   {'role': 'assistant', 'content': ' 13 好'},
 ]
 
-# (template, how many of the messages, whether an answer is opened) -> text
-RECORDED: dict[tuple[str, int, bool], str] = {}
+# What transformers writes: up to the first answer, that answer, what leads to the next, and it.
+RECORDED = {
+  'words': (
+    '<｜begin▁of▁sentence｜>Be "brief" <ä>.\n\nUser: What is 7 + 5?\n\nAssistant:',
+    ' 12<｜end▁of▁sentence｜>',
+    "User:  And\n'8'? \n\nAssistant:",
+    '  13 好<｜end▁of▁sentence｜>',
+  ),
+  'tokens': (
+    '<｜begin▁of▁sentence｜>Be "brief" <ä>.<｜User｜>What is 7 + 5?<｜Assistant｜>',
+    '12<｜end▁of▁sentence｜>',
+    "<｜User｜> And\n'8'? <｜Assistant｜>",
+    ' 13 好<｜end▁of▁sentence｜>',
+  ),
+  'lines': (
+    '<|start|>system\n"Be \\"brief\\" <ä>."<|end|>\n<|start|>user\n"What is 7 + 5?"<|end|>\n'
+    '<|start|>assistant\n',
+    '12<|end|>\n',
+    '<|start|>user\n"And\\n\'8\'?"<|end|>\n<|start|>assistant\n',
+    '13 好<|end|>\n',
+  ),
+}

@@ -15,26 +15,14 @@ def writer(name):
   return template_worker.writer(TEMPLATES[name][0], BOS, EOS)
 
 
-@pytest.mark.parametrize('case', rendered_chats.RECORDED, ids=str)
-def test_templates_are_rendered_as_by_transformers(case):
-  name, number, opens_answer = case
-  assert writer(name)(CHAT[:number], opens_answer) == rendered_chats.RECORDED[case]
-
-
-def test_the_table_has_every_template():
-  assert {name for name, _, _ in rendered_chats.RECORDED} == set(TEMPLATES)
-
-
 @pytest.mark.parametrize('name', TEMPLATES)
-def test_pieces_are_prompts_and_answers_in_turn(name):
-  write = writer(name)
-  pieces = template_worker.cut(write, CHAT)
-  assert len(pieces) == 4 and ''.join(pieces) == write(CHAT, False)
-  assert ''.join(pieces[:1]) == write(CHAT[:2], True)
-  assert ''.join(pieces[:3]) == write(CHAT[:4], True)
+def test_templates_are_rendered_as_by_transformers(name):
+  write, pieces = writer(name), rendered_chats.RECORDED[name]
+  assert tuple(template_worker.cut(write, CHAT)) == pieces
+  assert write(CHAT, False) == ''.join(pieces)
   # Up to a question, what follows is to be written.
-  assert template_worker.cut(write, CHAT[:4]) == pieces[:3]
-  assert template_worker.cut(write, CHAT[:2]) == pieces[:1]
+  assert tuple(template_worker.cut(write, CHAT[:4])) == pieces[:3]
+  assert tuple(template_worker.cut(write, CHAT[:2])) == pieces[:1]
 
 
 def test_a_template_that_changes_what_it_wrote_is_refused():
@@ -52,8 +40,8 @@ def test_a_template_that_changes_what_it_wrote_is_refused():
   [
     ('{% for m in messages %}', 'line 1: Unexpected end of template'),
     ("{{ raise_exception('no system') }}", 'no system (conversation 0'),
-    ('{{ messages.append(1) }}', 'SecurityError'),
-    ("{{ ''.__class__.__mro__ }}", 'SecurityError'),
+    ('{{ messages.append(1) }}', "attribute 'append' of 'list' object is unsafe"),
+    ("{{ ''.__class__.__mro__ }}", "'__class__' of 'str' object is unsafe"),
     ('{{ messages[0].content + 1 }}', 'TypeError'),
     ('{{ pad_token }}{{ unk_token }}', 'it needs pad_token, unk_token, which is not given'),
     ('{{ strftime_now("%d") }}', "'strftime_now' is undefined"),

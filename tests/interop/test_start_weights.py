@@ -63,13 +63,8 @@ def test_the_model_and_the_form_of_conversations_are_those_of_the_files(download
   assert cfg.model.moe.loss('expert_level').weight == 0
 
 
-def test_weights_are_those_of_the_files(downloaded, tmp_path):
-  cfg = train_lib.resolve('sft', given(downloaded, tmp_path))
-  source, said = start_weights.of(cfg), []
-  found = source.read(cfg, tiny.mesh(data=1), said.append)
-  _, want = huggingface.load_variables(downloaded, base.get_config().to_dict())
-  jax.tree.map(np.testing.assert_array_equal, found['params'], want['params'])
-  assert 'a downloaded checkpoint' in said[0] and 'head' not in found['params']
+def test_the_small_files_come_along(downloaded, tmp_path):
+  source = start_weights.of(tiny.make(init_from=str(downloaded)))
   source.carry(tmp_path)
   assert kept_files.chat_template(tmp_path / 'hf') == TEMPLATE
   assert json.loads((tmp_path / 'hf/moe_jax.json').read_text())['layout']['lm_head'] is False
@@ -79,6 +74,15 @@ def test_what_is_no_checkpoint_is_a_run(tmp_path):
   assert start_weights.of(tiny.make()) is None
   with pytest.raises(errors.InputError, match='config.init_from=.* holds no checkpoints'):
     start_weights.of(tiny.make(init_from=str(tmp_path)))
+
+
+@pytest.mark.slow
+def test_weights_are_those_of_the_files(downloaded, tmp_path):
+  cfg, said = train_lib.resolve('sft', given(downloaded, tmp_path)), []
+  found = start_weights.of(cfg).read(cfg, tiny.mesh(data=1), said.append)
+  _, want = huggingface.load_variables(downloaded, base.get_config().to_dict())
+  jax.tree.map(np.testing.assert_array_equal, found['params'], want['params'])
+  assert 'a downloaded checkpoint' in said[0] and 'head' not in found['params']
 
 
 @pytest.mark.slow  # trains twice

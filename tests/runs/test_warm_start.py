@@ -158,7 +158,7 @@ def test_common_leaves_and_their_merge():
 
   a = {'x': {'bias': leaf(2), 'table': leaf(3), 'assignments': leaf(1)}, 'y': {'bias': leaf(2)}}
   b = {'x': {'bias': leaf(2), 'table': leaf(4), 'assignments': leaf(1)}}
-  common = warm_start._common(a, b)
+  common = warm_start.common(a, b)
   assert list(common) == ['x'] and list(common['x']) == ['bias']
   # What the source lacks, a bias say, keeps its start.
   merged = warm_start.merge(b, {'x': {'bias': leaf(2) + 1}})
