@@ -79,7 +79,7 @@ def run_training(
     reading = working_directory.resolved(cfg, workdir)
     source = open_weights(reading)
     mesh, corpus = checks.prepare(reading)
-    checks.check_source(reading, source and source.meta, corpus)
+    checks.check_source(reading, source.meta if source is not None else None, corpus)
     summary = _summary(cfg, corpus, mesh)
   with contextlib.ExitStack() as stack:
     with agreement.together():

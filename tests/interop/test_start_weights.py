@@ -11,6 +11,7 @@ from configs import base
 from moe_jax import errors
 from moe_jax.api import train as train_lib
 from moe_jax.data import kept_files
+from moe_jax.devices import partitioning
 from moe_jax.interop import huggingface, start_weights
 from moe_jax.runs import trained_run
 from tests import tiny
@@ -86,8 +87,10 @@ def test_weights_are_those_of_the_files(downloaded, tmp_path):
 
 
 @pytest.mark.slow  # trains twice
-def test_tuned_and_exported_it_keeps_what_it_came_with(downloaded, tmp_path):
+def test_tuned_and_exported_it_keeps_what_it_came_with(downloaded, tmp_path, monkeypatch):
   """The run is that of an import; the export has the template, all end tokens, and one matrix."""
+  make = partitioning.make_mesh
+  monkeypatch.setattr(partitioning, 'make_mesh', lambda cfg: make(cfg, jax.devices()[:1]))
   tuned = moe_jax.train('sft', tmp_path / 'run', report=False, **given(downloaded, tmp_path))
   values = base.get_config().to_dict()
   huggingface.import_checkpoint(downloaded, values, tmp_path / 'imported')
