@@ -75,6 +75,13 @@ def get_config() -> Page:
   c.objective.inherit = False
   c.objective.balance = True
 
+  c.trainable = ml_collections.ConfigDict()
+  c.trainable.kind = 'all'
+  c.trainable.expert_config = ''
+  c.trainable.experts = ()
+  c.trainable.shared_experts = False
+  c.trainable.non_expert_modules = False
+
   c.optim = ml_collections.ConfigDict()
   c.optim.peak_lr = 1e-3
   c.optim.schedule = 'multi_step'

@@ -1,16 +1,21 @@
-"""Which experts a task uses, and which of them to train: ESFT's scores and selection.
+"""Which experts a task uses, which of them to train, and adapters: ESFT's scores and selection.
 
 python -m experiments.esft score --workdir=runs/base --config=configs/sft.py \
   --config.init_from=runs/base [--tokens=131072] --out=scores/sums
 python -m experiments.esft select --scores=scores/sums/summary.json [--kind=token] [--p=0.2] \
   --out=scores/sums
+python -m experiments.esft extract --workdir=runs/esft --out=adapters/sums
+python -m experiments.esft merge --workdir=runs/base --adapter=adapters/sums --out=runs/merged
 
 `score` runs the model over training rows of the config's data and writes OUT/summary.json; `select`
 takes the fewest experts of each layer that reach p and writes OUT/expert_cfg.json. Both are the
-official files: those of the released checkpoints are read too.
+official files: those of the released checkpoints are read too. `extract` writes the experts that a
+run has trained (configs/esft.py) as an adapter, a small directory of safetensors; `merge` puts an
+adapter into its base and writes a new run.
 """
 
 import pathlib
+import sys
 from collections.abc import Sequence
 
 from absl import flags
@@ -18,17 +23,18 @@ from absl import flags
 from experiments.common import cli
 from moe_jax import errors
 
-ACTIONS = ('score', 'select')
+ACTIONS = ('score', 'select', 'extract', 'merge')
 
 
 def define_flags():
   """Flags of this command."""
-  cli.workdir_flag('score: directory of the run whose experts are scored')
+  cli.workdir_flag('directory of the run: scored, tuned (extract), or the base (merge)')
   cli.config_flag()
   flags.DEFINE_integer('tokens', 131_072, 'score: tokens to read, about; the paper has 2^17')
   cli.path_flag('scores', '', 'select: a summary.json')
   flags.DEFINE_enum('kind', 'token', ('token', 'gate'), 'select: by which scores')
   flags.DEFINE_float('p', None, 'select: what the scores of a layer must reach; 0.2 or 0.1 if none')
+  cli.path_flag('adapter', '', 'merge: directory that extract has written')
   cli.path_flag('out', '', 'directory that is written to')
 
 
@@ -37,8 +43,10 @@ def main(unused_argv: Sequence[str], action: str) -> None:
   out = pathlib.Path(cli.required('out'))
   if action == 'select':
     _select(out)
-  else:
+  elif action == 'score':
     _score(out)
+  else:
+    _move(action, out)
 
 
 def _select(out: pathlib.Path):
@@ -56,6 +64,16 @@ def _select(out: pathlib.Path):
     f'{out / "expert_cfg.json"}: {total} of {scores.size} experts by {kind} scores, p={share:g}, '
     f'{total / layers:.2f} of {experts} per layer ({fewest} to {most})'
   )
+
+
+def _move(action: str, out: pathlib.Path):
+  from moe_jax.post_training import adapters
+
+  workdir = cli.required('workdir')
+  if action == 'extract':
+    adapters.extract(workdir, out)
+  else:
+    adapters.merge(workdir, cli.required('adapter'), out, argv=sys.argv)
 
 
 def _score(out: pathlib.Path):

@@ -10,7 +10,7 @@ from ml_collections import config_flags
 from configs import routing
 from moe_jax import errors
 from moe_jax.config import pages
-from moe_jax.post_training import inherited_model
+from moe_jax.post_training import expert_config, inherited_model
 
 _ARGUMENT = re.compile(r'--?(no)?config(?:\.([^=]+))?(?:=(.*))?', re.DOTALL)
 
@@ -83,6 +83,8 @@ def read(spec: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
     chosen = {'init_from': values.init_from, 'objective': values.objective.to_dict()}
     inherited = inherited_model.applied(pages.values(spec).to_dict() | chosen)
     values = _overridden(ml_collections.ConfigDict(inherited), overrides)
+  if values.trainable.expert_config:
+    values = _overridden(ml_collections.ConfigDict(expert_config.applied(values.to_dict())), ())
   return values
 
 

@@ -19,7 +19,7 @@ from moe_jax import integer_hash, trees
 from moe_jax.config import schema
 from moe_jax.devices import partitioning
 from moe_jax.models import decoder_block, layers, moe_layer, transformer
-from moe_jax.training import objective, optim
+from moe_jax.training import objective, optim, trainable
 
 Array = jax.Array
 
@@ -81,7 +81,7 @@ def replay(
       in_batch(cfg.model, batch)
       or in_weights(cfg.model, variables)
       or in_activations(cfg, mesh, variables, batch, seed)
-      or in_gradients(cfg.model, grads)
+      or in_gradients(cfg.model, trainable.expanded(cfg, state['params'], grads))
     )
   return Replay(float(loss.cross_entropy), float(norm), found)
 

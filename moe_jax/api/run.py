@@ -25,6 +25,7 @@ from moe_jax.inference import generate as generate_lib
 from moe_jax.inference import sampling as sampling_lib
 from moe_jax.models import transformer
 from moe_jax.planning import flops
+from moe_jax.post_training import adapters
 from moe_jax.runs import trained_run
 from moe_jax.training import evaluate as evaluate_lib
 
@@ -71,6 +72,18 @@ class Run:
   def __repr__(self) -> str:
     size = flops.count_parameters(self.config.model).total
     return f'moe_jax.Run({str(self.directory)!r}, step={self.step}, {size:,} parameters)'
+
+  def with_adapter(self, directory: str | os.PathLike[str]) -> 'Run':
+    """The model with the tuned experts of an adapter, see `experiments.esft extract`.
+
+        sums, code = (run.with_adapter(path) for path in ('adapters/sums', 'adapters/code'))
+
+    All else is shared in memory with this run, which stays as it is.
+
+    Raises:
+      errors.InputError: it is the adapter of another model, or not whole.
+    """
+    return Run(adapters.applied(self.trained, directory), self.directory)
 
   def encode(self, text: str, *, special_tokens: bool = False) -> list[int]:
     """Ids of a text as the model reads it, begin-of-document token first.

@@ -11,7 +11,7 @@ from moe_jax.api import run as run_lib
 from moe_jax.config import pages, parse, schema
 from moe_jax.devices import host_allocator
 from moe_jax.interop import start_weights
-from moe_jax.post_training import inherited_model
+from moe_jax.post_training import expert_config, inherited_model
 from moe_jax.runs import final_report, goodput, run_place, terminal, train_run
 
 Config = str | ml_collections.ConfigDict | Mapping[str, Any] | schema.Config
@@ -83,7 +83,8 @@ def resolve(config: Config, overrides: Mapping[str, Any]) -> schema.Config:
   page = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
   values = _overridden(page, overrides)
   chosen = {key: values[key] for key in ('init_from', 'objective') if key in values}
-  return parse.from_dict(_overridden(inherited_model.applied(page | chosen), overrides))
+  values = _overridden(inherited_model.applied(page | chosen), overrides)
+  return parse.from_dict(expert_config.applied(values))
 
 
 def _overridden(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

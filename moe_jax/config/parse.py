@@ -10,15 +10,22 @@ from moe_jax import errors
 from moe_jax.config import mesh_config, rules, schema
 
 # Fields that came after runs were recorded without them: section -> field -> what held until then.
-ADDED = {
+ADDED: dict[str, dict[str, Any]] = {
   'model': {'tie_embeddings': False},
   'train': {'max_skipped_steps': 0, 'stall_seconds': 0.0},
   'optim': {'spike_sigma': 0.0, 'spike_window': 128},
   'data': {'skip_null_text': False, 'chat_format': 'deepseek_llm', 'chat_template': ''},
   'objective': {'kind': 'next_token', 'inherit': False, 'balance': True},
+  'trainable': {
+    'kind': 'all',
+    'expert_config': '',
+    'experts': (),
+    'shared_experts': False,
+    'non_expert_modules': False,
+  },
 }
 # Of them, the sections that are new as a whole.
-_NEW_SECTIONS = ('objective',)
+_NEW_SECTIONS = ('objective', 'trainable')
 LARGEST = 10**12  # no number of a run, whole or not, is as large
 
 

@@ -13,6 +13,7 @@ def validate(config: schema.Config):
   validate_model(config.model)
   _validate_data(config.data)
   _validate_objective(config)
+  _validate_trainable(config)
   _validate_train(config.train)
   _validate_optim(config.optim, config.train)
   _validate_groups(config)
@@ -160,6 +161,41 @@ def _validate_objective(config: schema.Config):
     not objective.inherit or bool(config.init_from),
     "config.init_from='' must name the run to go on from, as config.objective.inherit=True takes "
     'its model; pass --config.init_from=WORKDIR, or set objective.inherit=False',
+  )
+
+
+def _validate_trainable(config: schema.Config):
+  trainable, model = config.trainable, config.model
+  errors.choice('trainable.kind', trainable.kind, schema.TRAINABLE)
+  chosen = (trainable.experts, trainable.shared_experts, trainable.non_expert_modules)
+  if trainable.kind == 'all':
+    errors.require(
+      not any(chosen),
+      "config.trainable.expert_config is set but trainable.kind='all' would ignore it; set "
+      "trainable.kind='experts'",
+    )
+    return
+  where = f'config.trainable.kind={trainable.kind!r}'
+  errors.require(
+    bool(config.init_from) and model.is_moe,
+    f'{where} trains experts of a trained MoE model, and config.init_from={config.init_from!r} '
+    f'with model.moe.num_experts={model.moe.num_experts} names none; pass '
+    "--config.init_from=WORKDIR, or set trainable.kind='all'",
+  )
+  errors.require(
+    len(trainable.experts) == model.num_moe_layers
+    and all(
+      len(set(ids)) == len(ids) and all(0 <= e < model.moe.num_experts for e in ids)
+      for ids in trainable.experts
+    ),
+    f'config.trainable.expert_config: experts={str(trainable.experts)[:80]} must be a list of '
+    f'different experts below {model.moe.num_experts} for each of the {model.num_moe_layers} MoE '
+    'layers; give an expert_cfg.json that experiments.esft has written for this model',
+  )
+  errors.require(
+    any(trainable.experts) or any(chosen[1:]),
+    f'{where} with no expert, and with shared_experts and non_expert_modules off, trains nothing; '
+    'choose experts with python -m experiments.esft select',
   )
 
 

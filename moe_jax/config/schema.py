@@ -23,6 +23,7 @@ SOURCES = (
   *CONVERSATION_SOURCES,
 )
 OBJECTIVES = ('next_token', 'sft')
+TRAINABLE = ('all', 'experts')
 CHAT_FORMATS = ('deepseek_llm', 'deepseek_v3', 'template')
 
 
@@ -111,6 +112,22 @@ class ObjectiveConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TrainableConfig:
+  """Which weights are trained. All others stay as `init_from` has them, and have no moments."""
+
+  # 'all'; 'experts': the chosen routed experts (ESFT), and what the two switches below add.
+  kind: str
+  # expert_cfg.json, as experiments.esft writes it. It is read with the page, and its content stands
+  # in the three fields below: the content, not the path, is what a run is resumed with.
+  expert_config: str
+  experts: tuple[tuple[int, ...], ...]  # routed experts of each MoE layer
+  shared_experts: bool  # whether the shared experts are trained too
+  # Whether attention, routers, norms, dense layers, embedding and head are; multi-token prediction
+  # never is.
+  non_expert_modules: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimConfig:
   """AdamW with decoupled weight decay on the matrices, norm clipping, warm-up and a schedule."""
 
@@ -189,6 +206,7 @@ class Config:
   model: ModelConfig
   data: DataConfig
   objective: ObjectiveConfig
+  trainable: TrainableConfig
   optim: OptimConfig
   train: TrainConfig
   checkpoint: CheckpointConfig

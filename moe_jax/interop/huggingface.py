@@ -147,7 +147,7 @@ def save(
   content = (
     dict(hf) if hf is not None else hf_config_export.from_config(cfg) | export_plan.dtype_key(plan)
   )
-  with _staged(directory, '--to_hf', plan.num_bytes) as staging:
+  with staged(directory, '--to_hf', plan.num_bytes) as staging:
     _write_json(staging / 'config.json', content)
     plan.write(staging, lambda name, index: leaves[name][index], shard_bytes)
 
@@ -195,7 +195,7 @@ def import_checkpoint(
   }
   leaves = source_lib.abstract_leaves(cfg.model)
   num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(leaves))
-  with _staged(workdir, '--workdir', num_bytes) as staging:
+  with staged(workdir, '--workdir', num_bytes) as staging:
     with (
       stream_writer.Writer(staging / 'checkpoints', 0, leaves, meta) as writer,
       _progress(source, 'import') as bar,
@@ -267,7 +267,7 @@ def export_checkpoint(
     plan = export_plan.Plan(cfg.model, leaves, layout, dtype)
     content, changed = export_plan.config_json(kept, cfg, plan, record, untied, bool(reader.step))
     same = record is not None and not changed
-    with _staged(directory, '--to_hf', plan.num_bytes) as staging:
+    with staged(directory, '--to_hf', plan.num_bytes) as staging:
       _copy_small_files(workdir, staging, cfg, record is not None, say)
       if not same:
         _write_json(staging / 'config.json', content)
@@ -343,7 +343,7 @@ def _progress(source: source_lib.Source, doing: str) -> tqdm.tqdm:
 
 
 @contextlib.contextmanager
-def _staged(target: str | os.PathLike[str], flag: str, needed: int) -> Iterator[pathlib.Path]:
+def staged(target: str | os.PathLike[str], flag: str, needed: int) -> Iterator[pathlib.Path]:
   """A temporary directory that becomes `target`, here or in a bucket; see `_renamed`."""
   with upload.folder(target, flag) as made, _renamed(made, flag, needed) as staging:
     yield staging

@@ -101,6 +101,21 @@ def find(directory: str | os.PathLike[str]) -> dict[str, Tensor]:
   return tensors
 
 
+def find_all(directory: pathlib.Path) -> dict[str, Tensor]:
+  """The tensors of all *.safetensors in a directory, by name; reads headers only.
+
+  Raises:
+    errors.InputError: a file is cut short or malformed, or two have a tensor of the same name.
+  """
+  tensors: dict[str, Tensor] = {}
+  for path in sorted(directory.glob('*.safetensors')):
+    found = _header(path)
+    twice = sorted(tensors.keys() & found.keys())
+    errors.require(not twice, f'{path} has {some(twice)} again, as another file has; remove one')
+    tensors |= found
+  return tensors
+
+
 def _single(directory: pathlib.Path) -> pathlib.Path:
   """The one file of a checkpoint without an index."""
   path = directory / SINGLE

@@ -138,26 +138,30 @@ def state_bytes(cfg: schema.Config, mesh: jax.sharding.AbstractMesh) -> dict[str
   """Bytes per device of the parts of the train state, see `compile_ahead.train_arguments`."""
   loop = dataclasses.replace(cfg.train, batch_size=1, micro_batch_size=0, batch_ramp=())
   model = dataclasses.replace(cfg.model, remat='none')
-  return dict(_state_bytes(model, cfg.optim, loop, cfg.mesh, mesh))
+  return dict(_state_bytes(model, cfg.trainable, cfg.optim, loop, cfg.mesh, mesh))
 
 
 # A search asks again for each policy and micro-batch, which change nothing about the state.
 @functools.lru_cache(maxsize=256)
 def _state_bytes(
   model: schema.ModelConfig,
+  trained: schema.TrainableConfig,
   optim: schema.OptimConfig,
   loop: schema.TrainConfig,
   sizes: mesh_config.MeshConfig,
   mesh: jax.sharding.AbstractMesh,
 ) -> dict[str, int]:
-  state = train_state.laid_out(_boxed_state(model, optim, loop), mesh, zero1=sizes.zero1)
+  state = train_state.laid_out(_boxed_state(model, trained, optim, loop), mesh, zero1=sizes.zero1)
   return compile_ahead.train_arguments(state)
 
 
 # Tracing the initialisation takes longest, and no mesh changes what it gives.
 @functools.lru_cache(maxsize=16)
 def _boxed_state(
-  model: schema.ModelConfig, optim: schema.OptimConfig, loop: schema.TrainConfig
+  model: schema.ModelConfig,
+  trained: schema.TrainableConfig,
+  optim: schema.OptimConfig,
+  loop: schema.TrainConfig,
 ) -> train_state.TrainState:
   unread: Any = None
   cfg = schema.Config(
@@ -165,6 +169,7 @@ def _boxed_state(
     model=model,
     data=unread,
     objective=unread,
+    trainable=trained,
     optim=optim,
     train=loop,
     checkpoint=unread,

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_jax import atomic_files, errors
+from moe_jax.config import paths, schema
 from moe_jax.data import json_files
-from moe_jax.post_training import expert_scores
 
 KINDS = ('token', 'gate')
 PAPERS_SHARE = {'token': 0.2, 'gate': 0.1}  # p
@@ -28,6 +28,49 @@ class ExpertConfig(NamedTuple):
   experts: dict[int, list[int]]  # MoE layer -> routed experts, the most used first
   shared_experts: bool
   non_expert_modules: bool  # attention, routers, norms, embedding and head
+
+
+class ExpertScores(NamedTuple):
+  """Of every routed expert in every MoE layer."""
+
+  token: np.ndarray  # [layers, E] float64
+  gate: np.ndarray  # [layers, E] float64
+  num_tokens: int  # that were read
+  first_layer: int  # number of the first MoE layer, dense ones counted
+
+
+def applied(values: dict[str, Any]) -> dict[str, Any]:
+  """Config values with the content of the file `trainable.expert_config` in the place of its path.
+
+  A run is resumed with the experts that it was started with, wherever the file is then, and is
+  refused others. Without a path the values stay as they are.
+
+  Args:
+    values: of a config page, as nested dicts, with the model that is tuned.
+
+  Raises:
+    errors.InputError: the file is no such config, or that of another model.
+  """
+  given = values.get('trainable', {})
+  if not given.get('expert_config'):
+    return values
+  path = paths.local(given['expert_config'], 'config.trainable.expert_config')
+  model = values['model']
+  layers = range(model['num_dense_layers'], model['num_layers'])
+  found = read(pathlib.Path(path), layers, model['moe']['num_experts'])
+  return values | {'trainable': given | fields(found)}
+
+
+def fields(config: ExpertConfig) -> dict[str, Any]:
+  """What `config.trainable` holds of a config that was read."""
+  experts = tuple(tuple(ids) for _, ids in sorted(config.experts.items()))
+  return config._asdict() | {'experts': experts, 'expert_config': ''}
+
+
+def of(trained: schema.TrainableConfig, first_layer: int) -> ExpertConfig:
+  """The config that `config.trainable` was read from; `first_layer` is the first MoE layer."""
+  experts = {layer: list(ids) for layer, ids in enumerate(trained.experts, start=first_layer)}
+  return ExpertConfig(experts, trained.shared_experts, trained.non_expert_modules)
 
 
 def select(scores: np.ndarray, first_layer: int, share: float) -> ExpertConfig:
@@ -104,7 +147,7 @@ def read(path: pathlib.Path, layers: Sequence[int], num_experts: int) -> ExpertC
   return ExpertConfig({int(layer): list(ids) for layer, ids in found.items()}, **switches)
 
 
-def write_scores(path: pathlib.Path, scores: expert_scores.ExpertScores):
+def write_scores(path: pathlib.Path, scores: ExpertScores):
   """Writes summary.json, whole or not at all."""
 
   def table(values: np.ndarray) -> dict[str, Any]:

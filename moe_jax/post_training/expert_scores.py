@@ -10,7 +10,7 @@ all are of one length.
 
 import functools
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,18 +20,10 @@ from moe_jax import errors, trees
 from moe_jax.config import router_traits, schema
 from moe_jax.devices import partitioning
 from moe_jax.models import transformer
+from moe_jax.post_training import expert_config
 
 Array = jax.Array
 _INPUTS = ('tokens', 'positions', 'segment_ids')
-
-
-class ExpertScores(NamedTuple):
-  """Of every routed expert in every MoE layer."""
-
-  token: np.ndarray  # [layers, E] float64
-  gate: np.ndarray  # [layers, E] float64
-  num_tokens: int  # that were read
-  first_layer: int  # number of the first MoE layer, dense ones counted
 
 
 def check(model: schema.ModelConfig):
@@ -69,7 +61,7 @@ def measure(
   variables: trees.Variables,
   mesh: jax.sharding.Mesh,
   batches: Iterable[trees.HostBatch],
-) -> ExpertScores:
+) -> expert_config.ExpertScores:
   """Scores over the real tokens of batches.
 
   Args:
@@ -95,6 +87,6 @@ def measure(
     num_tokens += int((batch['segment_ids'] > 0).sum())
   errors.require(num_tokens > 0, 'there is no token to score experts by; give more text')
   per_token = model.moe.num_experts_per_tok
-  return ExpertScores(
+  return expert_config.ExpertScores(
     chosen / (num_tokens * per_token), gates / num_tokens, num_tokens, model.num_dense_layers
   )

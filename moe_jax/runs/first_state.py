@@ -12,7 +12,7 @@ from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import kept_files
 from moe_jax.runs import router_tables, trained_run, warm_start
 from moe_jax.storage import fetch
-from moe_jax.training import train_state
+from moe_jax.training import train_state, trainable
 
 
 class Weights(Protocol):
@@ -75,4 +75,4 @@ def make(
     return random(cfg, mesh, corpus)
   found = source.read(cfg, mesh, say)
   state = router_tables.with_tables(cfg, train_state.state_from(cfg, mesh, found['params']), corpus)
-  return state.replace(router_state=warm_start.merge(state.router_state, found['router_state']))
+  return state.replace(router_state=trainable.overlaid(state.router_state, found['router_state']))

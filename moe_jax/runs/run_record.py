@@ -138,8 +138,12 @@ def write(
   *,
   argv: Sequence[str],
   data_fingerprint: Any,
+  directory: str = '',
 ) -> pathlib.Path:
-  """Writes `workdir/config.json` and returns its path; an older, different record is kept."""
+  """Writes `workdir/config.json` and returns its path; an older, different record is kept.
+
+  `directory` is what relative paths of the config are seen from; '' for this one.
+  """
   path = pathlib.Path(workdir) / 'config.json'
   path.parent.mkdir(parents=True, exist_ok=True)
   record = {
@@ -149,7 +153,7 @@ def write(
     'versions': versions(),
     'host_allocator': host_allocator.in_use(),
     'git': git_state(),
-    working_directory.KEY: working_directory.first(workdir, run_config),
+    working_directory.KEY: directory or working_directory.first(workdir, run_config),
   }
   text = json.dumps(record, indent=2) + '\n'
   if path.exists():

@@ -34,7 +34,14 @@ from moe_jax.runs import (
   working_directory,
 )
 from moe_jax.storage import parts as parts_lib
-from moe_jax.training import objective, optim, optimizer_step, stop_signal, train_state
+from moe_jax.training import (
+  objective,
+  optim,
+  optimizer_step,
+  stop_signal,
+  train_state,
+  trainable,
+)
 
 
 def run_training(
@@ -205,8 +212,12 @@ def _summary(cfg: schema.Config, corpus: corpus_lib.Corpus, mesh: jax.sharding.M
     experts = f'dispatch={cfg.model.moe.dispatch} '
     if cfg.model.moe.dispatch == 'dropless':
       experts += f'grouped_matmul={backends.choose(cfg.model.moe.grouped_matmul).name} '
+  trained = ''
+  if cfg.trainable.kind != 'all':
+    number = trainable.count(cfg)
+    trained = f' trained={number:,} ({number / total:.1%})'
   return (
-    f'parameters={total:,} activated={activated:,} train_tokens='
+    f'parameters={total:,}{trained} activated={activated:,} train_tokens='
     f'{sum(split.num_tokens for split in corpus.train):,} {experts}devices={mesh.size} x '
     f'{jax.devices()[0].device_kind} processes={jax.process_count()}{axes}'
   )

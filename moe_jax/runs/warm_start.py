@@ -122,11 +122,3 @@ def common(a: trees.Json, b: trees.Json) -> dict[str, Any]:
     elif a[key].shape == b[key].shape and key != 'assignments':
       found[key] = a[key]
   return found
-
-
-def merge(old: trees.Json, new: trees.Json) -> dict[str, Any]:
-  """`old` with the leaves that `new` has in their place."""
-  return {
-    key: merge(value, new.get(key, {})) if isinstance(value, Mapping) else new.get(key, value)
-    for key, value in old.items()
-  }

@@ -27,6 +27,11 @@ def first(workdir: _Path, cfg: schema.Config) -> str:
   return str(began if began and old == _fields(dataclasses.asdict(cfg)) else pathlib.Path.cwd())
 
 
+def recorded(workdir: _Path) -> str:
+  """The directory that the relative paths of a run's config are seen from."""
+  return str(_record(workdir)[0] or pathlib.Path.cwd())
+
+
 def as_recorded(cfg: schema.Config, workdir: _Path) -> schema.Config:
   """The config with the record's spelling of each path that means the same place."""
   began, old = _record(workdir)

@@ -12,6 +12,7 @@ from moe_jax.balance import loss_scopes, router_stats
 from moe_jax.config import moe_config, schema
 from moe_jax.models import model_variables, transformer
 from moe_jax.training import cross_entropy as cross_entropy_lib
+from moe_jax.training import trainable
 
 Array = jax.Array
 Batch = dict[str, Array]
@@ -152,6 +153,7 @@ def gradients(
 ) -> tuple[Loss, Any]:
   """(loss, gradients) of a global batch, accumulated over micro-batches if asked.
 
+  The gradients are those of the trained weights, as `trainable.select` has them.
   `mtp_weight` is lambda of multi-token prediction; None is `train.mtp_loss_weight`.
 
   A balance loss over the whole batch is no sum over its parts. With accumulation a first, forward
@@ -164,9 +166,14 @@ def gradients(
   loss_fn = functools.partial(batch_loss, cfg)
 
   def share(micro: Batch, slopes: Any = None) -> tuple[Loss, Any]:
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    (_, loss), grads = grad_fn(params, router_state, micro, seed, totals, slopes, mtp_weight)
-    return loss, grads
+    def loss_of(leaves: trees.Params) -> tuple[Array, Loss]:
+      whole = trainable.overlaid(params, leaves)
+      return loss_fn(whole, router_state, micro, seed, totals, slopes, mtp_weight)
+
+    # Of whole leaves: no copy of the kernels is made for the rows of them that are trained.
+    grad_fn = jax.value_and_grad(loss_of, has_aux=True)
+    (_, loss), grads = grad_fn(trainable.leaves(cfg, params))
+    return loss, trainable.rows(cfg, grads)
 
   num_micro = len(batch['tokens']) // (cfg.train.micro_batch_size or len(batch['tokens']))
   if num_micro == 1:
@@ -183,7 +190,8 @@ def gradients(
     stats = loss_scopes.refreshed(cfg.model.moe, loss.stats)
     aux = aux_loss(cfg.model.moe, model_variables.moe_state(router_state), stats) / totals.tokens
     loss = loss._replace(stats=stats, aux=aux)
-  return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+  dtypes = trainable.leaves(cfg, params)
+  return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, dtypes)
 
 
 def _counts_first(model: schema.ModelConfig) -> bool:

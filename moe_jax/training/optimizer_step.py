@@ -15,7 +15,14 @@ from moe_jax.config import schema
 from moe_jax.devices import compile_options, partitioning
 from moe_jax.models import model_variables
 from moe_jax.models.routers import state as state_lib
-from moe_jax.training import loss_spikes, objective, optim, skipped_steps, train_state
+from moe_jax.training import (
+  loss_spikes,
+  objective,
+  optim,
+  skipped_steps,
+  train_state,
+  trainable,
+)
 
 Array = jax.Array
 Batch = dict[str, Array]
@@ -91,7 +98,7 @@ def step_function(
 
   Args:
     cfg: the run.
-    as_moments: lays out parameters and gradients as the optimizer's moments lie.
+    as_moments: lays out trained weights and gradients as the optimizer's moments lie.
   """
   schedule = optim.learning_rate(cfg.optim, cfg.train.num_steps)
   optimizer = optim.optimizer(cfg.optim, cfg.train.num_steps)
@@ -106,7 +113,7 @@ def step_function(
     )
     before = skipped_steps.count(state.opt_state, state.step)
     with jax.named_scope('optimizer'):
-      grads, params = as_moments(grads), as_moments(state.params)
+      grads, trained = as_moments(grads), as_moments(trainable.select(cfg, state.params))
       norm = optax.tree.norm(grads)
       losses = loss.cross_entropy + loss.aux + (0 if loss.mtp is None else loss.mtp)
       applied = skipped_steps.is_applied(losses, norm, before, cfg.train.max_skipped_steps)
@@ -115,13 +122,13 @@ def step_function(
         figures = loss.cross_entropy, norm
         applied &= ~(most & loss_spikes.is_spike(state.opt_state, *figures, cfg.optim.spike_sigma))
       opt_state = skipped_steps.at_step(state.opt_state, state.step)
-      updates, opt_state = optimizer.update(grads, opt_state, params, applied=applied)
-      params = skipped_steps.select(applied, optax.apply_updates(params, updates), params)
+      updates, opt_state = optimizer.update(grads, opt_state, trained, applied=applied)
+      trained = skipped_steps.select(applied, optax.apply_updates(trained, updates), trained)
       in_row = jnp.where(applied, 0, before.in_row + 1)
       opt_state = skipped_steps.at_step(opt_state, state.step + 1 - in_row)
       if cfg.optim.spike_sigma:
         opt_state = loss_spikes.with_figures(opt_state, loss.cross_entropy, norm)
-      params = as_moments(params)
+      params = trainable.merge(cfg, state.params, as_moments(trained))
     with jax.named_scope('router_state'):
       router_state = next_router_state(cfg, state.router_state, loss.stats, state.step)
       router_state = skipped_steps.select(applied, router_state, state.router_state)
@@ -142,15 +149,17 @@ def make_train_step(cfg: schema.Config, mesh: jax.sharding.Mesh) -> Any:
   """
   out = jax.tree.map(lambda x: x.sharding, train_state.abstract_state(cfg, mesh))
 
+  layout = train_state.trained_shardings(cfg, mesh) if cfg.mesh.zero1 else None
+
   def as_moments(tree: trees.Tree) -> Any:
     """ZeRO-1: the update is computed where the moments lie, then parameters are gathered."""
-    if not cfg.mesh.zero1:
+    if layout is None:
       return tree
 
     def further(x, s):
       return partitioning.split_further(s, x.shape)
 
-    return jax.lax.with_sharding_constraint(tree, jax.tree.map(further, tree, out.params))
+    return jax.lax.with_sharding_constraint(tree, jax.tree.map(further, tree, layout))
 
   replicated = jax.NamedSharding(mesh, jax.P())
   return jax.jit(

@@ -10,7 +10,7 @@ from moe_jax import trees
 from moe_jax.config import schema
 from moe_jax.devices import partitioning
 from moe_jax.models import model_variables
-from moe_jax.training import optim
+from moe_jax.training import optim, trainable
 
 Array = jax.Array
 Batch = dict[str, Array]
@@ -35,10 +35,15 @@ def _init(cfg: schema.Config, rng: Array) -> TrainState:
   """A fresh state whose leaves are boxed with logical axis names."""
   with partitioning.without_mesh():  # the rows that shapes are made from are not to be split
     variables = model_variables.init(cfg.model, rng)
-  opt_state = optim.optimizer(cfg.optim, cfg.train.num_steps).init(variables['params'])
+  opt_state = _opt_state(cfg, variables['params'])
   # Not the number train.seed itself: a constant in the step's program would compile per seed.
   seed = jax.random.bits(rng, (), jnp.uint32)
   return TrainState(jnp.zeros((), jnp.int32), seed, opt_state=opt_state, **variables)
+
+
+def _opt_state(cfg: schema.Config, params: trees.Params) -> trees.Tree:
+  """The optimizer's state at step 0, of the trained weights only."""
+  return optim.optimizer(cfg.optim, cfg.train.num_steps).init(trainable.select(cfg, params))
 
 
 def abstract_state(cfg: schema.Config, mesh: partitioning.Mesh) -> TrainState:
@@ -47,7 +52,7 @@ def abstract_state(cfg: schema.Config, mesh: partitioning.Mesh) -> TrainState:
 
 
 def boxed_state(cfg: schema.Config) -> TrainState:
-  """Shape, dtype and logical axes of every leaf; reads `model`, `optim` and `train` only."""
+  """Shape, dtype and logical axes of every leaf; of `cfg` data, loss and mesh are not read."""
   return jax.eval_shape(lambda: _init(cfg, jax.random.key(0)))
 
 
@@ -68,6 +73,12 @@ def laid_out(boxed: TrainState, mesh: partitioning.Mesh, *, zero1: bool) -> Trai
   return jax.tree.map(struct_of, shapes, shardings)
 
 
+def trained_shardings(cfg: schema.Config, mesh: partitioning.Mesh) -> trees.Tree:
+  """Sharding of every trained weight, see `trainable.select`."""
+  boxed = jax.eval_shape(lambda: trainable.select(cfg, _init(cfg, jax.random.key(0)).params))
+  return partitioning.shardings(boxed, mesh)
+
+
 def init_state(cfg: schema.Config, mesh: jax.sharding.Mesh) -> TrainState:
   """The state at step 0, made on the mesh from `train.seed`."""
   out = jax.tree.map(lambda x: x.sharding, abstract_state(cfg, mesh))
@@ -82,8 +93,7 @@ def state_from(cfg: schema.Config, mesh: jax.sharding.Mesh, params: trees.Params
   def create(rng: Array, params: trees.Params) -> TrainState:
     # What the given weights replace is dead code to the compiler.
     state = partitioning.unbox(_init(cfg, rng))
-    opt_state = optim.optimizer(cfg.optim, cfg.train.num_steps).init(params)
-    return state.replace(params=params, opt_state=opt_state)
+    return state.replace(params=params, opt_state=_opt_state(cfg, params))
 
   create = jax.jit(create, out_shardings=out, donate_argnums=1)
   return create(jax.random.key(cfg.train.seed), params)

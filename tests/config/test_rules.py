@@ -162,7 +162,7 @@ def test_rules(overrides, parts):
 
 # Names of files, columns and tokens, and prompts.
 FREE = ('path', 'tokenizer', '_token', '_field', 'cache_dir', 'init_from', 'sample_prompt')
-FREE += ('chat_template',)
+FREE += ('chat_template', 'expert_config')
 
 
 def test_every_choice_refuses_another_word():
@@ -179,3 +179,24 @@ def test_every_choice_refuses_another_word():
     with pytest.raises(errors.InputError) as error:
       parse.from_dict(changes.change(field, 'nonsense'))
     assert f"{field}='nonsense'" in str(error.value), field
+
+
+EXPERTS = {'init_from': 'base', 'trainable__kind': 'experts'}
+
+
+@pytest.mark.parametrize(
+  'overrides, parts',
+  [
+    ({'trainable__shared_experts': True}, ("trainable.kind='all' would ignore", "'experts'")),
+    (EXPERTS | {'init_from': ''}, ("config.init_from=''", 'pass --config.init_from=WORKDIR')),
+    (EXPERTS | {'model__moe__num_experts': 0}, ('num_experts=0', "kind='all'")),
+    (EXPERTS, ('trainable.expert_config', 'each of the 2 MoE layers', 'experiments.esft')),
+    (EXPERTS | {'trainable__experts': [[1], [8]]}, ('different experts below 8',)),
+    (EXPERTS | {'trainable__experts': [[1, 1], []]}, ('different experts below 8',)),
+    (EXPERTS | {'trainable__experts': [[], []]}, ('trains nothing', 'esft select')),
+  ],
+)
+def test_what_is_trained_must_be_there(overrides, parts):
+  changes.assert_refused(overrides, parts)
+  accepted = tiny.make(**EXPERTS, trainable__experts=((1, 7), ()))
+  assert accepted.trainable.experts == ((1, 7), ())

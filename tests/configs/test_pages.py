@@ -24,7 +24,7 @@ from moe_jax.data import pipeline
 from moe_jax.devices import partitioning
 from moe_jax.models import model_variables
 from moe_jax.planning import flops
-from moe_jax.post_training import inherited_model
+from moe_jax.post_training import expert_config, inherited_model
 from moe_jax.training import optim
 from tests import tiny
 
@@ -51,7 +51,16 @@ def values_of(page: str, variant: str, source: pathlib.Path) -> dict:
   if not values['objective']['inherit']:
     return values
   (source / 'config.json').write_text(json.dumps({'config': smoke.get_config().to_dict()}))
-  return inherited_model.applied(values | {'init_from': str(source)})
+  values = inherited_model.applied(values | {'init_from': str(source)})
+  if values['trainable']['kind'] == 'all':
+    return values
+  layers = range(values['model']['num_dense_layers'], values['model']['num_layers'])
+  path = source / 'expert_cfg.json'
+  chosen = expert_config.ExpertConfig({layer: [0] for layer in layers}, False, False)
+  expert_config.write(path, chosen)
+  return expert_config.applied(
+    values | {'trainable': values['trainable'] | {'expert_config': str(path)}}
+  )
 
 
 @pytest.mark.parametrize('page, variant', list(specs()))

@@ -17,7 +17,7 @@ def test_the_first_argument_says_what_to_do(monkeypatch, capsys, arguments):
   with pytest.raises(SystemExit) as end:
     cli.run_action(esft.main, esft.define_flags, esft.ACTIONS)
   text = capsys.readouterr().err
-  assert end.value.code == 2 and 'must be one of score, select' in text
+  assert end.value.code == 2 and 'must be one of score, select, extract, merge' in text
   assert arguments != ('selct', '--p=0.2') or "did you mean 'select'" in text
 
 

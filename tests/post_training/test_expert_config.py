@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from moe_jax import errors
-from moe_jax.post_training import expert_config, expert_scores
+from moe_jax.config import parse, schema
+from moe_jax.post_training import expert_config
+from tests import tiny
 
 # Of results/ of deepseek-ai/ESFT (DeepSeek-V2-Lite, layers 1 to 26, 64 routed experts): token
 # scores times 10^4, and the experts of the released configs in their order, -1 behind the last one.
@@ -61,7 +63,7 @@ def test_files_and_back(tmp_path):
   }
   assert expert_config.read(path, [1, 2, 10], 9) == config
   token = np.array([[0.12344, 0.87656], [0.5, 0.5]])
-  scores = expert_scores.ExpertScores(token, token / 2, 7, 1)
+  scores = expert_config.ExpertScores(token, token / 2, 7, 1)
   expert_config.write_scores(tmp_path / 'summary.json', scores)
   found, first = expert_config.read_scores(tmp_path / 'summary.json', 'token')
   assert first == 1 and found.tolist() == [[0.1234, 0.8766], [0.5, 0.5]]
@@ -111,3 +113,16 @@ def test_a_config_without_switches_has_none(tmp_path):
   path = tmp_path / 'expert_cfg.json'
   path.write_text(json.dumps({'experts': {'1': [0]}}))
   assert expert_config.read(path, [1], 4) == ({1: [0]}, False, False)
+
+
+def test_a_page_gets_the_content_of_the_file(tmp_path):
+  path = tmp_path / 'expert_cfg.json'
+  expert_config.write(path, expert_config.ExpertConfig({2: [0], 1: [5, 3]}, True, False))
+  values = tiny.values(init_from='base', trainable__kind='experts')
+  assert expert_config.applied(values) is values
+  values['trainable']['expert_config'] = str(path)
+  got = parse.from_dict(expert_config.applied(values)).trainable
+  assert got == schema.TrainableConfig('experts', '', ((5, 3), (0,)), True, False)
+  values['model']['num_layers'] = 4
+  with pytest.raises(errors.InputError, match='every MoE layer of the model, 1 to 3'):
+    expert_config.applied(values)

@@ -13,6 +13,7 @@ from moe_jax import errors
 from moe_jax.config import parse
 from moe_jax.data import corpus, whole_documents
 from moe_jax.devices import partitioning
+from moe_jax.post_training import expert_config
 from moe_jax.training import objective
 from tests import tiny
 
@@ -115,7 +116,7 @@ def base(tmp_path_factory):
     yield moe_jax.train('smoke', root / 'run', report=False, say=print, **SIZES | changes)
 
 
-def tune(base, workdir):
+def tune(base, workdir, page='sft', **changes):
   chats = workdir.parent / 'chats.jsonl'
   if not chats.exists():
     rows = [{'prompt': f'Say {i} twice.', 'completion': f'{i} {i}'} for i in range(300)]
@@ -129,7 +130,7 @@ def tune(base, workdir):
     'optim.warmup_steps': 0,
     'optim.peak_lr': 0.01,
   }
-  return moe_jax.train('sft', workdir, report=False, say=print, **given)
+  return moe_jax.train(page, workdir, report=False, say=print, **given | changes)
 
 
 @pytest.mark.slow
@@ -157,3 +158,37 @@ def test_a_run_is_tuned_and_goes_on_bit_by_bit(base, tmp_path):
   assert losses[0] == losses[1] and len(losses[0]) == 4 and losses[0][-1] < losses[0][0]
   figures = whole.evaluate(progress=False)
   assert 0 < figures.bits_per_byte < 20
+
+
+@pytest.mark.slow
+def test_chosen_experts_are_tuned_and_the_file_is_read_once(base, tmp_path):
+  """Resumed bit by bit from elsewhere, refused when the experts are others."""
+  path, moved = tmp_path / 'expert_cfg.json', tmp_path / 'moved.json'
+  number = base.config.model.num_moe_layers
+  layers = range(base.config.model.num_dense_layers, base.config.model.num_layers)
+  assert number == len(layers) > 0
+  expert_config.write(path, expert_config.ExpertConfig(dict.fromkeys(layers, [2, 0]), False, False))
+
+  def tuned(workdir, path):
+    return tune(base, workdir, 'esft', **{'trainable.expert_config': str(path)})
+
+  whole = tuned(tmp_path / 'whole', path)
+  assert whole.config.trainable.experts == ((2, 0),) * number
+  before, after = (jax.device_get(run.variables['params']) for run in (base, whole))
+  for name in ('gate_up', 'down'):
+    a, b = (tree['moe_layers']['moe'].pop(name) for tree in (before, after))
+    trained = np.isin(np.arange(a.shape[1]), [0, 2])
+    np.testing.assert_array_equal(a[:, ~trained], b[:, ~trained])
+    assert (a[:, trained] != b[:, trained]).mean() > 0.5
+  jax.tree.map(np.testing.assert_array_equal, before, after)
+
+  interrupted = tmp_path / 'interrupted'
+  tuned(interrupted, path)
+  (interrupted / 'checkpoints' / '4').rename(tmp_path / 'lost')
+  path.rename(moved)
+  resumed = tuned(interrupted, moved)
+  jax.tree.map(np.testing.assert_array_equal, *(run.variables for run in (whole, resumed)))
+  others = dict.fromkeys(layers, [2, 1])
+  expert_config.write(moved, expert_config.ExpertConfig(others, False, False))
+  with pytest.raises(errors.InputError, match='holds a run of another config: trainable.experts'):
+    tuned(interrupted, moved)

@@ -152,7 +152,7 @@ def test_another_tokenizer_is_refused_with_the_way_out(cache, source, tmp_path):
   refused(cache, source[0], tmp_path, message, data__tokenizer='bpe')
 
 
-def test_common_leaves_and_their_merge():
+def test_common_leaves():
   def leaf(*shape):
     return np.zeros(shape)
 
@@ -160,6 +160,3 @@ def test_common_leaves_and_their_merge():
   b = {'x': {'bias': leaf(2), 'table': leaf(4), 'assignments': leaf(1)}}
   common = warm_start.common(a, b)
   assert list(common) == ['x'] and list(common['x']) == ['bias']
-  # What the source lacks, a bias say, keeps its start.
-  merged = warm_start.merge(b, {'x': {'bias': leaf(2) + 1}})
-  assert merged['x']['bias'].all() and not merged['x']['table'].any()

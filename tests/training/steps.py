@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.devices import partitioning
-from moe_jax.training import objective, optim, train_state
+from moe_jax.training import objective, optim, train_state, trainable
 from tests import tiny
 
 # eps is large so that Adam does not blow the last bit of a tiny gradient up to a whole step.
@@ -19,7 +19,8 @@ def one_device():
 
 def fresh(cfg):
   params = jax.tree.map(jnp.copy, tiny.params(cfg.model))  # the step donates its state
-  opt_state = optim.optimizer(cfg.optim, cfg.train.num_steps).init(params)
+  trained = trainable.select(cfg, params)
+  opt_state = optim.optimizer(cfg.optim, cfg.train.num_steps).init(trained)
   return train_state.TrainState(jnp.int32(0), jnp.uint32(0), params, {}, opt_state)
 
 
