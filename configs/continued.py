@@ -46,7 +46,7 @@ def get_config(variant: str = '') -> base.Page:
   config.optim.schedule = 'cosine'
   config.optim.warmup_steps = 20
   config.train.num_steps = 400
-  config.train.batch_size = 8
+  config.train.batch_size = 4
   config.train.sample_prompt = ''
   config.checkpoint.save_every = 100
   return recipes.variant(config, variant, VARIANTS)

@@ -34,7 +34,7 @@ def test_the_workdir_is_a_run(imported):
   original, workdir = imported
   run = trained_run.load(workdir)
   assert run.tokenizer.end_ids == (1, 7, 9)
-  assert huggingface._open(original, tiny.values(), workdir, '')[1].end_ids == (1, 7, 9)
+  assert huggingface.opened(original, tiny.values(), workdir)[1].end_ids == (1, 7, 9)
   assert run.step == 0 and run.tokenizer.bos_id == 0 and run.tokenizer.eos_id == 1
   data = run.cfg.data
   assert (data.bos_token, data.eos_token) == ('<s>', '</s>')
