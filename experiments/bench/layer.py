@@ -90,6 +90,7 @@ GPU_CASES = (
 # A dispatch, and the format of its products where it is not the layer's own.
 LOW_PRECISION = tuple(f'dropless {qtype}' for qtype in moe_config.LOW_PRECISION)
 VARIANTS = ('dropless', *LOW_PRECISION, 'capacity', 'dense')
+ROLES = {'dense twin': 'dense', 'plain JAX': 'plain'}
 
 
 def layer_config(case: Case, variant: str) -> moe_config.MoEConfig:
@@ -139,6 +140,24 @@ def make_twin(case: Case) -> tuple[Callable, Any]:
   return module.apply, partitioning.unbox(make(jnp.zeros(case.shape, dtype)))
 
 
+def make_plain(case: Case) -> tuple[Callable, Any]:
+  """The dense FFN as anyone would write it in JAX: three kernels, three products."""
+  dtype = jnp.dtype(case.dtype)
+  shapes = {'gate': (case.embed, case.activated), 'up': (case.embed, case.activated)}
+  shapes['down'] = (case.activated, case.embed)
+  keys = jax.random.split(jax.random.key(0), len(shapes))
+  params = {
+    name: 0.02 * jax.random.normal(key, shape, dtype)
+    for key, (name, shape) in zip(keys, shapes.items())
+  }
+
+  def apply(variables, x):
+    p = variables['params']
+    return (jax.nn.silu(x @ p['gate']) * (x @ p['up'])) @ p['down']
+
+  return apply, {'params': params}
+
+
 def program(
   case: Case, variant: str, backward: bool, fn: Callable, variables: Any, xs: list[jax.Array]
 ) -> harness.Program:
@@ -162,10 +181,10 @@ def program(
     name=f'{case.name} {PASSES[backward]}',
     variant=variant,
     run=lambda i: compiled(first, xs[i % len(xs)]),
-    role='dense' if variant == 'dense twin' else '',
+    role=ROLES.get(variant, ''),
     flops=case.flops(backward),
     peak_bytes=temporaries,
-    detail={} if variant == 'dense twin' else {'of_routed': temporaries / case.routed_bytes},
+    detail={} if variant in ROLES else {'of_routed': temporaries / case.routed_bytes},
   )
 
 
@@ -254,6 +273,7 @@ def programs(
     for variant in variants:
       yield lambda v=variant, b=backward: program(case, v, b, *make_moe(case, v), xs)
     yield lambda b=backward: program(case, 'dense twin', b, *make_twin(case), xs)
+    yield lambda b=backward: program(case, 'plain JAX', b, *make_plain(case), xs)
     if with_torch and case.shared:
       yield lambda b=backward: torch_program(case, make_moe(case, 'dropless')[1], xs, b)
 

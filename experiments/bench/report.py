@@ -14,8 +14,8 @@ from moe_jax.runs import plots
 
 MARKERS = 'osD^v'
 HEADER = (
-  '| what | variant | ms, median (min-max) | / dense twin | of peak | x transformers | temporaries '
-  '| more |'
+  '| what | variant | ms, median (min-max) | / dense twin | / plain JAX | of peak | x transformers '
+  '| temporaries | more |'
 )
 
 
@@ -30,6 +30,7 @@ def _line(r: harness.Result) -> str:
   cells = [
     *(r.name, r.variant, '{:.4g} ({:.4g}-{:.4g})'.format(*ms)),
     _number(r.ratio_to_dense, '{:.2f}'),
+    _number(r.ratio_to_plain, '{:.2f}'),
     '' if r.ratio_to_peak is None else f'{r.ratio_to_peak:.0%}',
     _number(r.ratio_to_transformers, '{:.2f}'),
     '' if r.peak_bytes is None else f'{r.peak_bytes / 2**20:.1f} MiB',

@@ -42,6 +42,19 @@ def tiny_mla() -> Any:
   return page
 
 
+def mla_26m() -> Any:
+  """Latent attention and 64 experts in 26 million parameters, 8 rows of 256 tokens."""
+  page = tiny_mla()
+  page.model.update(vocab_size=4096, max_seq_len=256, embed_dim=256, num_layers=6, num_heads=8)
+  page.model.mlp_dim = 8 * 88
+  mla = page.model.attention.mla
+  mla.kv_lora_rank, mla.v_head_dim = 64, 32
+  mla.qk_nope_head_dim, mla.qk_rope_head_dim = 32, 16
+  page.model.moe.update(num_experts=64, num_experts_per_tok=6, num_shared_experts=2, moe_mlp_dim=96)
+  page.train.batch_size = 8
+  return page
+
+
 def small() -> Any:
   """The small page; on a CPU one shorter row in float32, so that a step takes seconds."""
   page = deepseekmoe_small.get_config()
@@ -62,6 +75,7 @@ CASES = (
   Case('tiny', deepseekmoe_tiny.get_config, ('dropless', 'capacity', 'dense'), steps=4),
   Case('tiny MLA', tiny_mla, transformers=True, steps=4),
   Case('quickstart', quickstart.get_config, steps=2),
+  Case('26M MLA', mla_26m, transformers=True),
   Case('small', small),
   Case('2b', two_billion, platforms=('gpu',)),
 )

@@ -27,7 +27,7 @@ from moe_jax.devices import peak_flops
 # What `--json` prints of every result; `detail` holds what only some suites know.
 FIELDS = (
   *('suite', 'name', 'variant', 'seconds_median', 'seconds_min', 'seconds_max', 'repeats'),
-  *('ratio_to_dense', 'ratio_to_peak', 'ratio_to_transformers', 'peak_bytes'),
+  *('ratio_to_dense', 'ratio_to_plain', 'ratio_to_peak', 'ratio_to_transformers', 'peak_bytes'),
 )
 PACKAGES = ('jax', 'jaxlib', 'flax', 'tokamax', 'torch', 'transformers', 'libtpu')
 
@@ -39,7 +39,7 @@ class Program:
   name: str  # what is computed, with its sizes
   variant: str  # how
   run: Callable[[int], Any]  # number of the round -> outputs
-  role: str = ''  # 'dense' or 'transformers': what the others of its name are divided by
+  role: str = ''  # 'dense', 'plain' or 'transformers': what the others of its name are divided by
   flops: float = 0.0  # that the model needs, per call
   bytes: float = 0.0  # that have to pass through memory, per call
   peak_bytes: int | None = None  # temporaries of the compiled program
@@ -76,9 +76,10 @@ class Options:
 class Result:
   """One line of a benchmark.
 
-  `ratio_to_dense` is our time over the dense twin's (1 = as fast), `ratio_to_peak` the bound of
-  `Peaks` over our time (1 = nothing is faster), `ratio_to_transformers` their time over ours (2 =
-  we are twice as fast). None: there is no such program in this run.
+  `ratio_to_dense` is our time over the dense twin's (1 = as fast), `ratio_to_plain` that over the
+  time of a dense FFN in a few lines of JAX, `ratio_to_peak` the bound of `Peaks` over our time (1 =
+  nothing is faster), `ratio_to_transformers` their time over ours (2 = we are twice as fast). None:
+  there is no such program in this run.
   """
 
   suite: str
@@ -93,6 +94,7 @@ class Result:
   ratio_to_transformers: float | None
   peak_bytes: int | None
   detail: dict[str, Any] = dataclasses.field(default_factory=dict)
+  ratio_to_plain: float | None = None  # as in results of before it was measured
 
   def to_json(self) -> dict[str, Any]:
     return dataclasses.asdict(self)
@@ -157,6 +159,7 @@ def _result(
     seconds_max=max(seconds),
     repeats=len(seconds),
     ratio_to_dense=paired('dense', False),
+    ratio_to_plain=paired('plain', False),
     ratio_to_peak=bound / median if bound else None,
     ratio_to_transformers=paired('transformers', True),
     peak_bytes=program.peak_bytes,
