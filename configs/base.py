@@ -74,6 +74,12 @@ def get_config() -> Page:
   c.objective.kind = 'next_token'
   c.objective.inherit = False
   c.objective.balance = True
+  c.objective.dpo = ml_collections.ConfigDict()
+  c.objective.dpo.beta = 0.1
+  c.objective.dpo.loss = 'sigmoid'
+  c.objective.dpo.label_smoothing = 0.0
+  c.objective.dpo.length_normalised = False
+  c.objective.dpo.sft_weight = 0.0
 
   c.trainable = ml_collections.ConfigDict()
   c.trainable.kind = 'all'

@@ -41,7 +41,7 @@ def main(unused_argv: Sequence[str]):
   asked = fetch.local(values.like or workdir, '--like' if values.like else '--workdir')
   loaded = load.load(workdir, step=values.step, flag='--workdir')
   data = working_directory.resolved(like or loaded.config, asked).data
-  questions = answers.heldout_questions(data, values.n)
+  questions = answers.questions(data, values.n)
   shown: list[str] = []
 
   def tell(question: answers.Question, text: str, right: bool):

@@ -84,7 +84,7 @@ def make_step(cfg: schema.Config, mesh: jax.sharding.Mesh) -> Any:
         return objective.batch_loss(cfg, p, state.router_state, micro, seed, totals)
 
       (_, loss), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-      return loss.cross_entropy, grads
+      return loss.main, grads
 
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(share, 0))
 

@@ -83,7 +83,7 @@ def replay(
       or in_activations(cfg, mesh, variables, batch, seed)
       or in_gradients(cfg.model, trainable.expanded(cfg, state['params'], grads))
     )
-  return Replay(float(loss.cross_entropy), float(norm), found)
+  return Replay(float(loss.main), float(norm), found)
 
 
 def in_batch(model: schema.ModelConfig, batch: trees.HostBatch) -> Found | None:

@@ -15,7 +15,18 @@ ADDED: dict[str, dict[str, Any]] = {
   'train': {'max_skipped_steps': 0, 'stall_seconds': 0.0},
   'optim': {'spike_sigma': 0.0, 'spike_window': 128},
   'data': {'skip_null_text': False, 'chat_format': 'deepseek_llm', 'chat_template': ''},
-  'objective': {'kind': 'next_token', 'inherit': False, 'balance': True},
+  'objective': {
+    'kind': 'next_token',
+    'inherit': False,
+    'balance': True,
+    'dpo': {
+      'beta': 0.1,
+      'loss': 'sigmoid',
+      'label_smoothing': 0.0,
+      'length_normalised': False,
+      'sft_weight': 0.0,
+    },
+  },
   'trainable': {
     'kind': 'all',
     'expert_config': '',

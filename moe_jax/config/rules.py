@@ -143,20 +143,24 @@ def _validate_objective(config: schema.Config):
   objective, data = config.objective, config.data
   errors.choice('objective.kind', objective.kind, schema.OBJECTIVES)
   members = [data.source, *(member.source for member in data.mixture.values())]
-  chats = [source in schema.CONVERSATION_SOURCES for source in members if source != 'mixture']
   where = 'config.data.source' if data.source != 'mixture' else 'config.data.mixture'
-  names = ', '.join(map(repr, schema.CONVERSATION_SOURCES))
+  special = {'sft': schema.CONVERSATION_SOURCES, 'dpo': schema.PREFERENCE_SOURCES}
+  text = tuple(s for s in schema.SOURCES if not any(s in names for names in special.values()))
+  allowed = special.get(objective.kind, text)
+  what = {'sft': 'conversations', 'dpo': 'preferences'}.get(objective.kind, 'text')
   errors.require(
-    all(chats) if objective.kind == 'sft' else not any(chats),
-    f'{where} with config.objective.kind={objective.kind!r} must name '
-    + (f'conversations only ({names})' if objective.kind == 'sft' else 'no conversations')
-    + f", and has {', '.join(map(repr, members))}; conversations are for objective.kind='sft'",
+    all(source in allowed for source in members if source != 'mixture'),
+    f'{where} with config.objective.kind={objective.kind!r} must name {what} only '
+    f'({", ".join(map(repr, allowed))}), and has {", ".join(map(repr, members))}; conversations '
+    "are for objective.kind='sft', preferences for 'dpo'",
   )
   errors.require(
     objective.kind == 'next_token' or data.fim_rate == 0,
     f'config.data.fim_rate={data.fim_rate} rearranges documents of text, not conversations; set it '
     'to 0',
   )
+  if objective.kind == 'dpo':
+    _validate_dpo(config)
   errors.require(
     not objective.inherit or bool(config.init_from),
     "config.init_from='' must name the run to go on from, as config.objective.inherit=True takes "
@@ -196,6 +200,40 @@ def _validate_trainable(config: schema.Config):
     any(trainable.experts) or any(chosen[1:]),
     f'{where} with no expert, and with shared_experts and non_expert_modules off, trains nothing; '
     'choose experts with python -m experiments.esft select',
+  )
+
+
+def _validate_dpo(config: schema.Config):
+  dpo = config.objective.dpo
+  errors.choice('objective.dpo.loss', dpo.loss, schema.PREFERENCE_LOSSES)
+  errors.require(
+    dpo.beta > 0,
+    f'config.objective.dpo.beta={dpo.beta} must be positive; 0.1 is usual, as without it nothing '
+    'holds the model near its reference',
+  )
+  errors.require(
+    0 <= dpo.label_smoothing < 0.5 and (dpo.loss == 'sigmoid' or not dpo.label_smoothing),
+    f'config.objective.dpo.label_smoothing={dpo.label_smoothing} must lie in [0, 0.5), and be 0 '
+    f'with objective.dpo.loss={dpo.loss!r}, which has no such term',
+  )
+  errors.require(
+    dpo.sft_weight >= 0,
+    f'config.objective.dpo.sft_weight={dpo.sft_weight} must not be negative; 0 leaves the term out',
+  )
+  errors.require(
+    bool(config.init_from),
+    "config.init_from='' must name the run that objective.kind='dpo' starts from, as its weights "
+    'are the reference; pass --config.init_from=WORKDIR',
+  )
+  errors.require(
+    not config.model.num_mtp_layers,
+    f'config.model.num_mtp_layers={config.model.num_mtp_layers} must be 0 with '
+    "objective.kind='dpo': preferences do not train multi-token prediction",
+  )
+  errors.require(
+    not config.train.z_loss_weight,
+    f'config.train.z_loss_weight={config.train.z_loss_weight} must be 0 with '
+    "objective.kind='dpo', whose loss has no such term",
   )
 
 

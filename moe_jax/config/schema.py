@@ -15,14 +15,17 @@ REMAT_POLICIES = ('none', 'moe_core', 'full', 'offload')
 DTYPES = ('float32', 'bfloat16')
 SCHEDULES = ('multi_step', 'cosine', 'constant', 'linear', 'stages')
 STAGE_SHAPES = ('constant', 'linear', 'cosine')
-# Those of conversations, of which a model learns the answers, and those of text.
+# Those of conversations, of which a model learns the answers; of pairs of answers; and of text.
 CONVERSATION_SOURCES = ('conversations', 'arithmetic')
+PREFERENCE_SOURCES = ('preferences',)
 PATHLESS_SOURCES = ('hf', 'arithmetic', 'synthetic')  # whose `path` is no path
 SOURCES = (
   *('python_source', 'text', 'jsonl', 'parquet', 'hf', 'synthetic', 'mixture'),
   *CONVERSATION_SOURCES,
+  *PREFERENCE_SOURCES,
 )
-OBJECTIVES = ('next_token', 'sft')
+OBJECTIVES = ('next_token', 'sft', 'dpo')
+PREFERENCE_LOSSES = ('sigmoid', 'ipo')
 TRAINABLE = ('all', 'experts')
 CHAT_FORMATS = ('deepseek_llm', 'deepseek_v3', 'template')
 
@@ -97,11 +100,22 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DpoConfig:
+  """Direct preference optimisation (arXiv 2305.18290), only read with objective.kind='dpo'."""
+
+  beta: float  # of the implicit reward beta (log policy - log reference)
+  loss: str  # 'sigmoid' (DPO), or 'ipo' (arXiv 2310.12036), whose beta is the paper's tau
+  label_smoothing: float  # share of pairs taken to be labelled the wrong way round (cDPO); < 0.5
+  length_normalised: bool  # log-probabilities are means over an answer's tokens instead of sums
+  sft_weight: float  # of the cross-entropy of the chosen answers, per token of them
+
+
+@dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-  """What the weights are trained for; the loss itself is the same, on other targets."""
+  """What the weights are trained for."""
 
   # 'next_token': every token of a text; 'sft': the assistant's turns of conversations, which are
-  # never cut, and end tokens with them.
+  # never cut, and end tokens with them; 'dpo': the chosen of two answers against the rejected one.
   kind: str
   # Whether config.model is that of init_from, and data.tokenizer its tokenizer. What a command line
   # sets of them is changed after that.
@@ -109,6 +123,7 @@ class ObjectiveConfig:
   # Of an inherited model: whether its balance losses and the updates of its expert bias go on. The
   # field tunes without (docs/topics/fine_tuning.md).
   balance: bool
+  dpo: DpoConfig
 
 
 @dataclasses.dataclass(frozen=True)

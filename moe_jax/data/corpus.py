@@ -20,7 +20,7 @@ from absl import logging
 
 from moe_jax import errors
 from moe_jax.config import paths, schema
-from moe_jax.data import cache, chat_formats, conversations, fim, hashing, sources
+from moe_jax.data import cache, chat_formats, conversations, fim, hashing, preferences, sources
 from moe_jax.data import tokenizer as tokenizer_lib
 
 _VERSION = 1  # of the files below and of the way text becomes ids: raise it when either changes
@@ -39,6 +39,12 @@ class TokenSplit:
   # [num_tokens] uint8, 1 for the tokens to be learned; None for text, of which all are. Documents
   # that have it are never cut, and their doc_bytes are those of the answers.
   learned: np.ndarray | None = None
+  # [n] int64: a document is two answers to one prompt, each with the prompt, end to end, and so
+  # many tokens belong to the chosen one; None for all else.
+  doc_chosen: np.ndarray | None = None
+  # [n, 2] float32, log-probabilities of chosen and rejected answers under the reference, in nats;
+  # None until they are known, see `runs.reference_scores`.
+  reference: np.ndarray | None = None
 
   @property
   def num_documents(self) -> int:
@@ -124,7 +130,7 @@ def load_corpus(
   tokenizer = _tokenizer(data, vocab_size, specs, scans, progress)
   fim.check(tokenizer, data.fim_rate)
   fim_key = (data.fim_rate, seed) if data.fim_rate > 0 else ()
-  chats = {label: spec.source in schema.CONVERSATION_SOURCES for label, spec in specs.items()}
+  chats = {label: _is_chat(spec) for label, spec in specs.items()}
   if any(chats.values()):
     chat_formats.check(data, tokenizer)
   fingerprints, directories = [], []
@@ -250,10 +256,23 @@ def _tokenizer(
 
 def _said(document: sources.Document, spec: sources.Spec) -> bytes:
   """The text of a document; of a conversation what is said in it."""
-  if spec.source not in schema.CONVERSATION_SOURCES:
+  if not _is_chat(spec):
     return document.text
-  turns = conversations.from_bytes(document.text)
+  turns = [turn for one in _conversations(document, spec) for turn in one]
   return '\n'.join(turn.content for turn in turns).encode('utf-8')
+
+
+def _is_chat(spec: sources.Spec) -> bool:
+  return spec.source in (*schema.CONVERSATION_SOURCES, *schema.PREFERENCE_SOURCES)
+
+
+def _conversations(
+  document: sources.Document, spec: sources.Spec
+) -> tuple[conversations.Conversation, ...]:
+  """The one or two conversations of a document: (chosen, rejected) of a preference."""
+  if spec.source in schema.PREFERENCE_SOURCES:
+    return preferences.from_bytes(document.text)
+  return (conversations.from_bytes(document.text),)
 
 
 def _build(
@@ -280,8 +299,10 @@ def _build(
     for batch in _batches(sources.read(spec, quiet=True)):
       heldout = [counter.add(document) for document in batch]
       rates = [0.0 if is_heldout else data.fim_rate for is_heldout in heldout]
-      if spec.source in schema.CONVERSATION_SOURCES:
-        encoded = _encode_chats(tokenizer, batch, data)
+      if _is_chat(spec):
+        encoded = _encode_chats(
+          tokenizer, [_conversations(document, spec) for document in batch], data
+        )
       else:
         encoded = _encode(tokenizer, batch, rates, seed)
       for document, is_heldout, one in zip(batch, heldout, encoded):
@@ -319,15 +340,25 @@ class _Encoded(NamedTuple):
   ids: tokenizer_lib.Ids
   text: bytes  # what is to be learned of it
   learned: np.ndarray | None  # [len(ids)] bool; None: all of it
+  num_chosen: int = 0  # of two answers, tokens of the chosen one; 0: it is one text
 
 
 def _encode_chats(
-  tokenizer: tokenizer_lib.Tokenizer, documents: Sequence[sources.Document], data: schema.DataConfig
+  tokenizer: tokenizer_lib.Tokenizer,
+  batch: Sequence[tuple[conversations.Conversation, ...]],
+  data: schema.DataConfig,
 ) -> Iterator[_Encoded]:
-  """Yields each conversation's ids, and which of them are to be learned."""
-  batch = [conversations.from_bytes(document.text) for document in documents]
-  for one, found in zip(batch, chat_formats.render(data, batch, tokenizer)):
-    yield _Encoded(found.ids, conversations.answers(one).encode('utf-8'), found.learned)
+  """Yields each document's ids, those of its conversations end to end, and which are learned."""
+  every = [one for ones in batch for one in ones]
+  rendered = iter(chat_formats.render(data, every, tokenizer))
+  for ones in batch:
+    parts = [next(rendered) for _ in ones]
+    yield _Encoded(
+      np.concatenate([part.ids for part in parts]),
+      ''.join(map(conversations.answers, ones)).encode('utf-8'),
+      np.concatenate([part.learned for part in parts]),
+      num_chosen=len(parts[0].ids) if len(parts) > 1 else 0,
+    )
 
 
 def _encode(
@@ -353,7 +384,7 @@ class _SplitWriter:
     self._directory, self._split, self._dtype = directory, split, dtype
     self._tokens = (directory / f'{split}.tokens').open('wb')
     self._learned = None  # the file of what is to be learned, once a document asks for it
-    self._lengths, self._doc_bytes, self._doc_domain = [], [], []
+    self._lengths, self._doc_bytes, self._doc_domain, self._doc_chosen = [], [], [], []
 
   def __enter__(self) -> '_SplitWriter':
     return self
@@ -376,6 +407,7 @@ class _SplitWriter:
     self._lengths.append(len(one.ids))
     self._doc_bytes.append(len(one.text))
     self._doc_domain.append(domain)
+    self._doc_chosen.append(one.num_chosen)
 
   def write_documents(self, domains: Sequence[str]):
     """Writes what is known per document; a document's domain becomes its place in `domains`."""
@@ -385,6 +417,8 @@ class _SplitWriter:
       'doc_bytes': np.asarray(self._doc_bytes, np.int64),
       'doc_domain': np.asarray([index[label] for label in self._doc_domain], np.int32),
     }
+    if any(self._doc_chosen):
+      arrays['doc_chosen'] = np.asarray(self._doc_chosen, np.int64)
     for name, array in arrays.items():
       np.save(self._directory / f'{self._split}.{name}.npy', array)
 
@@ -425,6 +459,9 @@ def _open(directory: pathlib.Path, split: str) -> TokenSplit:
   learned = directory / f'{split}.learned'
   if learned.exists():
     arrays['learned'] = np.memmap(learned, np.uint8, mode='r')
+  chosen = directory / f'{split}.doc_chosen.npy'
+  if chosen.exists():
+    arrays['doc_chosen'] = np.load(chosen)
   return TokenSplit(tokens=tokens, **arrays)
 
 
@@ -440,7 +477,9 @@ def _concatenate(splits: Sequence[TokenSplit]) -> TokenSplit:
   if len(splits) == 1:
     return splits[0]
   starts = np.cumsum([0] + [split.num_tokens for split in splits[:-1]])
-  learned = [split.learned for split in splits if split.learned is not None]  # of all or of none
+  # Of all splits or of none.
+  learned = [split.learned for split in splits if split.learned is not None]
+  chosen = [split.doc_chosen for split in splits if split.doc_chosen is not None]
   offsets = [split.offsets[:-1] + start for split, start in zip(splits, starts)]
   total = sum(split.num_tokens for split in splits)
   return TokenSplit(
@@ -449,4 +488,5 @@ def _concatenate(splits: Sequence[TokenSplit]) -> TokenSplit:
     doc_bytes=np.concatenate([split.doc_bytes for split in splits]),
     doc_domain=np.concatenate([split.doc_domain for split in splits]),
     learned=np.concatenate(learned) if learned else None,
+    doc_chosen=np.concatenate(chosen) if chosen else None,
   )

@@ -56,6 +56,10 @@ class Packing:
   def __len__(self) -> int:
     return self._num_rows
 
+  def padding_row(self) -> dict[str, np.ndarray]:
+    """A row without any token."""
+    return padding_row(self._max_seq_len)
+
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
     """Returns row `index`.
 
@@ -90,5 +94,5 @@ class Packing:
 
 
 def stack(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-  """Rows of [L] arrays to a batch of [B, L] arrays."""
-  return {key: np.stack([row[key] for row in rows]) for key in KEYS}
+  """Rows of [L] arrays, all with the same keys, to a batch of [B, L] arrays."""
+  return {key: np.stack([row[key] for row in rows]) for key in rows[0]}

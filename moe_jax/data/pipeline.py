@@ -230,4 +230,4 @@ def heldout_batches(
   rows = rows_of(corpus.heldout, np.arange(corpus.heldout.num_documents), max_seq_len)
   for begin in range(0, len(rows), batch_size):
     batch = [rows[i] for i in range(begin, min(begin + batch_size, len(rows)))]
-    yield packing.stack(batch + [packing.padding_row(max_seq_len)] * (batch_size - len(batch)))
+    yield packing.stack(batch + [rows.padding_row()] * (batch_size - len(batch)))

@@ -14,18 +14,27 @@ import pathlib
 import sysconfig
 import tokenize
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import tqdm
 from absl import logging
 
 from moe_jax import errors
 from moe_jax.config import paths, schema
-from moe_jax.data import cache, conversations, hashing, json_files, source_files, synthetic
+from moe_jax.data import (
+  cache,
+  conversations,
+  hashing,
+  json_files,
+  preferences,
+  source_files,
+  synthetic,
+)
 from moe_jax.data.tasks import arithmetic
 from moe_jax.storage import fetch
 
 TEXT_CUT_BYTES = 64 * 1024  # source 'text': files longer than this become several documents
+_Parsed = TypeVar('_Parsed')
 _SKIPPED_DIRS = frozenset({'site-packages', 'dist-packages', '__pycache__'})
 
 
@@ -324,10 +333,32 @@ def synthetic_text(spec: Spec, warn: Callable[[str], None]) -> Iterator[Document
 def conversation_files(spec: Spec, warn: Callable[[str], None]) -> Iterator[Document]:
   """One document per conversation; see `conversations`, whose bytes are its text.
 
-  Files are JSON lines (.jsonl, also .gz and .zst) or parquet. Conversations without a turn to be
-  learned are left out and counted in a warning. Domain: data.domain_field, or the file's stem.
+  Conversations without a turn to be learned are left out and counted in a warning.
   """
   nothing = 0
+  for where, found, domain in _chat_rows(spec, conversations.from_row):
+    if conversations.is_learned(found):
+      yield Document(where, conversations.to_bytes(found), domain)
+    else:
+      nothing += 1
+  if nothing:
+    warn(f'{spec.where}: left out {nothing} conversations in which nothing is to be learned')
+
+
+def preference_files(spec: Spec, warn: Callable[[str], None]) -> Iterator[Document]:
+  """One document per pair of answers; see `preferences`, whose bytes are its text."""
+  for where, found, domain in _chat_rows(spec, preferences.from_row):
+    yield Document(where, preferences.to_bytes(found), domain)
+
+
+def _chat_rows(
+  spec: Spec, from_row: Callable[[Any], _Parsed]
+) -> Iterator[tuple[str, _Parsed, str]]:
+  """Yields (name, what `from_row` makes of it, domain) of every row.
+
+  Files are JSON lines (.jsonl, also .gz and .zst) or parquet. Domain: data.domain_field, or the
+  file's stem.
+  """
   for name, file in _files(spec, '.jsonl', '.parquet'):
     if file.suffix == '.parquet':
       rows = enumerate(_parquet_rows(spec, file, every_column=True))
@@ -337,16 +368,11 @@ def conversation_files(spec: Spec, warn: Callable[[str], None]) -> Iterator[Docu
     for number, row in rows:
       where = f'{name}:{number}'
       try:
-        found = conversations.from_row(row)
+        found = from_row(row)
       except ValueError as e:
         raise errors.InputError(f'{spec.where}: {where} {e}; repair or remove it') from e
-      if not conversations.is_learned(found):
-        nothing += 1
-        continue
       domain = str(row.get(spec.domain_field, '')) if spec.domain_field else ''
-      yield Document(where, conversations.to_bytes(found), domain or source_files.stem(file))
-  if nothing:
-    warn(f'{spec.where}: left out {nothing} conversations in which nothing is to be learned')
+      yield where, found, domain or source_files.stem(file)
 
 
 def arithmetic_task(spec: Spec, warn: Callable[[str], None]) -> Iterator[Document]:
@@ -383,6 +409,7 @@ SOURCES: dict[str, Callable[[Spec, Callable[[str], None]], Iterator[Document]]] 
   'synthetic': synthetic_text,
   'conversations': conversation_files,
   'arithmetic': arithmetic_task,
+  'preferences': preference_files,
 }
 
 

@@ -70,8 +70,13 @@ def wilson(right: int, total: int) -> tuple[float, float]:
   return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
-def heldout_questions(data: schema.DataConfig, most: int) -> list[Question]:
-  """Up to `most` questions of held-out conversations: each one's last answer, and what led to it.
+def questions(data: schema.DataConfig, most: int, *, heldout: bool = True) -> list[Question]:
+  """Up to `most` questions of conversations: each one's last answer, and what led to it.
+
+  Args:
+    data: where they are.
+    most: number of questions.
+    heldout: those of the held-out split; else those that are trained on.
 
   Raises:
     errors.InputError: the data are no conversations, or none is held out.
@@ -87,14 +92,14 @@ def heldout_questions(data: schema.DataConfig, most: int) -> list[Question]:
   for document in sources.read(spec):
     if len(found) == most:
       break
-    if sources.is_heldout(document.name, data.heldout_fraction):
+    if sources.is_heldout(document.name, data.heldout_fraction) == heldout:
       turns = conversations.from_bytes(document.text)
       last = max(i for i, turn in enumerate(turns) if turn.learned)
       found.append(Question(turns[:last], turns[last].content))
   errors.require(
     bool(found),
     f'config.data.heldout_fraction={data.heldout_fraction} holds no conversation of {spec.where} '
-    'out; raise it, or give more conversations',
+    'out, or all; change it, or give more conversations',
   )
   return found
 
@@ -117,7 +122,7 @@ def measure(
 
   Args:
     model: the model.
-    questions: see `heldout_questions`.
+    questions: see `questions`.
     data: where they come from, which decides what is right; and the format in which they are asked.
     max_new_tokens: limit of an answer; what does not end within it is judged as it stands.
     tell: is told every question with its text and whether that is right.

@@ -187,6 +187,7 @@ class EvaluateMidway:
           stop_requested=self.stop_requested,
         )
         scalars = {'heldout_loss': figures.loss, 'heldout_bits_per_byte': figures.bits_per_byte}
+        scalars |= {f'heldout_{k}': value for k, value in (figures.preference or {}).items()}
         one.writer.write_scalars(report.step, scalars)
         self.say(f'step={report.step} ' + ' '.join(f'{k}={v:.4f}' for k, v in scalars.items()))
 

@@ -17,6 +17,7 @@ from tensorboardX import event_file_writer, summary
 from tensorboardX.proto import event_pb2
 
 from moe_jax import atomic_files
+from moe_jax.training import preference_loss
 
 TAIL = 0.2  # share of a run, at its end, over which a noisy figure is averaged
 KEYS = (
@@ -35,6 +36,7 @@ KEYS = (
   'save_stall_share',
   'skipped_steps',
 )
+PREFERENCE_KEYS = preference_loss.FIGURES  # behind them in a run of preferences
 _PROTO: Any = event_pb2  # its classes are made as it is imported
 _Path = str | os.PathLike[str]
 
@@ -61,7 +63,8 @@ class MetricWriter:
     self._events = _Events(workdir / 'tensorboard', resume_step + 1)
 
   def write(self, metrics: Mapping[str, float | None]):
-    """Appends one step; the keys must be exactly `KEYS`, None where there is nothing to say.
+    """Appends one step; the keys must be exactly `KEYS`, None where there is nothing to say, and
+    `PREFERENCE_KEYS` where there are preferences.
 
     Numbers are written with all their digits, so that equal lines mean bit-identical losses. JSON
     has no infinity and no NaN: they become null.
@@ -69,13 +72,14 @@ class MetricWriter:
     Raises:
       errors.InputError: the disk is full.
     """
-    if set(metrics) != set(KEYS):
-      wrong = sorted(set(metrics) ^ set(KEYS))
-      raise ValueError(f'metrics must have the keys {", ".join(KEYS)}; missing or extra: {wrong}')
+    keys = (*KEYS, *PREFERENCE_KEYS) if PREFERENCE_KEYS[0] in metrics else KEYS
+    if set(metrics) != set(keys):
+      wrong = sorted(set(metrics) ^ set(keys))
+      raise ValueError(f'metrics must have the keys {", ".join(keys)}; missing or extra: {wrong}')
     if not self._enabled:
       return
     step = int(cast(float, metrics['step']))
-    line = {'step': step, **{key: _json_number(metrics[key]) for key in KEYS[1:]}}
+    line = {'step': step, **{key: _json_number(metrics[key]) for key in keys[1:]}}
     data = (json.dumps(line, allow_nan=False) + '\n').encode()
     with atomic_files.told_if_full(self._path, len(data)):
       while data:
@@ -178,6 +182,9 @@ def format_line(metrics: Mapping[str, float | None]) -> str:
     formats['overflow_rate'] = ('overflow', '{:.1%}')
   if metrics['skipped_steps']:
     formats['skipped_steps'] = ('skipped', '{:d}')
+  if PREFERENCE_KEYS[0] in metrics:
+    formats['preference_accuracy'] = ('accuracy', '{:.1%}')
+    formats['reward_margin'] = ('margin', '{:.3f}')
   if metrics['mtp_loss'] is not None:
     formats['mtp_loss'] = ('mtp_loss', '{:.4f}')
   return ' '.join(

@@ -28,6 +28,7 @@ from moe_jax.runs import (
   first_state,
   fit,
   loop_actions,
+  reference_scores,
   run_record,
   terminal,
   trained_run,
@@ -115,6 +116,15 @@ def run_training(
         corpus.tokenizer.save(workdir / 'tokenizer.json')
         if source is not None:
           source.carry(workdir)
+    corpus = reference_scores.prepared(
+      cfg,
+      workdir,
+      corpus,
+      mesh,
+      lambda: _reference(reading, source, mesh, corpus, None if restored else state),
+      anew=restored is None,
+      write=writes,
+    )
     corpus.tokenizer.end_ids = kept_files.end_ids(workdir / kept_files.DIRECTORY, corpus.tokenizer)
     checkpointer.prepare(abstract_state)
     state, stopped_by = _fit(
@@ -158,6 +168,18 @@ def _fit(
       began=began,
       profile=window if agreement.is_first() else None,
     )
+
+
+def _reference(
+  cfg: schema.Config,
+  source: first_state.Weights | None,
+  mesh: jax.sharding.Mesh,
+  corpus: corpus_lib.Corpus,
+  state: train_state.TrainState | None,
+) -> trees.Variables:
+  """The weights that a run has started from: those of its `state` at step 0, or read again."""
+  found = state or first_state.make(cfg, source, mesh, corpus, _say_nothing)
+  return found.variables
 
 
 def _stream_start(meta: trees.Json, step: int, cfg: schema.Config) -> pipeline.StreamStart:

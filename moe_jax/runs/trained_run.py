@@ -21,7 +21,7 @@ from moe_jax.data import kept_files, pipeline
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.devices import partitioning
 from moe_jax.models import model_variables
-from moe_jax.runs import working_directory
+from moe_jax.runs import reference_scores, working_directory
 from moe_jax.storage import fetch
 
 NO_DATA = 'imported'  # data fingerprint of a model whose training text is not known
@@ -179,4 +179,6 @@ def heldout_corpus(run: Run, workdir: str | os.PathLike[str], warn: Say) -> corp
       'the text at config.data.path has changed since training (another Python version, edited '
       'files): held-out figures are of the text as it is now'
     )
+  if run.cfg.objective.kind == 'dpo':
+    return reference_scores.attached(fetch.local(workdir, '--workdir'), corpus) or corpus
   return corpus

@@ -2,6 +2,7 @@
 
 `next_token` is the readable reference, on logits. `head_loss` is what training and evaluation use:
 it makes the logits itself, a tile of tokens at a time, so that no device ever holds them all.
+`token_log_probs` does so for losses that weigh tokens by more than whether they are targets.
 """
 
 import functools
@@ -86,6 +87,77 @@ def _with_gradients() -> Callable[..., tuple[Array, Array, Array]]:
   return fn
 
 
+def token_log_probs(x: Array, head: Array, targets: Array, *, chunk: int) -> Array:
+  """Log-probabilities of the targets, [B, L] float32 in nats; 0 where there is none.
+
+  As `head_loss`, with any loss of them behind it; so its gradients make each tile's logits a second
+  time, four products of T D V.
+
+  Args:
+    x: [B, L, D] normed hidden states, in the compute dtype.
+    head: [D, V] the parameter; cast to the dtype of x, products accumulate in float32.
+    targets: [B, L] int32; -1 where there is nothing to predict.
+    chunk: tokens per device whose logits [chunk, V] exist at once.
+  """
+  return _log_probs()(chunk, x, head, targets)
+
+
+@functools.cache
+def _log_probs() -> Callable[..., Array]:
+  """(chunk, x, head, targets) -> [B, L]."""
+  tokens, head_axes = ('act_batch', 'act_len'), ('embed', 'vocab')
+  operands = ((*tokens, None), head_axes, tokens)
+
+  def values(chunk, x, head, targets):
+    fn = functools.partial(_log_prob_shard, chunk)
+    return partitioning.per_shard(fn, operands, tokens)(x, head, targets)
+
+  def forward(chunk, x, head, targets):
+    return values(chunk, x, head, targets), (x, head, targets)
+
+  def backward(chunk, residuals, d_log_probs):
+    x, head, targets = residuals
+    fn = functools.partial(_log_prob_gradient_shard, chunk)
+    over_shards = partitioning.per_shard(fn, (*operands, tokens), operands[:2])
+    d_x, d_head = over_shards(x, head, targets, d_log_probs)
+    return d_x.astype(x.dtype), d_head.astype(head.dtype), None
+
+  fn = jax.custom_vjp(values, nondiff_argnums=(0,))
+  fn.defvjp(forward, backward)
+  return fn
+
+
+def _log_prob_shard(chunk: int, x: Array, head: Array, targets: Array) -> Array:
+  """One device's part of `token_log_probs`."""
+  weight = partitioning.gather_shards(head.astype(x.dtype), axis=0)
+  tiles, num_tokens = _tiles(x, targets, chunk)
+  found = jax.lax.map(lambda tile: _softmax(weight, *tile).log_prob, tiles)
+  return found.reshape(-1)[:num_tokens].reshape(targets.shape)
+
+
+def _log_prob_gradient_shard(
+  chunk: int, x: Array, head: Array, targets: Array, d_log_probs: Array
+) -> tuple[Array, Array]:
+  """One device's part of the gradients of `token_log_probs` in x and head."""
+  weight = partitioning.gather_shards(head.astype(x.dtype), axis=0)
+  (xs, labels), num_tokens = _tiles(x, targets, chunk)
+  fill = labels.size - num_tokens
+  slopes = jnp.pad(d_log_probs.reshape(-1), (0, fill)).reshape(labels.shape)
+
+  def tile(d_weight, operands):
+    x, targets, slope = operands
+    found = _softmax(weight, x, targets)
+    probs = found.weights / found.total[:, None]
+    d_logits = jnp.where(found.real[:, None], slope[:, None] * (found.hit - probs), 0.0)
+    d_x, d_weight_here = _head_gradients(x, weight, d_logits)
+    return d_weight + d_weight_here, d_x.astype(x.dtype)
+
+  start = jnp.zeros(weight.shape, jnp.float32)
+  d_weight, d_x = jax.lax.scan(tile, start, (xs, labels, slopes))
+  d_x = d_x.reshape(-1, x.shape[-1])[:num_tokens].reshape(x.shape)
+  return d_x, _reduced(d_weight)
+
+
 # The custom VJP is around the map over devices, not inside, so that each reduction is written once,
 # here, and none is left to the transposition of the map.
 def _over_shards(gradients: bool, chunk: int, z_weight: float) -> Callable[..., tuple]:
@@ -103,8 +175,7 @@ def _shard(
   gradients: bool, chunk: int, z_weight: float, x: Array, head: Array, targets: Array
 ) -> tuple:
   """One device's part: x [B, L, D], head [D / fsdp, V / tensor], targets [B, L] of this device."""
-  fsdp, rows = (_used(axes) for axes in (partitioning.FSDP_AXES, partitioning.ROW_AXES))
-  rows += _used(('sequence',))
+  rows = _used((*partitioning.ROW_AXES, 'sequence'))
   weight = partitioning.gather_shards(head.astype(x.dtype), axis=0)
   tiles, num_tokens = _tiles(x, targets, chunk)
   tile = functools.partial(_tile, gradients, z_weight, weight)
@@ -117,10 +188,16 @@ def _shard(
     return values
 
   d_x = d_x.reshape(-1, x.shape[-1])[:num_tokens].reshape(x.shape)
+  return values, d_x, _reduced(d_weight)
+
+
+def _reduced(d_weight: Array) -> Array:
+  """The head's gradient summed over the devices, each left with its part over the fsdp axes."""
+  fsdp, rows = _used(partitioning.FSDP_AXES), _used((*partitioning.ROW_AXES, 'sequence'))
   if fsdp:
     d_weight = jax.lax.psum_scatter(d_weight, fsdp, scatter_dimension=0, tiled=True)
   others = tuple(axis for axis in rows if axis not in fsdp)
-  return values, d_x, jax.lax.psum(d_weight, others) if others else d_weight
+  return jax.lax.psum(d_weight, others) if others else d_weight
 
 
 def _used(axes: tuple[str, ...]) -> tuple[str, ...]:
@@ -144,6 +221,36 @@ def _tile(
 ) -> tuple[tuple, Array | None]:
   """Adds one tile x [T, D], targets [T] to (cross-entropy, z, d_weight); also gives its d_x."""
   (cross_entropy, z, d_weight), (x, targets) = carry, tile
+  real, hit, weights, total, log_z, label = _softmax(weight, x, targets)
+  cross_entropy += jnp.where(real, log_z - label, 0.0).sum()
+  z += jnp.where(real, log_z * log_z, 0.0).sum()
+  if not gradients:
+    return (cross_entropy, z, None), None
+
+  slope = (1 + 2 * z_weight * log_z) / total  # of `total` in the log-partition, over its sum
+  d_logits = jnp.where(real[:, None], weights * slope[:, None] - hit, 0.0)
+  d_x, d_weight_here = _head_gradients(x, weight, d_logits)
+  return (cross_entropy, z, d_weight + d_weight_here), d_x.astype(x.dtype)
+
+
+class _Softmax(NamedTuple):
+  """Of one tile of T tokens, on one device's part of the vocabulary."""
+
+  real: Array  # [T] bool
+  hit: Array  # [T, V] bool, the target's place
+  weights: Array  # [T, V] exponentials
+  total: Array  # [T] their sums over the whole vocabulary
+  log_z: Array  # [T]
+  label: Array  # [T] logits of the targets
+
+  @property
+  def log_prob(self) -> Array:
+    """[T], 0 where there is no target."""
+    return jnp.where(self.real, self.label - self.log_z, 0.0)
+
+
+def _softmax(weight: Array, x: Array, targets: Array) -> _Softmax:
+  """Of x [T, D] against weight [D, V], in float32."""
   tensor = _used(('tensor',))
   real = targets >= 0
   logits = jnp.einsum('TD,DV->TV', x, weight, preferred_element_type=jnp.float32)
@@ -155,17 +262,14 @@ def _tile(
   weights = jnp.exp(logits - top[:, None])
   sums = weights.sum(axis=-1), jnp.where(hit, logits, 0.0).sum(axis=-1)
   total, label = jax.lax.psum(sums, tensor) if tensor else sums
-  log_z = top + jnp.log(total)
-  cross_entropy += jnp.where(real, log_z - label, 0.0).sum()
-  z += jnp.where(real, log_z * log_z, 0.0).sum()
-  if not gradients:
-    return (cross_entropy, z, None), None
+  return _Softmax(real, hit, weights, total, top + jnp.log(total), label)
 
-  slope = (1 + 2 * z_weight * log_z) / total  # of `total` in the log-partition, over its sum
-  d_logits = jnp.where(real[:, None], weights * slope[:, None] - hit, 0.0)
+
+def _head_gradients(x: Array, weight: Array, d_logits: Array) -> tuple[Array, Array]:
+  """Of logits [T, V] in x [T, D] and in this device's part of the head [D, V], both float32."""
+  tensor = _used(('tensor',))
   d_logits = d_logits.astype(x.dtype)  # float32 products would run at a fraction of the speed
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
   d_x = product('TV,DV->TD', d_logits, weight)
   d_x = jax.lax.psum(d_x, tensor) if tensor else d_x
-  d_weight += product('TD,TV->DV', x, d_logits)
-  return (cross_entropy, z, d_weight), d_x.astype(x.dtype)
+  return d_x, product('TD,TV->DV', x, d_logits)

@@ -25,7 +25,7 @@ from moe_jax.data import pipeline
 from moe_jax.devices import partitioning
 from moe_jax.models import model_variables, transformer
 from moe_jax.processes import agreement
-from moe_jax.training import cross_entropy
+from moe_jax.training import cross_entropy, objective, preference_loss
 
 
 class StoppedError(Exception):
@@ -39,6 +39,8 @@ class Evaluation:
   loss: float  # mean cross-entropy per target, nats
   bits_per_byte: float
   routing: dict[str, np.ndarray] | None  # see `router_metrics`; None for a dense model
+  # `preference_loss.Figures.means` over the pairs; None without pairs whose reference is known.
+  preference: dict[str, float] | None = None
 
   @property
   def load(self) -> np.ndarray | None:
@@ -57,6 +59,8 @@ class Evaluation:
 
   def __str__(self) -> str:
     text = f'bits_per_byte={self.bits_per_byte:.3f} loss={self.loss:.4f}'
+    for name, value in (self.preference or {}).items():
+      text += f' {name}={value:.4f}'
     if self.routing is None:
       return text
     layers = ' '.join(f'{value:.2f}' for value in self.max_vio_per_layer)
@@ -71,15 +75,28 @@ class Evaluation:
       'max_vio': self.max_vio,
       'max_vio_per_layer': self.max_vio_per_layer,
       'routing': None if self.routing is None else routing_figures_lib.summary(self.routing),
+      **({} if self.preference is None else {'preference': self.preference}),
     }
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _sums(cfg: schema.ModelConfig, chunk: int, variables: trees.Variables, batch: trees.Batch):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _sums(
+  cfg: schema.ModelConfig,
+  chunk: int,
+  dpo: schema.DpoConfig | None,
+  variables: trees.Variables,
+  batch: trees.Batch,
+):
+  """Cross-entropy, targets, routing and, of pairs with a reference, `preference_loss.Figures`."""
   head, targets = transformer.head_of(cfg, variables['params']), batch['targets']
   out = transformer.apply(cfg, variables, batch['tokens'], batch['positions'], batch['segment_ids'])
   found = cross_entropy.head_loss(out.normed, head, targets, chunk=chunk, z_weight=0.0)
-  return found.cross_entropy, (targets >= 0).sum(), out.stats
+  preference = None
+  if dpo is not None:
+    policy = objective.answer_scores(out.normed, head, batch, chunk)
+    reference = preference_loss.per_answer(batch[objective.REFERENCE], batch['segment_ids'])
+    preference = preference_loss.sums(dpo, policy, reference)
+  return found.cross_entropy, (targets >= 0).sum(), out.stats, preference
 
 
 def evaluate(
@@ -118,15 +135,17 @@ def evaluate(
     del batch['domain_ids']
     with partitioning.activate(mesh):
       rows = partitioning.put_global_batch(batch, mesh)
-      found = agreement.fetch(_sums(cfg.model, cfg.train.loss_chunk, variables, rows))
+      dpo = cfg.objective.dpo if objective.REFERENCE in batch else None
+      found = agreement.fetch(_sums(cfg.model, cfg.train.loss_chunk, dpo, variables, rows))
     # 64 bits: a split may hold more tokens than an int32 counts, or a float32 tells apart.
     found = jax.tree.map(lambda a: a.astype(np.int64 if a.dtype == np.int32 else np.float64), found)
     sums = found if sums is None else jax.tree.map(np.add, sums, found)
-  nats, targets, stats = sums
+  nats, targets, stats, preference = sums
   return Evaluation(
     loss=float(nats / targets),
     bits_per_byte=float(nats / math.log(2) / pipeline.num_bytes(corpus.heldout, length)),
     routing=None if stats is None else routing_figures(cfg.model, variables, stats),
+    preference=None if preference is None else preference.means(),
   )
 
 

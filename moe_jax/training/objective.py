@@ -1,4 +1,6 @@
-"""Loss of a batch, next-token and balance, and its gradients, exact under accumulation."""
+"""Loss of a batch, next-token or of preferences, and balance; its gradients, exact under
+accumulation.
+"""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -12,21 +14,23 @@ from moe_jax.balance import loss_scopes, router_stats
 from moe_jax.config import moe_config, schema
 from moe_jax.models import model_variables, transformer
 from moe_jax.training import cross_entropy as cross_entropy_lib
-from moe_jax.training import trainable
+from moe_jax.training import preference_loss, trainable
 
 Array = jax.Array
 Batch = dict[str, Array]
 
 BATCH_KEYS = ('tokens', 'targets', 'positions', 'segment_ids')
+REFERENCE = 'reference'  # of batches of preferences, see `whole_documents`
 
 
 class Loss(NamedTuple):
   """Shares of a (micro-)batch; they add up to the values of the whole batch."""
 
-  cross_entropy: Array  # [] float32
+  main: Array  # [] float32, cross-entropy per target, or the loss of preferences per pair
   mtp: Array | None  # [] float32, cross-entropy of multi-token prediction, mean over its depths
   aux: Array  # [] float32, weighted sum of the balance losses
   stats: router_stats.RouterStats | None  # leaves [MoE layers, ...], multi-token prediction's last
+  preference: preference_loss.Figures | None = None  # sums over pairs
 
 
 class Totals(NamedTuple):
@@ -34,11 +38,22 @@ class Totals(NamedTuple):
 
   targets: Array  # [] int32, real targets, of the cross-entropy
   tokens: Array  # [] int32, real tokens, of the balance losses
+  pairs: Array | None = None  # [] int32, of preferences
+  chosen: Array | None = None  # [] int32, targets in their chosen answers
+
+
+def totals_of(cfg: schema.Config, batch: Batch) -> Totals:
+  """Denominators of a global batch; none is 0."""
+  targets, segments = batch['targets'] >= 0, batch['segment_ids']
+  counts = [targets.sum(), (segments > 0).sum()]
+  if cfg.objective.kind == 'dpo':
+    counts += [(segments.max(axis=1) // 2).sum(), (targets & (segments % 2 == 1)).sum()]
+  return Totals(*(jnp.maximum(count, 1) for count in counts))
 
 
 def inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
   """The arrays of a batch that the loss reads."""
-  return {key: batch[key] for key in BATCH_KEYS}
+  return {key: batch[key] for key in (*BATCH_KEYS, REFERENCE) if key in batch}
 
 
 def batch_loss(
@@ -58,7 +73,7 @@ def batch_loss(
     params: weights.
     router_state: what routing remembers.
     batch: tokens, targets, positions, segment_ids, each [B, L] int32, and row [B] int32, the rows'
-      numbers in the whole batch.
+      numbers in the whole batch; of preferences also reference [B, L] float32.
     seed: [] uint32, decides the random choices of routing in this step.
     totals: of the whole batch.
     slopes: `loss_scopes.global_slopes` of the whole batch, when this is only a part of it.
@@ -81,10 +96,13 @@ def batch_loss(
   )
   head = transformer.head_of(cfg.model, params)
   head_loss = functools.partial(cross_entropy_lib.head_loss, head=head, chunk=cfg.train.loss_chunk)
-  with jax.named_scope('head_loss'):
-    found = head_loss(out.normed, targets=batch['targets'], z_weight=cfg.train.z_loss_weight)
-  total, cross_entropy = found.total / totals.targets, found.cross_entropy / totals.targets
-  mtp, stats = None, out.stats
+  preference, mtp, stats = None, None, out.stats
+  if cfg.objective.kind == 'dpo':
+    total, main, preference = _preference_loss(cfg, head, out.normed, batch, totals)
+  else:
+    with jax.named_scope('head_loss'):
+      found = head_loss(out.normed, targets=batch['targets'], z_weight=cfg.train.z_loss_weight)
+    total, main = found.total / totals.targets, found.cross_entropy / totals.targets
   if out.mtp is not None:
     with jax.named_scope('mtp_loss'):
       # Over the targets of the main model too, though the last tokens have none (V3, Eq. 24-25).
@@ -97,9 +115,39 @@ def batch_loss(
     if stats is not None:
       stats = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), stats, out.mtp.stats)
   if stats is None:
-    return total, Loss(cross_entropy, mtp, jnp.float32(0), None)
+    return total, Loss(main, mtp, jnp.float32(0), None, preference)
   aux = aux_loss(cfg.model.moe, model_variables.moe_state(router_state), stats) / totals.tokens
-  return total + aux, Loss(cross_entropy, mtp, aux, stats)
+  return total + aux, Loss(main, mtp, aux, stats, preference)
+
+
+def _preference_loss(
+  cfg: schema.Config, head: Array, normed: Array, batch: Batch, totals: Totals
+) -> tuple[Array, Array, preference_loss.Figures]:
+  """(what is minimised, the loss of the pairs, its figures), shares of the whole batch."""
+  with jax.named_scope('preference_loss'):
+    policy = answer_scores(normed, head, batch, cfg.train.loss_chunk)
+    reference = preference_loss.per_answer(batch[REFERENCE], batch['segment_ids'])
+    figures = preference_loss.sums(cfg.objective.dpo, policy, reference)
+    total = main = figures.loss / totals.pairs
+    if cfg.objective.dpo.sft_weight:
+      total -= cfg.objective.dpo.sft_weight * policy.log_probs[..., 0].sum() / totals.chosen
+  return total, main, jax.lax.stop_gradient(figures)
+
+
+def answer_scores(
+  normed: Array, head: Array, batch: Mapping[str, Array], chunk: int
+) -> preference_loss.Answers:
+  """Log-probabilities of the answers in a batch of preferences.
+
+  Args:
+    normed: [B, L, D] hidden states before the head.
+    head: [D, V].
+    batch: targets and segment_ids, [B, L] int32.
+    chunk: see `cross_entropy.token_log_probs`.
+  """
+  targets = batch['targets']
+  log_probs = cross_entropy_lib.token_log_probs(normed, head, targets, chunk=chunk)
+  return preference_loss.answers(log_probs, targets, batch['segment_ids'])
 
 
 def aux_loss(
@@ -160,9 +208,7 @@ def gradients(
   pass then counts, and the second adds up the exact gradient from it (`loss_scopes.global_slopes`).
   """
   batch = {**batch, 'row': jnp.arange(len(batch['tokens']), dtype=jnp.int32)}
-  totals = Totals(
-    jnp.maximum((batch['targets'] >= 0).sum(), 1), jnp.maximum((batch['segment_ids'] > 0).sum(), 1)
-  )
+  totals = totals_of(cfg, batch)
   loss_fn = functools.partial(batch_loss, cfg)
 
   def share(micro: Batch, slopes: Any = None) -> tuple[Loss, Any]:

@@ -19,6 +19,7 @@ from moe_jax.training import (
   loss_spikes,
   objective,
   optim,
+  preference_loss,
   skipped_steps,
   train_state,
   trainable,
@@ -32,13 +33,14 @@ Batch = dict[str, Array]
 class StepMetrics:
   """Metrics of one step, kept on the device until they are logged."""
 
-  loss: Array  # [] float32, mean cross-entropy per real target, nats
+  loss: Array  # [] float32, nats: cross-entropy per real target, or loss per pair of preferences
   mtp_loss: Array | None  # [] float32, of multi-token prediction, mean over depths; None without
   aux_loss: Array  # [] float32, weighted sum of the balance losses
   lr: jax.typing.ArrayLike  # [] float32
   grad_norm: Array  # [] float32, before clipping
   stats: router_stats.RouterStats | None  # of the global batch, leaves [num_moe_layers, ...]
   skipped: skipped_steps.Skipped  # this step included
+  preference: preference_loss.Figures | None = None  # sums over the pairs of the global batch
 
 
 def host_metrics(metrics: StepMetrics) -> dict[str, float | None]:
@@ -46,13 +48,14 @@ def host_metrics(metrics: StepMetrics) -> dict[str, float | None]:
 
   Keys: loss, mtp_loss (None without multi-token prediction), lr, grad_norm, aux_loss, max_vio,
   drop_rate (means over the layers), overflow_rate, the share of all chosen assignments that did
-  not fit the buffers of the exchange, and skipped_steps, of all steps so far.
+  not fit the buffers of the exchange, and skipped_steps, of all steps so far; of preferences also
+  `preference_loss.FIGURES`.
   """
   stats = metrics.stats
   stats = None if stats is None else (stats.sums.load, stats.dropped, stats.overflow)
   scalars = (metrics.loss, metrics.mtp_loss, metrics.lr, metrics.grad_norm, metrics.aux_loss)
-  (loss, mtp_loss, lr, grad_norm, aux), stats, skipped = jax.device_get(
-    (scalars, stats, metrics.skipped.total)
+  (loss, mtp_loss, lr, grad_norm, aux), stats, skipped, preference = jax.device_get(
+    (scalars, stats, metrics.skipped.total, metrics.preference)
   )
   max_vio = drop_rate = overflow = None
   if stats is not None:
@@ -70,6 +73,7 @@ def host_metrics(metrics: StepMetrics) -> dict[str, float | None]:
     'drop_rate': drop_rate,
     'overflow_rate': overflow,
     'skipped_steps': int(skipped),
+    **({} if preference is None else preference.means()),
   }
 
 
@@ -115,11 +119,11 @@ def step_function(
     with jax.named_scope('optimizer'):
       grads, trained = as_moments(grads), as_moments(trainable.select(cfg, state.params))
       norm = optax.tree.norm(grads)
-      losses = loss.cross_entropy + loss.aux + (0 if loss.mtp is None else loss.mtp)
+      losses = loss.main + loss.aux + (0 if loss.mtp is None else loss.mtp)
       applied = skipped_steps.is_applied(losses, norm, before, cfg.train.max_skipped_steps)
       if cfg.optim.spike_sigma:
         most = before.in_row < cfg.train.max_skipped_steps  # a spike alone ends no run
-        figures = loss.cross_entropy, norm
+        figures = loss.main, norm
         applied &= ~(most & loss_spikes.is_spike(state.opt_state, *figures, cfg.optim.spike_sigma))
       opt_state = skipped_steps.at_step(state.opt_state, state.step)
       updates, opt_state = optimizer.update(grads, opt_state, trained, applied=applied)
@@ -127,14 +131,15 @@ def step_function(
       in_row = jnp.where(applied, 0, before.in_row + 1)
       opt_state = skipped_steps.at_step(opt_state, state.step + 1 - in_row)
       if cfg.optim.spike_sigma:
-        opt_state = loss_spikes.with_figures(opt_state, loss.cross_entropy, norm)
+        opt_state = loss_spikes.with_figures(opt_state, loss.main, norm)
       params = trainable.merge(cfg, state.params, as_moments(trained))
     with jax.named_scope('router_state'):
       router_state = next_router_state(cfg, state.router_state, loss.stats, state.step)
       router_state = skipped_steps.select(applied, router_state, state.router_state)
     skipped = skipped_steps.count(opt_state, state.step + 1)
+    rate = schedule(state.step)
     metrics = StepMetrics(
-      loss.cross_entropy, loss.mtp, loss.aux, schedule(state.step), norm, loss.stats, skipped
+      loss.main, loss.mtp, loss.aux, rate, norm, loss.stats, skipped, loss.preference
     )
     state = train_state.TrainState(state.step + 1, state.seed, params, router_state, opt_state)
     return state, metrics

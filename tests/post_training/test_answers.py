@@ -21,7 +21,7 @@ def data(tmp_path) -> schema.DataConfig:
 
 
 def test_questions_are_held_out_ones(data):
-  questions = answers.heldout_questions(data, 10)
+  questions = answers.questions(data, 10)
   assert len(questions) == 10
   for question in questions:
     text = question.prompt[-1].content
@@ -31,12 +31,12 @@ def test_questions_are_held_out_ones(data):
 
 def test_text_has_no_questions(data):
   with pytest.raises(errors.InputError, match="data.source='synthetic' must be a source of conv"):
-    answers.heldout_questions(dataclasses.replace(data, source='synthetic', path=''), 1)
+    answers.questions(dataclasses.replace(data, source='synthetic', path=''), 1)
 
 
 def test_counts(data):
   """A model that knows every second answer, and never ends the others."""
-  questions = answers.heldout_questions(data, 70)
+  questions = answers.questions(data, 70)
   tokens = base.get_config().data
   tokenizer = tokenizer_lib.byte_tokenizer(tokens.bos_token, tokens.eos_token)
   asked, told = [], []

@@ -19,7 +19,7 @@ def test_accumulation_equals_the_whole_batch_with_ragged_rows(first, whole):
   state, got = first
   np.testing.assert_array_equal(got.stats.sums.load, whole[0].stats.sums.load)
   # Four float32 sums added instead of one.
-  np.testing.assert_allclose(got.loss, whole[0].cross_entropy, rtol=1e-5)
+  np.testing.assert_allclose(got.loss, whole[0].main, rtol=1e-5)
   # Adam's first moment after one step is (1 - beta1) times the gradient, nothing being clipped.
   mu = optax.tree.get(state.opt_state, 'mu')
   grads = jax.tree.map(lambda m: m / np.float32(1 - 0.9), mu)
@@ -38,7 +38,7 @@ def test_loss_is_cross_entropy_per_real_target_plus_weighted_z_and_balance_losse
     total, loss = objective.batch_loss(cfg, params, {}, batch, jnp.uint32(0), totals)
     model = transformer.Transformer(cfg.model)
     args = (rows[k] for k in ('tokens', 'positions', 'segment_ids'))
-    return total, loss.cross_entropy, model.apply({'params': params}, *args)
+    return total, loss.main, model.apply({'params': params}, *args)
 
   total, cross_entropy, out = tiny.jit(parts)(params)
   real = rows['targets'] >= 0

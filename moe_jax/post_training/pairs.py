@@ -1,0 +1,64 @@
+"""Pairs of answers out of a model's own: a right answer preferred to a wrong one of its samples."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from moe_jax.data import chat_formats
+from moe_jax.inference import sampling as sampling_lib
+from moe_jax.post_training import answers
+
+
+class Asked(NamedTuple):
+  """What came of one question."""
+
+  right: int  # samples that are right
+  wrong: int  # samples that are wrong, and have ended
+  row: dict[str, Any] | None  # of a file of preferences; None where no sample is wrong
+
+
+def sampled(
+  model: answers.Model,
+  questions: Sequence[answers.Question],
+  source: str,
+  chat_format: str,
+  *,
+  samples: int,
+  max_new_tokens: int,
+  sampling: sampling_lib.Sampling,
+) -> Iterator[Asked]:
+  """Yields a pair per question: the model's first wrong answer against a right one.
+
+  Preferred is the model's own first right answer, or that of the data where none of its samples is
+  right. A sample without an end token is neither right nor wrong.
+
+  Args:
+    model: that answers.
+    questions: see `answers.questions`.
+    source: where they come from; decides what is right.
+    chat_format: a key of `chat_formats.FORMATS`.
+    samples: answers per question.
+    max_new_tokens: limit of an answer.
+    sampling: how they are drawn; the k-th samples of all questions with seed + k.
+  """
+  judge = answers.is_right(source)
+  for begin in range(0, len(questions), answers.BATCH):
+    batch = questions[begin : begin + answers.BATCH]
+    prompts = [chat_formats.prompt(chat_format, q.prompt, model.tokenizer) for q in batch]
+    found: list[tuple[list[str], list[str]]] = [([], []) for _ in batch]  # right, wrong
+    for k in range(samples):
+      # Another seed per batch too: rows of one number draw alike.
+      seed = (sampling.seed + begin * samples + k) % 2**32
+      drawn = dataclasses.replace(sampling, seed=seed)
+      written = model.complete(prompts, max_new_tokens, drawn)
+      for question, lists, text, ids in zip(batch, found, written.texts, written.tokens):
+        if len(ids) < max_new_tokens:
+          text = text.removeprefix(chat_formats.FORMATS[chat_format].answer)
+          lists[0 if judge(text, question.answer) else 1].append(text)
+    for question, (right, wrong) in zip(batch, found):
+      row = None
+      if wrong:
+        prompt = [{'role': turn.role, 'content': turn.content} for turn in question.prompt]
+        chosen = right[0] if right else question.answer
+        row = {'prompt': prompt, 'chosen': chosen, 'rejected': wrong[0]}
+      yield Asked(len(right), len(wrong), row)
