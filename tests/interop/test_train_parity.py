@@ -9,7 +9,7 @@ os.environ['HF_HUB_OFFLINE'] = '1'
 pytest.importorskip('torch')
 pytest.importorskip('transformers', minversion='5.23')  # see test_parity.py
 
-from experiments.parity import hf_models, hf_training
+from experiments.parity import hf_models, hf_training, hf_tuning
 
 hf_models.one_thread()
 
@@ -47,4 +47,19 @@ def test_weights_after_three_steps(case):
     # without it, or a scale with it, would be seen.
     np.testing.assert_allclose(
       ours.weights[name], theirs.weights[name], rtol=0, atol=1e-3 * hf_training.LR, err_msg=name
+    )
+
+
+@pytest.mark.parametrize('name', ['llama_gqa', 'v2_no_yarn'])
+@pytest.mark.parametrize('kind', hf_tuning.KINDS)
+def test_gradients_of_tuning(kind, name, tmp_path):
+  """SFT and DPO (label smoothing, SFT term) on answers that begin at different places."""
+  ours, theirs = hf_tuning.measure(kind, name, tmp_path)
+  np.testing.assert_allclose(ours.loss, theirs.loss, rtol=1e-5)
+  names = set(theirs.gradients) & set(ours.gradients)
+  assert len(names) > 10 and 'lm_head.weight' in names
+  for key in names:
+    scale = np.abs(theirs.gradients[key]).max()
+    np.testing.assert_allclose(
+      ours.gradients[key], theirs.gradients[key], rtol=0, atol=1e-5 * max(scale, 1.0), err_msg=key
     )

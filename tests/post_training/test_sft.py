@@ -12,12 +12,11 @@ from configs import sft
 from moe_jax import errors
 from moe_jax.config import parse
 from moe_jax.data import corpus, whole_documents
-from moe_jax.devices import partitioning
 from moe_jax.post_training import expert_config
 from moe_jax.training import objective
 from tests import tiny
+from tests.post_training.conftest import SIZES
 
-MAKE_MESH = partitioning.make_mesh
 QUIET = {'model__moe__balance__expert_level__weight': 0.0}
 
 
@@ -86,34 +85,6 @@ def test_text_and_conversations_do_not_mix():
   values['objective']['kind'] = 'next_token'
   with pytest.raises(errors.InputError, match="must name no conversations, and has 'arithmetic'"):
     parse.from_dict(values)
-
-
-SIZES = {
-  'mesh.data': 1,
-  'train.batch_size': 4,
-  'train.log_every': 1,
-  'train.eval_every': 0,
-  'checkpoint.save_every': 2,
-}
-
-
-@pytest.fixture(scope='module')
-def base(tmp_path_factory):
-  """A run to start from."""
-  root = tmp_path_factory.mktemp('base')
-  changes = {
-    'data.cache_dir': str(root / 'cache'),
-    'data.synthetic_documents': 60,
-    'model.num_layers': 2,
-    'model.moe.expert_bias.update_rule': 'sign',
-    'train.num_steps': 2,
-    'optim.warmup_steps': 0,
-    'train.sample_prompt': '',
-  }
-  one = jax.devices()[:1]
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(partitioning, 'make_mesh', lambda cfg: MAKE_MESH(cfg, one))
-    yield moe_jax.train('smoke', root / 'run', report=False, say=print, **SIZES | changes)
 
 
 def tune(base, workdir, page='sft', **changes):
