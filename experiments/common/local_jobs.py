@@ -1,9 +1,12 @@
 """A command that trains many runs, split over processes of one machine: --jobs=2.
 
-Every process takes each jobs-th of the runs that are left and its share of the cores; small models
-lose more by waiting for another core than they gain from it.
+Every process takes each jobs-th of the runs that are left, and is kept on its share of the cores:
+small models lose more by waiting for another core than they gain from it. A single run takes longer
+so, all of them less; and what each process holds, it holds for itself: weights, text, compiled
+programs.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -18,7 +21,7 @@ from moe_jax import errors
 
 def define_flags():
   """Defines `--jobs` and, for the processes that it starts, `--shard`."""
-  flags.DEFINE_integer('jobs', 1, 'processes that train at the same time')
+  flags.DEFINE_integer('jobs', 1, 'processes that train at the same time, each on its own cores')
   flags.DEFINE_integer('shard', -1, 'internal: only every jobs-th run, from this one on')
 
 
@@ -47,12 +50,14 @@ def run(
   shard, jobs = flags.FLAGS.shard, flags.FLAGS.jobs
   errors.require(jobs >= 1, f'--jobs={jobs} must be at least 1')
   if is_shard():
-    _take_cores(shard, jobs)
     for one in pending[shard::jobs]:
       train(one)
   elif jobs > 1 and len(pending) > 1:
     command = [sys.executable, '-m', module, *sys.argv[1:], *more_flags]
-    shards = [subprocess.Popen([*command, f'--shard={i}']) for i in range(jobs)]
+    shards = []
+    for i in range(jobs):
+      shards.append(subprocess.Popen([*command, f'--shard={i}']))
+      _keep_on_cores(shards[i].pid, i, jobs)
     if any([shard.wait() for shard in shards]):
       raise errors.InputError(
         'a shard failed, see above; the same command again goes on from there'
@@ -79,7 +84,9 @@ def seeds(words: Sequence[str]) -> list[int]:
   return found
 
 
-def _take_cores(shard: int, jobs: int):
+def _keep_on_cores(process: int, shard: int, jobs: int):
+  """Of a process that has just begun: threads that it starts later stay there too."""
   if hasattr(os, 'sched_setaffinity'):
-    cores = sorted(os.sched_getaffinity(0))[shard::jobs]
-    os.sched_setaffinity(0, cores or os.sched_getaffinity(0))
+    cores = sorted(os.sched_getaffinity(0))
+    with contextlib.suppress(ProcessLookupError):  # it has failed already, and has said why
+      os.sched_setaffinity(process, cores[shard::jobs] or cores)

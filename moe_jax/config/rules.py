@@ -159,8 +159,7 @@ def _validate_objective(config: schema.Config):
     f'config.data.fim_rate={data.fim_rate} rearranges documents of text, not conversations; set it '
     'to 0',
   )
-  if objective.kind == 'dpo':
-    _validate_dpo(config)
+  _validate_dpo(config)
   errors.require(
     not objective.inherit or bool(config.init_from),
     "config.init_from='' must name the run to go on from, as config.objective.inherit=True takes "
@@ -220,6 +219,8 @@ def _validate_dpo(config: schema.Config):
     dpo.sft_weight >= 0,
     f'config.objective.dpo.sft_weight={dpo.sft_weight} must not be negative; 0 leaves the term out',
   )
+  if config.objective.kind != 'dpo':
+    return
   errors.require(
     bool(config.init_from),
     "config.init_from='' must name the run that objective.kind='dpo' starts from, as its weights "

@@ -15,7 +15,7 @@ from moe_jax.data import corpus as corpus_lib
 from moe_jax.inference import generate
 from moe_jax.inference import sampling as sampling_lib
 from moe_jax.processes import agreement
-from moe_jax.runs import goodput, metric_log, plots, trained_run
+from moe_jax.runs import goodput, metric_log, plots, preference_plot, trained_run
 from moe_jax.training import evaluate
 
 
@@ -50,24 +50,31 @@ def draw(
 ) -> list[pathlib.Path]:
   """Draws `plots/loss.png` and, for an MoE model, its routing; returns the paths."""
   written = [workdir / 'plots' / 'loss.png']
-  points = metric_log.read_metrics(workdir)
-  plots.loss_curve(points, written[0], f'{workdir.name}: training loss', [(step, figures.loss)])
+  points, title = metric_log.read_metrics(workdir), f'{workdir.name}: training loss'
+  if figures.preference is None:
+    plots.loss_curve(points, written[0], title, [(step, figures.loss)])
+  else:
+    heldout = [(step, figures.preference['preference_loss'])]
+    plots.loss_curve(points, written[0], title, heldout, 'preference loss [nats per pair]')
+    written.append(workdir / 'plots' / 'preferences.png')
+    title = f'{workdir.name}: what is preferred'
+    preference_plot.draw(points, written[-1], title, figures.preference)
   if figures.routing is None:
     return written
   written.append(workdir / 'plots' / 'expert_load.png')
   title = f'{workdir.name}: expert load on held-out text, step {step}'
   first = cfg.model.num_dense_layers
-  plots.expert_load(figures.routing['load'], written[1], title, first_layer=first)
+  plots.expert_load(figures.routing['load'], written[-1], title, first_layer=first)
   written.append(workdir / 'plots' / 'routing.png')
   history = routing_figures.read_history(workdir / 'routing')
-  plots.routing_overview(history, written[2], f'{workdir.name}: routing', first_layer=first)
+  plots.routing_overview(history, written[-1], f'{workdir.name}: routing', first_layer=first)
   written.append(workdir / 'plots' / 'expert_similarity.png')
   title = f'{workdir.name}: how alike the experts are'
-  plots.routing_heatmap(history, 'expert_similarity', written[3], title, first_layer=first)
+  plots.routing_heatmap(history, 'expert_similarity', written[-1], title, first_layer=first)
   if cfg.model.moe.num_virtual_devices > 1:
     written.append(workdir / 'plots' / 'tokens_sent.png')
     title = f'{workdir.name}: tokens sent between virtual devices, held-out text'
-    plots.tokens_sent(figures.routing['tokens_sent'].sum(axis=0), written[4], title)
+    plots.tokens_sent(figures.routing['tokens_sent'].sum(axis=0), written[-1], title)
   return written
 
 

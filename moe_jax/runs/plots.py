@@ -18,7 +18,7 @@ from matplotlib.backends import backend_agg
 from moe_jax import atomic_files
 from moe_jax.runs import plot_text
 
-_Path = str | os.PathLike[str]
+Path = str | os.PathLike[str]
 STYLE: dict[Any, Any] = {
   'font.size': 10,
   'axes.spines.top': False,
@@ -53,9 +53,10 @@ _History = Sequence[tuple[int, Mapping[str, np.ndarray]]]
 
 def loss_curve(
   metrics: Sequence[Mapping[str, Any]],
-  path: _Path,
+  path: Path,
   title: str,
   heldout: Sequence[tuple[int, float]] | None = None,
+  what: str = 'cross-entropy [nats per token]',
 ):
   """Training loss over steps, raw and smoothed, with the learning rate in a strip below.
 
@@ -64,6 +65,7 @@ def loss_curve(
     path: PNG to write.
     title: what run this is.
     heldout: (step, loss) pairs of the held-out evaluations.
+    what: the loss and its unit.
   """
   step = np.array([m['step'] for m in metrics])
   loss = np.array([m['loss'] for m in metrics], dtype=float)
@@ -82,7 +84,7 @@ def loss_curve(
       _annotate_last(top, heldout[-1])
     _limit_to_bulk(top, loss)
     top.set_title(title, loc='left')
-    top.set_ylabel('cross-entropy [nats per token]')
+    top.set_ylabel(what)
     top.legend(frameon=False)
     bottom.plot(step, np.array([m['lr'] for m in metrics], dtype=float), color='0.35')
     bottom.set_ylim(bottom=0)
@@ -95,7 +97,7 @@ def loss_curve(
     save(fig, path)
 
 
-def expert_load(load: np.ndarray, path: _Path, title: str, *, first_layer: int = 0):
+def expert_load(load: np.ndarray, path: Path, title: str, *, first_layer: int = 0):
   """Heat map of each expert's load relative to its layer's mean; 1 is balanced.
 
   Args:
@@ -146,7 +148,7 @@ def _write_max_vio(axes: Any, max_vio: np.ndarray):
     axes.text(1.01, row, f'{value:.2f}', va='center', **style)
 
 
-def routing_heatmap(history: _History, key: str, path: _Path, title: str, first_layer: int = 0):
+def routing_heatmap(history: _History, key: str, path: Path, title: str, first_layer: int = 0):
   """Heat map of one figure of `router_metrics` over training: steps across, layers down.
 
   Args:
@@ -165,7 +167,7 @@ def routing_heatmap(history: _History, key: str, path: _Path, title: str, first_
     save(fig, path)
 
 
-def routing_overview(history: _History, path: _Path, title: str, first_layer: int = 0):
+def routing_overview(history: _History, path: Path, title: str, first_layer: int = 0):
   """The figures to look at first, a small heat map each; the bias only where there is one.
 
   Args:
@@ -258,7 +260,7 @@ def _cell_edges(steps: Sequence[int]) -> np.ndarray:
   return np.concatenate([[2 * at[0] - first], middle, [2 * at[-1] - last]])
 
 
-def tokens_sent(matrix: np.ndarray, path: _Path, title: str):
+def tokens_sent(matrix: np.ndarray, path: Path, title: str):
   """Heat map of the traffic between virtual devices; what stays at home is no traffic and grey.
 
   Args:
@@ -335,7 +337,7 @@ def _annotate_last(axes: Any, point: tuple[int, float]):
   )
 
 
-def save(fig: figure.Figure, path: _Path):
+def save(fig: figure.Figure, path: Path):
   """Writes a figure as PNG, whole or not at all."""
   path = pathlib.Path(path)
   png = io.BytesIO()

@@ -58,8 +58,9 @@ def test_gradients_of_tuning(kind, name, tmp_path):
   np.testing.assert_allclose(ours.loss, theirs.loss, rtol=1e-5)
   names = set(theirs.gradients) & set(ours.gradients)
   assert len(names) > 10 and 'lm_head.weight' in names
+  # The margin is a difference of sums of some 50 nats, each rounded to 4e-6 in float32.
+  tolerance = {'sft': 1e-5, 'dpo': 3e-5}[kind]
   for key in names:
-    scale = np.abs(theirs.gradients[key]).max()
-    np.testing.assert_allclose(
-      ours.gradients[key], theirs.gradients[key], rtol=0, atol=1e-5 * max(scale, 1.0), err_msg=key
-    )
+    want = theirs.gradients[key]
+    atol = tolerance * max(np.abs(want).max(), 1.0)
+    np.testing.assert_allclose(ours.gradients[key], want, rtol=0, atol=atol, err_msg=key)

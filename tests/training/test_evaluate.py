@@ -11,7 +11,7 @@ from moe_jax.balance import routing_figures
 from moe_jax.data import pipeline
 from moe_jax.devices import partitioning
 from moe_jax.models import transformer
-from moe_jax.training import evaluate
+from moe_jax.training import evaluate, preference_loss
 from tests import tiny
 
 
@@ -50,7 +50,9 @@ def test_an_evaluation_looks_for_a_signal_before_every_batch(monkeypatch):
 
 
 def test_bits_per_byte_divide_by_the_held_out_bytes(monkeypatch):
-  parts = iter([(np.float32(30.0), np.int32(10), None), (np.float32(10.0), np.int32(6), None)])
+  figures = preference_loss.Figures(*np.arange(1, 9, dtype=np.float32))
+  sums = (np.float32(30.0), np.int32(10)), (np.float32(10.0), np.int32(6))
+  parts = iter([(*pair, None, figures) for pair in sums])
   monkeypatch.setattr(pipeline, 'num_rows', lambda split, length: 2)
   monkeypatch.setattr(
     pipeline, 'heldout_batches', lambda *unused: ({'domain_ids': i} for i in range(2))
@@ -64,6 +66,8 @@ def test_bits_per_byte_divide_by_the_held_out_bytes(monkeypatch):
   got = evaluate.evaluate(tiny.make(), {}, corpus, tiny.mesh(1))
   assert got.loss == pytest.approx(40 / 16)
   assert got.bits_per_byte == pytest.approx(40 / math.log(2) / 25)
+  # Of 2 pairs in all: loss 4, 12 tokens chosen and 14 rejected, log-ratios 16.
+  assert got.preference['preference_loss'] == 2 and got.preference['reference_kl'] == 16 / 26
 
 
 def test_the_model_is_not_in_training_mode(monkeypatch):
@@ -77,6 +81,6 @@ def test_the_model_is_not_in_training_mode(monkeypatch):
   batch = dict.fromkeys(('tokens', 'positions', 'segment_ids'), jnp.zeros((2, 4), jnp.int32))
   batch['targets'] = jnp.array([[1, 2, -1, 3], [0, -1, -1, -1]])
   variables = {'params': {'head': jnp.zeros((16, 32))}}
-  nats, targets, _ = evaluate._sums.__wrapped__(tiny.make().model, 4, variables, batch)
+  nats, targets, *_ = evaluate._sums.__wrapped__(tiny.make().model, 4, None, variables, batch)
   assert modes == [False] and int(targets) == 4
   assert float(nats) == pytest.approx(4 * math.log(32), rel=1e-6)

@@ -1,0 +1,50 @@
+import json
+import os
+import sys
+
+import pytest
+from absl import flags
+
+from experiments.common import local_jobs
+from moe_jax import errors
+
+MODULE = """
+import json, os, pathlib, sys, threading, time
+time.sleep(0.2)  # by now its parent has set it on its cores
+found = []
+thread = threading.Thread(target=lambda: found.append(sorted(os.sched_getaffinity(0))))
+thread.start()
+thread.join()
+shard = next(arg for arg in sys.argv if arg.startswith('--shard='))
+pathlib.Path(sys.argv[1], shard).write_text(json.dumps(found[0]))
+sys.exit(3 if '--fail' in sys.argv and shard == '--shard=1' else 0)
+"""
+
+
+@pytest.fixture
+def jobs(tmp_path, monkeypatch):
+  """Calls `run` with --jobs=2 on a module that writes down its cores."""
+  (tmp_path / 'shard_cores.py').write_text(MODULE)
+  monkeypatch.setenv('PYTHONPATH', str(tmp_path))
+  monkeypatch.setattr(sys, 'argv', ['command', str(tmp_path)])
+  values = flags.FlagValues()
+  flags.DEFINE_integer('jobs', 2, '', flag_values=values)
+  flags.DEFINE_integer('shard', -1, '', flag_values=values)
+  values(['command'])
+  monkeypatch.setattr(local_jobs.flags, 'FLAGS', values)
+  return lambda *more: local_jobs.run('shard_cores', [0, 1, 2], pytest.fail, more)
+
+
+@pytest.mark.skipif(not hasattr(os, 'sched_setaffinity'), reason='cores are not set here')
+def test_each_process_and_its_threads_stay_on_their_own_cores(jobs, tmp_path):
+  before = os.sched_getaffinity(0)
+  jobs()
+  found = [json.loads((tmp_path / f'--shard={i}').read_text()) for i in range(2)]
+  assert os.sched_getaffinity(0) == before
+  assert sorted(found[0] + found[1]) == sorted(before) * (2 if len(before) == 1 else 1)
+  assert len(before) == 1 or not set(found[0]) & set(found[1])
+
+
+def test_a_process_that_fails_is_an_error(jobs):
+  with pytest.raises(errors.InputError, match='a shard failed'):
+    jobs('--fail')
