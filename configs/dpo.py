@@ -23,6 +23,7 @@ def get_config():
   config.data.source = 'preferences'
   config.data.path = 'runs/pairs.jsonl'
   config.data.tokenizer = ''  # that of init_from
+  config.data.chat_format = ''
   config.data.heldout_fraction = 0.1
   config.optim.peak_lr = 1e-4
   config.optim.schedule = 'linear'

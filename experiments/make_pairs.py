@@ -59,8 +59,7 @@ def main(unused_argv: Sequence[str]):
   found = pairs.sampled(
     loaded,
     questions,
-    data.source,
-    data.chat_format,
+    data,
     samples=values.samples,
     max_new_tokens=values.max_new_tokens,
     sampling=sampling,

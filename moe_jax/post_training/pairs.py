@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from moe_jax.config import schema
 from moe_jax.data import chat_formats
 from moe_jax.inference import sampling as sampling_lib
 from moe_jax.post_training import answers
@@ -20,8 +21,7 @@ class Asked(NamedTuple):
 def sampled(
   model: answers.Model,
   questions: Sequence[answers.Question],
-  source: str,
-  chat_format: str,
+  data: schema.DataConfig,
   *,
   samples: int,
   max_new_tokens: int,
@@ -35,16 +35,15 @@ def sampled(
   Args:
     model: that answers.
     questions: see `answers.questions`.
-    source: where they come from; decides what is right.
-    chat_format: a key of `chat_formats.FORMATS`.
+    data: where they come from, which decides what is right; and the format in which they are asked.
     samples: answers per question.
     max_new_tokens: limit of an answer.
     sampling: how they are drawn; the k-th samples of all questions with seed + k.
   """
-  judge = answers.is_right(source)
+  judge = answers.is_right(data.source)
   for begin in range(0, len(questions), answers.BATCH):
     batch = questions[begin : begin + answers.BATCH]
-    prompts = [chat_formats.prompt(chat_format, q.prompt, model.tokenizer) for q in batch]
+    prompts = chat_formats.prompts(data, [q.prompt for q in batch], model.tokenizer)
     found: list[tuple[list[str], list[str]]] = [([], []) for _ in batch]  # right, wrong
     for k in range(samples):
       # Another seed per batch too: rows of one number draw alike.
@@ -53,7 +52,7 @@ def sampled(
       written = model.complete(prompts, max_new_tokens, drawn)
       for question, lists, text, ids in zip(batch, found, written.texts, written.tokens):
         if len(ids) < max_new_tokens:
-          text = text.removeprefix(chat_formats.FORMATS[chat_format].answer)
+          text = chat_formats.said(data, text)
           lists[0 if judge(text, question.answer) else 1].append(text)
     for question, (right, wrong) in zip(batch, found):
       row = None

@@ -59,14 +59,16 @@ def test_other_rows_are_refused(row, words):
     preferences.from_row(row)
 
 
-def load(tmp_path, rows) -> corpus.Corpus:
+def load(tmp_path, rows) -> tuple[schema.DataConfig, corpus.Corpus]:
   (tmp_path / 'pairs.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
   values = dpo.get_config().data.to_dict() | {
     'path': str(tmp_path / 'pairs.jsonl'),
     'cache_dir': str(tmp_path / 'cache'),
     'tokenizer': 'bytes',
+    'chat_format': 'deepseek_llm',
   }
-  return corpus.load_corpus(schema.DataConfig(**values), 300, 0, progress=False)
+  data = schema.DataConfig(**values)
+  return data, corpus.load_corpus(data, 300, 0, progress=False)
 
 
 def test_a_pair_is_two_segments_side_by_side(tmp_path):
@@ -74,7 +76,7 @@ def test_a_pair_is_two_segments_side_by_side(tmp_path):
   rows = [
     {'prompt': f'Say {i}.', 'chosen': f'{i}' * (i % 3 + 1), 'rejected': 'no'} for i in range(60)
   ]
-  found = load(tmp_path, rows)
+  data, found = load(tmp_path, rows)
   split, tokenizer = found.train[0], found.tokenizer
   assert split.num_documents + found.heldout.num_documents == 60
   assert split.doc_bytes.sum() == sum(
@@ -93,9 +95,8 @@ def test_a_pair_is_two_segments_side_by_side(tmp_path):
         assert learned[-1] == tokenizer.eos_id
         assert tokenizer.decode(learned[:-1]) == ' ' + want
         assert row['positions'][here].tolist() == list(range(here.sum()))
-        prompt = chat_formats.prompt(
-          'deepseek_llm', preferences.from_row(rows[asked]).chosen[:1], tokenizer
-        )
+        asked_before = preferences.from_row(rows[asked]).chosen[:1]
+        (prompt,) = chat_formats.prompts(data, [asked_before], tokenizer)
         assert row['tokens'][here][: len(prompt)].tolist() == prompt
       seen += 1
   assert seen == split.num_documents

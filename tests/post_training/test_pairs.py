@@ -12,15 +12,23 @@ from moe_jax.post_training import answers, pairs
 
 
 @pytest.fixture
-def questions(tmp_path):
-  values = sft.get_config().data.to_dict() | {'cache_dir': str(tmp_path), 'tokenizer': 'bytes'}
-  data = schema.DataConfig(**values | {'path': '?max_value=20&operations=2&problems=200'})
+def data(tmp_path) -> schema.DataConfig:
+  values = sft.get_config().data.to_dict() | {
+    'cache_dir': str(tmp_path),
+    'tokenizer': 'bytes',
+    'chat_format': 'deepseek_llm',
+  }
+  return schema.DataConfig(**values | {'path': '?max_value=20&operations=2&problems=200'})
+
+
+@pytest.fixture
+def questions(data):
   found = answers.questions(data, 40, heldout=False)
   assert not any(sources.is_heldout(q.prompt[-1].content, data.heldout_fraction) for q in found)
   return found
 
 
-def test_a_wrong_answer_that_ended_against_a_right_one(questions):
+def test_a_wrong_answer_that_ended_against_a_right_one(data, questions):
   """Question i: 0 never right, 1 right in its second sample, 2 always right, 3 never ends."""
   tokens = base.get_config().data
   tokenizer = tokenizer_lib.byte_tokenizer(tokens.bos_token, tokens.eos_token)
@@ -48,8 +56,7 @@ def test_a_wrong_answer_that_ended_against_a_right_one(questions):
     pairs.sampled(
       model,
       questions,
-      'arithmetic',
-      'deepseek_llm',
+      data,
       samples=3,
       max_new_tokens=8,
       sampling=sampling,
