@@ -6,6 +6,8 @@ Run:    python -m experiments.train --config=configs/sft.py --config.init_from=r
         python -m experiments.train --config=configs/dpo.py --config.init_from=runs/sft \
           --config.data.path=runs/pairs.jsonl --workdir=runs/dpo
         python -m experiments.answers --workdir=runs/dpo --like=runs/sft
+Takes:  3 minutes for the pairs and 4 for the training on 2 cores that do other work too.
+Expect: 62 % of the held-out pairs in order; 31 of 256 questions right, 38 before (docs).
 
 The model is that of `init_from`, which is the reference too. The rates of papers are for models of
 billions (5e-7 to 5e-6); a model of some million parameters takes 1e-4.

@@ -83,7 +83,7 @@ def test_text_and_conversations_do_not_mix():
     parse.from_dict(values)
   values['data']['source'] = 'arithmetic'
   values['objective']['kind'] = 'next_token'
-  with pytest.raises(errors.InputError, match="must name no conversations, and has 'arithmetic'"):
+  with pytest.raises(errors.InputError, match="must name text only .*, and has 'arithmetic'"):
     parse.from_dict(values)
 
 
