@@ -45,7 +45,7 @@ def get_config(variant: str = '') -> base.Page:
   config.optim.peak_lr = 2e-3
   config.optim.schedule = 'cosine'
   config.optim.warmup_steps = 20
-  config.train.num_steps = 400
+  config.train.num_steps = 300
   config.train.batch_size = 4
   config.train.sample_prompt = ''
   config.checkpoint.save_every = 100
@@ -74,7 +74,7 @@ def _base(config: base.Page):
   config.model.attention.head_dim = 32
   recipes.experts(config, shared=1, routed=63, per_tok=7, width=64)
   config.optim.peak_lr = 3e-3
-  config.train.num_steps = 500
+  config.train.num_steps = 400
 
 
 VARIANTS = {'base': _base}

@@ -106,10 +106,11 @@ def answer(request: Mapping[str, Any], before_each: Callable[[], object]) -> dic
 
   Args:
     request: what was read.
-    before_each: called before every conversation.
+    before_each: called before the template is read, and before every conversation.
   """
   pieces = []
   try:
+    before_each()  # constants are computed when a template is read
     write = writer(request['template'], request['bos_token'], request['eos_token'])
     for messages in request['conversations']:
       before_each()
