@@ -87,6 +87,8 @@ def get_config() -> Page:
   c.trainable.experts = ()
   c.trainable.shared_experts = False
   c.trainable.non_expert_modules = False
+  c.trainable.lora_rank = 8
+  c.trainable.lora_alpha = 16.0
 
   c.optim = ml_collections.ConfigDict()
   c.optim.peak_lr = 1e-3

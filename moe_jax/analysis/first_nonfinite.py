@@ -19,7 +19,7 @@ from moe_jax import integer_hash, trees
 from moe_jax.config import schema
 from moe_jax.devices import partitioning
 from moe_jax.models import decoder_block, layers, moe_layer, transformer
-from moe_jax.training import objective, optim, trainable
+from moe_jax.training import lora, objective, optim, trainable
 
 Array = jax.Array
 
@@ -77,10 +77,11 @@ def replay(
     )
     norm = jnp.sqrt(sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)))
     variables = {'params': state['params'], 'router_state': state['router_state']}
+    merged = {**variables, 'params': lora.merged(state['params'])}
     found = (
       in_batch(cfg.model, batch)
       or in_weights(cfg.model, variables)
-      or in_activations(cfg, mesh, variables, batch, seed)
+      or in_activations(cfg, mesh, merged, batch, seed)
       or in_gradients(cfg.model, trainable.expanded(cfg, state['params'], grads))
     )
   return Replay(float(loss.main), float(norm), found)

@@ -33,6 +33,8 @@ ADDED: dict[str, dict[str, Any]] = {
     'experts': (),
     'shared_experts': False,
     'non_expert_modules': False,
+    'lora_rank': 8,
+    'lora_alpha': 16.0,
   },
 }
 # Of them, the sections that are new as a whole.

@@ -172,14 +172,23 @@ def _validate_trainable(config: schema.Config):
   trainable, model = config.trainable, config.model
   errors.choice('trainable.kind', trainable.kind, schema.TRAINABLE)
   chosen = (trainable.experts, trainable.shared_experts, trainable.non_expert_modules)
-  if trainable.kind == 'all':
-    errors.require(
-      not any(chosen),
-      "config.trainable.expert_config is set but trainable.kind='all' would ignore it; set "
-      "trainable.kind='experts'",
-    )
-    return
+  errors.at_least(trainable, 'trainable', 1, 'lora_rank')
+  errors.require(
+    trainable.lora_alpha > 0, f'config.trainable.lora_alpha={trainable.lora_alpha} must be positive'
+  )
   where = f'config.trainable.kind={trainable.kind!r}'
+  errors.require(
+    trainable.kind == 'experts' or not any(chosen),
+    f'config.trainable.expert_config is set but trainable.kind={trainable.kind!r} would ignore it; '
+    "set trainable.kind='experts'",
+  )
+  errors.require(
+    trainable.kind != 'lora' or bool(config.init_from),
+    f"{where} is for a trained model, and config.init_from='' names none; pass "
+    "--config.init_from=WORKDIR, or set trainable.kind='all'",
+  )
+  if trainable.kind != 'experts':
+    return
   errors.require(
     bool(config.init_from) and model.is_moe,
     f'{where} trains experts of a trained MoE model, and config.init_from={config.init_from!r} '

@@ -26,7 +26,7 @@ SOURCES = (
 )
 OBJECTIVES = ('next_token', 'sft', 'dpo')
 PREFERENCE_LOSSES = ('sigmoid', 'ipo')
-TRAINABLE = ('all', 'experts')
+TRAINABLE = ('all', 'experts', 'lora')
 CHAT_FORMATS = ('deepseek_llm', 'deepseek_v3', 'template')
 
 
@@ -130,7 +130,8 @@ class ObjectiveConfig:
 class TrainableConfig:
   """Which weights are trained. All others stay as `init_from` has them, and have no moments."""
 
-  # 'all'; 'experts': the chosen routed experts (ESFT), and what the two switches below add.
+  # 'all'; 'experts': the chosen routed experts (ESFT), and what the two switches below add; 'lora':
+  # a pair of matrices of low rank beside every matrix but embedding and head.
   kind: str
   # expert_cfg.json, as experiments.esft writes it. It is read with the page, and its content stands
   # in the three fields below: the content, not the path, is what a run is resumed with.
@@ -140,6 +141,8 @@ class TrainableConfig:
   # Whether attention, routers, norms, dense layers, embedding and head are; multi-token prediction
   # never is.
   non_expert_modules: bool
+  lora_rank: int  # of the pair of every matrix, and of every expert's
+  lora_alpha: float  # W + alpha / rank A B; 2 times the rank in the paper of ESFT
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ export of a model in memory.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -32,6 +33,7 @@ from moe_jax.interop import (
   hf_config,
   hf_config_export,
   mapping,
+  merged_leaves,
   placement,
   safetensors_files,
   sidecar,
@@ -251,6 +253,7 @@ def export_checkpoint(
   )
   with stream_reader.Reader(workdir / 'checkpoints', step, verify=True) as reader:
     names = [name for name in reader.leaves if name.startswith(('params/', 'router_state/'))]
+    names = [name for name in names if not name.startswith(merged_leaves.PAIRS)]
     leaves = {name: jax.ShapeDtypeStruct(*reader.leaves[name]) for name in names}
     tied = bool(record and source_lib.read_json(kept / 'config.json').get('tie_word_embeddings'))
     untied = (
@@ -273,7 +276,7 @@ def export_checkpoint(
         _write_json(staging / 'config.json', content)
       if record is not None and not same:
         say(f'config.json differs from the imported one in {", ".join(changed)}')
-      plan.write(staging, reader.read, shard_bytes)
+      plan.write(staging, functools.partial(merged_leaves.read, reader), shard_bytes)
   say(
     _closing_line(
       f'exported step {reader.step} as',

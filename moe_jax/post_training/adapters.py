@@ -21,7 +21,7 @@ from moe_jax import errors, trees
 from moe_jax.checkpoints import stream_reader, stream_writer
 from moe_jax.config import parse, schema
 from moe_jax.data import kept_files
-from moe_jax.interop import huggingface, mapping, safetensors_files
+from moe_jax.interop import huggingface, mapping, merged_leaves, safetensors_files
 from moe_jax.interop import source as source_lib
 from moe_jax.models import model_variables
 from moe_jax.post_training import expert_config
@@ -258,12 +258,16 @@ def _merged(
     indices: list[tuple[int, ...]] = [(i,) for i in range(leaf.shape[0])] if is_stacked else [()]
     for index in indices:
       if name in _ROUTED and name in new:
-        values = reader.read(name, index)
+        values = merged_leaves.read(reader, name, index)
         here = layers == index[0]
         values[experts[here]] = new[name][here]
         yield name, index, values
       else:
-        yield name, index, new[name][index] if name in new else reader.read(name, index)
+        yield (
+          name,
+          index,
+          new[name][index] if name in new else merged_leaves.read(reader, name, index),
+        )
 
 
 def _require_finite(array: np.ndarray, where: str):

@@ -23,6 +23,7 @@ from moe_jax.devices import partitioning
 from moe_jax.models import model_variables
 from moe_jax.runs import reference_scores, working_directory
 from moe_jax.storage import fetch
+from moe_jax.training import lora, train_state
 
 NO_DATA = 'imported'  # data fingerprint of a model whose training text is not known
 Say = Callable[[str], None]
@@ -107,7 +108,7 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Run:
   cfg, mesh = on_devices_here(read_config(workdir, step))
   with reader(workdir) as checkpointer:
     # The optimizer's moments, twice the size of the weights, are left on the disk.
-    abstract = model_variables.abstract_variables(cfg.model, mesh)
+    abstract = _abstract_variables(cfg, mesh)
     restored = errors.present(
       checkpointer.restore(abstract, step, partial=True),
       f'--workdir={workdir} holds no finished checkpoint; give a workdir that has one',
@@ -130,14 +131,25 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Run:
       f'{restored.step} was trained with; put the original file back'
     )
   tokenizer.end_ids = kept_files.end_ids(workdir / kept_files.DIRECTORY, tokenizer)
+  variables = restored.state
+  if cfg.trainable.kind == 'lora':
+    variables = {**variables, 'params': jax.jit(lora.merged)(variables['params'])}
   return Run(
     cfg,
     mesh,
-    restored.state,
+    variables,
     tokenizer,
     restored.step,
     restored.meta['data_fingerprint'],
   )
+
+
+def _abstract_variables(cfg: schema.Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+  """Shape, dtype and sharding of what is read of a checkpoint."""
+  if cfg.trainable.kind != 'lora':
+    return model_variables.abstract_variables(cfg.model, mesh)
+  state = train_state.abstract_state(cfg, mesh)
+  return {'params': state.params, 'router_state': state.router_state}
 
 
 def on_devices_here(cfg: schema.Config) -> tuple[schema.Config, jax.sharding.Mesh]:

@@ -16,7 +16,7 @@ from moe_jax.checkpoints import checkpointer as checkpointer_lib
 from moe_jax.checkpoints import integrity
 from moe_jax.config import parse, schema
 from moe_jax.models import model_variables
-from moe_jax.training import train_state
+from moe_jax.training import lora, train_state
 
 
 def check(cfg: schema.Config, source: schema.Config):
@@ -98,7 +98,11 @@ def adapted(
   """
   for change in changed_settings(cfg, source):
     say(f'config changed against init_from: {change}')
-  params = jax.tree.map(lambda x, to: x.astype(to.dtype), found['params'], fresh.params)
+  params = found['params']
+  if lora.KEY in params:
+    params = jax.jit(lora.merged)(params)
+  base = {name: value for name, value in fresh.params.items() if name != lora.KEY}
+  params = jax.tree.map(lambda x, to: x.astype(to.dtype), params, base)
   state = common(found.get('router_state', {}), fresh.router_state)
   return {'params': params, 'router_state': state}
 

@@ -14,7 +14,7 @@ from moe_jax.balance import loss_scopes, router_stats
 from moe_jax.config import moe_config, schema
 from moe_jax.models import model_variables, transformer
 from moe_jax.training import cross_entropy as cross_entropy_lib
-from moe_jax.training import preference_loss, trainable
+from moe_jax.training import lora, preference_loss, trainable
 
 Array = jax.Array
 Batch = dict[str, Array]
@@ -213,7 +213,7 @@ def gradients(
 
   def share(micro: Batch, slopes: Any = None) -> tuple[Loss, Any]:
     def loss_of(leaves: trees.Params) -> tuple[Array, Loss]:
-      whole = trainable.overlaid(params, leaves)
+      whole = lora.merged(trainable.overlaid(params, leaves))
       return loss_fn(whole, router_state, micro, seed, totals, slopes, mtp_weight)
 
     # Of whole leaves: no copy of the kernels is made for the rows of them that are trained.
@@ -228,7 +228,7 @@ def gradients(
   if _counts_first(cfg.model):
 
     def count(micro):
-      return loss_fn(params, router_state, micro, seed, totals)[1].stats
+      return loss_fn(lora.merged(params), router_state, micro, seed, totals)[1].stats
 
     slopes = loss_scopes.global_slopes(cfg.model.moe, _accumulate(count, micros))
   loss, grads = _accumulate(functools.partial(share, slopes=slopes), micros)

@@ -10,7 +10,7 @@ from moe_jax import trees
 from moe_jax.config import schema
 from moe_jax.devices import partitioning
 from moe_jax.models import model_variables
-from moe_jax.training import optim, trainable
+from moe_jax.training import lora, optim, trainable
 
 Array = jax.Array
 Batch = dict[str, Array]
@@ -27,14 +27,15 @@ class TrainState(struct.PyTreeNode):
 
   @property
   def variables(self) -> dict[str, Any]:
-    """What the model is applied with."""
-    return {'params': self.params, 'router_state': self.router_state}
+    """What the model is applied with; pairs of LoRA are merged into their matrices."""
+    return {'params': lora.merged(self.params), 'router_state': self.router_state}
 
 
 def _init(cfg: schema.Config, rng: Array) -> TrainState:
   """A fresh state whose leaves are boxed with logical axis names."""
   with partitioning.without_mesh():  # the rows that shapes are made from are not to be split
     variables = model_variables.init(cfg.model, rng)
+  variables['params'] = lora.started(cfg, variables['params'], rng)
   opt_state = _opt_state(cfg, variables['params'])
   # Not the number train.seed itself: a constant in the step's program would compile per seed.
   seed = jax.random.bits(rng, (), jnp.uint32)
@@ -93,6 +94,7 @@ def state_from(cfg: schema.Config, mesh: jax.sharding.Mesh, params: trees.Params
   def create(rng: Array, params: trees.Params) -> TrainState:
     # What the given weights replace is dead code to the compiler.
     state = partitioning.unbox(_init(cfg, rng))
+    params = trainable.overlaid(state.params, params)
     return state.replace(params=params, opt_state=_opt_state(cfg, params))
 
   create = jax.jit(create, out_shardings=out, donate_argnums=1)

@@ -1,4 +1,4 @@
-"""Which weights a run trains, `config.trainable`: all of them, or for ESFT the chosen experts.
+"""Which weights a run trains, `config.trainable`: all, chosen experts (ESFT), or pairs of LoRA.
 
 A state keeps all weights, which whoever reads it needs. Gradients, the optimizer's moments, the
 gradient norm and the weight decay are of the trained ones alone: of the stacked kernels of the
@@ -16,7 +16,9 @@ from flax import linen as nn
 
 from moe_jax import trees
 from moe_jax.config import schema
+from moe_jax.devices import partitioning
 from moe_jax.models import model_variables
+from moe_jax.training import lora
 
 _STACK = ('moe_layers', 'moe')
 _ROUTED = ('gate_up', 'down')  # in _STACK, leaves [MoE layers, E, ...]
@@ -41,6 +43,8 @@ def is_trained(trained: schema.TrainableConfig, path: Sequence[str]) -> bool:
   """Whether a leaf, given by the names that lead to it, is trained; of routed experts, in part."""
   if trained.kind == 'all':
     return True
+  if trained.kind == 'lora':
+    return path[0] == lora.KEY and path[-1] != lora.SCALE
   if tuple(path[:2]) != _STACK or path[2] not in (*_ROUTED, 'shared'):
     return trained.non_expert_modules and path[0] != 'mtp_layers'
   return trained.shared_experts if path[2] == 'shared' else any(trained.experts)
@@ -48,7 +52,7 @@ def is_trained(trained: schema.TrainableConfig, path: Sequence[str]) -> bool:
 
 def rows(cfg: schema.Config, leaves: trees.Params) -> trees.Params:
   """What is trained of `leaves`: the rows of chosen experts, [S, ...], and all else whole."""
-  if cfg.trainable.kind == 'all':
+  if cfg.trainable.kind != 'experts':
     return leaves
   where = places(cfg.trainable)
   gathered = {name: _gathered(leaf, where) for name, leaf in _routed(leaves).items()}
@@ -59,6 +63,8 @@ def merge(cfg: schema.Config, params: trees.Params, trained: trees.Params) -> tr
   """`params` with the trained weights in their place; `trained` as `select` returns them."""
   if cfg.trainable.kind == 'all':
     return trained
+  if cfg.trainable.kind == 'lora':
+    return overlaid(params, trained)
   where, old = places(cfg.trainable), _routed(params)
   kernels = {
     name: jnp.asarray(old[name]).at[where].set(new, indices_are_sorted=True, unique_indices=True)
@@ -69,8 +75,12 @@ def merge(cfg: schema.Config, params: trees.Params, trained: trees.Params) -> tr
 
 def count(cfg: schema.Config) -> int:
   """Parameters that are trained."""
-  params = model_variables.abstract_params(cfg.model)
-  found = jax.eval_shape(functools.partial(select, cfg), params)
+
+  def made() -> trees.Params:
+    params = partitioning.unbox(model_variables.init(cfg.model, jax.random.key(0))['params'])
+    return select(cfg, lora.started(cfg, params, jax.random.key(0)))
+
+  found = jax.eval_shape(made)
   return sum(leaf.size for leaf in jax.tree.leaves(found))
 
 

@@ -187,6 +187,9 @@ EXPERTS = {'init_from': 'base', 'trainable__kind': 'experts'}
 @pytest.mark.parametrize(
   'overrides, parts',
   [
+    ({'trainable__kind': 'lora'}, ("config.init_from=''", 'pass --config.init_from=WORKDIR')),
+    ({'trainable__lora_rank': 0}, ('trainable.lora_rank=0', 'at least 1')),
+    ({'trainable__lora_alpha': 0.0}, ('trainable.lora_alpha=0.0', 'positive')),
     ({'trainable__shared_experts': True}, ("trainable.kind='all' would ignore", "'experts'")),
     (EXPERTS | {'init_from': ''}, ("config.init_from=''", 'pass --config.init_from=WORKDIR')),
     (EXPERTS | {'model__moe__num_experts': 0}, ('num_experts=0', "kind='all'")),

@@ -122,7 +122,7 @@ def test_a_page_gets_the_content_of_the_file(tmp_path):
   assert expert_config.applied(values) is values
   values['trainable']['expert_config'] = str(path)
   got = parse.from_dict(expert_config.applied(values)).trainable
-  assert got == schema.TrainableConfig('experts', '', ((5, 3), (0,)), True, False)
+  assert got == schema.TrainableConfig('experts', '', ((5, 3), (0,)), True, False, 8, 16.0)
   values['model']['num_layers'] = 4
   with pytest.raises(errors.InputError, match='every MoE layer of the model, 1 to 3'):
     expert_config.applied(values)
