@@ -106,7 +106,7 @@ def _validate_data(data: schema.DataConfig):
     f'splits need text',
   )
   errors.at_least(data, 'data', 1, 'prefetch', 'synthetic_documents')
-  needs_path = ('text', 'jsonl', 'parquet', 'hf')
+  needs_path = ('text', 'jsonl', 'parquet', 'hf', 'hf_conversations', 'hf_preferences')
   if data.source == 'mixture':
     errors.require(
       bool(data.mixture),

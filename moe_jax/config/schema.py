@@ -16,9 +16,10 @@ DTYPES = ('float32', 'bfloat16')
 SCHEDULES = ('multi_step', 'cosine', 'constant', 'linear', 'stages')
 STAGE_SHAPES = ('constant', 'linear', 'cosine')
 # Those of conversations, of which a model learns the answers; of pairs of answers; and of text.
-CONVERSATION_SOURCES = ('conversations', 'arithmetic')
-PREFERENCE_SOURCES = ('preferences',)
-PATHLESS_SOURCES = ('hf', 'arithmetic', 'synthetic')  # whose `path` is no path
+CONVERSATION_SOURCES = ('conversations', 'hf_conversations', 'arithmetic')
+PREFERENCE_SOURCES = ('preferences', 'hf_preferences')
+# Whose `path` is no path.
+PATHLESS_SOURCES = ('hf', 'hf_conversations', 'hf_preferences', 'arithmetic', 'synthetic')
 SOURCES = (
   *('python_source', 'text', 'jsonl', 'parquet', 'hf', 'synthetic', 'mixture'),
   *CONVERSATION_SOURCES,

@@ -35,6 +35,7 @@ from moe_jax.storage import fetch
 
 TEXT_CUT_BYTES = 64 * 1024  # source 'text': files longer than this become several documents
 _Parsed = TypeVar('_Parsed')
+_CHAT_COLUMNS = ('messages', 'prompt', 'completion', 'chosen', 'rejected')
 _SKIPPED_DIRS = frozenset({'site-packages', 'dist-packages', '__pycache__'})
 
 
@@ -263,15 +264,29 @@ def hugging_face(spec: Spec, warn: Callable[[str], None]) -> Iterator[Document]:
 
   Domain: data.domain_field, or the dataset's name.
   """
+
+  def texts(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, str]]:
+    for document in _records(spec, enumerate(rows, start=1), spec.path, spec.path, warn):
+      yield {'text': document.text.decode('utf-8'), 'domain': document.domain}
+
+  stored = dataclasses.replace(spec, text_field='text', domain_field='domain')
+  yield from _jsonl_documents(stored, _downloaded(spec, texts), spec.path, spec.path, warn)
+
+
+_Keep = Callable[[Iterable[Mapping[str, Any]]], Iterator[dict[str, Any]]]
+
+
+def _downloaded(spec: Spec, keep: _Keep) -> pathlib.Path:
+  """The JSON lines that `keep` makes of the rows of a data set, in the cache."""
   changes = (*source_files.stamp(_dataset(spec)[0]), *(('skip null',) if spec.skip_null else ()))
+  changes += () if spec.source == 'hf' else (spec.source,)
   key = hashing.hexdigest(spec.path, spec.text_field, spec.domain_field, *changes)
   directory = cache.get_or_build(
     spec.cache_dir / 'hf' / key,
-    lambda temporary: _download(spec, temporary / 'data.jsonl', warn),
+    lambda temporary: _download(spec, temporary / 'data.jsonl', keep),
     lambda target: (target / 'data.jsonl').is_file(),
   )
-  stored = dataclasses.replace(spec, text_field='text', domain_field='domain')
-  yield from _jsonl_documents(stored, directory / 'data.jsonl', spec.path, spec.path, warn)
+  return directory / 'data.jsonl'
 
 
 def _dataset(spec: Spec) -> tuple[str, dict[str, str]]:
@@ -293,7 +308,7 @@ def _dataset(spec: Spec) -> tuple[str, dict[str, str]]:
   return place, {'split': 'train'} | options
 
 
-def _download(spec: Spec, file: pathlib.Path, warn: Callable[[str], None]):
+def _download(spec: Spec, file: pathlib.Path, keep: _Keep):
   library = _optional(spec, 'datasets', 'datasets')
   try:
     place, options = _dataset(spec)
@@ -309,8 +324,7 @@ def _download(spec: Spec, file: pathlib.Path, warn: Callable[[str], None]):
     rows, f'download {spec.path}', unit='doc', disable=None if spec.progress else True
   )
   with file.open('w', encoding='utf-8') as out, bar:
-    for document in _records(spec, enumerate(bar, start=1), spec.path, spec.path, warn):
-      line = {'text': document.text.decode('utf-8'), 'domain': document.domain}
+    for line in keep(bar):
       out.write(json.dumps(line) + '\n')
 
 
@@ -356,10 +370,27 @@ def _chat_rows(
 ) -> Iterator[tuple[str, _Parsed, str]]:
   """Yields (name, what `from_row` makes of it, domain) of every row.
 
-  Files are JSON lines (.jsonl, also .gz and .zst) or parquet. Domain: data.domain_field, or the
-  file's stem.
+  Files are JSON lines (.jsonl, also .gz and .zst) or parquet; a Hugging Face dataset is named and
+  kept as by `hugging_face`. Domain: data.domain_field, or the file's stem, or the dataset's name.
   """
-  for name, file in _files(spec, '.jsonl', '.parquet'):
+
+  def parsed(row: Any, where: str) -> _Parsed:
+    try:
+      return from_row(row)
+    except ValueError as e:
+      raise errors.InputError(f'{spec.where}: {where} {e}; repair or remove it') from e
+
+  def kept(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    for number, row in enumerate(rows, start=1):
+      parsed(row, f'{spec.path}:{number}')  # before anything is cached
+      yield {key: row[key] for key in (*_CHAT_COLUMNS, spec.domain_field) if key in row}
+
+  if spec.source.startswith('hf_'):
+    files = [(spec.path, _downloaded(spec, kept), spec.path)]
+  else:
+    named = _files(spec, '.jsonl', '.parquet')
+    files = [(name, file, source_files.stem(file)) for name, file in named]
+  for name, file, label in files:
     if file.suffix == '.parquet':
       rows = enumerate(_parquet_rows(spec, file, every_column=True))
     else:
@@ -367,12 +398,9 @@ def _chat_rows(
       rows = ((n, _parse(spec, line, f'{file}:{n}')) for n, line in lines if line.strip())
     for number, row in rows:
       where = f'{name}:{number}'
-      try:
-        found = from_row(row)
-      except ValueError as e:
-        raise errors.InputError(f'{spec.where}: {where} {e}; repair or remove it') from e
+      found = parsed(row, where)
       domain = str(row.get(spec.domain_field, '')) if spec.domain_field else ''
-      yield where, found, domain or source_files.stem(file)
+      yield where, found, domain or label
 
 
 def arithmetic_task(spec: Spec, warn: Callable[[str], None]) -> Iterator[Document]:
@@ -410,6 +438,8 @@ SOURCES: dict[str, Callable[[Spec, Callable[[str], None]], Iterator[Document]]] 
   'conversations': conversation_files,
   'arithmetic': arithmetic_task,
   'preferences': preference_files,
+  'hf_conversations': conversation_files,
+  'hf_preferences': preference_files,
 }
 
 

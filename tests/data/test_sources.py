@@ -13,7 +13,7 @@ from pyarrow import parquet
 
 from moe_jax import errors
 from moe_jax.config import schema
-from moe_jax.data import sources
+from moe_jax.data import conversations, preferences, sources
 
 
 def read(spec: sources.Spec) -> dict[str, tuple[str, str]]:
@@ -243,6 +243,31 @@ def test_hugging_face_is_streamed_once(make_spec, monkeypatch):
   monkeypatch.setitem(sys.modules, 'datasets', None)
   assert read(spec) == expected
   assert calls == [('org/data', 'train', True)]
+
+
+def test_conversations_and_preferences_of_hugging_face(make_spec, monkeypatch):
+  asked = [{'role': 'user', 'content': 'q'}]
+  chat = [*asked, {'role': 'assistant', 'content': 'a'}]
+  rows = [{'messages': chat, 'lang': 'x', 'image': object()}, {'prompt': 'q', 'completion': 'b'}]
+  calls = []
+  monkeypatch.setitem(sys.modules, 'datasets', fake_datasets(rows, calls))
+  spec = make_spec('hf_conversations', 'org/data?split=sft', domain_field='lang')
+  found = list(sources.read(spec))
+  assert [(d.name, d.domain) for d in found] == [
+    ('org/data?split=sft:1', 'x'),
+    ('org/data?split=sft:2', 'org/data?split=sft'),
+  ]
+  assert [conversations.answers(conversations.from_bytes(d.text)) for d in found] == ['a', 'b']
+  assert list(sources.read(spec)) == found and len(calls) == 1
+  rows[:] = [{'prompt': 'q', 'chosen': 'a', 'rejected': 'b'}]
+  (pair,) = sources.read(make_spec('hf_preferences', 'org/data?split=sft'))
+  chosen, rejected = preferences.from_bytes(pair.text)
+  assert (chosen[-1].content, rejected[-1].content) == ('a', 'b')
+  rows[:] = [{'messages': chat}, {'text': 'x'}]
+  with pytest.raises(errors.InputError, match=r"org/data:2 must have .*its fields: 'text'"):
+    read(make_spec('hf_conversations', 'org/data'))
+  rows[1] = {'messages': chat}  # nothing of the first attempt is kept
+  assert len(read(make_spec('hf_conversations', 'org/data'))) == 2
 
 
 def test_a_hugging_face_data_set_has_a_name_a_split_and_a_revision(make_spec, monkeypatch):
