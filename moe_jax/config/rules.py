@@ -246,6 +246,14 @@ def _validate_dpo(config: schema.Config):
     f'config.train.z_loss_weight={config.train.z_loss_weight} must be 0 with '
     "objective.kind='dpo', whose loss has no such term",
   )
+  moe = config.model.moe
+  errors.require(
+    not config.model.is_moe
+    or (moe.capacity.policy == 'none' and router_traits.of(moe).bound is None),
+    f'config.model.moe.capacity.policy={moe.capacity.policy!r} with router={moe.router!r} leaves '
+    "tokens out by what else is in the batch, so that objective.kind='dpo' would compare "
+    "log-probabilities of other computations; set policy='none' and a router without a bound",
+  )
 
 
 def _validate_optim(optim: schema.OptimConfig, train: schema.TrainConfig):

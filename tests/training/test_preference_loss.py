@@ -246,6 +246,8 @@ def test_token_log_probs_and_their_gradients(axes):
     ('objective.dpo.label_smoothing', 0.5, r'must lie in \[0, 0.5\)'),
     ('objective.dpo.sft_weight', -1.0, 'must not be negative'),
     ('train.z_loss_weight', 0.1, 'must be 0 with'),
+    ('model.moe.capacity.policy', 'score', 'log-probabilities of other computations'),
+    ('model.moe.router', 'expert_choice', 'log-probabilities of other computations'),
     ('data.source', 'conversations', 'must name preferences only'),
     ('objective.kind', 'sft', 'must name conversations only'),
   ],
