@@ -34,8 +34,7 @@ def define_flags():
 def main(unused_argv: Sequence[str]):
   """Prints rows of the batches from `--start` on."""
   from moe_jax.data import corpus as corpus_lib
-  from moe_jax.data import pipeline
-  from moe_jax.training import optim
+  from moe_jax.training import batches
 
   cfg, left = cli.resolve(flags.FLAGS.config), flags.FLAGS.n
   start = flags.FLAGS.start
@@ -45,15 +44,8 @@ def main(unused_argv: Sequence[str]):
     f'--start={start} must be a step of the run, 0 to {cfg.train.num_steps - 1}',
   )
   corpus = corpus_lib.load_corpus(cfg.data, cfg.model.vocab_size, cfg.train.seed)
-  batches = pipeline.train_batches(
-    corpus,
-    seed=cfg.train.seed,
-    max_seq_len=cfg.model.max_seq_len,
-    batch_size_at=lambda step: optim.batch_size_at(cfg.train, step),
-    start_step=start,
-    num_steps=cfg.train.num_steps,
-  )
-  for step, batch in enumerate(batches, start=start):
+  rows = batches.of_run(cfg, corpus, start=start)
+  for step, batch in enumerate(rows, start=start):
     for row in range(min(left, len(batch['tokens']))):
       one = {key: value[row] for key, value in batch.items()}
       print(f'--- step {step}, row {row}: {describe(one)}')

@@ -25,7 +25,6 @@ from moe_jax import atomic_files, errors, trees
 from moe_jax.checkpoints import checkpointer as checkpointer_lib
 from moe_jax.config import paths, schema
 from moe_jax.data import corpus as corpus_lib
-from moe_jax.data import pipeline
 from moe_jax.devices import compile_options, partitioning
 from moe_jax.runs import (
   checks,
@@ -37,7 +36,7 @@ from moe_jax.runs import (
   trained_run,
   working_directory,
 )
-from moe_jax.training import objective, optim, optimizer_step, stop_signal, train_state
+from moe_jax.training import batches, objective, optimizer_step, stop_signal, train_state
 
 
 def configs(cfg: schema.Config, seeds: Sequence[int]) -> list[schema.Config]:
@@ -93,18 +92,7 @@ def _batches(
   cfgs: Sequence[schema.Config], corpora: Sequence[corpus_lib.Corpus], start: int
 ) -> Generator[dict[str, np.ndarray], None, None]:
   """Arrays [S, B, L] of the steps from `start` on: row i is the batch of a run of the i-th seed."""
-  sources = [
-    pipeline.train_batches(
-      corpus,
-      seed=cfg.train.seed,
-      max_seq_len=cfg.model.max_seq_len,
-      batch_size_at=lambda step, cfg=cfg: optim.batch_size_at(cfg.train, step),
-      start_step=start,
-      num_steps=cfg.train.num_steps,
-      prefetch=cfg.data.prefetch,
-    )
-    for cfg, corpus in zip(cfgs, corpora)
-  ]
+  sources = [batches.of_run(cfg, corpus, start=start) for cfg, corpus in zip(cfgs, corpora)]
   with contextlib.ExitStack() as stack:
     for source in sources:
       stack.callback(source.close)

@@ -10,7 +10,7 @@ import functools
 import os
 import pathlib
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 
 import jax
 
@@ -36,6 +36,7 @@ from moe_jax.runs import (
 )
 from moe_jax.storage import parts as parts_lib
 from moe_jax.training import (
+  batches,
   objective,
   optim,
   optimizer_step,
@@ -158,7 +159,7 @@ def _fit(
       [member],
       optimizer_step.make_train_step(cfg, mesh),
       state,
-      _batches(cfg, corpus, mesh, start, stream),
+      batches.of_run(cfg, corpus, mesh=mesh, start=start, stream=stream),
       mesh=mesh,
       put=lambda batch: partitioning.put_batch(objective.inputs(batch), mesh),
       checkpointer=checkpointer,
@@ -242,26 +243,4 @@ def _summary(cfg: schema.Config, corpus: corpus_lib.Corpus, mesh: jax.sharding.M
     f'parameters={total:,}{trained} activated={activated:,} train_tokens='
     f'{sum(split.num_tokens for split in corpus.train):,} {experts}devices={mesh.size} x '
     f'{jax.devices()[0].device_kind} processes={jax.process_count()}{axes}'
-  )
-
-
-def _batches(
-  cfg: schema.Config,
-  corpus: corpus_lib.Corpus,
-  mesh: jax.sharding.Mesh,
-  start: int,
-  stream: pipeline.StreamStart,
-) -> Generator[trees.HostBatch, None, None]:
-  """This process's batches from step `start` on."""
-  return pipeline.train_batches(
-    corpus,
-    seed=cfg.train.seed,
-    max_seq_len=cfg.model.max_seq_len,
-    batch_size_at=lambda step: optim.batch_size_at(cfg.train, step),
-    start_step=start,
-    num_steps=cfg.train.num_steps,
-    stream=stream,
-    shards=partitioning.row_shards(mesh),
-    num_shards=partitioning.row_ways(mesh),
-    prefetch=cfg.data.prefetch,
   )

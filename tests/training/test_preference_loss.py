@@ -259,3 +259,10 @@ def test_settings_that_do_not_go_together(key, value, words):
   page.update_from_flattened_dict({key: value})
   with pytest.raises(errors.InputError, match=words):
     parse.from_dict(page.to_dict())
+
+
+def test_a_pair_may_fill_a_row_to_its_last_place():
+  """The last token of each answer is a target only: 9 + 9 tokens take 16 places, 9 + 10 take 17."""
+  assert whole_documents.num_rows(pairs_split(((9, 9),)), 16) == 1
+  assert whole_documents.num_rows(pairs_split(((9, 10),)), 16) == 0
+  assert (rows_of(pairs_split(((9, 9),)), num_rows=1)['segment_ids'] > 0).all()
