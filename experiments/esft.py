@@ -77,34 +77,14 @@ def _move(action: str, out: pathlib.Path):
 
 
 def _score(out: pathlib.Path):
-  import itertools
-
   from moe_jax.api import load
-  from moe_jax.data import corpus as corpus_lib
-  from moe_jax.data import pipeline
-  from moe_jax.devices import partitioning
   from moe_jax.post_training import expert_config, expert_scores
 
   cfg, workdir = cli.resolve(flags.FLAGS.config), cli.required('workdir')
-  tokens, length = flags.FLAGS.tokens, cfg.model.max_seq_len
+  tokens = flags.FLAGS.tokens
   errors.require(tokens > 0, f'--tokens={tokens} must be positive')
   loaded = load.load(workdir, flag='--workdir')
-  expert_scores.check(loaded.config.model)
-  corpus = corpus_lib.load_corpus(cfg.data, cfg.model.vocab_size, cfg.train.seed)
-  ways = partitioning.row_ways(loaded.mesh)
-  rows = -(-cfg.train.batch_size // ways) * ways
-  steps = -(-tokens // (rows * length))
-  batches = pipeline.train_batches(
-    corpus,
-    seed=cfg.train.seed,
-    max_seq_len=length,
-    batch_size_at=lambda step: rows,
-    start_step=0,
-    num_steps=steps,
-  )
-  found = expert_scores.measure(
-    loaded.config.model, loaded.variables, loaded.mesh, itertools.islice(batches, steps)
-  )
+  found = expert_scores.score(loaded.trained, cfg, tokens)
   out.mkdir(parents=True, exist_ok=True)
   expert_config.write_scores(out / 'summary.json', found)
   busiest = found.token.max(axis=1)

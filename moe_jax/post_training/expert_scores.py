@@ -9,6 +9,7 @@ all are of one length.
 """
 
 import functools
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,9 +19,12 @@ import numpy as np
 
 from moe_jax import errors, trees
 from moe_jax.config import router_traits, schema
+from moe_jax.data import corpus as corpus_lib
+from moe_jax.data import pipeline
 from moe_jax.devices import partitioning
 from moe_jax.models import transformer
 from moe_jax.post_training import expert_config
+from moe_jax.runs import trained_run
 
 Array = jax.Array
 _INPUTS = ('tokens', 'positions', 'segment_ids')
@@ -54,6 +58,28 @@ def _sums(
   one_hot = jax.nn.one_hot(jnp.where(real, experts, model.moe.num_experts), model.moe.num_experts)
   chosen = one_hot * (gates > 0)[..., None]
   return chosen.sum((1, 2, 3)), (one_hot * gates[..., None]).sum((1, 2, 3))
+
+
+def score(run: trained_run.Run, cfg: schema.Config, tokens: int) -> expert_config.ExpertScores:
+  """Scores of a run's experts over the first training rows of `cfg`, about `tokens` of them.
+
+  Raises:
+    errors.InputError: see `check`.
+  """
+  check(run.cfg.model)
+  corpus = corpus_lib.load_corpus(cfg.data, cfg.model.vocab_size, cfg.train.seed)
+  ways, length = partitioning.row_ways(run.mesh), cfg.model.max_seq_len
+  rows = -(-cfg.train.batch_size // ways) * ways
+  steps = -(-tokens // (rows * length))
+  batches = pipeline.train_batches(
+    corpus,
+    seed=cfg.train.seed,
+    max_seq_len=length,
+    batch_size_at=lambda step: rows,
+    start_step=0,
+    num_steps=steps,
+  )
+  return measure(run.cfg.model, run.variables, run.mesh, itertools.islice(batches, steps))
 
 
 def measure(
