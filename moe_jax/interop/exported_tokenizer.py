@@ -32,7 +32,7 @@ def write(
 
   Args:
     tokenizer: of the run.
-    data: of the run; names begin and end token.
+    data: of the run; names begin and end token, and may have a chat template.
     max_seq_len: of the model.
     directory: where.
     say: is told if special tokens must stay added tokens.
@@ -63,6 +63,8 @@ def write(
     'clean_up_tokenization_spaces': False,
     'model_max_length': max_seq_len,
   }
+  if data.chat_format == 'template':
+    settings['chat_template'] = data.chat_template
   _write(directory / 'tokenizer_config.json', settings)
 
 

@@ -1,5 +1,6 @@
 """Exported tokenizers, read with the library `tokenizers` alone (and transformers, if here)."""
 
+import dataclasses
 import json
 
 import pytest
@@ -90,3 +91,12 @@ def test_transformers_reads_the_same(exported):
     assert theirs(text)['input_ids'] == ids, text
     assert theirs.decode(ids, skip_special_tokens=True) == text
   assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
+
+
+def test_the_template_that_a_run_was_tuned_with_comes_along(tmp_path):
+  data = dataclasses.replace(DATA, chat_template='{{ messages }}')
+  for name in ('deepseek_llm', 'template'):
+    chosen = dataclasses.replace(data, chat_format=name)
+    exported_tokenizer.write(MAKERS['bytes'](), chosen, 64, tmp_path, print)
+    settings = json.loads((tmp_path / 'tokenizer_config.json').read_text())
+    assert settings.get('chat_template') == ('{{ messages }}' if name == 'template' else None)
