@@ -4,8 +4,9 @@ Run:    python -m experiments.train --config=configs/continued.py:base --workdir
         python -m experiments.train --config=configs/continued.py --config.init_from=runs/language \
           --workdir=runs/code
         python -m experiments.evaluate --workdir=runs/code --by_domain --infill=64
-Takes:  not yet measured.
-Expect: not yet measured.
+Takes:  3 minutes of CPU time for each of the two runs.
+Expect: held-out bits per byte, before and after: code 2.56 and 2.18, functions 1.39 and 0.34, sums
+        2.62 and 1.53, language 2.01 and 2.02; no gap filled (docs/topics/continued_pretraining.md).
 
   variant   text                                                 fill-in-the-middle
   base      90 % language, 10 % of the others                    0

@@ -355,6 +355,10 @@ def test_synthetic(make_spec):
   documents = list(sources.read(make_spec('synthetic', synthetic_documents=8)))
   assert [d.name for d in documents] == [f'synthetic/{i}' for i in range(8)]
   assert len({d.domain for d in documents}) == 4
+  chosen = list(sources.read(make_spec('synthetic', 'code,arithmetic', synthetic_documents=8)))
+  assert chosen == [d for d in documents if d.domain in ('code', 'arithmetic')]
+  with pytest.raises(errors.InputError, match="it has 'cod'; did you mean 'code'"):
+    read(make_spec('synthetic', 'cod'))
 
 
 # the split
