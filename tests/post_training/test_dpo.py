@@ -24,7 +24,8 @@ def tune(base, workdir, **changes):
     'data.cache_dir': str(workdir.parent / 'cache'),
     'train.num_steps': 6,
     'optim.warmup_steps': 0,
-    'optim.peak_lr': 0.003,
+    'optim.peak_lr': 0.005,
+    'optim.schedule': 'constant',
   }
   return moe_jax.train('dpo', workdir, report=False, say=print, **given | changes)
 
