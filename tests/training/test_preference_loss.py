@@ -1,6 +1,7 @@
 """DPO against its closed form, and the identities: packing, accumulation, the order of a pair."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -12,8 +13,9 @@ from configs import base
 from moe_jax import errors
 from moe_jax.config import parse, schema
 from moe_jax.data import corpus, whole_documents
+from moe_jax.devices import partitioning
 from moe_jax.models import transformer
-from moe_jax.training import cross_entropy, objective, preference_loss
+from moe_jax.training import cross_entropy, objective, preference_loss, train_state
 from tests import tiny
 
 DPO = schema.DpoConfig(0.5, 'sigmoid', 0.0, False, 0.0)
@@ -266,3 +268,19 @@ def test_a_pair_may_fill_a_row_to_its_last_place():
   assert whole_documents.num_rows(pairs_split(((9, 9),)), 16) == 1
   assert whole_documents.num_rows(pairs_split(((9, 10),)), 16) == 0
   assert (rows_of(pairs_split(((9, 9),)), num_rows=1)['segment_ids'] > 0).all()
+
+
+@pytest.mark.slow
+def test_8_devices_equal_1(model):
+  """The experts on two of them, hidden states and head split over the others."""
+  cfg, params = model
+  rows = rows_of(pairs_split())
+  mesh = tiny.mesh(data=2, fsdp=2, expert=2)
+  shardings = jax.tree.map(lambda x: x.sharding, train_state.abstract_state(cfg, mesh).params)
+  with partitioning.activate(mesh):
+    fn = tiny.jit(functools.partial(objective.gradients, cfg))
+    operands = jax.device_put(params, shardings), {}, partitioning.put_batch(rows, mesh)
+    loss, grads = fn(*operands, jnp.uint32(0))
+  want, want_grads = tiny.gradients(**CHANGES)(params, rows)
+  tiny.assert_trees_close((loss.main, loss.preference), (want.main, want.preference), rtol=1e-5)
+  tiny.assert_trees_close(grads, want_grads, rtol=1e-3, atol=1e-5)
