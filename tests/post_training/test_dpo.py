@@ -65,3 +65,12 @@ def test_a_run_prefers_and_goes_on_bit_by_bit(base, tmp_path):
   assert figures.preference['preference_accuracy'] > 0.9
   assert figures.as_dict(6)['preference']['preference_loss'] < 0.5
   assert 'preference_accuracy=' in str(figures)
+
+
+@pytest.mark.slow
+def test_pairs_of_low_rank_alone_learn_a_preference(base, tmp_path):
+  """The reference is the frozen model that the pairs are added to."""
+  tuned = tune(base, tmp_path / 'lora', **{'trainable.kind': 'lora', 'optim.peak_lr': 0.02})
+  logged = lines(tuned)
+  np.testing.assert_allclose(logged[0]['loss'], np.log(2), atol=1e-5)
+  assert logged[-1]['loss'] < 0.6 and logged[-1]['preference_accuracy'] == 1
