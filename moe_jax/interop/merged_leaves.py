@@ -21,4 +21,4 @@ def read(
   lead = tuple(itertools.takewhile(lambda entry: isinstance(entry, int), index))
   weight, a, b = (reader.read(leaf, lead) for leaf in (name, f'{pair}/a', f'{pair}/b'))
   found = lora.add(name.rpartition('/')[2], weight, a, b, reader.read(f'{PAIRS}{lora.SCALE}'))
-  return np.asarray(found)[index[len(lead) :]]
+  return np.array(found)[index[len(lead) :]]

@@ -3,11 +3,13 @@
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from moe_jax.checkpoints import stream_reader, stream_writer
 from moe_jax.config import parse
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.interop import huggingface, merged_leaves, source
+from moe_jax.post_training import adapters, expert_config
 from moe_jax.runs import first_state, run_record, trained_run
 from moe_jax.training import lora
 from tests import tiny
@@ -72,3 +74,22 @@ def test_an_export_is_merged(tuned, tmp_path):
   huggingface.export_checkpoint(workdir, tmp_path / 'hf', say=lambda line: None)
   values = tiny.values(**SIZES)
   assert_close(huggingface.load_variables(tmp_path / 'hf', values)[1]['params'], merged)
+
+
+@pytest.mark.slow
+def test_an_adapter_is_merged_into_the_merged_weights(tuned, tmp_path):
+  workdir, _, merged = tuned
+  (tmp_path / 'adapter').mkdir()
+  chosen = expert_config.ExpertConfig({1: [], 2: [5]}, False, False)
+  expert_config.write(tmp_path / 'adapter/expert_cfg.json', chosen)
+  shapes = {'gate': (8, 16), 'up': (8, 16), 'down': (16, 8)}
+  tensors = {
+    f'model.layers.2.mlp.experts.5.{kind}_proj.weight': np.ones(shape, np.float32)
+    for kind, shape in shapes.items()
+  }
+  safetensors.numpy.save_file(tensors, tmp_path / 'adapter/model.safetensors')
+  adapters.merge(workdir, tmp_path / 'adapter', tmp_path / 'new', say=lambda line: None)
+  want = jax.tree.map(np.array, merged)
+  for name in ('gate_up', 'down'):
+    want['moe_layers']['moe'][name][1, 5] = 1
+  assert_close(trained_run.load(tmp_path / 'new').variables['params'], want)

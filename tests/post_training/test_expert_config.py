@@ -120,6 +120,9 @@ def test_a_page_gets_the_content_of_the_file(tmp_path):
   expert_config.write(path, expert_config.ExpertConfig({2: [0], 1: [5, 3]}, True, False))
   values = tiny.values(init_from='base', trainable__kind='experts')
   assert expert_config.applied(values) is values
+  content = json.loads(path.read_text())
+  content['experts'] = dict(reversed(content['experts'].items()))  # of another writer
+  path.write_text(json.dumps(content))
   values['trainable']['expert_config'] = str(path)
   got = parse.from_dict(expert_config.applied(values)).trainable
   assert got == schema.TrainableConfig('experts', '', ((5, 3), (0,)), True, False, 8, 16.0)
