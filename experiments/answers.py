@@ -19,6 +19,7 @@ from moe_jax import errors
 def define_flags():
   """Flags of this command."""
   cli.workdir_flag('directory of a trained run, or of a downloaded checkpoint', bucket=True)
+  cli.adapter_flag()
   cli.path_flag('like', '', 'directory of the run whose questions are asked; its own without')
   flags.DEFINE_integer('step', None, 'checkpoint to use; the newest whole one if not given')
   flags.DEFINE_integer('n', 256, 'questions at most')
@@ -39,7 +40,7 @@ def main(unused_argv: Sequence[str]):
     errors.require(values[name].value > 0, f'--{name}={values[name].value} must be positive')
   like = trained_run.read_config(values.like) if values.like else None
   asked = fetch.local(values.like or workdir, '--like' if values.like else '--workdir')
-  loaded = load.load(workdir, step=values.step, flag='--workdir')
+  loaded = load.load(workdir, step=values.step, adapter=values.adapter, flag='--workdir')
   data = working_directory.resolved(like or loaded.config, asked).data
   questions = answers.questions(data, values.n)
   shown: list[str] = []

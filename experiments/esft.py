@@ -50,12 +50,12 @@ def main(unused_argv: Sequence[str], action: str) -> None:
 
 
 def _select(out: pathlib.Path):
-  from moe_jax.post_training import expert_config
+  from moe_jax.post_training import expert_config, expert_selection
 
   kind = flags.FLAGS.kind
-  scores, first = expert_config.read_scores(pathlib.Path(cli.required('scores')), kind)
-  share = expert_config.PAPERS_SHARE[kind] if flags.FLAGS.p is None else flags.FLAGS.p
-  found = expert_config.select(scores, first, share)
+  scores, first = expert_selection.read_scores(pathlib.Path(cli.required('scores')), kind)
+  share = expert_selection.PAPERS_SHARE[kind] if flags.FLAGS.p is None else flags.FLAGS.p
+  found = expert_selection.select(scores, first, share)
   out.mkdir(parents=True, exist_ok=True)
   expert_config.write(out / 'expert_cfg.json', found)
   total, fewest, most = expert_config.count(found)
@@ -78,7 +78,7 @@ def _move(action: str, out: pathlib.Path):
 
 def _score(out: pathlib.Path):
   from moe_jax.api import load
-  from moe_jax.post_training import expert_config, expert_scores
+  from moe_jax.post_training import expert_scores, expert_selection
 
   cfg, workdir = cli.resolve(flags.FLAGS.config), cli.required('workdir')
   tokens = flags.FLAGS.tokens
@@ -86,7 +86,7 @@ def _score(out: pathlib.Path):
   loaded = load.load(workdir, flag='--workdir')
   found = expert_scores.score(loaded.trained, cfg, tokens)
   out.mkdir(parents=True, exist_ok=True)
-  expert_config.write_scores(out / 'summary.json', found)
+  expert_selection.write_scores(out / 'summary.json', found)
   busiest = found.token.max(axis=1)
   print(
     f'{out / "summary.json"}: {found.num_tokens:,} tokens; the busiest expert of a layer takes '

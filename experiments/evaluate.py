@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 def define_flags():
   """Flags of this command."""
   cli.workdir_flag('directory of a trained run, or of a downloaded checkpoint', bucket=True)
+  cli.adapter_flag()
   flags.DEFINE_integer('step', None, 'checkpoint to evaluate; the newest whole one if not given')
   flags.DEFINE_bool('json', False, 'print one JSON object and nothing else')
   flags.DEFINE_multi_string(
@@ -76,7 +77,7 @@ def main(unused_argv: Sequence[str]):
     cfg = trained_run.read_config(workdir, step)
     values = overrides.parse(cfg, flags.FLAGS.override)
     overrides.changed(cfg, values)  # mistakes show before anything is loaded
-  trained = load.read(workdir, step=step, flag='--workdir')
+  trained = load.read(workdir, step=step, adapter=flags.FLAGS.adapter, flag='--workdir')
   values = values or overrides.parse(trained.cfg, flags.FLAGS.override)
   loaded = run.Run(overrides.apply(trained, values), workdir)
   if flags.FLAGS.tasks:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 def define_flags():
   """Flags of this command."""
   cli.workdir_flag('directory of a trained run, or of a downloaded checkpoint', bucket=True)
+  cli.adapter_flag()
   flags.DEFINE_multi_string('prompt', None, 'text to continue; repeat it for a batch')
   cli.path_flag('prompts_file', None, 'file of prompts, one per line')
   flags.DEFINE_bool('chat', False, "each prompt is a question, in the run's data.chat_format")
@@ -70,7 +71,7 @@ def main(unused_argv: Sequence[str]):
   names = ('temperature', 'top_k', 'top_p', 'seed', 'min_p', 'repetition_penalty')
   sampling = sampling_lib.Sampling(**{name: values[name].value for name in names})
   _check(len(texts))
-  loaded = load.load(workdir, step=values.step, flag='--workdir')
+  loaded = load.load(workdir, step=values.step, adapter=values.adapter, flag='--workdir')
   if values.chat:
     errors.require(
       values.prefix is None and not values.special_tokens,

@@ -187,6 +187,11 @@ def workdir_flag(help_string: str, *, bucket: bool = False) -> flags.FlagHolder:
   return path_flag('workdir', None, help_string, bucket=bucket)
 
 
+def adapter_flag() -> flags.FlagHolder:
+  """Defines `--adapter`, whose value `moe_jax.load` takes."""
+  return path_flag('adapter', '', 'adapter of experiments.esft extract, put onto the model')
+
+
 class _PathParser(flags.ArgumentParser):
   def __init__(self, bucket: bool):
     self._bucket = bucket

@@ -20,7 +20,7 @@ from moe_jax.api import train as train_lib
 from moe_jax.config import schema
 from moe_jax.interop import start_weights
 from moe_jax.planning import compile_ahead
-from moe_jax.post_training import answers, expert_config, expert_scores
+from moe_jax.post_training import answers, expert_config, expert_scores, expert_selection
 from moe_jax.runs import goodput, run_record, train_run
 from moe_jax.training import evaluate, train_state, trainable
 
@@ -111,12 +111,12 @@ def _choices(
     cfg = train_lib.resolve('sft', {'init_from': base_dir, 'train.seed': seed})
     found = expert_scores.score(base.trained, cfg, flags.FLAGS.tokens)
     path.parent.mkdir(parents=True, exist_ok=True)
-    expert_config.write_scores(path, found)
+    expert_selection.write_scores(path, found)
   return {
-    kind: expert_config.select(
-      *expert_config.read_scores(path, kind), expert_config.PAPERS_SHARE[kind]
+    kind: expert_selection.select(
+      *expert_selection.read_scores(path, kind), expert_selection.PAPERS_SHARE[kind]
     )
-    for kind in expert_config.KINDS
+    for kind in expert_selection.KINDS
   }
 
 

@@ -7,6 +7,7 @@ from moe_jax.api import run as run_lib
 from moe_jax.config import pages
 from moe_jax.devices import host_allocator
 from moe_jax.interop import huggingface
+from moe_jax.post_training import adapters
 from moe_jax.runs import trained_run
 from moe_jax.storage import fetch
 
@@ -16,12 +17,14 @@ def load(
   *,
   step: int | None = None,
   param_dtype: str = '',
+  adapter: str | os.PathLike[str] = '',
   flag: str = 'directory',
 ) -> run_lib.Run:
   """Loads a model onto the devices that are here.
 
       run = moe_jax.load('runs/quickstart')
       run = moe_jax.load('downloads/DeepSeek-V2-Lite', param_dtype='bfloat16')
+      run = moe_jax.load('runs/quickstart', adapter='adapters/sums')
 
   A downloaded checkpoint is read as it lies there, tensor by tensor onto the devices; nothing is
   written.
@@ -32,13 +35,15 @@ def load(
     step: of a run, the checkpoint; None for the newest whole one.
     param_dtype: of a downloaded checkpoint, what weights are kept and computed in: 'float32' or
       'bfloat16'; '' for that of the files.
+    adapter: an adapter that is put onto the model, see `Run.with_adapter`; '' for none.
     flag: what the user calls the directory, for messages.
 
   Raises:
     errors.InputError: the directory is neither, or what it holds is damaged.
   """
   directory = fetch.local(directory, flag)
-  return run_lib.Run(read(directory, step=step, param_dtype=param_dtype, flag=flag), directory)
+  found = read(directory, step=step, param_dtype=param_dtype, adapter=adapter, flag=flag)
+  return run_lib.Run(found, directory)
 
 
 def read(
@@ -46,9 +51,17 @@ def read(
   *,
   step: int | None = None,
   param_dtype: str = '',
+  adapter: str | os.PathLike[str] = '',
   flag: str = 'directory',
 ) -> trained_run.Run:
   """What `load` wraps, with the same arguments."""
+  found = _read(directory, step, param_dtype, flag)
+  return adapters.applied(found, adapter) if adapter else found
+
+
+def _read(
+  directory: str | os.PathLike[str], step: int | None, param_dtype: str, flag: str
+) -> trained_run.Run:
   host_allocator.keep_freed_memory()
   directory = fetch.local(directory, flag)
   if not is_downloaded(directory, flag):

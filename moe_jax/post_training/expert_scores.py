@@ -23,7 +23,7 @@ from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import pipeline
 from moe_jax.devices import partitioning
 from moe_jax.models import transformer
-from moe_jax.post_training import expert_config
+from moe_jax.post_training import expert_selection
 from moe_jax.runs import trained_run
 
 Array = jax.Array
@@ -60,7 +60,7 @@ def _sums(
   return chosen.sum((1, 2, 3)), (one_hot * gates[..., None]).sum((1, 2, 3))
 
 
-def score(run: trained_run.Run, cfg: schema.Config, tokens: int) -> expert_config.ExpertScores:
+def score(run: trained_run.Run, cfg: schema.Config, tokens: int) -> expert_selection.ExpertScores:
   """Scores of a run's experts over the first training rows of `cfg`, about `tokens` of them.
 
   Raises:
@@ -87,7 +87,7 @@ def measure(
   variables: trees.Variables,
   mesh: jax.sharding.Mesh,
   batches: Iterable[trees.HostBatch],
-) -> expert_config.ExpertScores:
+) -> expert_selection.ExpertScores:
   """Scores over the real tokens of batches.
 
   Args:
@@ -113,6 +113,6 @@ def measure(
     num_tokens += int((batch['segment_ids'] > 0).sum())
   errors.require(num_tokens > 0, 'there is no token to score experts by; give more text')
   per_token = model.moe.num_experts_per_tok
-  return expert_config.ExpertScores(
+  return expert_selection.ExpertScores(
     chosen / (num_tokens * per_token), gates / num_tokens, num_tokens, model.num_dense_layers
   )

@@ -7,6 +7,7 @@ import pytest
 import safetensors.numpy
 
 from moe_jax import errors
+from moe_jax.api import load
 from moe_jax.checkpoints import stream_writer
 from moe_jax.config import parse
 from moe_jax.data import tokenizer as tokenizer_lib
@@ -116,6 +117,8 @@ def test_adapters_are_swapped_over_one_base_in_memory(runs):
   for name in ('code', 'sums'):
     run = adapters.applied(base, root / name)
     assert_equal(run.variables, found[name])
+    # As the commands' --adapter has it.
+    assert_equal(load.read(root / 'base', adapter=root / name).variables, found[name])
   head = base.variables['params']['head']
   assert run.variables['params']['head'] is head
   assert_equal(base.variables, found['base'])
