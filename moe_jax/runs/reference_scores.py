@@ -155,5 +155,7 @@ def _write(path: pathlib.Path, corpus: corpus_lib.Corpus, scores: list[np.ndarra
   """Writes the file, whole or not at all."""
   arrays = {f'split{i}': array for i, array in enumerate(scores)}
   buffer = io.BytesIO()
-  np.savez(buffer, fingerprint=np.array(corpus.fingerprint), **arrays)
+  arrays['fingerprint'] = np.array(corpus.fingerprint)
+  # pyright: ignore is for a key that would be savez's own option; none is.
+  np.savez(buffer, **arrays)  # pyright: ignore[reportArgumentType]
   atomic_files.write_bytes(path, buffer.getvalue())

@@ -184,7 +184,7 @@ def _shard(
   (*sums, d_weight), d_x = jax.lax.scan(tile, (zero, zero, d_weight), tiles)
   cross_entropy, z = jax.lax.psum(tuple(sums), rows) if rows else sums
   values = cross_entropy + z_weight * z, cross_entropy, z
-  if d_x is None:  # without gradients
+  if d_x is None or d_weight is None:  # without gradients
     return values
 
   d_x = d_x.reshape(-1, x.shape[-1])[:num_tokens].reshape(x.shape)

@@ -38,8 +38,8 @@ class Totals(NamedTuple):
 
   targets: Array  # [] int32, real targets, of the cross-entropy
   tokens: Array  # [] int32, real tokens, of the balance losses
-  pairs: Array | None = None  # [] int32, of preferences
-  chosen: Array | None = None  # [] int32, targets in their chosen answers
+  pairs: Array | int = 1  # [] int32, of preferences
+  chosen: Array | int = 1  # [] int32, targets in their chosen answers
 
 
 def totals_of(cfg: schema.Config, batch: Batch) -> Totals:
