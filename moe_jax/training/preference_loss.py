@@ -9,7 +9,7 @@ of an answer the sum over its tokens (or their mean, `length_normalised`), the m
 and the loss -log sigmoid(beta h) (eps of label smoothing: the two signs mixed, cDPO) or
 (h - 1 / (2 beta))^2 (IPO, arXiv 2310.12036, whose tau is beta).
 
-Axis letters: P pairs that a row could hold, L // 2.
+A row could hold half as many `pairs` as places.
 """
 
 from typing import NamedTuple
@@ -25,8 +25,8 @@ Array = jax.Array
 class Answers(NamedTuple):
   """Of the two answers of every pair, (chosen, rejected) last."""
 
-  log_probs: Array  # [B, P, 2] float32, sums in nats
-  num_tokens: Array  # [B, P, 2] float32, tokens that are learned; 0 where there is no pair
+  log_probs: Array  # [B, pairs, 2] float32, sums in nats
+  num_tokens: Array  # [B, pairs, 2] float32, tokens that are learned; 0 where there is no pair
 
 
 class Figures(NamedTuple):
@@ -67,7 +67,7 @@ FIGURES = tuple(Figures(*[0.0] * 8).means())  # type: ignore[list-item]
 
 
 def per_answer(values: Array, segment_ids: Array) -> Array:
-  """[B, L] -> [B, P, 2], sums over the segments of each pair."""
+  """[B, L] -> [B, pairs, 2], sums over the segments of each pair."""
   num_pairs = segment_ids.shape[1] // 2
 
   def row(values, segment_ids):
@@ -95,7 +95,7 @@ def sums(cfg: schema.DpoConfig, policy: Answers, reference: Array) -> Figures:
   Args:
     cfg: `objective.dpo`.
     policy: of the model that is trained.
-    reference: [B, P, 2] float32, log-probabilities of the answers under the reference, sums.
+    reference: [B, pairs, 2] float32, log-probabilities of the answers under the reference, sums.
   """
   real = policy.num_tokens[..., 0] > 0
   ratio = policy.log_probs - reference
