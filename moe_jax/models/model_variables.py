@@ -1,7 +1,7 @@
 """A model's variables: their initialisation, and the routers' part of them in and out."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -97,10 +97,22 @@ def abstract_params(cfg: schema.ModelConfig) -> Any:
   return partitioning.unbox(jax.eval_shape(lambda: init(cfg, jax.random.key(0))['params']))
 
 
-def abstract_variables(cfg: schema.ModelConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-  """Shape, dtype and sharding of what `init` makes, which is all that loading a model needs."""
+def abstract_variables(
+  cfg: schema.ModelConfig,
+  mesh: jax.sharding.Mesh,
+  more: Callable[[trees.Params], trees.Params] = lambda params: params,
+) -> dict[str, Any]:
+  """Shape, dtype and sharding of what `init` makes, which is all that loading a model needs.
+
+  `more` gives the parameters that a run keeps, from those of the model with their logical axes.
+  """
+
+  def make() -> dict[str, Any]:
+    variables = init(cfg, jax.random.key(0))
+    return {**variables, 'params': more(variables['params'])}
+
   with partitioning.without_mesh():  # the rows that shapes are made from are not to be split
-    boxed = jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
+    boxed = jax.eval_shape(make)
 
   def struct_of(x, s):
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)

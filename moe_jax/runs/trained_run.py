@@ -23,7 +23,7 @@ from moe_jax.devices import partitioning
 from moe_jax.models import model_variables
 from moe_jax.runs import reference_scores, working_directory
 from moe_jax.storage import fetch
-from moe_jax.training import lora, train_state
+from moe_jax.training import lora
 
 NO_DATA = 'imported'  # data fingerprint of a model whose training text is not known
 Say = Callable[[str], None]
@@ -146,10 +146,11 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Run:
 
 def _abstract_variables(cfg: schema.Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
   """Shape, dtype and sharding of what is read of a checkpoint."""
-  if cfg.trainable.kind != 'lora':
-    return model_variables.abstract_variables(cfg.model, mesh)
-  state = train_state.abstract_state(cfg, mesh)
-  return {'params': state.params, 'router_state': state.router_state}
+
+  def with_pairs(params: trees.Params) -> trees.Params:
+    return lora.started(cfg, params, jax.random.key(0))
+
+  return model_variables.abstract_variables(cfg.model, mesh, with_pairs)
 
 
 def on_devices_here(cfg: schema.Config) -> tuple[schema.Config, jax.sharding.Mesh]:

@@ -51,7 +51,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_behind(tmp_path):
   target = tmp_path / 'exported'
   with (
     pytest.raises(errors.InputError, match=r'no room .*exported: 5,000 bytes are needed and'),
-    huggingface._staged(target, '--to_hf', 5000) as staging,
+    huggingface.staged(target, '--to_hf', 5000) as staging,
     (staging / 'config.json').open('w'),
     open('/dev/full', 'w') as full,
   ):

@@ -25,7 +25,9 @@ def test_compressors_report_bits_per_byte():
 def test_a_report_without_room_for_plots_is_whole_and_its_time_is_counted(
   tmp_path, monkeypatch, caplog
 ):
-  figures = types.SimpleNamespace(as_dict=lambda step: {'step': step}, loss=3.0, routing=None)
+  figures = types.SimpleNamespace(
+    as_dict=lambda step: {'step': step}, loss=3.0, routing=None, preference=None
+  )
   monkeypatch.setattr(evaluate, 'evaluate', lambda *args, **kwargs: figures)
   clock = iter([10.0, 17.0, 19.0])
   monkeypatch.setattr(final_report.time, 'perf_counter', lambda: next(clock))
@@ -51,7 +53,7 @@ def test_a_report_without_room_for_plots_is_whole_and_its_time_is_counted(
 
 
 def test_a_report_without_room_for_routing_figures_is_whole(tmp_path, monkeypatch, caplog):
-  figures = types.SimpleNamespace(as_dict=lambda step: {'step': step}, routing={})
+  figures = types.SimpleNamespace(as_dict=lambda step: {'step': step}, routing={}, preference=None)
   monkeypatch.setattr(final_report, 'draw', lambda *unused: [])
 
   def full(*unused):

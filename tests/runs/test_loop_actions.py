@@ -136,7 +136,7 @@ def test_a_run_is_evaluated_on_the_way_and_not_at_its_end(members, monkeypatch):
     if stop_requested():
       raise evaluate.StoppedError(stop_requested())
     evaluated.append(variables)
-    return types.SimpleNamespace(loss=1.0, bits_per_byte=2.0)
+    return types.SimpleNamespace(loss=1.0, bits_per_byte=2.0, preference=None)
 
   monkeypatch.setattr(evaluate, 'evaluate', figures)
   state = types.SimpleNamespace(variables=('first', 'second'))
