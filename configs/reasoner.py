@@ -8,9 +8,9 @@ Expect: 125 of 512 held-out questions right, 24 % [21, 28] (one seed).
 Bytes are tokens, so that a digit is one. The dial is `data.path`, see docs/topics/fine_tuning.md.
 """
 
-from configs import base, recipes
+from configs import quickstart, recipes
 
-WIDTH = 256  # FFN width of the conventional MoE that is being refined
+WIDTH = quickstart.WIDTH
 
 
 def _gshard(config):
@@ -19,33 +19,19 @@ def _gshard(config):
   config.model.moe.norm_topk_prob = True
 
 
-VARIANTS = {
-  'gshard': _gshard,
-  'dense': lambda config: recipes.make_dense(config, 2 * WIDTH),  # equal activated parameters
-}
+VARIANTS = {'gshard': _gshard, 'dense': quickstart.VARIANTS['dense']}
 
 
 def get_config(variant=''):
   """`:gshard` and `:dense` match the page's activated parameters and FLOPs."""
-  config = base.get_config()
+  config = quickstart.get_config()
   config.model.vocab_size = 288  # 256 bytes and the special tokens, up to a multiple of 32
-  config.model.max_seq_len = 256
-  config.model.embed_dim = 128
-  config.model.num_layers = 3
-  config.model.num_dense_layers = 0
-  config.model.num_heads = 4
-  config.model.init_std = 0.03
-  config.model.attention.num_kv_heads = 4
-  config.model.attention.head_dim = 32
   recipes.experts(config, shared=1, routed=31, per_tok=7, width=WIDTH / 4)
   config.objective.kind = 'sft'
   config.data.source = 'arithmetic'
   config.data.path = '?max_value=50&operations=3&problems=40000'
   config.data.tokenizer = 'bytes'
   config.data.heldout_fraction = 0.05
-  config.optim.peak_lr = 3e-3
-  config.optim.schedule = 'cosine'
-  config.optim.warmup_steps = 50
   config.train.num_steps = 1000
   config.train.batch_size = 8
   config.train.sample_prompt = ''

@@ -145,7 +145,7 @@ def _validate_objective(config: schema.Config):
   members = [data.source, *(member.source for member in data.mixture.values())]
   where = 'config.data.source' if data.source != 'mixture' else 'config.data.mixture'
   special = {'sft': schema.CONVERSATION_SOURCES, 'dpo': schema.PREFERENCE_SOURCES}
-  named = ('mixture', *schema.CONVERSATION_SOURCES, *schema.PREFERENCE_SOURCES)
+  named = ('mixture', *schema.CHAT_SOURCES)
   text = tuple(source for source in schema.SOURCES if source not in named)
   allowed = special.get(objective.kind, text)
   what = {'sft': 'conversations', 'dpo': 'preferences'}.get(objective.kind, 'text')

@@ -18,12 +18,12 @@ STAGE_SHAPES = ('constant', 'linear', 'cosine')
 # Those of conversations, of which a model learns the answers; of pairs of answers; and of text.
 CONVERSATION_SOURCES = ('conversations', 'hf_conversations', 'arithmetic')
 PREFERENCE_SOURCES = ('preferences', 'hf_preferences')
+CHAT_SOURCES = (*CONVERSATION_SOURCES, *PREFERENCE_SOURCES)  # all that is no text
 # Whose `path` is no path.
 PATHLESS_SOURCES = ('hf', 'hf_conversations', 'hf_preferences', 'arithmetic', 'synthetic')
 SOURCES = (
   *('python_source', 'text', 'jsonl', 'parquet', 'hf', 'synthetic', 'mixture'),
-  *CONVERSATION_SOURCES,
-  *PREFERENCE_SOURCES,
+  *CHAT_SOURCES,
 )
 OBJECTIVES = ('next_token', 'sft', 'dpo')
 PREFERENCE_LOSSES = ('sigmoid', 'ipo')

@@ -263,7 +263,7 @@ def _said(document: sources.Document, spec: sources.Spec) -> bytes:
 
 
 def _is_chat(spec: sources.Spec) -> bool:
-  return spec.source in (*schema.CONVERSATION_SOURCES, *schema.PREFERENCE_SOURCES)
+  return spec.source in schema.CHAT_SOURCES
 
 
 def _conversations(

@@ -37,11 +37,6 @@ def from_row(row: Any) -> Pair:
   return pair
 
 
-def answers(pair: Pair) -> str:
-  """What is to be learned of both, as text."""
-  return ''.join(conversations.answers(one) for one in pair)
-
-
 def to_bytes(pair: Pair) -> bytes:
   """A pair as UTF-8, the same bytes for the same turns."""
   return json.dumps(pair, ensure_ascii=False, separators=(',', ':')).encode('utf-8')

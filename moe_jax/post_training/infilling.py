@@ -46,7 +46,7 @@ def gaps(data: schema.DataConfig, most: int) -> Iterator[tuple[str, list[Gap]]]:
   """
   for label, spec in sources.specs(data).items():
     errors.require(
-      spec.source not in schema.CONVERSATION_SOURCES,
+      spec.source not in schema.CHAT_SOURCES,
       f'{spec.where} holds conversations, and gaps are made in text; leave --infill out',
     )
     found: list[Gap] = []

@@ -1,7 +1,7 @@
 """Log-probabilities of a run's pairs of answers under its reference, the model it starts from.
 
 They are computed once, before the first step, in evaluation mode (no noise, no drops), and kept in
-workdir/reference.npz; so no second model lies in memory, and a run goes on without its `init_from`.
+workdir/reference.npz; so no second model lies in memory while a run trains.
 Each row of pairs carries its own, see `data.whole_documents`.
 """
 

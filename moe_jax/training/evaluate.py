@@ -90,13 +90,15 @@ def _sums(
   """Cross-entropy, targets, routing and, of pairs with a reference, `preference_loss.Figures`."""
   head, targets = transformer.head_of(cfg, variables['params']), batch['targets']
   out = transformer.apply(cfg, variables, batch['tokens'], batch['positions'], batch['segment_ids'])
-  found = cross_entropy.head_loss(out.normed, head, targets, chunk=chunk, z_weight=0.0)
-  preference = None
-  if dpo is not None:
+  if dpo is None:
+    found = cross_entropy.head_loss(out.normed, head, targets, chunk=chunk, z_weight=0.0)
+    nats, preference = found.cross_entropy, None
+  else:
     policy = objective.answer_scores(out.normed, head, batch, chunk)
     reference = preference_loss.per_answer(batch[objective.REFERENCE], batch['segment_ids'])
     preference = preference_loss.sums(dpo, policy, reference)
-  return found.cross_entropy, (targets >= 0).sum(), out.stats, preference
+    nats = -policy.log_probs.sum()
+  return nats, (targets >= 0).sum(), out.stats, preference
 
 
 def evaluate(

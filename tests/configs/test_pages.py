@@ -132,6 +132,14 @@ def sizes(model: schema.ModelConfig) -> tuple[int, int]:
   return total.total - total.router, activated.total - activated.router
 
 
+@pytest.mark.parametrize('page', ['quickstart', 'reasoner'])
+def test_conventional_experts_match_the_page(page):
+  """A dense model has the activated parameters alone; its FFN is of the width that is activated."""
+  fine, gshard, dense = (preset(page, variant).model for variant in ('', 'gshard', 'dense'))
+  assert sizes(gshard) == sizes(fine)
+  assert sizes(dense)[1] == sizes(fine)[1]
+
+
 # The ladder of DeepSeekMoE
 
 LADDERS = ('deepseekmoe_tiny', 'deepseekmoe_small', 'deepseekmoe_2b')

@@ -47,8 +47,9 @@ def test_gaps_are_in_held_out_documents_of_each_domain():
   }
   every = [one for ones in found.values() for one in ones]
   assert all(one.prefix + one.middle + one.suffix in held_out for one in every)
-  with pytest.raises(errors.InputError, match='holds conversations, and gaps are made in text'):
-    next(infilling.gaps(data_of(source='arithmetic'), 5))
+  for source in schema.CHAT_SOURCES:
+    with pytest.raises(errors.InputError, match='holds conversations, and gaps are made in text'):
+      next(infilling.gaps(data_of(source=source), 5))
 
 
 def test_exact_matches_are_counted():

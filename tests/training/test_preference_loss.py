@@ -15,7 +15,7 @@ from moe_jax.config import parse, schema
 from moe_jax.data import corpus, whole_documents
 from moe_jax.devices import partitioning
 from moe_jax.models import transformer
-from moe_jax.training import cross_entropy, objective, preference_loss, train_state
+from moe_jax.training import cross_entropy, evaluate, objective, preference_loss, train_state
 from tests import tiny
 
 DPO = schema.DpoConfig(0.5, 'sigmoid', 0.0, False, 0.0)
@@ -203,6 +203,22 @@ def test_the_sft_term_is_the_cross_entropy_of_the_chosen_answers(model):
   )()
   chosen = scores_by_hand(cfg, params, split)[:, 0].sum()
   np.testing.assert_allclose(more - plain, -0.7 * chosen / int(totals.chosen), rtol=1e-5)
+
+
+def test_evaluation_counts_the_nats_of_both_answers_once(model):
+  cfg, params = model
+  rows = rows_of(pairs_split())
+  sums = evaluate._sums.__wrapped__
+
+  def both(params):
+    variables = {'params': params, 'router_state': {}}
+    return [sums(cfg.model, 5, dpo, variables, rows) for dpo in (None, cfg.objective.dpo)]
+
+  (nats, targets, _, nothing), (same, number, _, figures) = tiny.jit(both)(params)
+  assert nothing is None and targets == number
+  np.testing.assert_allclose(nats, same, rtol=1e-6)
+  loss, _ = tiny.gradients(**CHANGES)(params, rows)
+  tiny.assert_trees_close(figures, loss.preference, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
