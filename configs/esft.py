@@ -13,12 +13,12 @@ The data of `sft`. The paper tunes DeepSeek-V2-Lite at a constant rate of 1e-5, 
 all weights, with this weight decay.
 """
 
-from configs import sft
+from configs import base, recipes
 
 
 def get_config():
-  """The page `sft`, with the paper's optimizer, for chosen experts."""
-  config = sft.get_config()
+  """Sums, with the paper's optimizer, for chosen experts."""
+  config = recipes.tune_on_sums(base.get_config())
   config.trainable.kind = 'experts'
   config.optim.schedule = 'constant'
   config.optim.warmup_steps = 0

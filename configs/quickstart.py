@@ -5,9 +5,9 @@ Takes:  165 s on 2 CPU cores from empty caches (15 s of it tokenising, 125 s tra
 Expect: 2.08 bits per byte on held-out standard library files of Python 3.11 (one seed).
 """
 
-from configs import base, recipes
+from configs import base, recipes, sizes
 
-WIDTH = 256  # FFN width of the conventional MoE that is being refined; 4 experts make one of its
+WIDTH = sizes.LAPTOP_FFN  # of the conventional MoE that is being refined; 4 experts make one of its
 
 
 def _gshard(config):
@@ -24,20 +24,9 @@ VARIANTS = {
 
 def get_config(variant=''):
   """`:gshard` and `:dense` match the page's activated parameters and FLOPs."""
-  config = base.get_config()
+  config = sizes.laptop(base.get_config())
   config.model.vocab_size = 2048
-  config.model.max_seq_len = 256
-  config.model.embed_dim = 128
-  config.model.num_layers = 3
-  config.model.num_dense_layers = 0
-  config.model.num_heads = 4
-  config.model.init_std = 0.03
-  config.model.attention.num_kv_heads = 4
-  config.model.attention.head_dim = 32
   recipes.experts(config, shared=1, routed=63, per_tok=7, width=WIDTH / 4)
-  config.optim.peak_lr = 3e-3
-  config.optim.schedule = 'cosine'
-  config.optim.warmup_steps = 50
   config.train.num_steps = 500
   config.train.batch_size = 4  # small: at this budget more steps beat larger batches
   config.checkpoint.save_every = 100

@@ -8,9 +8,9 @@ Expect: 125 of 512 held-out questions right, 24 % [21, 28] (one seed).
 Bytes are tokens, so that a digit is one. The dial is `data.path`, see docs/topics/fine_tuning.md.
 """
 
-from configs import quickstart, recipes
+from configs import base, recipes, sizes
 
-WIDTH = quickstart.WIDTH
+WIDTH = sizes.LAPTOP_FFN  # of the conventional MoE that is being refined
 
 
 def _gshard(config):
@@ -19,12 +19,15 @@ def _gshard(config):
   config.model.moe.norm_topk_prob = True
 
 
-VARIANTS = {'gshard': _gshard, 'dense': quickstart.VARIANTS['dense']}
+VARIANTS = {
+  'gshard': _gshard,
+  'dense': lambda config: recipes.make_dense(config, 2 * WIDTH),  # equal activated parameters
+}
 
 
 def get_config(variant=''):
   """`:gshard` and `:dense` match the page's activated parameters and FLOPs."""
-  config = quickstart.get_config()
+  config = sizes.laptop(base.get_config())
   config.model.vocab_size = 288  # 256 bytes and the special tokens, up to a multiple of 32
   recipes.experts(config, shared=1, routed=31, per_tok=7, width=WIDTH / 4)
   config.objective.kind = 'sft'

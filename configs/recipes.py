@@ -182,6 +182,26 @@ def step_share(config: base.Page, tokens: float) -> float:
   return steps_of(config, tokens) / config.train.num_steps
 
 
+def tune_on_sums(config: base.Page) -> base.Page:
+  """SFT of any run on sums of up to three operations on numbers to 20, without balance losses."""
+  config.objective.kind = 'sft'
+  config.objective.inherit = True
+  config.objective.balance = False
+  config.data.source = 'arithmetic'
+  config.data.path = '?max_value=20&operations=3&problems=20000'
+  config.data.tokenizer = ''  # that of init_from, as the next
+  config.data.chat_format = ''
+  config.data.heldout_fraction = 0.05
+  config.optim.peak_lr = 2e-3
+  config.optim.weight_decay = 0.0
+  config.train.num_steps = 300
+  config.train.batch_size = 8
+  config.train.sample_prompt = ''
+  config.train.eval_every = 100
+  config.checkpoint.save_every = 100
+  return config
+
+
 def variant(config: base.Page, name: str, variants: Mapping[str, base.Variant]) -> base.Page:
   """Applies the variant named after the colon of `--config=page.py:name` ('' = the page itself)."""
   if name:

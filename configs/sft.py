@@ -12,27 +12,12 @@ The model is that of `init_from`, without balance losses and with its expert bia
 for 67B); a model of some million parameters takes 1e-3 and more.
 """
 
-from configs import base
+from configs import base, recipes
 
 
 def get_config():
-  """Sums of up to three operations on numbers to 20."""
-  config = base.get_config()
-  config.objective.kind = 'sft'
-  config.objective.inherit = True
-  config.objective.balance = False
-  config.data.source = 'arithmetic'
-  config.data.path = '?max_value=20&operations=3&problems=20000'
-  config.data.tokenizer = ''  # that of init_from, as the next
-  config.data.chat_format = ''
-  config.data.heldout_fraction = 0.05
-  config.optim.peak_lr = 2e-3
+  """Sums, at a rate that falls."""
+  config = recipes.tune_on_sums(base.get_config())
   config.optim.schedule = 'cosine'
   config.optim.warmup_steps = 20
-  config.optim.weight_decay = 0.0
-  config.train.num_steps = 300
-  config.train.batch_size = 8
-  config.train.sample_prompt = ''
-  config.train.eval_every = 100
-  config.checkpoint.save_every = 100
   return config

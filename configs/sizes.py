@@ -1,8 +1,9 @@
-"""The sizes `tiny` (seconds on a CPU) and `small` (one GPU) that several pages share."""
+"""Sizes that pages share: `tiny` (seconds on a CPU), `laptop` (minutes), `small` (one GPU)."""
 
 from configs import base, recipes
 
 TINY_FFN = 128  # 2 D; a quarter is 32
+LAPTOP_FFN = 256  # 2 D; a quarter is 64
 SMALL_FFN = 1024  # 8/3 D as in the paper, here without a remainder; a quarter is 256
 
 
@@ -28,6 +29,22 @@ def tiny(config: base.Page) -> base.Page:
   config.train.log_every = 20
   config.train.routing_every = 50
   config.checkpoint.save_every = 300
+  return config
+
+
+def laptop(config: base.Page) -> base.Page:
+  """Width, depth and rate for minutes on 2 CPU cores; experts and text are the page's."""
+  config.model.max_seq_len = 256
+  config.model.embed_dim = 128
+  config.model.num_layers = 3
+  config.model.num_dense_layers = 0
+  config.model.num_heads = 4
+  config.model.init_std = 0.03
+  config.model.attention.num_kv_heads = 4
+  config.model.attention.head_dim = 32
+  config.optim.peak_lr = 3e-3
+  config.optim.schedule = 'cosine'
+  config.optim.warmup_steps = 50
   return config
 
 

@@ -220,16 +220,18 @@ def table(
 
   rows = [
     '| arm | right answers, % | against the first, points | general bits per byte lost | '
-    'parameters trained | optimizer, MiB | seconds in steps |',
-    '| --- | --- | --- | --- | --- | --- | --- |',
+    'against the first | parameters trained | optimizer, MiB | seconds in steps |',
+    '| --- | --- | --- | --- | --- | --- | --- | --- |',
   ]
   for name in names:
     right = [100 * share for share in of(name, 'share')]
     lost = paired.interval([b - before[GENERAL] for b in of(name, GENERAL)])
     against = paired.difference(right, [100 * share for share in of(names[0], 'share')])
+    lost_against = paired.difference(of(name, GENERAL), of(names[0], GENERAL))
     rows.append(
       f'| {name} | {statistics.fmean(right):.1f} | '
       f'{"" if name == names[0] else against.text(1)} | {lost.text(3)} | '
+      f'{"" if name == names[0] else lost_against.text(3)} | '
       f'{statistics.fmean(of(name, "trained")):,.0f} | '
       f'{statistics.fmean(of(name, "optimizer_bytes")) / 2**20:.2f} | '
       f'{statistics.fmean(of(name, "seconds")):.0f} |'

@@ -22,7 +22,8 @@ def test_table_pairs_the_arms_by_seed():
   assert full.startswith('| full | 60.0 |  | +0.550 [')
   # Ten points less in both seeds: an interval without width; a tenth of a bit more in both.
   assert token == (
-    '| token | 50.0 | -10.0 [-10.0, -10.0] | +0.100 [+0.100, +0.100] | 110 | 1.00 | 60 |'
+    '| token | 50.0 | -10.0 [-10.0, -10.0] | +0.100 [+0.100, +0.100] | -0.450 [-3.627, +2.727] | '
+    '110 | 1.00 | 60 |'
   )
   assert last == 'Before: 0.0 % right, 1.700 bits per byte. Seeds: 2.'
 
