@@ -39,6 +39,16 @@ SIZES = {
   'train.batch_size': 8,
 }
 
+# Latent attention of that size, as overrides.
+MLA = {
+  'model__attention__kind': 'mla',
+  'model__attention__mla__q_lora_rank': 8,
+  'model__attention__mla__kv_lora_rank': 8,
+  'model__attention__mla__qk_nope_head_dim': 4,
+  'model__attention__mla__qk_rope_head_dim': 4,
+  'model__attention__mla__v_head_dim': 6,
+}
+
 jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 

@@ -102,7 +102,7 @@ def prepared(
   if cfg.objective.kind != 'dpo':
     return corpus
   with agreement.together():
-    found = None if anew else attached(workdir, corpus)
+    found = None if anew else attached(cfg, workdir, corpus)
   lacking = ['no' if found is None else '']
   if jax.process_count() > 1:  # each may have a workdir of its own; all compute, or none
     lacking = agreement.texts(lacking[0])
@@ -118,17 +118,23 @@ def prepared(
       'weights that are whole',
     )
     if write:
-      _write(workdir / FILE, corpus, scores)
+      _write(workdir / FILE, _key(cfg, corpus), scores)
   return _with(corpus, scores)
 
 
-def attached(workdir: pathlib.Path, corpus: corpus_lib.Corpus) -> corpus_lib.Corpus | None:
-  """The corpus with the log-probabilities in a workdir; None where they are of other text."""
+def attached(
+  cfg: schema.Config, workdir: pathlib.Path, corpus: corpus_lib.Corpus
+) -> corpus_lib.Corpus | None:
+  """The corpus with the log-probabilities in a workdir; None where they are of other pairs.
+
+  Raises:
+    errors.InputError: the file is damaged.
+  """
   path = workdir / FILE
   if not path.is_file():
     return None
   try:
-    if str(npz_files.read(path, 'fingerprint')) != corpus.fingerprint:
+    if str(npz_files.read(path, 'key')) != _key(cfg, corpus):
       return None
     splits = (*corpus.train, corpus.heldout)
     scores = [npz_files.read(path, f'split{i}') for i in range(len(splits))]
@@ -151,11 +157,16 @@ def _with(corpus: corpus_lib.Corpus, scores: list[np.ndarray]) -> corpus_lib.Cor
   return dataclasses.replace(corpus, train=tuple(splits[:-1]), heldout=splits[-1])
 
 
-def _write(path: pathlib.Path, corpus: corpus_lib.Corpus, scores: list[np.ndarray]):
+def _key(cfg: schema.Config, corpus: corpus_lib.Corpus) -> str:
+  """What tells the pairs that were measured from others: longer rows have room for more of them."""
+  return f'{corpus.fingerprint} {cfg.model.max_seq_len}'
+
+
+def _write(path: pathlib.Path, key: str, scores: list[np.ndarray]):
   """Writes the file, whole or not at all."""
   arrays = {f'split{i}': array for i, array in enumerate(scores)}
   buffer = io.BytesIO()
-  arrays['fingerprint'] = np.array(corpus.fingerprint)
+  arrays['key'] = np.array(key)
   # pyright: ignore is for a key that would be savez's own option; none is.
   np.savez(buffer, **arrays)  # pyright: ignore[reportArgumentType]
   atomic_files.write_bytes(path, buffer.getvalue())

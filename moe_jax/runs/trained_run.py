@@ -193,5 +193,11 @@ def heldout_corpus(run: Run, workdir: str | os.PathLike[str], warn: Say) -> corp
       'files): held-out figures are of the text as it is now'
     )
   if run.cfg.objective.kind == 'dpo':
-    return reference_scores.attached(fetch.local(workdir, '--workdir'), corpus) or corpus
+    found = reference_scores.attached(run.cfg, fetch.local(workdir, '--workdir'), corpus)
+    if found is None:
+      warn(
+        f'{workdir} has no {reference_scores.FILE} of these pairs, so held-out figures are of the '
+        'answers alone, without rewards'
+      )
+    return found or corpus
   return corpus

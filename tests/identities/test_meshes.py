@@ -32,12 +32,7 @@ GQA = {
   f'{PREFIX}num_limited_groups': 2,
 }
 MLA = {
-  'model__attention__kind': 'mla',
-  'model__attention__mla__q_lora_rank': 8,
-  'model__attention__mla__kv_lora_rank': 8,
-  'model__attention__mla__qk_nope_head_dim': 4,
-  'model__attention__mla__qk_rope_head_dim': 4,
-  'model__attention__mla__v_head_dim': 6,
+  **tiny.MLA,
   'model__num_mtp_layers': 1,
   f'{PREFIX}score_func': 'sigmoid',
   f'{PREFIX}norm_topk_prob': True,

@@ -67,6 +67,12 @@ def test_a_run_prefers_and_goes_on_bit_by_bit(base, tmp_path):
   assert figures.as_dict(6)['preference']['preference_loss'] < 0.5
   assert 'preference_accuracy=' in str(figures)
 
+  (whole.directory / reference_scores.FILE).unlink()
+  said, loaded = [], moe_jax.load(whole.directory)
+  corpus = loaded.heldout_corpus(said.append)
+  assert 'has no reference.npz of these pairs' in said[-1]
+  assert loaded.evaluate(corpus, progress=False).preference is None
+
 
 @pytest.mark.slow
 def test_pairs_of_low_rank_alone_learn_a_preference(base, tmp_path):

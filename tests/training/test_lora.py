@@ -18,12 +18,7 @@ LORA = {
   'trainable__lora_alpha': RANK * SCALE,
 }
 MLA = {
-  'model__attention__kind': 'mla',
-  'model__attention__mla__q_lora_rank': 8,
-  'model__attention__mla__kv_lora_rank': 8,
-  'model__attention__mla__qk_nope_head_dim': 4,
-  'model__attention__mla__qk_rope_head_dim': 4,
-  'model__attention__mla__v_head_dim': 6,
+  **tiny.MLA,
   'model__num_mtp_layers': 1,
 }
 FFN = ('moe/router', 'moe/gate_up', 'moe/down', 'moe/shared/gate_up', 'moe/shared/down')
