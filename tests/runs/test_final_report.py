@@ -67,3 +67,19 @@ def test_a_report_without_room_for_routing_figures_is_whole(tmp_path, monkeypatc
   final_report._write(run, corpus, tmp_path, figures, said.append)
   assert (tmp_path / 'evaluation.json').exists() and 'heldout.npz cannot be written' in caplog.text
   assert said[-1].startswith('wrote: ') and 'routing' not in said[-1]
+
+
+def test_a_run_of_preferences_is_drawn_with_its_own_loss_and_rewards(tmp_path, monkeypatch):
+  drawn = []
+  monkeypatch.setattr(final_report.metric_log, 'read_metrics', lambda workdir: 'lines')
+  monkeypatch.setattr(final_report.plots, 'loss_curve', lambda *args: drawn.append(args))
+  monkeypatch.setattr(final_report.preference_plot, 'draw', lambda *args: drawn.append(args))
+  preference = {'preference_loss': 0.5}
+  figures = types.SimpleNamespace(loss=3.0, routing=None, preference=preference)
+  written = final_report.draw(tiny.make(), tmp_path / 'run', 7, figures)
+  curve, rewards = (tmp_path / 'run' / 'plots' / name for name in ('loss.png', 'preferences.png'))
+  assert written == [curve, rewards]
+  assert drawn == [
+    ('lines', curve, 'run: training loss', [(7, 0.5)], 'preference loss [nats per pair]'),
+    ('lines', rewards, 'run: what is preferred', preference),
+  ]

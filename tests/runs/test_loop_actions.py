@@ -136,7 +136,8 @@ def test_a_run_is_evaluated_on_the_way_and_not_at_its_end(members, monkeypatch):
     if stop_requested():
       raise evaluate.StoppedError(stop_requested())
     evaluated.append(variables)
-    return types.SimpleNamespace(loss=1.0, bits_per_byte=2.0, preference=None)
+    preference = {'preference_accuracy': 0.75} if variables == 'second' else None
+    return types.SimpleNamespace(loss=1.0, bits_per_byte=2.0, preference=preference)
 
   monkeypatch.setattr(evaluate, 'evaluate', figures)
   state = types.SimpleNamespace(variables=('first', 'second'))
@@ -153,7 +154,8 @@ def test_a_run_is_evaluated_on_the_way_and_not_at_its_end(members, monkeypatch):
   midway.after_step(loop.StepReport(4, state, None, complete=True))
   midway.after_step(loop.StepReport(4, state, None, stopped_by='SIGTERM'))
   assert evaluated == ['first', 'second']
-  assert said == ['step=2 heldout_loss=1.0000 heldout_bits_per_byte=2.0000'] * 2
+  line = 'step=2 heldout_loss=1.0000 heldout_bits_per_byte=2.0000'
+  assert said == [line, f'{line} heldout_preference_accuracy=0.7500']
   signals.append('SIGTERM')  # comes while the evaluation runs
   midway.after_step(loop.StepReport(6, state, None))
   assert evaluated == ['first', 'second']

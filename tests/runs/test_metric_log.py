@@ -162,3 +162,19 @@ def test_format_line():
   dense = metric_log.format_line(line(120, loss=math.nan, max_vio=None))
   assert 'loss=nan' in dense and 'max_vio=- ' in dense
   assert metric_log.format_line(line(120, skipped_steps=2)).endswith(' skipped=2')
+
+
+def test_a_run_of_preferences_has_their_figures_behind_the_others(tmp_path):
+  names = 'preference_loss preference_accuracy reward_margin chosen_reward rejected_reward '
+  names += 'chosen_tokens rejected_tokens reference_kl'
+  figures = {name: i / 8 for i, name in enumerate(names.split())}
+  writer = metric_log.MetricWriter(tmp_path, resume_step=0, enabled=True)
+  writer.write(line(1, **figures))
+  with pytest.raises(ValueError, match="missing or extra: .'reference_kl'."):
+    writer.write(line(2, **{k: v for k, v in figures.items() if k != 'reference_kl'}))
+  writer.close()
+  (found,) = metric_log.read_metrics(tmp_path)
+  assert list(found) == [*metric_log.KEYS, *names.split()] and found['reference_kl'] == 7 / 8
+  text = metric_log.format_line(line(1, **figures))
+  assert 'accuracy=12.5% margin=0.250' in text
+  assert 'accuracy' not in metric_log.format_line(line(1))
