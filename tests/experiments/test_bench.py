@@ -70,13 +70,13 @@ def test_command_measures_prints_and_keeps_what_it_did_not_measure(toy, capsys):
   assert variants == [
     (name, variant)
     for name in ('forward', 'forward+backward')
-    for variant in ('dropless', 'capacity', 'dense', 'dense twin')
+    for variant in ('dropless', 'capacity', 'dense', 'dense twin', 'plain JAX')
   ]
   assert all(r['ratio_to_dense'] > 0 and r['peak_bytes'] > 0 for r in results)
   capsys.readouterr()
   in_process.run(command, *arguments, '--only=dropless,backward')
   printed = capsys.readouterr().out
-  assert printed.count('\n') == 4 and 'capacity' not in printed  # two programs, the header's lines
+  assert printed.count('\n') == 5 and 'capacity' not in printed  # three programs, the header's lines
   saved = json.loads((toy / 'layer_cpu.json').read_text())
   assert len(saved) == len(results)
   assert saved[0]['run']['versions']['jax'] and saved[0]['run']['peaks']['flops'] == 1e9
