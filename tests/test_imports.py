@@ -16,7 +16,7 @@ FLOORS = (
   ('config',),
   ('storage',),
   ('devices', 'processes', 'data', 'balance', 'checkpoints'),
-  ('models',),
+  ('models', 'rewards'),
   ('training', 'inference'),
   ('planning',),
   ('runs',),

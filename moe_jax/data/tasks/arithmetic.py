@@ -15,8 +15,10 @@ from typing import NamedTuple
 
 from moe_jax.data import conversations
 
-_STEP = re.compile(r'\s*(-?\d+) ([+-]) (-?\d+) = (-?\d+)\s*')
-_ANSWER = re.compile(r'The answer is (-?\d+)\.')
+# Longer numbers are none: Python refuses to read very long ones.
+_NUMBER = r'(-?\d{1,18})'
+_STEP = re.compile(rf'\s*{_NUMBER} ([+-]) {_NUMBER} = {_NUMBER}\s*', re.ASCII)
+_ANSWER = re.compile(rf'The answer is {_NUMBER}\.', re.ASCII)
 
 
 class Difficulty(NamedTuple):
@@ -37,6 +39,14 @@ class Problem(NamedTuple):
   def solution(self) -> str:
     """The steps, a line each, and the answer."""
     return '\n'.join((*self.steps, f'The answer is {self.answer}.'))
+
+
+class Step(NamedTuple):
+  """A step that a text takes."""
+
+  end: int  # offset of the character behind its last one
+  right: bool
+  is_answer: bool  # it gives the answer; else it computes
 
 
 def problem(number: int, difficulty: Difficulty) -> Problem:
@@ -79,17 +89,29 @@ def is_right(text: str, solution: str) -> bool:
   return answer_in(text) is not None and answer_in(text) == answer_in(solution)
 
 
+def steps(text: str, question: str, solution: str) -> tuple[Step, ...]:
+  """The steps that a text takes to an answer, the answer being the last one.
+
+  A line is computed and not compared with the solution: it is right if it is true and goes on from
+  the value before it. Lines of another form are no steps, and nor is what stands behind an answer.
+  """
+  state = int(question.removeprefix('What is ').split()[0].rstrip('?'))
+  found, begin = [], 0
+  for line in text.splitlines(keepends=True):
+    end = begin + len(line.rstrip())
+    begin += len(line)
+    if _ANSWER.search(line):
+      return (*found, Step(end, is_right(line, solution), True))
+    match = _STEP.fullmatch(line)
+    if match is not None:
+      first, sign, operand, result = int(match[1]), match[2], int(match[3]), int(match[4])
+      true = result == (first + operand if sign == '+' else first - operand)
+      found.append(Step(end, true and first == state, False))
+      state = result
+  return tuple(found)
+
+
 def num_right_steps(text: str, question: str) -> tuple[int, int]:
   """(steps of a text that are true and go on from the one before, steps of a text)."""
-  state = int(question.removeprefix('What is ').split()[0].rstrip('?'))
-  right = total = 0
-  for line in text.splitlines():
-    match = _STEP.fullmatch(line)
-    if match is None:
-      continue
-    total += 1
-    first, sign, operand, result = int(match[1]), match[2], int(match[3]), int(match[4])
-    true = result == (first + operand if sign == '+' else first - operand)
-    right += true and first == state
-    state = result
-  return right, total
+  found = [one.right for one in steps(text, question, '') if not one.is_answer]
+  return sum(found), len(found)

@@ -1,0 +1,248 @@
+"""Rewards in processes of their own, beside whatever this one does, with a clock for every item.
+
+A check that hangs is ended with its process from outside, which works wherever the check hangs; no
+signal handler is involved. An answer whose check has failed is worth 0 and is counted under its
+kind. But a pool that cannot work is an error: when a worker does not start, and when every check of
+a batch has failed, for then it is the checks that are wrong and not the answers.
+"""
+
+import collections
+import concurrent.futures
+import json
+import os
+import pathlib
+import queue
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moe_jax import errors
+from moe_jax.rewards import registry, reward
+
+MEMORY = 2**32  # bytes of address space of a worker
+START_SECONDS = 60.0  # for a worker to answer for the first time
+_ROOT = pathlib.Path(__file__).parents[2]
+
+
+class PoolError(RuntimeError):
+  """The pool cannot give rewards."""
+
+
+class _DiedError(Exception):
+  """A worker has ended by itself."""
+
+
+class _TimeOverError(Exception):
+  """A worker has not answered in time."""
+
+
+class _Worker:
+  """One process, started anew whenever it has ended."""
+
+  def __init__(self, setup: Mapping[str, Any]):
+    """Starts it.
+
+    Raises:
+      PoolError: it does not start.
+      errors.InputError: the reward is refused.
+    """
+    path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get('PYTHONPATH'))))
+    self._process = subprocess.Popen(
+      [sys.executable, '-P', '-m', 'moe_jax.rewards.worker'],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      env=os.environ | {'PYTHONPATH': path},
+      start_new_session=True,  # Ctrl-C ends the pool, and the pool ends its workers
+    )
+    self._rest = b''
+    try:
+      answer = self.ask(setup, START_SECONDS)
+    except (_DiedError, _TimeOverError) as e:
+      self.kill()
+      raise PoolError(f'a worker of the reward pool does not start: {e}') from e
+    if 'refused' in answer:
+      self.kill()
+      raise errors.InputError(answer['refused'])
+    self.isolation = str(answer['ready'])
+
+  def ask(self, request: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    """The answer to a request.
+
+    Raises:
+      _DiedError: the worker has ended.
+      _TimeOverError: it has not answered.
+    """
+    until = time.monotonic() + seconds
+    assert self._process.stdin is not None and self._process.stdout is not None
+    try:
+      self._process.stdin.write(json.dumps(request).encode() + b'\n')
+      self._process.stdin.flush()
+    except BrokenPipeError as e:
+      raise _DiedError(f'it ended with status {self._process.wait()}') from e
+    handle = self._process.stdout.fileno()
+    while b'\n' not in self._rest:
+      ready, _, _ = select.select([handle], [], [], max(until - time.monotonic(), 0.0))
+      if not ready:
+        raise _TimeOverError(f'no answer within {seconds:g} s')
+      read = os.read(handle, 2**16)
+      if not read:
+        raise _DiedError(f'it ended with status {self._process.wait()}')
+      self._rest += read
+    line, _, self._rest = self._rest.partition(b'\n')
+    return json.loads(line)
+
+  def kill(self):
+    """Ends the process, whatever it does."""
+    self._process.kill()
+    self._process.wait()
+    for pipe in (self._process.stdin, self._process.stdout):
+      assert pipe is not None
+      try:
+        pipe.close()
+      except BrokenPipeError:  # a request that nobody will read
+        continue
+
+
+class Scored:
+  """A batch that is being judged."""
+
+  def __init__(self, futures: Sequence[concurrent.futures.Future]):
+    """Futures of (reward, why its check failed or '')."""
+    self._futures = futures
+
+  def done(self) -> bool:
+    """Whether `result` would return at once."""
+    return all(future.done() for future in self._futures)
+
+  def result(self) -> list[reward.Reward]:
+    """The rewards, in the order of the items; waits for them.
+
+    Raises:
+      PoolError: the pool cannot work, or every check of the batch has failed.
+    """
+    found = [future.result() for future in self._futures]
+    failed = [why for _, why in found if why]
+    if found and len(failed) == len(found):
+      raise PoolError(
+        f'the checks of all {len(found)} answers of a batch have failed, so their rewards would '
+        f'mean nothing; the first one: {failed[0]}'
+      )
+    return [one for one, _ in found]
+
+
+class RewardPool:
+  """Processes that give rewards; a context that ends them."""
+
+  def __init__(
+    self,
+    spec: str,
+    workers: int = 2,
+    time_limit_s: float = 30.0,
+    *,
+    defaults: Mapping[str, Mapping[str, Any]] | None = None,
+  ):
+    """Starts the processes.
+
+    Args:
+      spec: a sum of rewards, see `registry.parse`.
+      workers: how many processes.
+      time_limit_s: seconds of an item; a check that takes longer is ended, and of kind 'time'.
+      defaults: options of rewards by name, see `registry.build`.
+
+    Raises:
+      errors.InputError: the sum or a number is refused.
+      PoolError: a process does not start.
+    """
+    registry.parse(spec)
+    for name, number in (('workers', workers), ('time_limit_s', time_limit_s)):
+      errors.require(number > 0, f'{name}={number} of the reward pool must be positive')
+    self.counts: collections.Counter[str] = collections.Counter()  # kind -> items so far
+    self._seconds = time_limit_s
+    self._setup = {'spec': spec, 'defaults': dict(defaults or {})}
+    self._setup |= {'seconds': time_limit_s, 'memory': MEMORY}
+    self._tasks: queue.SimpleQueue = queue.SimpleQueue()
+    self._broken: Exception | None = None
+    self._lock = threading.Lock()
+    first = [_Worker(self._setup)]  # if it is refused, it is refused once
+    self.isolation = first[0].isolation  # in which programs run; '' if none do
+    self._threads = [
+      threading.Thread(target=self._serve, args=(first if i == 0 else [],), daemon=True)
+      for i in range(workers)
+    ]
+    for thread in self._threads:
+      thread.start()
+
+  def submit(self, batch: Sequence[reward.Item]) -> Scored:
+    """Has a batch judged, and returns at once.
+
+    Raises:
+      PoolError: the pool is closed.
+    """
+    if not self._threads:
+      raise PoolError('the reward pool is closed')
+    futures = [concurrent.futures.Future() for _ in batch]
+    for item, future in zip(batch, futures):
+      self._tasks.put((item, future))
+    return Scored(futures)
+
+  def score(self, batch: Sequence[reward.Item]) -> list[reward.Reward]:
+    """The rewards of a batch; waits for them. Raises as `Scored.result`."""
+    return self.submit(batch).result()
+
+  def close(self):
+    """Ends the processes; what has been submitted is judged before."""
+    for _ in self._threads:
+      self._tasks.put(None)
+    for thread in self._threads:
+      thread.join()
+    self._threads = []
+
+  def __enter__(self) -> 'RewardPool':
+    return self
+
+  def __exit__(self, *unused: object):
+    self.close()
+
+  def _serve(self, workers: list[_Worker]):
+    """Judges items with one process until None comes; `workers` holds it, or nothing."""
+    while (task := self._tasks.get()) is not None:
+      item, future = task
+      try:
+        if self._broken is not None:
+          raise self._broken
+        found, why = self._judged(workers, item)
+        with self._lock:
+          self.counts[found.kind] += 1
+        future.set_result((found, why))
+      except Exception as e:  # whoever waits for the reward is told, and all who come later
+        self._broken = e
+        future.set_exception(e)
+    for worker in workers:
+      worker.kill()
+
+  def _judged(self, workers: list[_Worker], item: reward.Item) -> tuple[reward.Reward, str]:
+    """(reward, why the check failed or '') of an item."""
+    request = item._asdict() | {'completion_ids': [int(i) for i in item.completion_ids]}
+    for last in (False, True):
+      if not workers:
+        workers.append(_Worker(self._setup))
+      try:
+        answer = workers[0].ask(request, self._seconds)
+      except _TimeOverError as e:
+        workers.pop().kill()
+        return reward.Reward(0.0, {}, 'time'), str(e)
+      except _DiedError as e:
+        workers.pop().kill()
+        if last:  # it may have been the process; twice, it is the item
+          return reward.Reward(0.0, {}, 'error'), f'the check ended its process: {e}'
+        continue
+      if 'failed' in answer:
+        return reward.Reward(0.0, {}, answer['kind']), answer['failed']
+      value, parts, kind, in_steps = answer['reward']
+      steps = None if in_steps is None else [(int(end), float(r)) for end, r in in_steps]
+      return reward.Reward(value, parts, kind, steps), ''
+    raise AssertionError('unreachable')

@@ -1,0 +1,118 @@
+"""Rewards by name, and sums of them: `answer + 0.1 * format + length(limit=200, margin=50)`."""
+
+import ast
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from moe_jax import errors
+from moe_jax.rewards import reward, steps, text
+
+
+class Term(NamedTuple):
+  """One reward of a sum."""
+
+  name: str  # a key of REWARDS
+  weight: float
+  options: Mapping[str, Any]
+
+
+# What makes each function from its options.
+REWARDS: dict[str, Callable[..., reward.Function]] = {
+  'answer': lambda: text.answer,
+  'format': text.has_form,
+  'length': text.length,
+  'steps': lambda: steps.steps,
+}
+_TERM = re.compile(r'\s*(?:([-+]?[\d.]+)\s*\*\s*)?(\w+)\s*(?:\((.*)\))?\s*', re.DOTALL)
+
+
+def by_name(name: str, **options: Any) -> reward.Function:
+  """The reward of that name.
+
+  Raises:
+    errors.InputError: there is none, or it has no such option.
+  """
+  errors.require(
+    name in REWARDS,
+    f'the reward {name!r} must be one of {", ".join(REWARDS)}{errors.did_you_mean(name, REWARDS)}',
+  )
+  try:
+    return REWARDS[name](**options)
+  except TypeError as e:
+    raise errors.InputError(f'the reward {name!r} with {options} has wrong options: {e}') from e
+
+
+def parse(spec: str) -> tuple[Term, ...]:
+  """The terms of a sum, `answer + 0.1 * format(pattern='.*')`.
+
+  Raises:
+    errors.InputError: it has another form.
+  """
+  terms = []
+  for part in _parts(spec):
+    match = _TERM.fullmatch(part)
+    try:
+      if match is None:
+        raise ValueError('a term is NAME or WEIGHT * NAME, with options as in NAME(limit=9)')
+      terms.append(Term(match[2], float(match[1] or 1), _options(match[3] or '')))
+    except (SyntaxError, ValueError) as e:
+      raise errors.InputError(
+        f'the reward {spec!r} must be a sum such as "answer + 0.1 * format + length(limit=200, '
+        f'margin=50)"; its part {part.strip()!r} is none: {e}'
+      ) from e
+  return tuple(terms)
+
+
+def _parts(spec: str) -> list[str]:
+  """A sum's terms as text: split at each + that stands in no brackets."""
+  found, depth = [''], 0
+  for character in spec:
+    depth += (character == '(') - (character == ')')
+    if character == '+' and depth == 0:
+      found.append('')
+    else:
+      found[-1] += character
+  return found
+
+
+def _options(given: str) -> dict[str, Any]:
+  call = ast.parse(f'f({given})', mode='eval').body
+  if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
+    raise ValueError('options are NAME=VALUE')
+  return {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+
+
+def build(spec: str, defaults: Mapping[str, Mapping[str, Any]] | None = None) -> reward.Function:
+  """The function of a sum.
+
+  Its kind and its step rewards are those of the first term, whose weight multiplies the step
+  rewards too; parts of the terms are told apart by their names.
+
+  Args:
+    spec: see `parse`.
+    defaults: options of rewards by name, which the sum may override.
+
+  Raises:
+    errors.InputError: see `parse` and `by_name`.
+  """
+  terms = parse(spec)
+  for i, term in enumerate(terms):
+    errors.require(
+      term.name not in [other.name for other in terms[:i]],
+      f'the reward {spec!r} must name {term.name!r} once; add its weights up',
+    )
+  given = defaults or {}
+  functions = [by_name(t.name, **{**given.get(t.name, {}), **t.options}) for t in terms]
+
+  def total(
+    prompt: str, completion_ids: Sequence[int], text: str, example: Mapping[str, Any]
+  ) -> reward.Reward:
+    found = [one(prompt, completion_ids, text, example) for one in functions]
+    value = sum(t.weight * one.value for t, one in zip(terms, found))
+    parts = {f'{t.name}/{k}': v for t, one in zip(terms, found) for k, v in one.parts.items()}
+    scale, in_steps = terms[0].weight, found[0].step_rewards
+    scaled = None if in_steps is None else [(end, scale * r) for end, r in in_steps]
+    return reward.Reward(value, parts, found[0].kind, scaled)
+
+  return total
