@@ -10,15 +10,11 @@ from matplotlib import figure
 from scipy import stats
 
 from experiments.common import html_report
-from experiments.routing_ablation import arms, measure
-from moe_jax.analysis import paired
+from experiments.routing_ablation import arms, measure, over_tokens
+from moe_jax.analysis import difference_pictures
 from moe_jax.runs import plots
 
-COLOURS = {
-  paired.CONFIRMED: '#2b8a3e',
-  paired.CONTRADICTED: plots.ORANGE,
-  paired.UNDECIDED: '0.55',
-}
+COLOURS = difference_pictures.COLOURS
 LADDER = ('dense', 'hash', 'switch', 'gshard', '1_15', '1_31', 'deepseekmoe', 'm4', 'dense_x16')
 BALANCE = ('gshard', 'deepseekmoe', 'aux', 'loss_free')
 
@@ -41,6 +37,7 @@ def draw(
   with matplotlib.rc_context(plots.STYLE):
     if graded:
       drawn.append(_claims(out / 'claims.png', graded))
+      drawn += over_tokens.draw(out, graded)
     names = [name for name in LADDER if name in results]
     if names:
       drawn.append(_curves(out / 'curves.png', results, names))

@@ -13,9 +13,9 @@ import jax
 import numpy as np
 
 from experiments.common import html_report, spread
-from experiments.routing_ablation import arms, matching, measure, pictures
+from experiments.routing_ablation import arms, matching, measure, over_tokens, pictures
 from moe_jax import atomic_files
-from moe_jax.analysis import paired
+from moe_jax.analysis import difference_curves, paired
 from moe_jax.config import schema
 from moe_jax.planning import describe
 from moe_jax.runs import run_record
@@ -40,8 +40,17 @@ class Graded(NamedTuple):
 
   claim: arms.Claim
   difference: paired.Interval
-  verdict: str
+  plain: str  # verdict of the held-out figures of this claim alone
   base: float  # mean of the baseline; of the arm's own bits per byte, where the baseline is zero
+  p_value: float
+  curve: difference_curves.Curve | None = None  # of the training loss, for claims about it
+  moves: bool = False  # see `difference_curves.RULE`
+  holm: str = ''  # verdict when all claims are read together
+
+  @property
+  def verdict(self) -> str:
+    """At the end of these runs."""
+    return difference_curves.NOT_YET if self.moves else self.plain
 
 
 def command_of(argv: Sequence[str]) -> str:
@@ -50,7 +59,7 @@ def command_of(argv: Sequence[str]) -> str:
   return shlex.join(['python', '-m', MODULE, '--workdir=W', *words])
 
 
-def grade(results: measure.Results) -> list[Graded]:
+def grade(results: measure.Results, configs: Mapping[str, schema.Config]) -> list[Graded]:
   """All claims whose two arms were trained and have the figure."""
   found = []
   for claim in arms.CLAIMS:
@@ -62,19 +71,28 @@ def grade(results: measure.Results) -> list[Graded]:
       continue
     scale = baseline if claim.baseline else measure.column(results, claim.arm, arms.BITS)
     base = abs(float(np.mean(scale)))
+    margin = arms.EQUAL_MARGIN * base
     difference = paired.difference(values, baseline)
-    verdict = paired.verdict(difference, claim.direction, arms.EQUAL_MARGIN * base)
-    found.append(Graded(claim, difference, verdict, base))
-  return found
+    verdict = paired.verdict(difference, claim.direction, margin)
+    p_value = paired.p_value([a - b for a, b in zip(values, baseline)], claim.direction, margin)
+    curve = over_tokens.curve(claim, results, configs)
+    moves = over_tokens.moves(claim, curve, difference, results)
+    found.append(Graded(claim, difference, verdict, base, p_value, curve, moves))
+  corrected = paired.corrected([g.plain for g in found], [g.p_value for g in found])
+  return [g._replace(holm=verdict) for g, verdict in zip(found, corrected)]
 
 
 def sentence(graded: Graded) -> str:
   """A claim's verdict for people."""
   claim, found = graded.claim, graded.difference
   what, digits = arms.FIGURES[claim.figure]
+  notes = [f'at this length {graded.plain}'] if graded.moves else []
+  if graded.holm != graded.plain:
+    notes.append(f'{graded.holm} when all claims are read together')
+  note = f' ({"; ".join(notes)})' if notes else ''
   return (
-    f'**{graded.verdict.capitalize()}**: `{claim.arm}`'
-    f'{f" against `{claim.baseline}`" if claim.baseline else ""}, {what}: '
+    f'**{graded.verdict.capitalize()}**{note}: '
+    f'`{claim.arm}`{f" against `{claim.baseline}`" if claim.baseline else ""}, {what}: '
     f'{found.text(digits)}. The paper: {claim.paper}.'
   )
 
@@ -100,21 +118,30 @@ def slope(results: measure.Results, sweep: arms.Sweep) -> tuple[paired.Interval,
 def write(out: pathlib.Path, study: Study, command: str) -> list[pathlib.Path]:
   """Writes report.md, report.html, results.csv and the pictures; returns the paths."""
   out.mkdir(parents=True, exist_ok=True)
-  graded = grade(study.results)
+  graded = grade(study.results, study.configs)
   drawn = pictures.draw(
     out, study.results, graded, [(s, slope(study.results, s)) for s in arms.SWEEPS]
   )
   atomic_files.write_text(out / 'results.csv', csv_text(study))
+  atomic_files.write_text(out / 'differences.csv', over_tokens.csv_text(graded))
   written = html_report.write(
-    [*_verdicts(study, graded), *_figures(drawn), *_tables(study, command)], out
+    [
+      *_verdicts(study, graded),
+      *over_tokens.blocks(graded),
+      *_figures(drawn),
+      *_tables(study, command),
+    ],
+    out,
   )
-  return [*written, out / 'results.csv', *(picture.path for picture in drawn)]
+  return [*written, out / 'results.csv', out / 'differences.csv', *(p.path for p in drawn)]
 
 
 def _verdicts(study: Study, graded: Sequence[Graded]) -> list[html_report.Block]:
   cfg = next(iter(study.configs.values()))
   tokens = cfg.train.num_steps * cfg.train.batch_size * cfg.model.max_seq_len
   counts = {v: sum(g.verdict == v for g in graded) for v in _VERDICTS}
+  plain = [sum(g.plain == v for g in graded) for v in _PLAIN]
+  holm = [sum(g.holm == v for g in graded) for v in _PLAIN]
   lines = [sentence(g) for verdict in _VERDICTS for g in graded if g.verdict == verdict]
   for sweep in arms.SWEEPS:
     if (found := slope(study.results, sweep)) is not None:
@@ -140,9 +167,11 @@ def _verdicts(study: Study, graded: Sequence[Graded]) -> list[html_report.Block]
     html_report.Text(
       'Differences are paired by seed (same start, same batches): mean [95 % confidence interval, '
       "Student's t]. An interval that covers zero is *not distinguishable*, whatever its sign; "
-      f'claims of equality are confirmed within {arms.EQUAL_MARGIN:.1%} of the baseline. Nothing '
-      f'is corrected for their number: of {len(graded)} intervals at 95 %, about '
-      f'{0.05 * len(graded):.1f} would miss their mean by chance.'
+      f'claims of equality are confirmed within {arms.EQUAL_MARGIN:.1%} of the baseline. '
+      f'{difference_curves.RULE}. '
+      f'Of the held-out figures at the end alone, {_counted(plain)}. Of {len(graded)} intervals at '
+      f'95 %, about {0.05 * len(graded):.1f} would miss their mean by chance; corrected for their '
+      f'number (Holm), {_counted(holm)}.'
     )
   )
   return blocks
@@ -156,7 +185,12 @@ def _lowest(sweep: arms.Sweep, parabola: np.ndarray) -> str:
   return f'; the parabola through the means is lowest at {at:.1f}' if inside else ''
 
 
-_VERDICTS = (paired.CONFIRMED, paired.CONTRADICTED, paired.UNDECIDED)
+_PLAIN = (paired.CONFIRMED, paired.CONTRADICTED, paired.UNDECIDED)
+_VERDICTS = (*_PLAIN, difference_curves.NOT_YET)
+
+
+def _counted(counts: Sequence[int]) -> str:
+  return ', '.join(f'{count} {verdict}' for count, verdict in zip(counts, _PLAIN)) + ' claims'
 
 
 def _figures(drawn: Sequence[html_report.Picture]) -> list[html_report.Block]:

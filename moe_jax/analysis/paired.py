@@ -1,8 +1,9 @@
 """Comparisons paired by seed: mean difference, confidence interval, and what it says of a claim.
 
 Two arms that are trained with the same seed share start, data and order, so that their difference
-varies less between seeds than either arm does. Student's t over the seeds' differences; nothing is
-corrected for the number of claims, which the reader is told instead.
+varies less between seeds than either arm does. Student's t over the seeds' differences. `verdict`
+looks at one claim alone; `corrected` is for several claims that are read together, after Holm
+(1979): with it, the chance that any of them is graded wrongly is at most one minus the confidence.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from moe_jax import errors
 
 CONFIRMED, CONTRADICTED, UNDECIDED = 'confirmed', 'contradicted', 'not distinguishable'
 DIRECTIONS = ('lower', 'higher', 'equal')
+LEVEL = 0.05  # of wrong verdicts, one minus the confidence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,3 +92,48 @@ def verdict(interval: Interval, direction: str, margin: float = 0.0) -> str:
   if interval.covers_zero:
     return UNDECIDED
   return CONFIRMED if (interval.mean < 0) == (direction == 'lower') else CONTRADICTED
+
+
+def p_value(values: Sequence[float], direction: str, margin: float = 0.0) -> float:
+  """The level at which `verdict` of these differences stops being 'not distinguishable'.
+
+  Two-sided Student's t against 0 for a direction. For 'equal' it is that of the two one-sided tests
+  against the margin, or of the difference lying outside of it, whichever is clearer; doubled, since
+  an interval spends half its level on each side. 1 for a single value.
+
+  Args:
+    values: differences, one per seed.
+    direction: one of `DIRECTIONS`.
+    margin: as of `verdict`.
+  """
+  num = len(values)
+  if num == 1:
+    return 1.0
+  mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(num)
+  distance = abs(mean) if direction != 'equal' else abs(abs(mean) - margin)
+  if not error:
+    return 0.0 if distance else 1.0
+  return min(1.0, 2 * float(stats.t.sf(distance / error, num - 1)))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+  """Returns p values corrected for their number: the i-th smallest of m times m - i, made monotone.
+
+  Args:
+    p_values: of the claims, in any order, which the result keeps.
+  """
+  found, largest = [0.0] * len(p_values), 0.0
+  for i, k in enumerate(sorted(range(len(p_values)), key=lambda k: p_values[k])):
+    largest = max(largest, min(1.0, (len(p_values) - i) * p_values[k]))
+    found[k] = largest
+  return found
+
+
+def corrected(verdicts: Sequence[str], p_values: Sequence[float]) -> list[str]:
+  """Verdicts of claims that are read together: undecided where Holm's p value is above `LEVEL`.
+
+  Args:
+    verdicts: of `verdict`, claim by claim.
+    p_values: of `p_value`, likewise.
+  """
+  return [v if p <= LEVEL else UNDECIDED for v, p in zip(verdicts, holm(p_values), strict=True)]

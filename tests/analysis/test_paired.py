@@ -65,3 +65,31 @@ def test_unknown_direction():
 def test_text():
   assert paired.Interval(-0.0123, -0.02, -0.004, 5).text() == '-0.012 [-0.020, -0.004]'
   assert paired.Interval(0.5, 0.25, 0.75, 5).text(2, sign=False) == '0.50 [0.25, 0.75]'
+
+
+@pytest.mark.parametrize('direction, margin', [('lower', 0.0), ('equal', 0.5), ('equal', 0.05)])
+@pytest.mark.parametrize('shift', [0.0, 0.08, 0.3, 0.42, 0.6])
+def test_p_value_is_the_level_at_which_the_verdict_changes(direction, margin, shift):
+  values = [shift + d for d in (-0.1, 0.02, 0.1, -0.03, 0.01)]
+  p = paired.p_value(values, direction, margin)
+  for confidence, decided in ((1 - p - 1e-6, True), (1 - p + 1e-6, False)):
+    if 0 < confidence < 1:
+      verdict = paired.verdict(paired.interval(values, confidence), direction, margin)
+      assert (verdict != paired.UNDECIDED) == decided
+
+
+def test_p_value_by_hand():
+  # Mean 2, deviation 1, three seeds: t = 2 sqrt(3) = 3.4641 with 2 degrees of freedom.
+  assert paired.p_value([1.0, 2.0, 3.0], 'lower') == pytest.approx(0.07418, abs=1e-5)
+  assert paired.p_value([-3.0], 'lower') == 1.0
+  assert paired.p_value([0.0, 0.0], 'lower') == 1.0 and paired.p_value([1.0, 1.0], 'lower') == 0.0
+
+
+def test_holm_by_hand():
+  # Sorted 0.01, 0.02, 0.03, 0.9 times 4, 3, 2, 1: 0.04, 0.06, then never less.
+  assert paired.holm([0.03, 0.9, 0.01, 0.02]) == pytest.approx([0.06, 0.9, 0.04, 0.06])
+  assert paired.holm([0.9, 0.9]) == [1.0, 1.0] and paired.holm([]) == []
+  verdicts = [paired.CONFIRMED, paired.UNDECIDED, paired.CONTRADICTED, paired.CONFIRMED]
+  assert paired.corrected(verdicts, [0.03, 0.9, 0.01, 0.02]) == [
+    *(paired.UNDECIDED, paired.UNDECIDED, paired.CONTRADICTED, paired.UNDECIDED)
+  ]

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from experiments.common import html_report, local_jobs
-from experiments.routing_ablation import arms, matching, measure, report
+from experiments.routing_ablation import arms, matching, measure, over_tokens, report
 from moe_jax import errors
-from moe_jax.analysis import paired
+from moe_jax.analysis import difference_curves, paired
 
 ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures('quick_processes')
@@ -82,7 +82,7 @@ def test_seeds():
 
 
 def run_of(bits, vio=0.5, dropped=0.0, **more):
-  curve = {'step': [1, 2, 3], 'loss': [3.0, 2.0 + bits, bits]}
+  curve = {'step': [1, 2, 3], 'loss': [3.0 + bits, 3.0 + bits, 3.0 + 2 * bits]}
   curve |= {'max_vio': [vio] * 3, 'drop_rate': [None if vio is None else dropped] * 3}
   result = {'bits_per_byte': bits, 'loss': bits, 'step': 3, 'max_vio': vio, 'curve': curve}
   return result | {'train_drop_rate': None if vio is None else dropped, 'seconds': 1800} | more
@@ -110,13 +110,41 @@ def study():
 
 
 def test_verdicts(study):
-  graded = {g.claim.name: g for g in report.grade(study.results)}
+  graded = {g.claim.name: g for g in report.grade(study.results, study.configs)}
   better = graded['deepseekmoe against gshard: bits_per_byte']
   assert better.verdict == paired.CONFIRMED and better.difference.mean == pytest.approx(-0.09995)
   assert graded['hash against dense: bits_per_byte'].verdict == paired.UNDECIDED
   shared = graded['deepseekmoe against zero: rise_without_shared']
   assert shared.verdict == paired.CONFIRMED and shared.base == pytest.approx(2.00005)
   assert not any('1_15' in name or 'loss_free' in name for name in graded)  # not trained
+
+
+def test_a_verdict_waits_where_the_training_loss_still_moves(study):
+  for seed in (0, 1):  # from +0.4 to -0.1 in three steps; +0.05 held out, in doubt
+    curve, base = (study.results[name][seed]['curve'] for name in ('deepseekmoe', 'gshard'))
+    curve['loss'] = [b + d + 0.001 * seed for b, d in zip(base['loss'], (0.4, 0.1, -0.1))]
+    study.results['deepseekmoe'][seed]['bits_per_byte'] += 0.15 + 0.01 * seed
+  graded = {g.claim.name: g for g in report.grade(study.results, study.configs)}
+  main = graded['deepseekmoe against gshard: bits_per_byte']
+  assert main.plain == paired.UNDECIDED and main.verdict == difference_curves.NOT_YET
+  assert main.curve.tokens.tolist() == [1024.0, 2048.0, 3072.0]  # 8 rows of 128
+  assert '**Not yet decided** (at this length not distinguishable): `deeps' in report.sentence(main)
+  lines = over_tokens.blocks(list(graded.values()))[2].items
+  assert lines[0].startswith('`deepseekmoe` against `gshard`: not yet decided at 0.003M tokens')
+  assert 'below zero after 0.003M tokens' in lines[0]
+
+
+def test_holm_reads_all_claims_together(study):
+  # Differences of -0.1 and -0.091: t = 21 with one degree of freedom, p = 0.03, one of five.
+  study.results['deepseekmoe'][1]['bits_per_byte'] = 2.109
+  graded = report.grade(study.results, study.configs)
+  by_hand = paired.holm([g.p_value for g in graded])
+  for one, p in zip(graded, by_hand):
+    assert one.holm == (one.plain if p <= 0.05 else paired.UNDECIDED)
+  lost = [g for g in graded if g.holm != g.plain]
+  assert lost and 'not distinguishable when all claims are read together' in report.sentence(
+    lost[0]
+  )
 
 
 def test_slope_of_a_sweep(study):
@@ -130,9 +158,15 @@ def test_report_is_whole(study, tmp_path):
   written = report.write(tmp_path / 'out', study, 'python -m this')
   names = {path.name for path in written}
   pictures = {'claims.png', 'curves.png', 'balance.png', 'granularity.png'}
-  assert names == pictures | {'report.md', 'report.html', 'results.csv'}
+  pictures |= {'difference.png', 'differences.png'}
+  assert names == pictures | {'report.md', 'report.html', 'results.csv', 'differences.csv'}
   text = (tmp_path / 'out' / 'report.md').read_text()
-  assert text.index('## Verdict') < text.index('## Figures') < text.index('## Do it again')
+  assert (
+    text.index('## Verdict')
+    < text.index('## Against tokens')
+    < text.index('## Figures')
+    < text.index('## Do it again')
+  )
   assert '**Confirmed**: `deepseekmoe` against `gshard`' in text
   assert '1 not distinguishable' in text and '    python -m this' in text
   rows = [line for line in text.splitlines() if line.startswith('| `')]

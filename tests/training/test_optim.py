@@ -82,6 +82,14 @@ def test_batch_size_ramp():
   assert optim.batch_size_at(tiny.make().train, 0) == 8
 
 
+def test_tokens_at_counts_the_ramp():
+  cfg = tiny.make(train__batch_ramp=((3, 2), (5, 4)), train__batch_size=8).train
+  sizes = [optim.batch_size_at(cfg, step) for step in range(9)]
+  want = [10 * sum(sizes[:step]) for step in range(10)]
+  assert optim.tokens_at(cfg, 10, range(10)) == want
+  assert optim.tokens_at(cfg, 10, [3, 7]) == [60, 300]  # 3 x 2; 2 x 4 and 2 x 8 rows more
+
+
 def test_decay_mask_spares_norm_scales_also_when_stacked():
   shapes = model_variables.abstract_params(tiny.make().model)
   mask = optim.decay_mask(shapes)
