@@ -8,20 +8,16 @@ a batch has failed, for then it is the checks that are wrong and not the answers
 
 import collections
 import concurrent.futures
-import json
 import os
 import pathlib
 import queue
-import select
-import subprocess
 import sys
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moe_jax import errors
-from moe_jax.rewards import registry, reward
+from moe_jax.rewards import line_process, registry, reward
 
 MEMORY = 2**32  # bytes of address space of a worker
 START_SECONDS = 60.0  # for a worker to answer for the first time
@@ -32,16 +28,8 @@ class PoolError(RuntimeError):
   """The pool cannot give rewards."""
 
 
-class _DiedError(Exception):
-  """A worker has ended by itself."""
-
-
-class _TimeOverError(Exception):
-  """A worker has not answered in time."""
-
-
 class _Worker:
-  """One process, started anew whenever it has ended."""
+  """One process."""
 
   def __init__(self, setup: Mapping[str, Any]):
     """Starts it.
@@ -51,17 +39,12 @@ class _Worker:
       errors.InputError: the reward is refused.
     """
     path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get('PYTHONPATH'))))
-    self._process = subprocess.Popen(
-      [sys.executable, '-P', '-m', 'moe_jax.rewards.worker'],
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      env=os.environ | {'PYTHONPATH': path},
-      start_new_session=True,  # Ctrl-C ends the pool, and the pool ends its workers
+    self._process = line_process.LineProcess(
+      [sys.executable, '-P', '-m', 'moe_jax.rewards.worker'], os.environ | {'PYTHONPATH': path}
     )
-    self._rest = b''
     try:
-      answer = self.ask(setup, START_SECONDS)
-    except (_DiedError, _TimeOverError) as e:
+      answer = self._process.ask(setup, START_SECONDS)
+    except (line_process.DiedError, line_process.TimeOverError) as e:
       self.kill()
       raise PoolError(f'a worker of the reward pool does not start: {e}') from e
     if 'refused' in answer:
@@ -70,41 +53,12 @@ class _Worker:
     self.isolation = str(answer['ready'])
 
   def ask(self, request: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    """The answer to a request.
-
-    Raises:
-      _DiedError: the worker has ended.
-      _TimeOverError: it has not answered.
-    """
-    until = time.monotonic() + seconds
-    assert self._process.stdin is not None and self._process.stdout is not None
-    try:
-      self._process.stdin.write(json.dumps(request).encode() + b'\n')
-      self._process.stdin.flush()
-    except BrokenPipeError as e:
-      raise _DiedError(f'it ended with status {self._process.wait()}') from e
-    handle = self._process.stdout.fileno()
-    while b'\n' not in self._rest:
-      ready, _, _ = select.select([handle], [], [], max(until - time.monotonic(), 0.0))
-      if not ready:
-        raise _TimeOverError(f'no answer within {seconds:g} s')
-      read = os.read(handle, 2**16)
-      if not read:
-        raise _DiedError(f'it ended with status {self._process.wait()}')
-      self._rest += read
-    line, _, self._rest = self._rest.partition(b'\n')
-    return json.loads(line)
+    """The answer to a request; raises as `LineProcess.ask`."""
+    return self._process.ask(request, seconds)
 
   def kill(self):
     """Ends the process, whatever it does."""
     self._process.kill()
-    self._process.wait()
-    for pipe in (self._process.stdin, self._process.stdout):
-      assert pipe is not None
-      try:
-        pipe.close()
-      except BrokenPipeError:  # a request that nobody will read
-        continue
 
 
 class Scored:
@@ -232,10 +186,10 @@ class RewardPool:
         workers.append(_Worker(self._setup))
       try:
         answer = workers[0].ask(request, self._seconds)
-      except _TimeOverError as e:
+      except line_process.TimeOverError as e:
         workers.pop().kill()
         return reward.Reward(0.0, {}, 'time'), str(e)
-      except _DiedError as e:
+      except line_process.DiedError as e:
         workers.pop().kill()
         if last:  # it may have been the process; twice, it is the item
           return reward.Reward(0.0, {}, 'error'), f'the check ended its process: {e}'

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from moe_jax import errors
-from moe_jax.rewards import reward, steps, text
+from moe_jax.rewards import programs, reward, steps, text
 
 
 class Term(NamedTuple):
@@ -23,6 +23,7 @@ REWARDS: dict[str, Callable[..., reward.Function]] = {
   'format': text.has_form,
   'length': text.length,
   'steps': lambda: steps.steps,
+  'program': programs.isolated,
 }
 _TERM = re.compile(r'\s*(?:([-+]?[\d.]+)\s*\*\s*)?(\w+)\s*(?:\((.*)\))?\s*', re.DOTALL)
 
@@ -83,11 +84,36 @@ def _options(given: str) -> dict[str, Any]:
   return {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
 
 
-def build(spec: str, defaults: Mapping[str, Mapping[str, Any]] | None = None) -> reward.Function:
-  """The function of a sum.
+class Sum:
+  """A weighted sum of rewards; a `reward.Function`.
 
   Its kind and its step rewards are those of the first term, whose weight multiplies the step
   rewards too; parts of the terms are told apart by their names.
+  """
+
+  def __init__(self, terms: Sequence[Term], functions: Sequence[reward.Function]):
+    """Terms, and the function of each."""
+    self._terms, self._functions = terms, functions
+
+  @property
+  def isolation(self) -> str:
+    """What isolates the programs that are run, in words; '' if none are."""
+    return ' '.join(getattr(one, 'isolation', '') for one in self._functions).strip()
+
+  def __call__(
+    self, prompt: str, completion_ids: Sequence[int], text: str, example: Mapping[str, Any]
+  ) -> reward.Reward:
+    found = [one(prompt, completion_ids, text, example) for one in self._functions]
+    both = list(zip(self._terms, found))
+    value = sum(term.weight * one.value for term, one in both)
+    parts = {f'{term.name}/{key}': x for term, one in both for key, x in one.parts.items()}
+    scale, in_steps = self._terms[0].weight, found[0].step_rewards
+    scaled = None if in_steps is None else [(end, scale * x) for end, x in in_steps]
+    return reward.Reward(value, parts, found[0].kind, scaled)
+
+
+def build(spec: str, defaults: Mapping[str, Mapping[str, Any]] | None = None) -> Sum:
+  """The function of a sum.
 
   Args:
     spec: see `parse`.
@@ -103,16 +129,4 @@ def build(spec: str, defaults: Mapping[str, Mapping[str, Any]] | None = None) ->
       f'the reward {spec!r} must name {term.name!r} once; add its weights up',
     )
   given = defaults or {}
-  functions = [by_name(t.name, **{**given.get(t.name, {}), **t.options}) for t in terms]
-
-  def total(
-    prompt: str, completion_ids: Sequence[int], text: str, example: Mapping[str, Any]
-  ) -> reward.Reward:
-    found = [one(prompt, completion_ids, text, example) for one in functions]
-    value = sum(t.weight * one.value for t, one in zip(terms, found))
-    parts = {f'{t.name}/{k}': v for t, one in zip(terms, found) for k, v in one.parts.items()}
-    scale, in_steps = terms[0].weight, found[0].step_rewards
-    scaled = None if in_steps is None else [(end, scale * r) for end, r in in_steps]
-    return reward.Reward(value, parts, found[0].kind, scaled)
-
-  return total
+  return Sum(terms, [by_name(t.name, **{**given.get(t.name, {}), **t.options}) for t in terms])

@@ -14,13 +14,13 @@ from collections.abc import Mapping
 from typing import Any, TextIO
 
 from moe_jax import errors
-from moe_jax.rewards import registry, reward
+from moe_jax.rewards import registry, reward, sandbox
 
 _SPARE_SECONDS = 5  # behind the pool's clock: whoever has outlived the pool is ended by then
 
 
 def judge(function: reward.Function, item: Mapping[str, Any]) -> dict[str, Any]:
-  """The line that answers an item."""
+  """The line that answers an item; what stops the sandbox from working ends this process."""
   try:
     found = function(item['prompt'], item['completion_ids'], item['text'], item['example'])
     in_steps = found.step_rewards
@@ -29,6 +29,8 @@ def judge(function: reward.Function, item: Mapping[str, Any]) -> dict[str, Any]:
       raise ValueError(f'the reward is {found}')
     steps = None if in_steps is None else [list(one) for one in in_steps]
     return {'reward': [found.value, dict(found.parts), found.kind, steps]}
+  except sandbox.SandboxError:
+    raise
   except MemoryError:
     return {'failed': 'the check ran out of memory', 'kind': 'memory'}
   except Exception as e:  # whatever a reward function can raise is told, and counted by the pool
@@ -49,7 +51,7 @@ def serve(requests: TextIO, answers: TextIO):
   except errors.InputError as e:
     tell({'refused': str(e)})
     return
-  tell({'ready': ''})
+  tell({'ready': function.isolation})
   for line in requests:
     _allow(setup['seconds'] + _SPARE_SECONDS)
     tell(judge(function, json.loads(line)))

@@ -3,7 +3,7 @@ import time
 import pytest
 
 from moe_jax import errors
-from moe_jax.rewards import pool, reward
+from moe_jax.rewards import line_process, pool, reward
 
 
 def item(text, answer='7'):
@@ -24,9 +24,9 @@ class Scripted:
     assert not self.killed
     text = request['text']
     if text == 'dies' or text == 'dies once' and Scripted.started == 1:
-      raise pool._DiedError('it ended with status -11')
+      raise line_process.DiedError('it ended with status -11')
     if text == 'hangs':
-      raise pool._TimeOverError(f'no answer within {seconds:g} s')
+      raise line_process.TimeOverError(f'no answer within {seconds:g} s')
     if text in ('error', 'memory'):
       return {'failed': 'KeyError', 'kind': text}
     return {'reward': [float(len(text)), {'a': 1.0}, 'right', [[3, 0.5]]]}

@@ -1,0 +1,65 @@
+import os
+import signal
+
+import pytest
+
+from moe_jax.rewards import isolation, launcher
+
+SETUP = {'limits': isolation.Limits(wall_seconds=0.2, output_bytes=20)._asdict(), 'isolate': False}
+
+
+@pytest.fixture
+def launch(monkeypatch):
+  """A launch of nothing, whose pipes the test writes to."""
+  ended = []
+  monkeypatch.setattr(launcher, 'end', ended.append)
+  one = launcher._Launch(SETUP, {'source': 'ä'}, '/')
+  assert os.read(one.input, 99) == b'{"source": "\\u00e4"}'
+  one.ended = ended
+  yield one
+  for handle in (one.input, one.null):
+    os.close(handle)
+
+
+def test_what_is_written_and_how_it_ended(launch):
+  os.write(launch.results_end, b'{"value": 1}\n')
+  os.write(launch.status_end, b'{"ended": -11, "cpu": 0.5}')
+  os.close(launch.status_end)  # the results stay open: a process may have been left behind
+  found = launch.watch(7)
+  assert found == {'lines': ['{"value": 1}'], 'over': '', 'ended': -11, 'cpu': 0.5}
+  assert launch.ended == [7]
+  os.close(launch.results_end)
+
+
+def test_who_takes_too_long_is_ended(launch):
+  found = launch.watch(7)
+  assert (found['over'], found['ended'], launch.ended) == ('time', -signal.SIGKILL, [7])
+  os.close(launch.results_end)
+  os.close(launch.status_end)
+
+
+@pytest.mark.parametrize('before', [True, False])
+def test_who_writes_too_much_has_written_nothing(launch, before):
+  """Seen while it runs, or only when it has ended."""
+  if not before:
+    os.write(launch.status_end, b'{"ended": 0, "cpu": 0.1}')
+    os.close(launch.status_end)
+  os.write(launch.results_end, b'{"value": 1}\n' * 2)
+  found = launch.watch(7)
+  assert found['lines'] == [] and found['over'] == 'output'
+  os.close(launch.results_end)
+  if before:
+    os.close(launch.status_end)
+
+
+def test_what_the_system_refuses_is_told(launch, monkeypatch):
+  left = []
+  monkeypatch.setattr(os, '_exit', left.append)
+
+  def action():
+    raise PermissionError(1, 'unshare')
+
+  launch._forked(action)
+  os.close(launch.status_end)
+  os.close(launch.results_end)
+  assert launch.watch(7) == {'refused': 'PermissionError: [Errno 1] unshare'} and left == [0]
