@@ -46,6 +46,7 @@ setuptools.setup(
       'pyright[nodejs]>=1.1.400',  # with node as a wheel
       'pyarrow>=17.0',
       'safetensors>=0.5',
+      'scikit-learn>=1.5',
       'tensorboard>=2.18',
       'tokamax>=0.0.12',
       'qwix>=0.1.8',
@@ -60,6 +61,7 @@ setuptools.setup(
       "triton; python_version >= '3.12'",
     ],
     'tpu': ['jax[tpu]>=0.10'],
+    'imbalance': ['scikit-learn>=1.5'],  # its digits, for federated training and graphs
     'quant': ['qwix>=0.1.8'],
     'hf': [
       'accelerate>=1.0',  # lm-eval's own model of transformers, for comparisons

@@ -1,0 +1,1 @@
+"""Federated training on long-tailed classes: RedGrape and the methods beside it."""
