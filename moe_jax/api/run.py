@@ -22,6 +22,7 @@ from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.devices import partitioning
 from moe_jax.inference import generate as generate_lib
+from moe_jax.inference import processors as processors_lib
 from moe_jax.inference import sampling as sampling_lib
 from moe_jax.models import transformer
 from moe_jax.planning import flops
@@ -251,6 +252,7 @@ class Run:
     stop: Sequence[str] = (),
     stop_ids: Sequence[int] = (),
     on_text: generate_lib.OnText | None = None,
+    processors: Sequence[processors_lib.Processor] = (),
     timed: bool = False,
   ) -> generate_lib.Generation:
     """`generate` of token ids, with the new ids and the time taken beside the texts.
@@ -262,6 +264,7 @@ class Run:
       stop: see `generate`.
       stop_ids: see `generate`.
       on_text: see `generate`.
+      processors: what changes logits before the draw, made for this batch.
       timed: compile before the clock starts.
 
     Raises:
@@ -277,6 +280,7 @@ class Run:
       stop=stop,
       stop_ids=stop_ids,
       on_text=on_text,
+      processors=processors,
       timed=timed,
     )
 

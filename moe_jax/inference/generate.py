@@ -17,6 +17,7 @@ import numpy as np
 from moe_jax import errors, trees
 from moe_jax.config import router_traits, schema
 from moe_jax.inference import cached_model
+from moe_jax.inference import processors as processors_lib
 from moe_jax.inference import sampling as sampling_lib
 
 Array = jax.Array
@@ -52,6 +53,7 @@ class _State(NamedTuple):
   written: Array  # [B, slots for new tokens] int32, -1 from the end of a row on
   seen: Array | None  # [B, V] bool, what a repetition penalty counts
   caches: cached_model.Caches
+  processed: tuple[trees.Tree, ...] = ()  # states of the logits processors
 
 
 def check_lengths(
@@ -121,28 +123,39 @@ def padded(
 
 
 def _draw(
-  logits: Array, state: _State, sampling: sampling_lib.Sampling, seed: Array, number: Array
-) -> tuple[Array, Array | None]:
-  """The next token of every row, [B], and what has been seen with it."""
+  logits: Array,
+  state: _State,
+  written: processors_lib.Written,
+  sampling: sampling_lib.Sampling,
+  seed: Array,
+  functions: tuple[processors_lib.Function, ...],
+  constants: tuple[trees.Tree, ...],
+) -> tuple[Array, Array | None, tuple[trees.Tree, ...]]:
+  """The next token of every row, [B]; with it, what has been seen and the processors' states."""
+  number = written.count
   if state.seen is not None:
     logits = sampling_lib.penalise(logits, state.seen, sampling.repetition_penalty)
+  logits, processed = processors_lib.apply(functions, constants, logits, written, state.processed)
   keys = sampling_lib.row_keys(seed, len(logits), number)
   token = sampling_lib.draw(logits, sampling, keys)
   if state.seen is None:
-    return token, None
-  return token, state.seen.at[jnp.arange(len(token)), token].set(True)
+    return token, None, processed
+  return token, state.seen.at[jnp.arange(len(token)), token].set(True), processed
 
 
-@functools.partial(jax.jit, static_argnames=('cfg', 'sampling', 'num_new'))
+@functools.partial(jax.jit, static_argnames=('cfg', 'sampling', 'num_new', 'functions'))
 def _start(
   weights: cached_model.Weights,
   prompt: Array,
   length: Array,
   seed: Array,
+  constants: tuple[trees.Tree, ...] = (),
+  processed: tuple[trees.Tree, ...] = (),
   *,
   cfg: schema.ModelConfig,
   sampling: sampling_lib.Sampling,
   num_new: int,
+  functions: tuple[processors_lib.Function, ...] = (),
 ) -> _State:
   """Reads the prompts [B, L] and draws the first token of each row."""
   batch_size, prompt_len = prompt.shape
@@ -160,21 +173,26 @@ def _start(
   zero = jnp.zeros((), jnp.int32)
   written = jnp.full((batch_size, num_new), -1, jnp.int32)
   done = jnp.zeros((batch_size,), bool)
-  state = _State(zero, length, length, done, written, seen, caches)
-  token, seen = _draw(logits, state, sampling, seed, zero)
-  return state._replace(token=token, seen=seen)
+  state = _State(zero, length, length, done, written, seen, caches, processed)
+  so_far = processors_lib.Written(written, zero)
+  token, seen, processed = _draw(logits, state, so_far, sampling, seed, functions, constants)
+  return state._replace(token=token, seen=seen, processed=processed)
 
 
-@functools.partial(jax.jit, static_argnames=('cfg', 'sampling', 'eos_ids'), donate_argnames='state')
+@functools.partial(
+  jax.jit, static_argnames=('cfg', 'sampling', 'eos_ids', 'functions'), donate_argnames='state'
+)
 def _advance(
   weights: cached_model.Weights,
   state: _State,
   limit: Array,
   seed: Array,
+  constants: tuple[trees.Tree, ...] = (),
   *,
   cfg: schema.ModelConfig,
   sampling: sampling_lib.Sampling,
   eos_ids: tuple[int, ...],
+  functions: tuple[processors_lib.Function, ...] = (),
 ) -> _State:
   """Decodes until `limit` tokens are generated or all rows have ended."""
 
@@ -183,8 +201,9 @@ def _advance(
     written = s.written.at[:, s.t].set(jnp.where(done, -1, s.token))
     out = cached_model.step(cfg, weights, s.token[:, None], s.position[:, None], s.caches)
     logits = cached_model.logits_of(cfg, weights, out.hidden)[:, 0]
-    token, seen = _draw(logits, s, sampling, seed, s.t + 1)
-    return _State(s.t + 1, token, s.position + 1, done, written, seen, out.caches)
+    so_far = processors_lib.Written(written, s.t + 1)
+    token, seen, processed = _draw(logits, s, so_far, sampling, seed, functions, constants)
+    return _State(s.t + 1, token, s.position + 1, done, written, seen, out.caches, processed)
 
   return jax.lax.while_loop(lambda s: (s.t < limit) & ~s.done.all(), advance, state)
 
@@ -217,6 +236,7 @@ class Generator:
     stop: Sequence[str] = (),
     stop_ids: Sequence[int] = (),
     on_text: OnText | None = None,
+    processors: Sequence[processors_lib.Processor] = (),
     timed: bool = False,
   ) -> Generation:
     """Continues each prompt until an end token, a stop string or the limit.
@@ -230,6 +250,7 @@ class Generator:
       stop: strings that end a continuation, and are cut off it.
       stop_ids: further ids that end a continuation.
       on_text: called with (row, further text) as text is certain.
+      processors: what changes logits before the draw, made for this batch; see `processors`.
       timed: compile before the clock starts (at the price of one more prefill).
 
     Raises:
@@ -242,13 +263,22 @@ class Generator:
     seed = np.uint32(sampling.seed)
     eos_ids = (*self._eos_ids, *stop_ids)
     # One compilation serves all seeds.
-    static = dict(cfg=self._cfg, sampling=dataclasses.replace(sampling, seed=0))
+    static = dict(
+      cfg=self._cfg,
+      sampling=dataclasses.replace(sampling, seed=0),
+      functions=tuple(p.function for p in processors),
+    )
+    constants = tuple(p.constants for p in processors)
     num_new = in_buckets(max_new_tokens)
 
     def begin():
-      return _start(self._weights, prompt, length, seed, num_new=num_new, **static)
+      states = tuple(jax.tree.map(jnp.copy, p.state) for p in processors)  # they are donated
+      args = (self._weights, prompt, length, seed, constants, states)
+      return _start(*args, num_new=num_new, **static)
 
-    advance = functools.partial(_advance, self._weights, seed=seed, eos_ids=eos_ids, **static)
+    advance = functools.partial(
+      _advance, self._weights, seed=seed, constants=constants, eos_ids=eos_ids, **static
+    )
     if timed:
       jax.block_until_ready(advance(begin(), np.int32(0)))
     start = time.perf_counter()
