@@ -1,0 +1,1 @@
+"""Graphs of samples: networks on them, PageRank, training weights by topology (ReNode)."""
