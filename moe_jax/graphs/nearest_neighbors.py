@@ -1,5 +1,7 @@
 """Graphs that join each sample with its nearest others, from features alone."""
 
+from typing import Any
+
 import numpy as np
 
 from moe_jax import errors
@@ -42,7 +44,7 @@ def digits(k: int = 10) -> dataset.Dataset:
     raise errors.InputError(
       "--graph=digits needs scikit-learn: pip install 'moe_jax[imbalance]'"
     ) from e
-  found = datasets.load_digits()
+  found: Any = datasets.load_digits()
   pixels = (found.data / 16).astype(np.float32)
   return dataset.Dataset(
     'digits',

@@ -90,7 +90,7 @@ def chebyshev_terms(operator: structs.Operator, x: jax.Array, order: int) -> lis
 class GAT(TwoLayers):
   """Means over neighbours by learned attention (arXiv 1710.10903); the last layer has one head."""
 
-  def layer(self, operator, x, width, number):
+  def layer(self, operator: Any, x, width, number):
     heads = HEADS if number == 0 else 1
     values = _dense(width, f'dense_{number}', bias=False)(x)
     values = values.reshape(len(x), heads, width // heads)

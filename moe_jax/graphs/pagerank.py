@@ -12,6 +12,7 @@ Exact: a dense inverse, cubic in the nodes. Two approximations with bounds:
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -105,10 +106,14 @@ def push(
   )
 
 
-def top_k(rows: sparse.csr_array, k: int) -> tuple[np.ndarray, np.ndarray]:
+def top_k(rows: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
   """Returns (nodes, weights) [rows, k] of the k largest entries of each row, largest first.
 
   Rows with fewer entries are filled with node 0 at weight 0.
+
+  Args:
+    rows: a csr_array, as of `push`.
+    k: how many.
   """
   errors.require(k >= 1, f'k={k} must be at least 1')
   nodes = np.zeros((rows.shape[0], k), np.int32)

@@ -108,7 +108,7 @@ def _as_array(path: pathlib.Path, found: _Matrix) -> sparse.csr_array:
   return matrix
 
 
-def _sparse(path: pathlib.Path) -> sparse.csr_array:
+def _sparse(path: pathlib.Path) -> Any:
   found = unpickle(path)
   errors.require(
     sparse.issparse(found), f'{path} must hold a sparse matrix and has {type(found).__name__}'

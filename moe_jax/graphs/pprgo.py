@@ -155,7 +155,7 @@ def predict(
   module: MLP, params: Any, graph: structs.Graph, features: np.ndarray, settings: Settings
 ) -> jax.Array:
   """Returns the classes [nodes] of all nodes by power iteration over the MLP's logits."""
-  logits = module.apply(params, jnp.asarray(features), train=False)
+  logits: Any = module.apply(params, jnp.asarray(features), train=False)
   spread = pagerank.apply(
     structs.normalized(graph), logits, settings.restart, settings.spread_steps
   )

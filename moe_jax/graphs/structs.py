@@ -4,6 +4,7 @@ A product is a gather along the senders and a segment sum over the receivers, so
 grow with the edges. `propagate` takes a dense matrix in place of a graph too: its reference.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -88,7 +89,7 @@ def symmetric(graph: Graph) -> Graph:
   degree = degrees(graph)
   scale = 1 / np.sqrt(np.where(degree > 0, degree, 1))
   weights = graph.weights * scale[graph.senders] * scale[graph.receivers]
-  return graph.replace(weights=weights.astype(np.float32))
+  return dataclasses.replace(graph, weights=weights.astype(np.float32))
 
 
 def normalized(graph: Graph) -> Graph:
@@ -100,7 +101,7 @@ def mean_of_neighbors(graph: Graph) -> Graph:
   """Returns D^-1 A: `propagate` takes the mean of a node's neighbours, 0 where there are none."""
   degree = degrees(graph)
   weights = graph.weights / np.where(degree > 0, degree, 1)[graph.receivers]
-  return graph.replace(weights=weights.astype(np.float32))
+  return dataclasses.replace(graph, weights=weights.astype(np.float32))
 
 
 def dense(graph: Graph) -> jax.Array:
@@ -117,6 +118,6 @@ def sum_at_receivers(graph: Graph, values: jax.Array) -> jax.Array:
 def propagate(operator: Operator, x: jax.Array) -> jax.Array:
   """Returns the product of a graph, or of a dense matrix, and x [nodes, columns]."""
   if not isinstance(operator, Graph):
-    return operator @ x
+    return jnp.asarray(operator) @ x
   weights = jnp.asarray(operator.weights)
   return sum_at_receivers(operator, weights[:, None] * jnp.asarray(x)[operator.senders])

@@ -9,7 +9,10 @@ import pytest
 from moe_jax import errors
 from moe_jax.graphs import block_model, fit, metrics, networks, splits
 
-SETTINGS = fit.Settings(hidden=4, epochs=12, least_epochs=2, patience=3)
+SETTINGS = fit.Settings(
+  hidden=4, learning_rate=0.02, decay=0.9, decay_after=3, least_rate=0.015, epochs=20,
+  least_epochs=2, patience=3,
+)  # fmt: skip
 
 
 @functools.cache
