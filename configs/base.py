@@ -70,16 +70,7 @@ def get_config() -> Page:
   c.data.cache_dir = ''
   c.data.mixture = ml_collections.ConfigDict()
 
-  c.objective = ml_collections.ConfigDict()
-  c.objective.kind = 'next_token'
-  c.objective.inherit = False
-  c.objective.balance = True
-  c.objective.dpo = ml_collections.ConfigDict()
-  c.objective.dpo.beta = 0.1
-  c.objective.dpo.loss = 'sigmoid'
-  c.objective.dpo.label_smoothing = 0.0
-  c.objective.dpo.length_normalised = False
-  c.objective.dpo.sft_weight = 0.0
+  c.objective = _objective()
 
   c.trainable = ml_collections.ConfigDict()
   c.trainable.kind = 'all'
@@ -233,3 +224,42 @@ def _moe() -> Page:
   moe.capacity.exempt_fraction = 0.0
   moe.capacity.at_eval = False
   return moe
+
+
+def _objective():
+  """Section `objective`: next tokens; of other objectives what their papers have."""
+  c = ml_collections.ConfigDict()
+  c.kind = 'next_token'
+  c.inherit = False
+  c.balance = True
+  c.dpo = ml_collections.ConfigDict()
+  c.dpo.beta = 0.1
+  c.dpo.loss = 'sigmoid'
+  c.dpo.label_smoothing = 0.0
+  c.dpo.length_normalised = False
+  c.dpo.sft_weight = 0.0
+  c.policy = ml_collections.ConfigDict()
+  c.policy.algorithm = 'grpo'
+  c.policy.reward = 'answer'
+  c.policy.prompts = 32
+  c.policy.group_size = 8
+  c.policy.updates = 1
+  c.policy.max_new_tokens = 64
+  c.policy.temperature = 1.0
+  c.policy.rows = 0
+  c.policy.supervision = 'outcome'
+  c.policy.std = 'sample'
+  c.policy.aggregation = 'sequence_mean'
+  c.policy.ratio = 'token'
+  c.policy.clip_low = 0.2
+  c.policy.clip_high = 0.2
+  c.policy.dual_clip = 0.0
+  c.policy.kl = 'k3'
+  c.policy.kl_weight = 0.04
+  c.policy.reference_every = 0
+  c.policy.truncated = 'keep'
+  c.policy.max_draws = 1
+  c.policy.replay = 'rollout'
+  c.policy.reward_seconds = 5.0
+  c.policy.eval_questions = 128
+  return c

@@ -201,7 +201,7 @@ def _prefill(
   @jax.jit
   def fill(weights: cached_model.Weights, tokens: Array) -> tuple[Array, cached_model.Caches]:
     length = jnp.full((batch,), context, jnp.int32)
-    hidden, caches = cached_model.prefill(cfg, weights, tokens, length, slots)
+    hidden, caches, _ = cached_model.prefill(cfg, weights, tokens, length, slots)
     return cached_model.logits_of(cfg, weights, hidden[:, -1:]), caches
 
   compiled = fill.lower(weights, _tokens(cfg, batch, context, 0)).compile()

@@ -159,12 +159,12 @@ def _decode(cfg: schema.Config, variables, tell: Callable[[str], None]):
 
   @jax.jit
   def prefill(weights, tokens):
-    hidden, caches = cached_model.prefill(model, weights, tokens, length, slots)
+    hidden, caches, _ = cached_model.prefill(model, weights, tokens, length, slots)
     return cached_model.logits_of(model, weights, hidden), caches
 
   @jax.jit
   def step(weights, tokens, at, caches):
-    hidden, caches = cached_model.step(model, weights, tokens, at, caches)
+    hidden, caches, _ = cached_model.step(model, weights, tokens, at, caches)
     return cached_model.logits_of(model, weights, hidden), caches
 
   tell('prefilling')

@@ -1,7 +1,14 @@
 """The rules between the fields of a configuration that need no data and no devices."""
 
 from moe_jax import errors
-from moe_jax.config import attention_config, mesh_config, moe_rules, router_traits, schema
+from moe_jax.config import (
+  attention_config,
+  mesh_config,
+  moe_rules,
+  objective_rules,
+  router_traits,
+  schema,
+)
 
 
 def validate(config: schema.Config):
@@ -12,7 +19,7 @@ def validate(config: schema.Config):
   """
   validate_model(config.model)
   _validate_data(config.data)
-  _validate_objective(config)
+  objective_rules.validate(config)
   _validate_trainable(config)
   _validate_train(config.train)
   _validate_optim(config.optim, config.train)
@@ -139,35 +146,6 @@ def _validate_data(data: schema.DataConfig):
     )
 
 
-def _validate_objective(config: schema.Config):
-  objective, data = config.objective, config.data
-  errors.choice('objective.kind', objective.kind, schema.OBJECTIVES)
-  members = [data.source, *(member.source for member in data.mixture.values())]
-  where = 'config.data.source' if data.source != 'mixture' else 'config.data.mixture'
-  special = {'sft': schema.CONVERSATION_SOURCES, 'dpo': schema.PREFERENCE_SOURCES}
-  named = ('mixture', *schema.CHAT_SOURCES)
-  text = tuple(source for source in schema.SOURCES if source not in named)
-  allowed = special.get(objective.kind, text)
-  what = {'sft': 'conversations', 'dpo': 'preferences'}.get(objective.kind, 'text')
-  errors.require(
-    all(source in allowed for source in members if source != 'mixture'),
-    f'{where} with config.objective.kind={objective.kind!r} must name {what} only '
-    f'({", ".join(map(repr, allowed))}), and has {", ".join(map(repr, members))}; conversations '
-    "are for objective.kind='sft', preferences for 'dpo'",
-  )
-  errors.require(
-    objective.kind == 'next_token' or data.fim_rate == 0,
-    f'config.data.fim_rate={data.fim_rate} rearranges documents of text, not conversations; set it '
-    'to 0',
-  )
-  _validate_dpo(config)
-  errors.require(
-    not objective.inherit or bool(config.init_from),
-    "config.init_from='' must name the run to go on from, as config.objective.inherit=True takes "
-    'its model; pass --config.init_from=WORKDIR, or set objective.inherit=False',
-  )
-
-
 def _validate_trainable(config: schema.Config):
   trainable, model = config.trainable, config.model
   errors.choice('trainable.kind', trainable.kind, schema.TRAINABLE)
@@ -209,50 +187,6 @@ def _validate_trainable(config: schema.Config):
     any(trainable.experts) or any(chosen[1:]),
     f'{where} with no expert, and with shared_experts and non_expert_modules off, trains nothing; '
     'choose experts with python -m experiments.esft select',
-  )
-
-
-def _validate_dpo(config: schema.Config):
-  dpo = config.objective.dpo
-  errors.choice('objective.dpo.loss', dpo.loss, schema.PREFERENCE_LOSSES)
-  errors.require(
-    dpo.beta > 0,
-    f'config.objective.dpo.beta={dpo.beta} must be positive; 0.1 is usual, as without it nothing '
-    'holds the model near its reference',
-  )
-  errors.require(
-    0 <= dpo.label_smoothing < 0.5 and (dpo.loss == 'sigmoid' or not dpo.label_smoothing),
-    f'config.objective.dpo.label_smoothing={dpo.label_smoothing} must lie in [0, 0.5), and be 0 '
-    f'with objective.dpo.loss={dpo.loss!r}, which has no such term',
-  )
-  errors.require(
-    dpo.sft_weight >= 0,
-    f'config.objective.dpo.sft_weight={dpo.sft_weight} must not be negative; 0 leaves the term out',
-  )
-  if config.objective.kind != 'dpo':
-    return
-  errors.require(
-    bool(config.init_from),
-    "config.init_from='' must name the run that objective.kind='dpo' starts from, as its weights "
-    'are the reference; pass --config.init_from=WORKDIR',
-  )
-  errors.require(
-    not config.model.num_mtp_layers,
-    f'config.model.num_mtp_layers={config.model.num_mtp_layers} must be 0 with '
-    "objective.kind='dpo': preferences do not train multi-token prediction",
-  )
-  errors.require(
-    not config.train.z_loss_weight,
-    f'config.train.z_loss_weight={config.train.z_loss_weight} must be 0 with '
-    "objective.kind='dpo', whose loss has no such term",
-  )
-  moe = config.model.moe
-  errors.require(
-    not config.model.is_moe
-    or (moe.capacity.policy == 'none' and router_traits.of(moe).bound is None),
-    f'config.model.moe.capacity.policy={moe.capacity.policy!r} with router={moe.router!r} leaves '
-    "tokens out by what else is in the batch, so that objective.kind='dpo' would compare "
-    "log-probabilities of other computations; set policy='none' and a router without a bound",
   )
 
 

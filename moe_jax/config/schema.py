@@ -25,7 +25,15 @@ SOURCES = (
   *('python_source', 'text', 'jsonl', 'parquet', 'hf', 'synthetic', 'mixture'),
   *CHAT_SOURCES,
 )
-OBJECTIVES = ('next_token', 'sft', 'dpo')
+OBJECTIVES = ('next_token', 'sft', 'dpo', 'policy')
+POLICY_ALGORITHMS = ('grpo', 'rft')
+POLICY_SUPERVISION = ('outcome', 'process')
+POLICY_STD = ('sample', 'population', 'none')
+POLICY_AGGREGATIONS = ('sequence_mean', 'token_mean', 'constant')
+POLICY_RATIOS = ('token', 'sequence', 'sequence_token')
+POLICY_KLS = ('k2', 'k3')
+POLICY_TRUNCATED = ('keep', 'leave_out')
+REPLAYS = ('rollout', 'update', 'none')
 PREFERENCE_LOSSES = ('sigmoid', 'ipo')
 TRAINABLE = ('all', 'experts', 'lora')
 CHAT_FORMATS = ('deepseek_llm', 'deepseek_v3', 'template')
@@ -112,11 +120,47 @@ class DpoConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PolicyConfig:
+  """Reinforcement from rewards (GRPO, arXiv 2402.03300); only read with objective.kind='policy'."""
+
+  algorithm: str  # 'grpo', or 'rft' (online rejection fine-tuning): right answers alone are learned
+  reward: str  # a sum of rewards, such as 'answer + 0.1 * format' (moe_jax.rewards)
+  prompts: int  # questions of an iteration
+  group_size: int  # answers to each, G of the paper
+  updates: int  # optimizer steps on the answers of an iteration, mu of the paper
+  max_new_tokens: int  # of an answer
+  temperature: float  # of sampling, and of the policy that is trained
+  rows: int  # answers that are written at the same time; 0 = all of an iteration
+  supervision: str  # 'outcome', or 'process': a reward at the end of every step of an answer
+  std: (
+    str  # what advantages are divided by: 'sample' or 'population' deviation, or 'none' (Dr.GRPO)
+  )
+  # 'sequence_mean' (paper): tokens of an answer first, then answers; 'token_mean' (DAPO): all
+  # tokens alike; 'constant' (Dr.GRPO): the sum over answers x max_new_tokens.
+  aggregation: str
+  ratio: str  # of policy and sampler, per 'token', or per 'sequence' or 'sequence_token' (GSPO)
+  clip_low: float  # the ratio is held above 1 - clip_low
+  clip_high: float  # and below 1 + clip_high (DAPO: larger)
+  dual_clip: float  # what bounds a loss of a negative advantage, in advantages; 0 = nothing
+  kl: str  # estimate of the distance to the reference, 'k2' or 'k3' (paper)
+  kl_weight: float  # beta of the paper; 0 = no reference is kept
+  reference_every: int  # iterations after which the reference is the policy; 0 = the start for ever
+  truncated: str  # answers without an end token: 'keep', or 'leave_out' of the loss
+  max_draws: int  # batches of questions drawn for enough groups of unequal rewards; 1 = no more
+  # Experts that the update uses: those of the sampler ('rollout', R3), those of its own first pass
+  # ('update', R2), or its own of the moment.
+  replay: str
+  reward_seconds: float  # that judging one answer may take
+  eval_questions: int  # held-out questions asked at train.eval_every; 0 = none
+
+
+@dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
   """What the weights are trained for."""
 
   # 'next_token': every token of a text; 'sft': the assistant's turns of conversations, which are
-  # never cut, and end tokens with them; 'dpo': the chosen of two answers against the rejected one.
+  # never cut, and end tokens with them; 'dpo': the chosen of two answers against the rejected one;
+  # 'policy': answers of the model's own, by their rewards (experiments.rl).
   kind: str
   # Whether config.model is that of init_from, and data.tokenizer its tokenizer. What a command line
   # sets of them is changed after that.
@@ -125,6 +169,7 @@ class ObjectiveConfig:
   # field tunes without (docs/topics/fine_tuning.md).
   balance: bool
   dpo: DpoConfig
+  policy: PolicyConfig
 
 
 @dataclasses.dataclass(frozen=True)

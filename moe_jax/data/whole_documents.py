@@ -31,7 +31,7 @@ def _places(split: corpus.TokenSplit) -> np.ndarray:
 def num_rows(split: corpus.TokenSplit, max_seq_len: int) -> int:
   """Rows that `split` packs into, in any order."""
   places = _places(split)[fits(split, max_seq_len)]
-  return len(_bins(np.sort(places)[::-1], max_seq_len))
+  return len(best_fit(np.sort(places)[::-1], max_seq_len))
 
 
 class WholeDocuments:
@@ -49,7 +49,7 @@ class WholeDocuments:
     order = order[fits(split, max_seq_len)[order]]
     places = _places(split)[order]
     longest_first = np.argsort(-places, kind='stable')
-    bins = _bins(places[longest_first], max_seq_len)
+    bins = best_fit(places[longest_first], max_seq_len)
     self._rows = [order[longest_first[members]] for members in bins]
 
   def __len__(self) -> int:
@@ -102,7 +102,7 @@ class WholeDocuments:
     return [slice(begin, middle), slice(middle, end)]
 
 
-def _bins(places: np.ndarray, capacity: int) -> Sequence[list[int]]:
+def best_fit(places: np.ndarray, capacity: int) -> Sequence[list[int]]:
   """Best fit of falling sizes: the indices in each bin, bins in the order of their first one."""
   bins: list[list[int]] = []
   room: list[int] = []  # rising, of the bins that are not full

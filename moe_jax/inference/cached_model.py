@@ -42,6 +42,7 @@ class Decoded(NamedTuple):
 
   hidden: Array  # [B, L, D], before the final norm
   caches: Caches
+  experts: Array | None = None  # [MoE layers, B, L, K] int32, chosen; only if asked for
 
 
 def unstack(cfg: schema.ModelConfig, variables: trees.Variables) -> Weights:
@@ -108,23 +109,34 @@ def _apply(
   tokens: Array,
   ctx: multi_head.Context,
   caches: Caches | None,
+  keep_experts: bool,
 ) -> Decoded:
   x = _embed(cfg, weights, tokens)
   row = jnp.arange(len(tokens), dtype=jnp.int32)
   routed = routing.Tokens(tokens, ctx.segment_ids > 0, row, jnp.uint32(0), ctx.positions)
   kinds = [kind for kind in decoder_block.stacks(cfg) for _ in range(kind.length)]
-  new = []
+  new, experts = [], []
   for number, (kind, own) in enumerate(zip(kinds, weights.layers, strict=True)):
     inputs = decoder_block.LayerInputs(caches[number] if caches else None, jnp.int32(number), {})
     types = decode_layers.layer_types(own[decode_layers.KERNELS])
     block = decoder_block.Block(cfg, kind.is_moe, train=False, keep_cache=True, types=types)
-    x, (cache, _) = block.apply(own, x, inputs, ctx, routed)
+    if keep_experts and kind.is_moe:
+      (x, (cache, _)), sown = block.apply(own, x, inputs, ctx, routed, mutable=['intermediates'])
+      experts += sown['intermediates']['moe']['expert_idx']
+    else:
+      x, (cache, _) = block.apply(own, x, inputs, ctx, routed)
     new.append(cache)
-  return Decoded(x, tuple(new))
+  return Decoded(x, tuple(new), jnp.stack(experts) if experts else None)
 
 
 def prefill(
-  cfg: schema.ModelConfig, weights: Weights, tokens: Array, length: Array, num_slots: int
+  cfg: schema.ModelConfig,
+  weights: Weights,
+  tokens: Array,
+  length: Array,
+  num_slots: int,
+  *,
+  keep_experts: bool = False,
 ) -> Decoded:
   """Applies the model to the beginnings of all rows.
 
@@ -134,6 +146,7 @@ def prefill(
     tokens: [B, L] int32, padded on the right.
     length: [B] int32, real tokens.
     num_slots: S, slots of each cache, at least L.
+    keep_experts: return the chosen experts too.
 
   Returns:
     Decoded; cache slots after a row's last token hold values that are never read.
@@ -141,8 +154,8 @@ def prefill(
   positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
   segment_ids = (positions < length[:, None]).astype(jnp.int32)
   ctx = multi_head.Context(positions, segment_ids)
-  hidden, caches = _apply(cfg, weights, tokens, ctx, None)
-  return Decoded(hidden, jax.tree.map(lambda a: with_slots(a, num_slots), caches))
+  out = _apply(cfg, weights, tokens, ctx, None, keep_experts)
+  return out._replace(caches=jax.tree.map(lambda a: with_slots(a, num_slots), out.caches))
 
 
 def with_slots(a: Array, num_slots: int) -> Array:
@@ -151,7 +164,13 @@ def with_slots(a: Array, num_slots: int) -> Array:
 
 
 def step(
-  cfg: schema.ModelConfig, weights: Weights, tokens: Array, positions: Array, caches: Caches
+  cfg: schema.ModelConfig,
+  weights: Weights,
+  tokens: Array,
+  positions: Array,
+  caches: Caches,
+  *,
+  keep_experts: bool = False,
 ) -> Decoded:
   """Applies the model to the next tokens of every row.
 
@@ -161,9 +180,10 @@ def step(
     tokens: [B, L] int32.
     positions: [B, L] int32, rising by one along a row; slots before the first are written.
     caches: of the tokens before; slots from `positions` on may hold anything.
+    keep_experts: return the chosen experts too.
 
   Returns:
     Decoded; its caches hold the new tokens at their positions.
   """
   ctx = multi_head.Context(positions, jnp.ones_like(tokens))
-  return _apply(cfg, weights, tokens, ctx, caches)
+  return _apply(cfg, weights, tokens, ctx, caches, keep_experts)

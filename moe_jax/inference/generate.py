@@ -159,7 +159,7 @@ def _start(
 ) -> _State:
   """Reads the prompts [B, L] and draws the first token of each row."""
   batch_size, prompt_len = prompt.shape
-  hidden, caches = cached_model.prefill(
+  hidden, caches, _ = cached_model.prefill(
     cfg, weights, prompt, length, in_buckets(prompt_len + num_new)
   )
   last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)

@@ -29,6 +29,7 @@ class LayerInputs(NamedTuple):
   cache: LayerCache | None  # None outside of decoding
   number: Array  # [] int32, number of the layer in the model
   slopes: Mapping[str, Any]  # see `loss_scopes.global_slopes`
+  experts: Array | None = None  # [B, L, K] int32, choices to be taken over; None: the router's
 
 
 class Stack(NamedTuple):
@@ -85,7 +86,7 @@ class Block(nn.Module):
     if self.is_moe:
       sizes = routing.Sizes(cfg.vocab_size, cfg.max_seq_len)
       layer = self.types.moe(cfg.moe, sizes, cfg.init_std, train=self.train, name='moe', **dtypes)
-      update, stats = layer(u, tokens, own.number, own.slopes)
+      update, stats = layer(u, tokens, own.number, own.slopes, own.experts)
       stats = self._add_mixture(stats, mixture, own.slopes)
     else:
       update = self.types.feed_forward(cfg.mlp_dim, cfg.init_std, name='mlp', **dtypes)(u)

@@ -42,7 +42,12 @@ class MoE(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Array, tokens: routing.Tokens, layer: Array, slopes: Mapping[str, Any]
+    self,
+    x: Array,
+    tokens: routing.Tokens,
+    layer: Array,
+    slopes: Mapping[str, Any],
+    experts: Array | None = None,
   ) -> tuple[Array, router_stats.RouterStats | None]:
     """Applies the layer.
 
@@ -51,6 +56,7 @@ class MoE(nn.Module):
       tokens: the batch as routing sees it.
       layer: [] int32, number of the layer.
       slopes: see `loss_scopes.layer_losses`.
+      experts: [B, L, K] int32, recorded choices, see `decision.replayed`; None: the router's own.
 
     Returns:
       ([B, L, D], the routing statistics; None at initialisation, when nothing is routed).
@@ -73,6 +79,8 @@ class MoE(nn.Module):
       if router_kernel is not None:
         logits = decision.logits_of(cfg, self.train, x, router_kernel, tokens, layer)
       selected, selection = decision.select(cfg, router, self.train, logits, tokens, layer, state)
+      if experts is not None and logits is not None:
+        selected = decision.replayed(cfg, selected, experts, tokens)
       kept = decision.drop(cfg, self.train, selected, tokens, layer)
     self.sow('intermediates', 'gates', selected.gates)
     self.sow('intermediates', 'expert_idx', selected.expert_idx)

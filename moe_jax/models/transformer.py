@@ -91,6 +91,7 @@ class Transformer(nn.Module):
     row: Array | None = None,
     seed: Array | None = None,
     slopes: Mapping[str, Any] | None = None,
+    experts: Array | None = None,
   ) -> Output:
     """Applies the model.
 
@@ -103,6 +104,8 @@ class Transformer(nn.Module):
       seed: [] uint32, what decides the random choices of routing; None is 0.
       slopes: `loss_scopes.global_slopes`, leaves [MoE layers, ...] with those of multi-token
         prediction last; None without accumulation.
+      experts: [MoE layers, B, L, K] int32, recorded choices that every MoE layer takes over, see
+        `decision.replayed`; None: the routers'.
 
     Returns:
       Output; logits [B, L, V] float32.
@@ -131,7 +134,8 @@ class Transformer(nn.Module):
       stack = stack(cfg, kind.is_moe, self.train, name=kind.name)
       number = kind.first + jnp.arange(kind.length, dtype=jnp.int32)
       own = jax.tree.map(lambda a: a[: cfg.num_moe_layers], slopes or {}) if kind.is_moe else {}
-      x, (_, found[kind.name]) = stack(x, decoder_block.LayerInputs(None, number, own), ctx, routed)
+      own = decoder_block.LayerInputs(None, number, own, experts if kind.is_moe else None)
+      x, (_, found[kind.name]) = stack(x, own, ctx, routed)
     hidden = x
     x = layers.RMSNorm(cfg.norm_eps, dtype, name='final_norm')(x)
     if cfg.tie_embeddings:

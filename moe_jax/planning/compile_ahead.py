@@ -128,7 +128,7 @@ def _parameter_sizes(cfg: schema.Config, mesh: jax.sharding.Mesh) -> list[int]:
 def train_arguments(state: train_state.TrainState) -> dict[str, int]:
   """Bytes per device of the parts of an abstract or real train state."""
   return {
-    'parameters': bytes_per_device(state.params),
+    'parameters': bytes_per_device((state.params, state.reference)),
     'optimizer_state': bytes_per_device(state.opt_state),
     'router_state': bytes_per_device((state.router_state, state.step, state.seed)),
   }

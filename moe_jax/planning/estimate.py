@@ -138,20 +138,22 @@ def state_bytes(cfg: schema.Config, mesh: jax.sharding.AbstractMesh) -> dict[str
   """Bytes per device of the parts of the train state, see `compile_ahead.train_arguments`."""
   loop = dataclasses.replace(cfg.train, batch_size=1, micro_batch_size=0, batch_ramp=())
   model = dataclasses.replace(cfg.model, remat='none')
-  return dict(_state_bytes(model, cfg.trainable, cfg.optim, loop, cfg.mesh, mesh))
+  return dict(_state_bytes(model, cfg.objective, cfg.trainable, cfg.optim, loop, cfg.mesh, mesh))
 
 
 # A search asks again for each policy and micro-batch, which change nothing about the state.
 @functools.lru_cache(maxsize=256)
 def _state_bytes(
   model: schema.ModelConfig,
+  aim: schema.ObjectiveConfig,
   trained: schema.TrainableConfig,
   optim: schema.OptimConfig,
   loop: schema.TrainConfig,
   sizes: mesh_config.MeshConfig,
   mesh: jax.sharding.AbstractMesh,
 ) -> dict[str, int]:
-  state = train_state.laid_out(_boxed_state(model, trained, optim, loop), mesh, zero1=sizes.zero1)
+  boxed = _boxed_state(model, aim, trained, optim, loop)
+  state = train_state.laid_out(boxed, mesh, zero1=sizes.zero1)
   return compile_ahead.train_arguments(state)
 
 
@@ -159,6 +161,7 @@ def _state_bytes(
 @functools.lru_cache(maxsize=16)
 def _boxed_state(
   model: schema.ModelConfig,
+  aim: schema.ObjectiveConfig,
   trained: schema.TrainableConfig,
   optim: schema.OptimConfig,
   loop: schema.TrainConfig,
@@ -168,7 +171,7 @@ def _boxed_state(
     init_from='',
     model=model,
     data=unread,
-    objective=unread,
+    objective=aim,
     trainable=trained,
     optim=optim,
     train=loop,

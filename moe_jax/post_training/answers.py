@@ -104,6 +104,12 @@ def questions(data: schema.DataConfig, most: int, *, heldout: bool = True) -> li
   return found
 
 
+def example(data: schema.DataConfig, question: Question) -> dict[str, str]:
+  """What rewards are told of a question, see `rewards.reward`."""
+  del data
+  return {'question': question.prompt[-1].content, 'answer': question.answer}
+
+
 def is_right(source: str) -> Callable[[str, str], bool]:
   """What judges (text, answer): for sums the number, else equality but for space at the ends."""
   if source == 'arithmetic':

@@ -25,6 +25,7 @@ REWARDS: dict[str, Callable[..., reward.Function]] = {
   'steps': lambda: steps.steps,
   'program': programs.isolated,
 }
+IN_STEPS = ('steps',)  # those that are given at the end of every step too
 _TERM = re.compile(r'\s*(?:([-+]?[\d.]+)\s*\*\s*)?(\w+)\s*(?:\((.*)\))?\s*', re.DOTALL)
 
 

@@ -15,7 +15,7 @@ from moe_jax.data import corpus as corpus_lib
 from moe_jax.inference import generate
 from moe_jax.inference import sampling as sampling_lib
 from moe_jax.processes import agreement
-from moe_jax.runs import goodput, metric_log, plots, preference_plot, trained_run
+from moe_jax.runs import goodput, metric_log, plots, policy_plot, preference_plot, trained_run
 from moe_jax.training import evaluate
 
 
@@ -51,7 +51,12 @@ def draw(
   """Draws `plots/loss.png` and, for an MoE model, its routing; returns the paths."""
   written = [workdir / 'plots' / 'loss.png']
   points, title = metric_log.read_metrics(workdir), f'{workdir.name}: training loss'
-  if figures.preference is None:
+  if cfg.objective.kind == 'policy':
+    plots.loss_curve(points, written[0], title, [], 'policy loss')
+    written.append(workdir / 'plots' / 'rewards.png')
+    title = f'{workdir.name}: rewards of its answers'
+    policy_plot.draw(points, written[-1], title, policy_plot.read_heldout(workdir))
+  elif figures.preference is None:
     plots.loss_curve(points, written[0], title, [(step, figures.loss)])
   else:
     heldout = [(step, figures.preference['preference_loss'])]

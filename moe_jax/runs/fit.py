@@ -2,9 +2,10 @@
 
 import contextlib
 import math
+import pathlib
 import time
-from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,39 @@ import jax.numpy as jnp
 from moe_jax import trees
 from moe_jax.checkpoints import checkpointer as checkpointer_lib
 from moe_jax.config import paths, schema
+from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.devices import peak_flops
 from moe_jax.planning import flops
 from moe_jax.processes import agreement
 from moe_jax.runs import goodput, loop_actions, nonfinite_guard, stall_watch, trained_run
 from moe_jax.training import loop, optimizer_step, stop_signal, train_state
 from moe_jax.training import step_timer as step_timer_lib
+
+
+class Stage(Protocol):
+  """A stage whose batches depend on the weights of the moment, as answers of the model's own do."""
+
+  def batches(
+    self,
+    state: train_state.TrainState,
+    mesh: jax.sharding.Mesh,
+    tokenizer: tokenizer_lib.Tokenizer,
+    workdir: pathlib.Path,
+    say: trained_run.Say,
+  ) -> Generator[trees.HostBatch, None, None]:
+    """The batch of every step from `state` on, whole on every process."""
+    ...
+
+  def after_step(self, report: loop.StepReport):
+    """The first callback after a step."""
+
+  def may_stop(self) -> bool:
+    """Whether the run may end after the step that is being taken."""
+    ...
+
+  def scalars(self, metrics: Any) -> Mapping[str, float | None]:
+    """What is logged of a step."""
+    ...
 
 
 def fit(
@@ -34,6 +62,7 @@ def fit(
   say: trained_run.Say,
   began: float,
   profile: loop.Profile | None = None,
+  stage: Stage | None = None,
 ) -> tuple[train_state.TrainState, str]:
   """Trains to the end or to a signal, and saves the last state.
 
@@ -52,6 +81,7 @@ def fit(
     say: prints one line.
     began: `time.perf_counter()` when this start of the run began.
     profile: the steps to profile.
+    stage: where the batches come from, if they depend on the weights of the moment.
 
   Returns:
     (the last state, which is saved; the name of the signal that ended the run early, or '').
@@ -72,11 +102,11 @@ def fit(
   recent = nonfinite_guard.RecentBatches(batches, start, nonfinite_guard.num_kept(cfg))
   bar = loop_actions.ProgressBar(start, train.num_steps)
   with contextlib.closing(recent), bar, watch:
-    actions = [
+    scalars = optimizer_step.host_metrics if stage is None else stage.scalars
+    actions: list[Any] = [
+      *([] if stage is None else [stage]),
       bar,
-      loop_actions.LogMetrics(
-        members, train.log_every, optimizer_step.host_metrics, timer, bar, say
-      ),
+      loop_actions.LogMetrics(members, train.log_every, scalars, timer, bar, say),
       nonfinite_guard.NonfiniteGuard(
         members, recent, put, lambda step: is_logged(step) or checkpointer.is_due(step)
       ),
@@ -88,11 +118,16 @@ def fit(
       ),
       times,
     ]
+
+    def stop_requested() -> str:
+      signal_name = stops.after_step(stop.name)
+      return signal_name if stage is None or stage.may_stop() else ''
+
     last = loop.run(
       loop.steps(train_step, state, recent, mesh=mesh, put=put, timer=timer, profile=profile),
       actions,
       num_steps=train.num_steps,
-      stop_requested=lambda: stops.after_step(stop.name),
+      stop_requested=stop_requested,
     )
   with timer.saving():
     checkpointer.wait()

@@ -17,7 +17,7 @@ from tensorboardX import event_file_writer, summary
 from tensorboardX.proto import event_pb2
 
 from moe_jax import atomic_files
-from moe_jax.training import preference_loss
+from moe_jax.training import policy_loss, preference_loss
 
 TAIL = 0.2  # share of a run, at its end, over which a noisy figure is averaged
 KEYS = (
@@ -37,6 +37,7 @@ KEYS = (
   'skipped_steps',
 )
 PREFERENCE_KEYS = preference_loss.FIGURES  # behind them in a run of preferences
+POLICY_KEYS = (*policy_loss.FIGURES, *policy_loss.ROLLOUT_FIGURES)  # behind them in one of rewards
 _PROTO: Any = event_pb2  # its classes are made as it is imported
 _Path = str | os.PathLike[str]
 
@@ -64,7 +65,7 @@ class MetricWriter:
 
   def write(self, metrics: Mapping[str, float | None]):
     """Appends one step; the keys must be exactly `KEYS`, None where there is nothing to say, and
-    `PREFERENCE_KEYS` where there are preferences.
+    `PREFERENCE_KEYS` where there are preferences, `POLICY_KEYS` where there are rewards.
 
     Numbers are written with all their digits, so that equal lines mean bit-identical losses. JSON
     has no infinity and no NaN: they become null.
@@ -72,7 +73,8 @@ class MetricWriter:
     Raises:
       errors.InputError: the disk is full.
     """
-    keys = (*KEYS, *PREFERENCE_KEYS) if PREFERENCE_KEYS[0] in metrics else KEYS
+    more = next((k for k in (PREFERENCE_KEYS, POLICY_KEYS) if k[0] in metrics), ())
+    keys = (*KEYS, *more)
     if set(metrics) != set(keys):
       wrong = sorted(set(metrics) ^ set(keys))
       raise ValueError(f'metrics must have the keys {", ".join(keys)}; missing or extra: {wrong}')
@@ -185,6 +187,19 @@ def format_line(metrics: Mapping[str, float | None]) -> str:
   if PREFERENCE_KEYS[0] in metrics:
     formats['preference_accuracy'] = ('accuracy', '{:.1%}')
     formats['reward_margin'] = ('margin', '{:.3f}')
+  if POLICY_KEYS[0] in metrics:
+    formats |= {
+      'reward': ('reward', '{:.3f}'),
+      'right_share': ('right', '{:.1%}'),
+      'answer_tokens': ('length', '{:.1f}'),
+      'entropy': ('entropy', '{:.3f}'),
+      'equal_groups': ('equal_groups', '{:.0%}'),
+      'clip_share': ('clipped', '{:.1%}'),
+      'reference_kl': ('kl', '{:.4f}'),
+      'sampler_k3': ('sampler_k3', '{:.1e}'),
+      'experts_differ': ('experts_differ', '{:.1%}'),
+      'rollout_seconds': ('rollout', '{:.1f}s'),
+    }
   if metrics['mtp_loss'] is not None:
     formats['mtp_loss'] = ('mtp_loss', '{:.4f}')
   return ' '.join(

@@ -101,7 +101,7 @@ def read(workdir: pathlib.Path, step: int | None) -> Dump:
       f'{directory} has lost its checkpoint; train again to the same error',
     )
   with np.load(directory / 'batch.npz') as arrays:
-    batch = {key: arrays[key] for key in objective.BATCH_KEYS}
+    batch = objective.inputs(arrays)
   figures = json.loads((directory / 'report.json').read_text(encoding='utf-8'))
   return Dump(cfg, mesh, figures, restored.state, batch)
 

@@ -56,6 +56,7 @@ def run_training(
   say: trained_run.Say = print,
   profile_steps: tuple[int, int] | None = None,
   open_weights: first_state.Open = first_state.of_run,
+  stage: fit.Stage | None = None,
 ) -> tuple[trained_run.Run, corpus_lib.Corpus]:
   """Trains `cfg` in `workdir`, resuming from the newest whole checkpoint there.
 
@@ -70,6 +71,7 @@ def run_training(
     say: prints one line.
     profile_steps: the first and the last of the steps that are profiled, into workdir/profile.
     open_weights: config -> what `init_from` names, for more kinds than runs.
+    stage: where the batches come from, of a run of rewards (`post_training.policy_stage`).
 
   Returns:
     The trained (or interrupted) run and its corpus.
@@ -78,6 +80,11 @@ def run_training(
     errors.InputError: see the message.
   """
   began = time.perf_counter()
+  errors.require(
+    (stage is not None) == (cfg.objective.kind == 'policy'),
+    f'config.objective.kind={cfg.objective.kind!r} learns from answers of its own; run '
+    'python -m experiments.rl, or moe_jax.train',
+  )
   workdir, first = paths.local(workdir, '--workdir'), agreement.is_first()
   writes = first or parts is not None
   say = terminal.of(say if first else _say_nothing)
@@ -129,7 +136,19 @@ def run_training(
     corpus.tokenizer.end_ids = kept_files.end_ids(workdir / kept_files.DIRECTORY, corpus.tokenizer)
     checkpointer.prepare(abstract_state)
     state, stopped_by = _fit(
-      cfg, workdir, parts, corpus, mesh, state, stream, checkpointer, stop, say, window, began
+      cfg,
+      workdir,
+      parts,
+      corpus,
+      mesh,
+      state,
+      stream,
+      checkpointer,
+      stop,
+      say,
+      window,
+      began,
+      stage,
     )
     step = int(state.step)
   run = trained_run.Run(
@@ -151,23 +170,31 @@ def _fit(
   say: trained_run.Say,
   window: profile.Window | None,
   began: float,
+  stage: fit.Stage | None,
 ) -> tuple[train_state.TrainState, str]:
   """Trains from `state` on; see `fit.fit`."""
   start = int(state.step)
+  if stage is None:
+    found = batches.of_run(cfg, corpus, mesh=mesh, start=start, stream=stream)
+    place = partitioning.put_batch
+  else:
+    found = stage.batches(state, mesh, corpus.tokenizer, workdir, say)
+    place = partitioning.put_global_batch
   with loop_actions.member(cfg, corpus, workdir, start, stream=stream, parts=parts) as member:
     return fit.fit(
       [member],
       optimizer_step.make_train_step(cfg, mesh),
       state,
-      batches.of_run(cfg, corpus, mesh=mesh, start=start, stream=stream),
+      found,
       mesh=mesh,
-      put=lambda batch: partitioning.put_batch(objective.inputs(batch), mesh),
+      put=lambda batch: place(objective.inputs(batch), mesh),
       checkpointer=checkpointer,
       meta=trained_run.meta(cfg, corpus, stream),
       stop=stop,
       say=say,
       began=began,
       profile=window if agreement.is_first() else None,
+      stage=stage,
     )
 
 

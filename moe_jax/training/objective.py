@@ -1,4 +1,4 @@
-"""Loss of a batch, next-token or of preferences, and balance; its gradients, exact under
+"""Loss of a batch, of next tokens, preferences or rewards, and balance; its gradients, exact under
 accumulation.
 """
 
@@ -14,7 +14,7 @@ from moe_jax.balance import loss_scopes, router_stats
 from moe_jax.config import moe_config, schema
 from moe_jax.models import model_variables, transformer
 from moe_jax.training import cross_entropy as cross_entropy_lib
-from moe_jax.training import lora, preference_loss, trainable
+from moe_jax.training import lora, policy_loss, preference_loss, trainable
 
 Array = jax.Array
 Batch = dict[str, Array]
@@ -26,11 +26,12 @@ REFERENCE = 'reference'  # of batches of preferences, see `whole_documents`
 class Loss(NamedTuple):
   """Shares of a (micro-)batch; they add up to the values of the whole batch."""
 
-  main: Array  # [] float32, cross-entropy per target, or the loss of preferences per pair
+  main: Array  # [] float32, cross-entropy per target, loss per pair of preferences, or of a policy
   mtp: Array | None  # [] float32, cross-entropy of multi-token prediction, mean over its depths
   aux: Array  # [] float32, weighted sum of the balance losses
   stats: router_stats.RouterStats | None  # leaves [MoE layers, ...], multi-token prediction's last
-  preference: preference_loss.Figures | None = None  # sums over pairs
+  # Sums over pairs of preferences, or over tokens of answers.
+  figures: preference_loss.Figures | policy_loss.Figures | None = None
 
 
 class Totals(NamedTuple):
@@ -53,7 +54,8 @@ def totals_of(cfg: schema.Config, batch: Batch) -> Totals:
 
 def inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
   """The arrays of a batch that the loss reads."""
-  return {key: batch[key] for key in (*BATCH_KEYS, REFERENCE) if key in batch}
+  keys = (*BATCH_KEYS, REFERENCE, *policy_loss.KEYS)
+  return {key: batch[key] for key in keys if key in batch}
 
 
 def batch_loss(
@@ -73,7 +75,8 @@ def batch_loss(
     params: weights.
     router_state: what routing remembers.
     batch: tokens, targets, positions, segment_ids, each [B, L] int32, and row [B] int32, the rows'
-      numbers in the whole batch; of preferences also reference [B, L] float32.
+      numbers in the whole batch; of preferences also reference [B, L] float32, of answers with
+      rewards those of `policy_loss.KEYS`.
     seed: [] uint32, decides the random choices of routing in this step.
     totals: of the whole batch.
     slopes: `loss_scopes.global_slopes` of the whole batch, when this is only a part of it.
@@ -93,12 +96,21 @@ def batch_loss(
     row=batch['row'],
     seed=seed,
     slopes=slopes,
+    experts=recorded_experts(batch),
   )
   head = transformer.head_of(cfg.model, params)
   head_loss = functools.partial(cross_entropy_lib.head_loss, head=head, chunk=cfg.train.loss_chunk)
-  preference, mtp, stats = None, None, out.stats
+  figures, mtp, stats = None, None, out.stats
   if cfg.objective.kind == 'dpo':
-    total, main, preference = _preference_loss(cfg, head, out.normed, batch, totals)
+    total, main, figures = _preference_loss(cfg, head, out.normed, batch, totals)
+  elif cfg.objective.kind == 'policy':
+    with jax.named_scope('policy_loss'):
+      policy, targets = cfg.objective.policy, batch['targets']
+      log_probs = policy_log_probs(
+        out.normed, head, targets, temperature=policy.temperature, chunk=cfg.train.loss_chunk
+      )
+      total, figures = policy_loss.sums(policy, log_probs, targets, batch['segment_ids'], batch)
+    main = total
   else:
     with jax.named_scope('head_loss'):
       found = head_loss(out.normed, targets=batch['targets'], z_weight=cfg.train.z_loss_weight)
@@ -115,9 +127,9 @@ def batch_loss(
     if stats is not None:
       stats = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), stats, out.mtp.stats)
   if stats is None:
-    return total, Loss(main, mtp, jnp.float32(0), None, preference)
+    return total, Loss(main, mtp, jnp.float32(0), None, figures)
   aux = aux_loss(cfg.model.moe, model_variables.moe_state(router_state), stats) / totals.tokens
-  return total + aux, Loss(main, mtp, aux, stats, preference)
+  return total + aux, Loss(main, mtp, aux, stats, figures)
 
 
 def _preference_loss(
@@ -148,6 +160,28 @@ def answer_scores(
   targets = batch['targets']
   log_probs = cross_entropy_lib.token_log_probs(normed, head, targets, chunk=chunk)
   return preference_loss.answers(log_probs, targets, batch['segment_ids'])
+
+
+def policy_log_probs(
+  normed: Array, head: Array, targets: Array, *, temperature: float, chunk: int
+) -> Array:
+  """Log-probabilities of a policy's tokens as it samples them: [B, L] float32.
+
+  Args:
+    normed: [B, L, D] hidden states before the head.
+    head: [D, V].
+    targets: [B, L] int32; -1 where nothing is learned.
+    temperature: that logits are divided by.
+    chunk: see `cross_entropy.token_log_probs`.
+  """
+  normed = normed / jnp.asarray(temperature, normed.dtype)
+  return cross_entropy_lib.token_log_probs(normed, head, targets, chunk=chunk)
+
+
+def recorded_experts(batch: Mapping[str, Array]) -> Array | None:
+  """The choices that a batch brings, [MoE layers, B, L, K] int32; None where it brings none."""
+  found = batch.get(policy_loss.EXPERTS)
+  return None if found is None else jnp.moveaxis(found, 2, 0).astype(jnp.int32)
 
 
 def aux_loss(

@@ -19,6 +19,7 @@ from moe_jax.training import (
   loss_spikes,
   objective,
   optim,
+  policy_loss,
   preference_loss,
   skipped_steps,
   train_state,
@@ -33,14 +34,17 @@ Batch = dict[str, Array]
 class StepMetrics:
   """Metrics of one step, kept on the device until they are logged."""
 
-  loss: Array  # [] float32, nats: cross-entropy per real target, or loss per pair of preferences
+  loss: (
+    Array  # [] float32, cross-entropy per real target, loss per pair of preferences, or of a policy
+  )
   mtp_loss: Array | None  # [] float32, of multi-token prediction, mean over depths; None without
   aux_loss: Array  # [] float32, weighted sum of the balance losses
   lr: jax.typing.ArrayLike  # [] float32
   grad_norm: Array  # [] float32, before clipping
   stats: router_stats.RouterStats | None  # of the global batch, leaves [num_moe_layers, ...]
   skipped: skipped_steps.Skipped  # this step included
-  preference: preference_loss.Figures | None = None  # sums over the pairs of the global batch
+  # Of the global batch, sums over pairs of preferences or over tokens of answers.
+  figures: preference_loss.Figures | policy_loss.Figures | None = None
 
 
 def host_metrics(metrics: StepMetrics) -> dict[str, float | None]:
@@ -48,14 +52,14 @@ def host_metrics(metrics: StepMetrics) -> dict[str, float | None]:
 
   Keys: loss, mtp_loss (None without multi-token prediction), lr, grad_norm, aux_loss, max_vio,
   drop_rate (means over the layers), overflow_rate, the share of all chosen assignments that did
-  not fit the buffers of the exchange, and skipped_steps, of all steps so far; of preferences also
-  `preference_loss.FIGURES`.
+  not fit the buffers of the exchange, and skipped_steps, of all steps so far; and the means of
+  `preference_loss.Figures` or `policy_loss.Figures`.
   """
   stats = metrics.stats
   stats = None if stats is None else (stats.sums.load, stats.dropped, stats.overflow)
   scalars = (metrics.loss, metrics.mtp_loss, metrics.lr, metrics.grad_norm, metrics.aux_loss)
-  (loss, mtp_loss, lr, grad_norm, aux), stats, skipped, preference = jax.device_get(
-    (scalars, stats, metrics.skipped.total, metrics.preference)
+  (loss, mtp_loss, lr, grad_norm, aux), stats, skipped, figures = jax.device_get(
+    (scalars, stats, metrics.skipped.total, metrics.figures)
   )
   max_vio = drop_rate = overflow = None
   if stats is not None:
@@ -73,7 +77,7 @@ def host_metrics(metrics: StepMetrics) -> dict[str, float | None]:
     'drop_rate': drop_rate,
     'overflow_rate': overflow,
     'skipped_steps': int(skipped),
-    **({} if preference is None else preference.means()),
+    **({} if figures is None else figures.means()),
   }
 
 
@@ -139,9 +143,16 @@ def step_function(
     skipped = skipped_steps.count(opt_state, state.step + 1)
     rate = schedule(state.step)
     metrics = StepMetrics(
-      loss.main, loss.mtp, loss.aux, rate, norm, loss.stats, skipped, loss.preference
+      loss.main, loss.mtp, loss.aux, rate, norm, loss.stats, skipped, loss.figures
     )
-    state = train_state.TrainState(state.step + 1, state.seed, params, router_state, opt_state)
+    reference = state.reference
+    if reference is not None and cfg.objective.policy.reference_every:
+      every = cfg.objective.policy.reference_every * cfg.objective.policy.updates
+      renewed = (state.step + 1) % every == 0
+      reference = skipped_steps.select(renewed, params, reference)
+    state = train_state.TrainState(
+      state.step + 1, state.seed, params, router_state, opt_state, reference
+    )
     return state, metrics
 
   return train_step

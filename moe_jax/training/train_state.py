@@ -24,6 +24,8 @@ class TrainState(struct.PyTreeNode):
   params: trees.Params
   router_state: trees.RouterState  # the optimizer never sees it
   opt_state: trees.Tree
+  # Weights that a policy is held near, shaped as `params`; None without such a term.
+  reference: trees.Params | None = None
 
   @property
   def variables(self) -> dict[str, Any]:
@@ -39,7 +41,18 @@ def _init(cfg: schema.Config, rng: Array) -> TrainState:
   opt_state = _opt_state(cfg, variables['params'])
   # Not the number train.seed itself: a constant in the step's program would compile per seed.
   seed = jax.random.bits(rng, (), jnp.uint32)
-  return TrainState(jnp.zeros((), jnp.int32), seed, opt_state=opt_state, **variables)
+  return TrainState(
+    jnp.zeros((), jnp.int32),
+    seed,
+    opt_state=opt_state,
+    reference=variables['params'] if has_reference(cfg) else None,
+    **variables,
+  )
+
+
+def has_reference(cfg: schema.Config) -> bool:
+  """Whether a run keeps the weights of a reference beside those that it trains."""
+  return cfg.objective.kind == 'policy' and cfg.objective.policy.kl_weight > 0
 
 
 def _opt_state(cfg: schema.Config, params: trees.Params) -> trees.Tree:
@@ -95,7 +108,8 @@ def state_from(cfg: schema.Config, mesh: jax.sharding.Mesh, params: trees.Params
     # What the given weights replace is dead code to the compiler.
     state = partitioning.unbox(_init(cfg, rng))
     params = trainable.overlaid(state.params, params)
-    return state.replace(params=params, opt_state=_opt_state(cfg, params))
+    reference = None if state.reference is None else params
+    return state.replace(params=params, opt_state=_opt_state(cfg, params), reference=reference)
 
   create = jax.jit(create, out_shardings=out, donate_argnums=1)
   return create(jax.random.key(cfg.train.seed), params)

@@ -76,7 +76,9 @@ def test_command_measures_prints_and_keeps_what_it_did_not_measure(toy, capsys):
   capsys.readouterr()
   in_process.run(command, *arguments, '--only=dropless,backward')
   printed = capsys.readouterr().out
-  assert printed.count('\n') == 5 and 'capacity' not in printed  # three programs, the header's lines
+  assert (
+    printed.count('\n') == 5 and 'capacity' not in printed
+  )  # three programs, the header's lines
   saved = json.loads((toy / 'layer_cpu.json').read_text())
   assert len(saved) == len(results)
   assert saved[0]['run']['versions']['jax'] and saved[0]['run']['peaks']['flops'] == 1e9

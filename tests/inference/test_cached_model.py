@@ -115,7 +115,7 @@ def prepared(name):
 
   @tiny.jit
   def start(weights, tokens, length):
-    hidden, caches = cached_model.prefill(model, weights, tokens, length, SLOTS)
+    hidden, caches, _ = cached_model.prefill(model, weights, tokens, length, SLOTS)
 
     def real(a):
       return (jnp.arange(SLOTS) < length[:, None]).reshape(B, SLOTS, *[1] * (a.ndim - 2))
@@ -125,7 +125,7 @@ def prepared(name):
 
   @tiny.jit
   def step(weights, tokens, positions, caches):
-    hidden, caches = cached_model.step(model, weights, tokens, positions, caches)
+    hidden, caches, _ = cached_model.step(model, weights, tokens, positions, caches)
     return cached_model.logits_of(model, weights, hidden), caches
 
   prompt = np.where(LENGTHS[:, None] > AT, TOKENS, 5)[:, :8]

@@ -10,6 +10,7 @@ import pytest
 from moe_jax.runs import final_report, goodput
 from moe_jax.training import evaluate
 from tests import tiny
+from tests.training.test_policy_loss import RUN
 
 
 def test_compressors_report_bits_per_byte():
@@ -82,4 +83,19 @@ def test_a_run_of_preferences_is_drawn_with_its_own_loss_and_rewards(tmp_path, m
   assert drawn == [
     ('lines', curve, 'run: training loss', [(7, 0.5)], 'preference loss [nats per pair]'),
     ('lines', rewards, 'run: what is preferred', preference),
+  ]
+
+
+def test_a_run_of_rewards_is_drawn_with_what_it_won(tmp_path, monkeypatch):
+  drawn = []
+  monkeypatch.setattr(final_report.metric_log, 'read_metrics', lambda workdir: 'lines')
+  monkeypatch.setattr(final_report.plots, 'loss_curve', lambda *args: drawn.append(args))
+  monkeypatch.setattr(final_report.policy_plot, 'draw', lambda *args: drawn.append(args))
+  figures = types.SimpleNamespace(loss=3.0, routing=None, preference=None)
+  written = final_report.draw(tiny.make(**RUN), tmp_path / 'run', 7, figures)
+  curve, rewards = (tmp_path / 'run' / 'plots' / name for name in ('loss.png', 'rewards.png'))
+  assert written == [curve, rewards]
+  assert drawn == [
+    ('lines', curve, 'run: training loss', [], 'policy loss'),
+    ('lines', rewards, 'run: rewards of its answers', []),
   ]

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.config import moe_config
 from moe_jax.devices import partitioning
@@ -87,6 +88,24 @@ def select(
   axes = layers.TOKEN_AXES if router.per_token else rows
   in_axes = (*[axes] * len(per_token), rows, None, None, None)
   return partitioning.per_shard(decide, in_axes, axes)(*per_token, *others)
+
+
+def replayed(
+  cfg: moe_config.MoEConfig, selected: routing.Routing, experts: Array, tokens: routing.Tokens
+) -> routing.Routing:
+  """A decision with recorded choices in place of the router's, gates computed anew in full.
+
+  The gates are the present scores of the recorded experts, so their gradient reaches the router.
+
+  Args:
+    cfg: how gates are normalised.
+    selected: the router's own decision, whose scores are used.
+    experts: [B, L, K] int32, as the intermediate `expert_idx` of another application has them.
+    tokens: the batch.
+  """
+  experts = checkpoint_name(experts, 'routing')
+  gates = routing.gates_of(selected.scores, experts, cfg)
+  return routing.without(routing.Routing(gates, experts, selected.scores), tokens.mask)
 
 
 def drop(

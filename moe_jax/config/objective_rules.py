@@ -1,0 +1,193 @@
+"""The rules of what the weights are trained for, section `objective`."""
+
+from moe_jax import errors
+from moe_jax.config import router_traits, schema
+
+
+def validate(config: schema.Config):
+  """Checks the section `objective`, and what it asks of the others.
+
+  Raises:
+    errors.InputError: names the field, its value, the rule and the way out.
+  """
+  objective, data = config.objective, config.data
+  errors.choice('objective.kind', objective.kind, schema.OBJECTIVES)
+  members = [data.source, *(member.source for member in data.mixture.values())]
+  where = 'config.data.source' if data.source != 'mixture' else 'config.data.mixture'
+  special = {
+    'sft': schema.CONVERSATION_SOURCES,
+    'dpo': schema.PREFERENCE_SOURCES,
+    'policy': schema.CONVERSATION_SOURCES,
+  }
+  named = ('mixture', *schema.CHAT_SOURCES)
+  text = tuple(source for source in schema.SOURCES if source not in named)
+  allowed = special.get(objective.kind, text)
+  chats = {'sft': 'conversations', 'dpo': 'preferences', 'policy': 'conversations'}
+  what = chats.get(objective.kind, 'text')
+  errors.require(
+    all(source in allowed for source in members if source != 'mixture'),
+    f'{where} with config.objective.kind={objective.kind!r} must name {what} only '
+    f'({", ".join(map(repr, allowed))}), and has {", ".join(map(repr, members))}; conversations '
+    "are for objective.kind='sft' and 'policy', preferences for 'dpo'",
+  )
+  errors.require(
+    objective.kind == 'next_token' or data.fim_rate == 0,
+    f'config.data.fim_rate={data.fim_rate} rearranges documents of text, not conversations; set it '
+    'to 0',
+  )
+  _validate_dpo(objective.dpo)
+  _validate_policy(objective.policy)
+  if objective.kind in ('dpo', 'policy'):
+    _validate_log_probs(config)
+  if objective.kind == 'policy':
+    _validate_rollouts(config)
+  errors.require(
+    not objective.inherit or bool(config.init_from),
+    "config.init_from='' must name the run to go on from, as config.objective.inherit=True takes "
+    'its model; pass --config.init_from=WORKDIR, or set objective.inherit=False',
+  )
+
+
+def _validate_dpo(dpo: schema.DpoConfig):
+  errors.choice('objective.dpo.loss', dpo.loss, schema.PREFERENCE_LOSSES)
+  errors.require(
+    dpo.beta > 0,
+    f'config.objective.dpo.beta={dpo.beta} must be positive; 0.1 is usual, as without it nothing '
+    'holds the model near its reference',
+  )
+  errors.require(
+    0 <= dpo.label_smoothing < 0.5 and (dpo.loss == 'sigmoid' or not dpo.label_smoothing),
+    f'config.objective.dpo.label_smoothing={dpo.label_smoothing} must lie in [0, 0.5), and be 0 '
+    f'with objective.dpo.loss={dpo.loss!r}, which has no such term',
+  )
+  errors.require(
+    dpo.sft_weight >= 0,
+    f'config.objective.dpo.sft_weight={dpo.sft_weight} must not be negative; 0 leaves the term out',
+  )
+
+
+def _validate_policy(policy: schema.PolicyConfig):
+  """The values of `objective.policy` by themselves."""
+  where = 'objective.policy'
+  for name, known in (
+    ('algorithm', schema.POLICY_ALGORITHMS),
+    ('supervision', schema.POLICY_SUPERVISION),
+    ('std', schema.POLICY_STD),
+    ('aggregation', schema.POLICY_AGGREGATIONS),
+    ('ratio', schema.POLICY_RATIOS),
+    ('truncated', schema.POLICY_TRUNCATED),
+    ('replay', schema.REPLAYS),
+  ):
+    errors.choice(f'{where}.{name}', getattr(policy, name), known)
+  errors.require(
+    policy.kl in schema.POLICY_KLS,
+    f"config.{where}.kl={policy.kl!r} must be 'k2' or 'k3': the gradient of 'k1', log p - log q, "
+    'is 0 in the mean and does not hold the reference q, so it keeps a policy near nothing',
+  )
+  errors.at_least(policy, where, 1, 'prompts', 'updates', 'max_new_tokens', 'max_draws')
+  errors.at_least(
+    policy, where, 0, 'rows', 'kl_weight', 'reference_every', 'dual_clip', 'eval_questions'
+  )
+  errors.require(
+    policy.group_size >= 2,
+    f'config.{where}.group_size={policy.group_size} must be at least 2: an advantage compares the '
+    'answers to one question; 8 to 64 are usual',
+  )
+  errors.require(
+    policy.temperature > 0,
+    f'config.{where}.temperature={policy.temperature} must be positive, as answers that are all '
+    'alike teach nothing; 1 is usual',
+  )
+  errors.require(
+    0 < policy.clip_low < 1 and policy.clip_high > 0,
+    f'config.{where}.clip_low={policy.clip_low} must lie in (0, 1) and clip_high='
+    f'{policy.clip_high} above 0; 0.2 and 0.2 are usual',
+  )
+  errors.require(
+    policy.dual_clip == 0 or policy.dual_clip > 1,
+    f'config.{where}.dual_clip={policy.dual_clip} must be above 1 (3 is usual), or 0 to be off',
+  )
+  errors.require(
+    policy.reward_seconds > 0,
+    f'config.{where}.reward_seconds={policy.reward_seconds} must be positive',
+  )
+  errors.require(
+    policy.algorithm == 'grpo' or policy.supervision == 'outcome',
+    f"config.{where}.supervision={policy.supervision!r} must be 'outcome' with algorithm="
+    f'{policy.algorithm!r}, which learns whole answers that are right',
+  )
+
+
+def _validate_log_probs(config: schema.Config):
+  """What losses of log-probabilities under two models ask of a run."""
+  kind = config.objective.kind
+  errors.require(
+    bool(config.init_from),
+    f"config.init_from='' must name the run that objective.kind={kind!r} starts from, as its "
+    'weights are the reference; pass --config.init_from=WORKDIR',
+  )
+  errors.require(
+    not config.model.num_mtp_layers,
+    f'config.model.num_mtp_layers={config.model.num_mtp_layers} must be 0 with '
+    'objective.kind={kind!r}: preferences do not train multi-token prediction',
+  )
+  errors.require(
+    not config.train.z_loss_weight,
+    f'config.train.z_loss_weight={config.train.z_loss_weight} must be 0 with '
+    'objective.kind={kind!r}, whose loss has no such term',
+  )
+  moe = config.model.moe
+  errors.require(
+    not config.model.is_moe
+    or (moe.capacity.policy == 'none' and router_traits.of(moe).bound is None),
+    f'config.model.moe.capacity.policy={moe.capacity.policy!r} with router={moe.router!r} leaves '
+    'tokens out by what else is in the batch, so that objective.kind={kind!r} would compare '
+    "log-probabilities of other computations; set policy='none' and a router without a bound",
+  )
+
+
+def _validate_rollouts(config: schema.Config):
+  """What answers that are written while a run trains ask of it."""
+  policy, moe = config.objective.policy, config.model.moe
+  where = 'config.objective.policy'
+  errors.require(
+    policy.max_new_tokens < config.model.max_seq_len,
+    f'{where}.max_new_tokens={policy.max_new_tokens} must leave room for a question in '
+    f'config.model.max_seq_len={config.model.max_seq_len}; ask for fewer',
+  )
+  every = config.checkpoint.save_every
+  errors.require(
+    every % policy.updates == 0,
+    f'config.checkpoint.save_every={every} must be a multiple of objective.policy.updates='
+    f'{policy.updates}: a run goes on at the beginning of an iteration, as its answers are not '
+    'kept',
+  )
+  errors.require(
+    config.train.num_steps % policy.updates == 0,
+    f'config.train.num_steps={config.train.num_steps} must be a multiple of '
+    f'objective.policy.updates={policy.updates}; make it whole iterations',
+  )
+  errors.require(
+    not config.train.batch_ramp,
+    f'config.train.batch_ramp={config.train.batch_ramp} must be empty with objective.kind='
+    "'policy', whose batches are the answers of an iteration",
+  )
+  if not config.model.is_moe:
+    return
+  traits = router_traits.of(moe)
+  errors.require(
+    traits.causal,
+    f"config.model.moe.router={moe.router!r} has no causal decoding, and objective.kind='policy' "
+    'writes answers token by token; use a router whose tokens choose experts',
+  )
+  errors.require(
+    not (moe.options.input_jitter or moe.options.random_second_expert),
+    f'config.model.moe.options.input_jitter={moe.options.input_jitter} and random_second_expert='
+    f"{moe.options.random_second_expert} must be off with objective.kind='policy': sampler and "
+    'trainer would not be one model; set 0 and False',
+  )
+  errors.require(
+    policy.replay == 'none' or traits.ranked,
+    f'{where}.replay={policy.replay!r} needs a router whose tokens choose K experts each, and '
+    f"config.model.moe.router={moe.router!r} does not; set replay='none'",
+  )

@@ -1,0 +1,314 @@
+"""The stage of a run that learns from rewards: answers are written, judged, and learned from.
+
+An iteration writes `group_size` answers to each of `prompts` questions with the weights of the
+moment, has them judged in processes beside, and takes `updates` optimizer steps on them. A run
+stops, saves and goes on between iterations only, so that answers need not be kept: they are written
+again, the same ones, from the weights of the checkpoint.
+
+Which questions an iteration asks is a pure function of (seed, iteration): the questions of the
+training split, in an order of its own for every pass over them.
+"""
+
+import functools
+import json
+import pathlib
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax import atomic_files, errors, trees
+from moe_jax.balance import router_stats
+from moe_jax.config import schema
+from moe_jax.data import chat_formats
+from moe_jax.data import tokenizer as tokenizer_lib
+from moe_jax.devices import partitioning
+from moe_jax.inference import generate
+from moe_jax.models import transformer
+from moe_jax.post_training import answers as answers_lib
+from moe_jax.post_training import policy_batches, rollouts
+from moe_jax.processes import agreement
+from moe_jax.rewards import pool as pool_lib
+from moe_jax.rewards import registry, reward
+from moe_jax.runs import policy_plot
+from moe_jax.training import loop, objective, optimizer_step, policy_loss, train_state
+
+WORKERS = 2  # processes that judge answers
+MOST_QUESTIONS = 10**6  # of a source that are held in memory
+
+
+def of(cfg: schema.Config) -> 'PolicyStage | None':
+  """The stage of a run of rewards; None for a run of another objective."""
+  return PolicyStage(cfg) if cfg.objective.kind == 'policy' else None
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _scores(
+  model: schema.ModelConfig,
+  temperature: float,
+  chunk: int,
+  variables: trees.Variables,
+  batch: Mapping[str, jax.Array],
+) -> tuple[jax.Array, jax.Array | None]:
+  """Log-probabilities [B, L] of the targets, as a training step has them, and the experts."""
+  inputs = (batch[key] for key in ('tokens', 'positions', 'segment_ids'))
+  sown: Any = transformer.Transformer(model, train=True).apply(
+    variables, *inputs, experts=objective.recorded_experts(batch), mutable=['intermediates']
+  )
+  out, kept = sown
+  head, targets = transformer.head_of(model, variables['params']), batch['targets']
+  log_probs = objective.policy_log_probs(
+    out.normed, head, targets, temperature=temperature, chunk=chunk
+  )
+  if not model.is_moe:
+    return log_probs, None
+  experts = kept['intermediates']['moe_layers']['moe']['expert_idx'][0]
+  return log_probs, jnp.moveaxis(experts, 0, 2)
+
+
+class PolicyStage:
+  """What a training loop asks: batches, what is logged, and when it may stop."""
+
+  def __init__(self, cfg: schema.Config):
+    """Reads the questions.
+
+    Raises:
+      errors.InputError: the reward is unknown, or there are too few questions.
+    """
+    policy = cfg.objective.policy
+    terms = registry.parse(policy.reward)
+    registry.build(policy.reward)
+    errors.require(
+      policy.supervision == 'outcome' or terms[0].name in registry.IN_STEPS,
+      f'config.objective.policy.reward={policy.reward!r} must begin with a reward of steps '
+      f"({', '.join(registry.IN_STEPS)}) for supervision='process'",
+    )
+    self._cfg, self._policy = cfg, policy
+    self._questions = answers_lib.questions(cfg.data, MOST_QUESTIONS, heldout=False)
+    errors.require(
+      len(self._questions) >= policy.prompts,
+      f'config.data.path={cfg.data.path!r} has {len(self._questions)} questions to be trained on, '
+      f'and config.objective.policy.prompts={policy.prompts} asks for more at once; ask fewer',
+    )
+    self._heldout = []
+    if policy.eval_questions:
+      self._heldout = answers_lib.questions(cfg.data, policy.eval_questions)
+    self.figures: dict[str, float | None] = dict.fromkeys(policy_loss.ROLLOUT_FIGURES)
+    self._state: train_state.TrainState | None = None
+    self._step = 0
+
+  def batches(
+    self,
+    state: train_state.TrainState,
+    mesh: jax.sharding.Mesh,
+    tokenizer: tokenizer_lib.Tokenizer,
+    workdir: pathlib.Path,
+    say: Callable[[str], None],
+  ) -> Generator[trees.HostBatch, None, None]:
+    """Yields the batch of every step from `state` on; each iteration's is yielded `updates` times.
+
+    Args:
+      state: that the run begins or goes on with.
+      mesh: devices of all processes.
+      tokenizer: of the run.
+      workdir: of the run.
+      say: prints one line.
+
+    Raises:
+      errors.InputError: a question with its answer does not fit `model.max_seq_len`.
+      pool.PoolError: no reward can be given.
+    """
+    cfg, policy = self._cfg, self._policy
+    self._state, self._step = state, int(state.step)
+    self._mesh, self._tokenizer, self._workdir, self._say = mesh, tokenizer, workdir, say
+    self._sampler = rollouts.Sampler(cfg, tokenizer.end_ids, mesh)
+    with pool_lib.RewardPool(policy.reward, WORKERS, policy.reward_seconds) as self._pool:
+      if self._pool.isolation:
+        say(f'programs run in: {self._pool.isolation}')
+      if self._step == 0:
+        self._ask_heldout()
+      while self._step < cfg.train.num_steps:
+        batch = self._iteration(self._step // policy.updates)
+        for _ in range(policy.updates):
+          yield batch
+        if cfg.train.eval_every and self._step % cfg.train.eval_every < policy.updates:
+          self._ask_heldout()
+
+  def after_step(self, report: loop.StepReport):
+    """Holds the state of the moment, which the next iteration samples from."""
+    self._state, self._step = report.state, report.step
+    if report.complete:
+      self._ask_heldout()
+
+  def may_stop(self) -> bool:
+    """Whether the run may stop and be saved here: at the end of an iteration."""
+    return (self._step + 1) % self._policy.updates == 0
+
+  def scalars(self, metrics: optimizer_step.StepMetrics) -> dict[str, float | None]:
+    """What is logged of a step, that of its iteration included."""
+    return {**optimizer_step.host_metrics(metrics), **self.figures}
+
+  def _variables(self) -> dict[str, Any]:
+    assert self._state is not None
+    return self._state.variables
+
+  def _iteration(self, iteration: int) -> trees.HostBatch:
+    """Writes, judges and lays out the answers of an iteration."""
+    policy, start = self._policy, time.perf_counter()
+    variables = self._variables()
+    everything: list[list[policy_batches.Judged]] = []
+    kept: list[list[policy_batches.Judged]] = []
+    tokens, seconds = 0, 0.0
+    for number in range(policy.max_draws):
+      draw = iteration * policy.max_draws + number
+      groups, written = self._groups(variables, draw)
+      everything += groups
+      tokens, seconds = tokens + written.num_tokens, seconds + written.seconds
+      useful = [group for group in groups if policy_batches.is_mixed(group)]
+      kept += groups if policy.max_draws == 1 else useful
+      if len(kept) >= policy.prompts:
+        break
+    kept = kept[: policy.prompts] or everything[: policy.prompts]
+    flat = [one for group in kept for one in group]
+    batch, where = self._learnable(variables, flat)
+    self.figures |= policy_batches.answer_figures(everything)
+    self.figures |= {
+      'sampler_max_vio': _max_vio(self._cfg, flat),
+      'rollout_seconds': time.perf_counter() - start,
+      'rollout_tokens_per_second': tokens / seconds,
+    }
+    return batch
+
+  def _groups(
+    self, variables: trees.Variables, draw: int
+  ) -> tuple[list[list[policy_batches.Judged]], rollouts.Rollouts]:
+    """Groups of answers to one batch of questions, judged."""
+    questions = self._asked(draw)
+    prompts = self._prompts(questions)
+    written = self._sampler.sample(variables, prompts, draw)
+    owners = [questions[one.question] for one in written.answers]
+    texts = [self._text(one) for one in written.answers]
+    found = self._pool.score(self._items(written.answers, owners, texts))
+
+    def ends(number: int) -> list[int]:
+      answer, (text, skipped) = written.answers[number], texts[number]
+      del text
+      offsets = [offset for offset, _ in found[number].step_rewards or ()]
+      return policy_batches.step_ends(self._tokenizer.decode, answer.tokens, offsets, skipped)
+
+    return policy_batches.judged(self._policy, written.answers, found, ends), written
+
+  def _asked(self, draw: int) -> list[answers_lib.Question]:
+    """The questions of a batch: a pass over all of them in an order of its own, then the next."""
+    total, size = len(self._questions), self._policy.prompts
+    per_pass = total // size
+    passes, place = divmod(draw, per_pass)
+    order = np.random.default_rng([self._cfg.train.seed, passes]).permutation(total)
+    return [self._questions[i] for i in order[place * size : (place + 1) * size]]
+
+  def _prompts(self, questions: Sequence[answers_lib.Question]) -> list[list[int]]:
+    return chat_formats.prompts(self._cfg.data, [q.prompt for q in questions], self._tokenizer)
+
+  def _text(self, answer: rollouts.Answer) -> tuple[str, int]:
+    """(what an answer says, characters before that in its text)."""
+    ids = answer.tokens[:-1] if answer.ended else answer.tokens
+    whole = generate.continuation(self._tokenizer.decode, answer.prompt, ids)
+    said = chat_formats.said(self._cfg.data, whole)
+    return said, len(whole) - len(said)
+
+  def _items(
+    self,
+    written: Sequence[rollouts.Answer],
+    owners: Sequence[answers_lib.Question],
+    texts: Sequence[tuple[str, int]],
+  ) -> list[reward.Item]:
+    return [
+      reward.Item(
+        question.prompt[-1].content,
+        answer.tokens[:-1] if answer.ended else answer.tokens,
+        text,
+        answers_lib.example(self._cfg.data, question),
+      )
+      for answer, question, (text, _) in zip(written, owners, texts)
+    ]
+
+  def _learnable(
+    self, variables: trees.Variables, answers: Sequence[policy_batches.Judged]
+  ) -> tuple[dict[str, np.ndarray], list[tuple[int, int]]]:
+    """The batch of an iteration with the log-probabilities that its steps are measured against."""
+    cfg, policy = self._cfg, self._policy
+    layers = cfg.model.num_moe_layers if cfg.model.is_moe else 0
+    batch, where = policy_batches.rows(cfg, answers, layers)
+    replayed = batch.pop(policy_loss.EXPERTS, None)
+    free, own = self._measured(variables, batch)
+    if policy.replay == 'update':
+      replayed = own
+    if policy.replay == 'none' or replayed is None:
+      batch[policy_loss.OLD] = free
+    else:
+      batch[policy_loss.EXPERTS] = replayed
+      batch[policy_loss.OLD] = free
+      if policy.replay == 'rollout':
+        batch[policy_loss.OLD] = self._measured(variables, batch)[0]
+    self.figures |= policy_batches.sampler_figures(answers, where, free, own)
+    if policy.kl_weight:
+      assert self._state is not None and self._state.reference is not None
+      reference = self._state.replace(params=self._state.reference).variables
+      batch[policy_loss.REFERENCE] = self._measured(reference, batch)[0]
+    return batch, where
+
+  def _measured(
+    self, variables: trees.Variables, batch: Mapping[str, np.ndarray]
+  ) -> tuple[np.ndarray, np.ndarray | None]:
+    """(log-probabilities [B, L], experts [B, L, layers, K]) of a batch, some rows at a time."""
+    cfg = self._cfg
+    size = cfg.train.micro_batch_size or cfg.train.batch_size
+    keys = ('tokens', 'targets', 'positions', 'segment_ids', policy_loss.EXPERTS)
+    found = []
+    for begin in range(0, len(batch['tokens']), size):
+      part = {key: batch[key][begin : begin + size] for key in keys if key in batch}
+      with partitioning.activate(self._mesh):
+        put = partitioning.put_global_batch(part, self._mesh)
+        scores = _scores(cfg.model, self._policy.temperature, cfg.train.loss_chunk, variables, put)
+        found.append(agreement.fetch(scores))
+    log_probs = np.concatenate([one for one, _ in found])
+    experts = [one for _, one in found if one is not None]
+    return log_probs, np.concatenate(experts) if experts else None
+
+  def _ask_heldout(self):
+    """Asks the held-out questions, says how many are right and keeps that."""
+    if not self._heldout:
+      return
+    prompts = self._prompts(self._heldout)
+    written = self._sampler.sample(self._variables(), prompts, 0, greedy=True).answers
+    texts = [self._text(one) for one in written]
+    found = self._pool.score(self._items(written, self._heldout, texts))
+    right, total = sum(one.kind == 'right' for one in found), len(found)
+    if not agreement.is_first():
+      return
+    low, high = answers_lib.wilson(right, total)
+    self._say(
+      f'step={self._step} held-out questions: {right} of {total} right {right / total:.1%} '
+      f'[{low:.1%}, {high:.1%}]'
+    )
+    path = self._workdir / policy_plot.HELDOUT_FILE
+    lines = [one for one in policy_plot.read_heldout(self._workdir) if one['step'] < self._step]
+    lines.append({'step': self._step, 'right': right, 'total': total})
+    atomic_files.write_text(path, ''.join(json.dumps(one) + '\n' for one in lines))
+
+
+def _max_vio(cfg: schema.Config, answers: Sequence[policy_batches.Judged]) -> float | None:
+  """MaxVio of what the sampler has chosen, mean over the layers; None for a dense model."""
+  routes: Iterator[np.ndarray] = (
+    one.answer.experts for one in answers if one.answer.experts is not None
+  )
+  loads: Any = 0
+  for experts in routes:
+    counts = [np.bincount(layer.ravel(), minlength=cfg.model.moe.num_experts) for layer in experts]
+    loads = loads + np.array(counts)
+  if np.ndim(loads) == 0:
+    return None
+  return float(router_stats.max_vio(loads[:, : cfg.model.moe.num_experts].astype(float)).mean())

@@ -1,0 +1,51 @@
+import pytest
+
+from moe_jax import errors
+from tests import tiny
+from tests.training.test_policy_loss import RUN
+
+
+@pytest.mark.parametrize(
+  'changes, words',
+  [
+    ({'policy__kl': 'k1'}, "kl='k1' must be 'k2' or 'k3'"),
+    ({'policy__group_size': 1}, 'group_size=1 must be at least 2'),
+    ({'policy__temperature': 0.0}, 'temperature=0.0 must be positive'),
+    ({'policy__clip_low': 1.0}, 'clip_low=1.0'),
+    ({'policy__clip_high': 0.0}, 'clip_high=0.0'),
+    ({'policy__dual_clip': 0.5}, 'dual_clip=0.5'),
+    ({'policy__reward_seconds': 0.0}, 'reward_seconds=0.0'),
+    ({'policy__aggregation': 'mean'}, "aggregation='mean' must be one of"),
+    ({'policy__updates': 0}, 'updates=0 must be at least 1'),
+    ({'policy__algorithm': 'rft', 'policy__supervision': 'process'}, "supervision='process'"),
+  ],
+)
+def test_values_are_refused_whatever_the_objective(changes, words):
+  for base in ({}, RUN):
+    changed = base | {f'objective__{key}': value for key, value in changes.items()}
+    with pytest.raises(errors.InputError, match=words.replace('[', r'\\[')):
+      tiny.make(**changed)
+
+
+@pytest.mark.parametrize(
+  'changes, words',
+  [
+    ({'init_from': ''}, "config.init_from=''"),
+    ({'objective__policy__max_new_tokens': 16}, 'max_new_tokens=16'),
+    ({'objective__policy__updates': 3}, 'save_every'),
+    (
+      {'objective__policy__updates': 4, 'checkpoint__save_every': 4, 'train__num_steps': 6},
+      'num_st',
+    ),
+    ({'train__batch_ramp': ((2, 16),)}, 'batch_ramp'),
+    ({'model__moe__router': 'expert_choice'}, 'router'),
+    ({'model__moe__options__input_jitter': 0.1}, 'input_jitter=0.1'),
+    ({'model__moe__capacity__policy': 'expert'}, 'capacity.policy'),
+    ({'data__source': 'synthetic'}, 'must name conversations'),
+    ({'train__z_loss_weight': 1e-4}, 'z_loss_weight'),
+  ],
+)
+def test_a_run_of_rewards_refuses_what_it_cannot_do(changes, words):
+  tiny.make(**RUN)
+  with pytest.raises(errors.InputError, match=words):
+    tiny.make(**(RUN | changes))

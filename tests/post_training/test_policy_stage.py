@@ -1,0 +1,99 @@
+"""Runs of rewards: what they log, and that they go on bit by bit in the middle of an iteration."""
+
+import json
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+import moe_jax
+from moe_jax import errors
+from moe_jax.post_training import policy_stage
+from moe_jax.runs import metric_log, policy_plot
+from tests.post_training.conftest import SIZES
+
+SETTINGS = SIZES | {
+  'data.path': '?max_value=9&operations=1&problems=300',
+  'objective.policy.prompts': 4,
+  'objective.policy.group_size': 4,
+  'objective.policy.max_new_tokens': 6,
+  'objective.policy.updates': 2,
+  # Of random tokens about every other answer has it.
+  'objective.policy.reward': "format(pattern='.*[a-z].*')",
+  'objective.policy.eval_questions': 8,
+  'train.num_steps': 6,
+  'optim.warmup_steps': 0,
+  'optim.peak_lr': 5e-3,
+}
+
+
+def tune(base, workdir, say=print, **changes):
+  given = SETTINGS | {'init_from': str(base.directory)}
+  given['data.cache_dir'] = str(workdir.parent / 'cache')
+  return moe_jax.train('grpo', workdir, report=False, say=say, **given | changes)
+
+
+def lines(run):
+  return [json.loads(line) for line in (run.directory / 'metrics.jsonl').open()]
+
+
+def same_weights(a, b):
+  for x, y in zip(jax.tree.leaves(a.variables), jax.tree.leaves(b.variables), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.slow
+def test_a_run_is_logged_and_goes_on_bit_by_bit(base, tmp_path):
+  whole = tune(base, tmp_path / 'whole', **{'objective.policy.reference_every': 2})
+  logged = lines(whole)
+  assert list(logged[0]) == [*metric_log.KEYS, *metric_log.POLICY_KEYS]
+  assert [line['clip_share'] for line in logged[::2]] == [0, 0, 0]  # the first update of each
+  assert logged[0]['ratio'] == pytest.approx(1, abs=1e-5)
+  assert logged[0]['reference_kl'] == pytest.approx(0, abs=1e-6) and logged[3]['reference_kl'] > 0
+  # Two iterations, four steps: the reference is the policy again.
+  assert logged[4]['reference_kl'] == pytest.approx(0, abs=1e-6)
+  assert logged[0]['sampler_log_ratio_max'] < 1e-4 and logged[0]['experts_differ'] == 0
+  assert logged[0]['reward'] == logged[1]['reward']  # one iteration
+  asked = policy_plot.read_heldout(whole.directory)
+  assert [line['step'] for line in asked] == [0, 6] and asked[0]['total'] > 0
+
+  # A signal in the middle of an iteration: the run ends at its end, is saved, and goes on.
+  def interrupting(line):
+    if line.startswith('step=2 loss'):  # seen at step 3
+      signal.raise_signal(signal.SIGTERM)
+
+  stopped = tune(
+    base, tmp_path / 'stopped', interrupting, **{'objective.policy.reference_every': 2}
+  )
+  assert stopped.interrupted_by == 'SIGTERM' and stopped.step == 4
+  resumed = tune(base, tmp_path / 'stopped', **{'objective.policy.reference_every': 2})
+  same_weights(whole, resumed)
+  for a, b in zip(logged, lines(resumed), strict=True):
+    assert {k: a[k] for k in ('loss', 'reward', 'entropy', 'reference_kl')} == {
+      k: b[k] for k in ('loss', 'reward', 'entropy', 'reference_kl')
+    }
+
+  # One that has lost its last checkpoint, as one that was killed.
+  for step in ('4', '6'):
+    (tmp_path / 'whole' / 'checkpoints' / step).rename(tmp_path / f'lost{step}')
+  same_weights(resumed, tune(base, tmp_path / 'whole', **{'objective.policy.reference_every': 2}))
+
+
+@pytest.mark.slow
+def test_a_reward_is_won_and_replay_changes_nothing_in_float32(base, tmp_path):
+  changes = {'train.num_steps': 16, 'checkpoint.save_every': 16, 'objective.policy.prompts': 8}
+  free = lines(tune(base, tmp_path / 'none', **changes, **{'objective.policy.replay': 'none'}))
+  assert np.mean([x['reward'] for x in free[-4:]]) > 0.1 + free[0]['reward']
+  replayed = lines(tune(base, tmp_path / 'rollout', **changes | {'train.num_steps': 2}))
+  np.testing.assert_allclose(replayed[0]['loss'], free[0]['loss'], atol=1e-6)
+  np.testing.assert_allclose(replayed[0]['grad_norm'], free[0]['grad_norm'], rtol=1e-4)
+
+
+def test_another_objective_has_no_such_stage(base, tmp_path):
+  assert policy_stage.of(base.config) is None
+  with pytest.raises(errors.InputError, match='must begin with a reward of steps'):
+    tune(base, tmp_path / 'run', **{'objective.policy.supervision': 'process'})
+  with pytest.raises(errors.InputError, match='prompts=400'):
+    tune(base, tmp_path / 'run', **{'objective.policy.prompts': 400})
+  assert not (tmp_path / 'run').exists()
