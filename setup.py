@@ -19,7 +19,10 @@ setuptools.setup(
   url=REPOSITORY or None,
   python_requires='>=3.11',
   packages=setuptools.find_packages(include=['moe_jax*', 'configs*', 'experiments*']),
-  package_data={'configs': ['tuned/*.json']},
+  package_data={
+    'configs': ['tuned/*.json'],
+    'moe_jax.analysis.comparison': ['page.css', 'page.js'],
+  },
   install_requires=[
     'absl-py>=2.1',
     'etils[epath]>=1.9',
@@ -52,7 +55,10 @@ setuptools.setup(
       'qwix>=0.1.8',
       'nbclient>=0.10',
       'ipykernel>=6.29',
+      'plotly>=6.0',
     ],
+    'compare': ['plotly>=6.0'],  # its plotly.js is drawn with on the pages of experiments.compare
+    'browser': ['playwright>=1.50'],  # tests that click such a page, in a Chromium that is at hand
     'cuda': [
       'jax[cuda13]>=0.10',
       'tokamax>=0.0.12',

@@ -6,6 +6,7 @@
     run.generate(['def main('], max_new_tokens=64)
     run.routing('some text')  # experts, gates and load of every layer
     run.evaluate()  # held-out figures
+    moe_jax.compare('runs/first', 'runs/second')  # what differs, and whether it is real
 
 JAX is imported at the first use, not with the package.
 """
@@ -16,14 +17,31 @@ from typing import TYPE_CHECKING, Any
 from moe_jax.errors import InputError
 
 if TYPE_CHECKING:
+  from moe_jax.api.compare import Comparison, compare
   from moe_jax.api.load import load
   from moe_jax.api.run import Routing, Run
   from moe_jax.api.train import train
 
 __version__ = '0.2.0'
-__all__ = ['InputError', 'Routing', 'Run', '__version__', 'load', 'train']
+__all__ = [
+  'Comparison',
+  'InputError',
+  'Routing',
+  'Run',
+  '__version__',
+  'compare',
+  'load',
+  'train',
+]
 
-_HOMES = {'load': 'load', 'Routing': 'run', 'Run': 'run', 'train': 'train'}
+_HOMES = {
+  'Comparison': 'compare',
+  'compare': 'compare',
+  'load': 'load',
+  'Routing': 'run',
+  'Run': 'run',
+  'train': 'train',
+}
 
 
 def __getattr__(name: str) -> Any:

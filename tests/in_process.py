@@ -10,7 +10,7 @@ from absl import flags
 from experiments.common import cli
 
 
-def run(command: Any, *arguments: str) -> int | None:
+def run(command: Any, *arguments: str, words: bool = False) -> int | None:
   """Runs the module `command` with `arguments`, forgets its flags, and returns its status."""
   values = flags.FLAGS
   before = set(values)
@@ -19,8 +19,7 @@ def run(command: Any, *arguments: str) -> int | None:
     patch.setattr(sys, 'argv', argv)  # a run's record quotes it
     try:
       command.define_flags()
-      cli.parse_flags(argv)
-      return command.main(argv[:1])
+      return command.main(cli.parse_flags(argv, words))
     finally:
       values.remove_flag_values(set(values) - before)
 

@@ -31,7 +31,11 @@ from moe_jax.storage import urls
 MISSING_CONFIG = '--config is missing; give a config page, for example --config=quickstart'
 
 
-def run(main: Callable[[Sequence[str]], object], define_flags: Callable[[], object] | None = None):
+def run(
+  main: Callable[[Sequence[str]], object],
+  define_flags: Callable[[], object] | None = None,
+  words: bool = False,
+):
   """Parses the flags, runs `main(argv)` and exits.
 
   Args:
@@ -39,6 +43,7 @@ def run(main: Callable[[Sequence[str]], object], define_flags: Callable[[], obje
       docstring is what --help begins with.
     define_flags: called first. Flags that are defined here, and not while the command's module is
       imported, let tests import several commands into one process.
+    words: whether `main` takes arguments that are no flags, argv[1:]; without, they are refused.
   """
   own = flag_help.described(define_flags or (lambda: None))
   if any(argument in flag_help.HELP_ARGUMENTS for argument in sys.argv[1:]):
@@ -47,7 +52,9 @@ def run(main: Callable[[Sequence[str]], object], define_flags: Callable[[], obje
     return
 
   try:
-    app.run(functools.partial(_quietly, main), flags_parser=parse_flags)
+    app.run(
+      functools.partial(_quietly, main), flags_parser=functools.partial(parse_flags, words=words)
+    )
   except errors.InputError as error:
     message = ' '.join(str(error).split())
     print('error:', message, file=sys.stderr)
@@ -288,8 +295,12 @@ def resolve(flag_value: ml_collections.ConfigDict | None) -> schema.Config:
     raise errors.InputError(f'{error}{config_overrides.router_hint(flag_value)}') from error
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
-  """Parses the command line in any order; returns what is no flag, which is the program's name.
+def parse_flags(argv: Sequence[str], words: bool = False) -> list[str]:
+  """Parses the command line in any order; returns what is no flag, the program's name first.
+
+  Args:
+    argv: the command line.
+    words: whether there may be more than the program's name.
 
   Raises:
     errors.InputError: whatever can be wrong with a command line.
@@ -311,7 +322,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     ) from error
   except flags.Error as error:
     raise errors.InputError(str(error)) from error
-  if len(rest) > 1:
+  if len(rest) > 1 and not words:
     raise errors.InputError(f'unexpected argument {rest[1]!r}; all arguments are --name=value')
   errors.require(bool(specs) or not overrides, MISSING_CONFIG)
   if page is not None:

@@ -11,6 +11,7 @@ _HERE = pathlib.Path(__file__).parents[1]
 # One of these ends the module of every command.
 _STARTS = (
   'cli.run(main, define_flags)',
+  'cli.run(main, define_flags, words=True)',
   'sys.exit(cli.run(main, define_flags))',
   'cli.run_action(main, define_flags, ACTIONS)',
 )

@@ -17,6 +17,8 @@ COLOURS = {
   paired.CONTRADICTED: plots.ORANGE,
   paired.UNDECIDED: '0.45',
   difference_curves.NOT_YET: '#7048a8',
+  'lower': '#2b8a3e',  # where there is no claim, but what is lower is better
+  'higher': plots.ORANGE,
 }
 
 

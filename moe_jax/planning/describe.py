@@ -114,8 +114,14 @@ class Description:
     }
 
 
-def describe(config: schema.Config, name: str) -> Description:
-  """Counts everything about `config`; `name` is what the reader knows it by."""
+def describe(config: schema.Config, name: str, *, with_modules: bool = True) -> Description:
+  """Counts everything about `config`.
+
+  Args:
+    config: a run.
+    name: what the reader knows it by.
+    with_modules: False leaves `modules` empty, for which the model has to be traced.
+  """
   model, itemsize = config.model, jnp.dtype(config.model.dtype).itemsize
   kv_cache = flops.kv_cache_elements_per_token(model)
   return Description(
@@ -123,7 +129,7 @@ def describe(config: schema.Config, name: str) -> Description:
     settings=_model_settings(config),
     parameters=flops.count_parameters(model),
     activated=flops.count_activated(model),
-    modules=_modules(model),
+    modules=_modules(model) if with_modules else (),
     train_flops_per_sequence_paper=flops.train_flops_per_sequence_paper(model, config.paper),
     train_flops_per_sequence=flops.train_flops_per_sequence(model),
     train_flops_per_token=flops.train_flops_per_token(model),
@@ -233,7 +239,7 @@ def table(descriptions: Sequence[Description]) -> str:
   if len(descriptions) > 1:
     text += [
       'MATCHED with A',
-      *matched_budgets.lines(labels, [_costs(d) for d in descriptions]),
+      *matched_budgets.lines(labels, [costs(d) for d in descriptions]),
       '',
     ]
     caches = [d.kv_cache_bytes_per_token_by_bits for d in descriptions]
@@ -252,7 +258,7 @@ def _note(title: str, text: str) -> str:
   return textwrap.fill(text, 92, initial_indent=title.ljust(14), subsequent_indent=' ' * 14)
 
 
-def _costs(d: Description) -> dict[str, float]:
+def costs(d: Description) -> dict[str, float]:
   """What a fair comparison holds equal."""
   return {
     'total parameters': d.parameters.total,

@@ -1,0 +1,156 @@
+"""What was logged over training, group by group: losses, balance, loads, and what was spent."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moe_jax.analysis import difference_curves
+from moe_jax.analysis.comparison import groups as groups_lib
+from moe_jax.analysis.comparison import workdirs
+from moe_jax.planning import flops
+from moe_jax.training import optim
+
+KEYS = ('loss', 'max_vio', 'drop_rate')  # of metrics.jsonl
+MAX_POINTS = 200  # of a curve that is shown; more are averaged
+MAX_STEPS = 24  # of the loads that are shown
+
+
+class Series(NamedTuple):
+  """Figures of a group at the steps that all of its seeds have logged."""
+
+  seeds: list[int]
+  steps: np.ndarray  # [points]
+  tokens: np.ndarray  # [points] trained on by one run
+  flops: np.ndarray  # [points] of training, by one run
+  seconds: np.ndarray  # [points] of training steps, mean over seeds
+  values: dict[str, np.ndarray]  # of `KEYS`, [seeds, points]; NaN where there is none
+
+
+class Balance(NamedTuple):
+  """Balance of a group per MoE layer."""
+
+  steps: list[int]
+  first_layer: int
+  max_vio: np.ndarray  # [layers, steps] mean over seeds
+
+
+class Load(NamedTuple):
+  """Load of each expert in one run of a group, relative to its layer's mean."""
+
+  seed: int
+  steps: list[int]
+  first_layer: int
+  relative: list[np.ndarray]  # [layers, E] of each step; 1 = balanced
+
+
+def series(group: groups_lib.Group) -> Series | None:
+  """The logged figures of a group; None if its seeds have no step in common."""
+  runs = list(group.runs.values())
+  common = set.intersection(*({line['step'] for line in run.metrics} for run in runs))
+  if not common:
+    return None
+  steps = np.asarray(sorted(common))
+  found = [{line['step']: line for line in run.metrics} for run in runs]
+  cfg = group.cfg
+  tokens = np.asarray(optim.tokens_at(cfg.train, cfg.model.max_seq_len, steps.tolist()), float)
+  values = {key: np.asarray([_column(lines, steps, key) for lines in found]) for key in KEYS}
+  return Series(
+    list(group.runs),
+    steps,
+    tokens,
+    tokens * flops.train_flops_per_token(cfg.model),
+    np.mean([_seconds(run, steps) for run in runs], axis=0),
+    values,
+  )
+
+
+def _column(lines: dict[int, dict[str, Any]], steps: np.ndarray, key: str) -> list[float]:
+  values = [lines[step].get(key) for step in steps.tolist()]
+  return [float('nan') if value is None else float(value) for value in values]
+
+
+def _seconds(run: workdirs.RunFiles, steps: np.ndarray) -> np.ndarray:
+  """Seconds of training steps up to each of `steps`, from the logged tokens per second."""
+  at = [line['step'] for line in run.metrics]
+  tokens = np.asarray(optim.tokens_at(run.cfg.train, run.cfg.model.max_seq_len, at), float)
+  rate = np.asarray([line.get('tokens_per_second') or np.nan for line in run.metrics], float)
+  rate = np.where(np.isfinite(rate), rate, np.nanmedian(rate) if np.isfinite(rate).any() else 1.0)
+  spent = np.cumsum(np.diff(tokens, prepend=0.0) / rate)
+  return spent[np.searchsorted(at, steps)]
+
+
+def thinned(series: Series, num: int = MAX_POINTS) -> Series:
+  """A series of at most `num` points, each the mean of neighbours."""
+  if len(series.steps) <= num:
+    return series
+  edges = np.round(np.linspace(0, len(series.steps), num + 1)).astype(int)
+  parts = [slice(a, b) for a, b in zip(edges, edges[1:])]
+
+  def mean(a: np.ndarray) -> np.ndarray:
+    return np.stack([a[..., part].mean(axis=-1) for part in parts], axis=-1)
+
+  values = {key: mean(value) for key, value in series.values.items()}
+  return Series(
+    series.seeds,
+    mean(series.steps),
+    mean(series.tokens),
+    mean(series.flops),
+    mean(series.seconds),
+    values,
+  )
+
+
+def difference(
+  first: Series | None, second: Series | None, seeds: Sequence[int]
+) -> difference_curves.Curve | None:
+  """Of the training loss of `first` minus `second`, at the steps that both have.
+
+  Args:
+    first: of an arm.
+    second: of its baseline.
+    seeds: that are paired.
+  """
+  if first is None or second is None:
+    return None
+  steps = np.intersect1d(first.steps, second.steps)
+  if not len(steps):
+    return None
+  values, baseline = (_losses(one, seeds, steps) for one in (first, second))
+  if not np.isfinite(values - baseline).all(axis=0).any():
+    return None
+  return difference_curves.curve(first.tokens[np.isin(first.steps, steps)], values, baseline)
+
+
+def _losses(series: Series, seeds: Sequence[int], steps: np.ndarray) -> np.ndarray:
+  """[seeds, steps] of these seeds and steps."""
+  rows = series.values['loss'][[series.seeds.index(seed) for seed in seeds]]
+  return rows[:, np.isin(series.steps, steps)]
+
+
+def routing(group: groups_lib.Group) -> tuple[Balance, Load] | None:
+  """Balance per layer over training and the loads of its first seed; None without any."""
+  if not group.cfg.model.is_moe:
+    return None
+  histories = [dict(run.routing()) for run in group.runs.values()]
+  steps = sorted(set.intersection(*(set(history) for history in histories)))
+  if not steps:
+    return None
+  shown = [steps[i] for i in _spread(len(steps), MAX_POINTS)]
+  max_vio = np.mean([[h[step]['max_vio'] for step in shown] for h in histories], axis=0).T
+  first = group.cfg.model.num_dense_layers
+  own = sorted(histories[0])
+  few = [own[i] for i in _spread(len(own), MAX_STEPS)]
+  relative = [_relative(histories[0][step]['load']) for step in few]
+  return Balance(shown, first, max_vio), Load(next(iter(group.runs)), few, first, relative)
+
+
+def _spread(num: int, most: int) -> list[int]:
+  """Indices of at most `most` of `num` things, the first and the last among them."""
+  return np.unique(np.round(np.linspace(0, num - 1, min(num, most))).astype(int)).tolist()
+
+
+def _relative(load: np.ndarray) -> np.ndarray:
+  load = np.asarray(load, float)
+  mean = load.mean(axis=1, keepdims=True)
+  return load / np.where(mean > 0, mean, 1.0)

@@ -1,0 +1,119 @@
+"""Runs as groups that differ in their configs, with a run per seed in each."""
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moe_jax import errors
+from moe_jax.analysis.comparison import workdirs
+from moe_jax.config import parse, schema
+from moe_jax.runs import run_record
+
+# What makes no other run of it: where it is computed, what is written, and the seed. Keys, or
+# sections with all that is in them.
+IGNORED = (
+  *run_record.PLACEMENT,
+  'checkpoint',
+  'data.cache_dir',
+  'data.prefetch',
+  'train.eval_every',
+  'train.log_every',
+  'train.routing_every',
+  'train.sample_prompt',
+  'train.sample_tokens',
+  'train.seed',
+)
+ABSENT = '-'  # of a setting that a group does not have
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """Runs of one config with different seeds."""
+
+  name: str
+  cfg: schema.Config  # of its first run
+  runs: Mapping[int, workdirs.RunFiles]  # by seed, rising
+
+
+def flat(values: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  """Nested values by dotted key, without what is `IGNORED`."""
+  found = {}
+  for key, value in values.items():
+    name = f'{prefix}{key}'
+    if name in IGNORED:
+      continue
+    nested = isinstance(value, Mapping)
+    found |= flat(value, f'{name}.') if nested else {name: value}
+  return found
+
+
+def group(runs: Sequence[workdirs.RunFiles]) -> list[Group]:
+  """Groups of runs with equal configs, seeds apart, in the order in which they are met.
+
+  Raises:
+    errors.InputError: two runs are of one config and one seed.
+  """
+  found: dict[str, dict[int, workdirs.RunFiles]] = {}
+  for run in runs:
+    key = json.dumps(flat(parse.to_dict(run.cfg)), sort_keys=True)
+    members = found.setdefault(key, {})
+    errors.require(
+      run.seed not in members,
+      f'{run.path} and {members.get(run.seed, run).path} have one config and one seed '
+      f'(train.seed={run.seed}), so they say nothing about each other; leave one of them out',
+    )
+    members[run.seed] = run
+  ordered = [dict(sorted(members.items())) for members in found.values()]
+  names = _names([[run.path for run in members.values()] for members in ordered])
+  return [
+    Group(name, next(iter(members.values())).cfg, members) for name, members in zip(names, ordered)
+  ]
+
+
+def settings(groups: Sequence[Group]) -> dict[str, list[str]]:
+  """In what the configs differ: {key: the value of each group as text}."""
+  columns = [flat(parse.to_dict(one.cfg)) for one in groups]
+  keys = dict.fromkeys(key for column in columns for key in column)
+  rows = {key: [_text(column.get(key)) for column in columns] for key in keys}
+  return {key: values for key, values in rows.items() if len(set(values)) > 1}
+
+
+def _text(value: Any) -> str:
+  if value is None:
+    return ABSENT
+  return f'{value:g}' if isinstance(value, float) else str(value) if value != '' else "''"
+
+
+def _names(paths: Sequence[Sequence[pathlib.Path]]) -> list[str]:
+  """A short name per group: what its directories have in common below what all share."""
+  every = [path.absolute().parts for members in paths for path in members]
+  shared = 0
+  while len({parts[: shared + 1] for parts in every}) == 1 and shared < min(map(len, every)) - 1:
+    shared += 1
+  folder = every[0][shared - 1]
+  names = [
+    _name([path.absolute().parts[shared:] for path in members]) or folder for members in paths
+  ]
+  taken: dict[str, int] = {}
+  for name in names:
+    taken[name] = taken.get(name, 0) + 1
+  return [
+    name if taken[name] == 1 else f'{name} {chr(ord("A") + i % 26)}' for i, name in enumerate(names)
+  ]
+
+
+def _name(tails: Sequence[Sequence[str]]) -> str:
+  """The parts that all tails have, or the beginning that their names share, without a seed."""
+  if len(tails) == 1:
+    return '/'.join(tails[0])
+  common = [parts[0] for parts in zip(*tails) if len(set(parts)) == 1]
+  if common:
+    return '/'.join(common)
+  joined = ['/'.join(tail) for tail in tails]
+  length = next(
+    (i for i, letters in enumerate(zip(*joined)) if len(set(letters)) > 1), min(map(len, joined))
+  )
+  return re.sub(r'([-_./ ]+s|[-_./ ]*seed)?[-_=./ ]*\d*$', '', joined[0][:length])
