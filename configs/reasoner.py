@@ -5,6 +5,7 @@ Run:    python -m experiments.train --config=configs/reasoner.py --workdir=runs/
 Takes:  22 minutes on 2 CPU cores that do other work too.
 Expect: 125 of 512 held-out questions right, 24 % [21, 28] (one seed).
 
+`:programs` writes small programs, which `experiments.answers` runs (docs/topics/rewards.md).
 Bytes are tokens, so that a digit is one. The dial is `data.path`, see docs/topics/fine_tuning.md.
 """
 
@@ -19,8 +20,15 @@ def _gshard(config):
   config.model.moe.norm_topk_prob = True
 
 
+def _programs(config):
+  """Functions of up to two operations on a number or a list."""
+  config.data.source = 'programs'
+  config.data.path = '?operations=2&max_value=9&kinds=2&problems=40000'
+
+
 VARIANTS = {
   'gshard': _gshard,
+  'programs': _programs,
   'dense': lambda config: recipes.make_dense(config, 2 * WIDTH),  # equal activated parameters
 }
 

@@ -4,9 +4,11 @@ python -m experiments.answers --workdir=runs/sft [--n=256 --max_new_tokens=64] [
 python -m experiments.answers --workdir=runs/base --like=runs/sft
 
 The questions are the held-out conversations of the run's own data; with --like those of another
-run, so that a model can be asked before it was tuned. Answers are written greedily.
+run, so that a model can be asked before it was tuned. Answers are written greedily. Programs
+(data.source='programs') are run against hidden tests in a sandbox, which is printed.
 """
 
+import contextlib
 import json
 from collections.abc import Sequence
 
@@ -25,6 +27,8 @@ def define_flags():
   flags.DEFINE_integer('n', 256, 'questions at most')
   flags.DEFINE_integer('max_new_tokens', 64, 'tokens of an answer at most')
   flags.DEFINE_integer('show', 0, 'questions that are shown with their answers')
+  flags.DEFINE_integer('workers', 2, 'processes that run programs')
+  flags.DEFINE_bool('unsafe_rewards', False, 'run programs without isolation')
   flags.DEFINE_bool('json', False, 'print one JSON object and nothing else')
 
 
@@ -36,7 +40,7 @@ def main(unused_argv: Sequence[str]):
   from moe_jax.storage import fetch
 
   values, workdir = flags.FLAGS, cli.required('workdir')
-  for name in ('n', 'max_new_tokens'):
+  for name in ('n', 'max_new_tokens', 'workers'):
     errors.require(values[name].value > 0, f'--{name}={values[name].value} must be positive')
   like = trained_run.read_config(values.like) if values.like else None
   asked = fetch.local(values.like or workdir, '--like' if values.like else '--workdir')
@@ -50,11 +54,25 @@ def main(unused_argv: Sequence[str]):
       mark = 'right' if right else f'wrong, the answer is {question.answer!r}'
       shown.append(f'{question.prompt[-1].content!r}\n  -> {text!r} ({mark})')
 
-  found = answers.measure(loaded, questions, data, values.max_new_tokens, tell)
+  with _rewards(data.source) as rewards:
+    found = answers.measure(loaded, questions, data, values.max_new_tokens, tell, rewards)
+    isolation = {} if rewards is None else {'isolation': rewards.isolation}
   if values.json:
-    print(json.dumps({'step': loaded.step} | found.as_dict()))
+    print(json.dumps({'step': loaded.step} | found.as_dict() | isolation))
     return
+  shown += [f'sandbox: {text}' for text in isolation.values()]
   print('\n'.join([*shown, f'step={loaded.step} {found}']))
+
+
+def _rewards(source: str) -> contextlib.AbstractContextManager:
+  """What runs answers that are programs, or None."""
+  from moe_jax.rewards import pool
+
+  if source != 'programs':
+    return contextlib.nullcontext()
+  values = flags.FLAGS
+  options = {'program': {'unsafe': values.unsafe_rewards}}
+  return pool.RewardPool('program', values.workers, defaults=options)
 
 
 if __name__ == '__main__':

@@ -16,11 +16,14 @@ DTYPES = ('float32', 'bfloat16')
 SCHEDULES = ('multi_step', 'cosine', 'constant', 'linear', 'stages')
 STAGE_SHAPES = ('constant', 'linear', 'cosine')
 # Those of conversations, of which a model learns the answers; of pairs of answers; and of text.
-CONVERSATION_SOURCES = ('conversations', 'hf_conversations', 'arithmetic')
+CONVERSATION_SOURCES = ('conversations', 'hf_conversations', 'arithmetic', 'programs')
 PREFERENCE_SOURCES = ('preferences', 'hf_preferences')
 CHAT_SOURCES = (*CONVERSATION_SOURCES, *PREFERENCE_SOURCES)  # all that is no text
 # Whose `path` is no path.
-PATHLESS_SOURCES = ('hf', 'hf_conversations', 'hf_preferences', 'arithmetic', 'synthetic')
+PATHLESS_SOURCES = (
+  *('hf', 'hf_conversations', 'hf_preferences'),
+  *('arithmetic', 'programs', 'synthetic'),
+)
 SOURCES = (
   *('python_source', 'text', 'jsonl', 'parquet', 'hf', 'synthetic', 'mixture'),
   *CHAT_SOURCES,

@@ -30,7 +30,7 @@ from moe_jax.data import (
   source_files,
   synthetic,
 )
-from moe_jax.data.tasks import arithmetic
+from moe_jax.data.tasks import generated
 from moe_jax.storage import fetch
 
 TEXT_CUT_BYTES = 64 * 1024  # source 'text': files longer than this become several documents
@@ -403,29 +403,14 @@ def _chat_rows(
       yield where, found, domain or label
 
 
-def arithmetic_task(spec: Spec, warn: Callable[[str], None]) -> Iterator[Document]:
-  """Conversations about sums, each question once; see `tasks.arithmetic`.
+def generated_task(spec: Spec, warn: Callable[[str], None]) -> Iterator[Document]:
+  """Conversations about generated problems, each question once; see `tasks.generated`.
 
-  The path says how hard they are, '' or for example '?max_value=20&operations=3&problems=20000'. A
-  question's name is its text, by whose hash it is trained on or held out.
+  The path says how hard they are. A question's name is its text, by whose hash it is trained on or
+  held out.
   """
-  options = {'max_value': 20, 'operations': 3, 'problems': 20_000}
-  given = [part.partition('=') for part in spec.path.removeprefix('?').split('&') if part]
-  for key, _, value in given:
-    errors.require(
-      key in options and value.isdecimal() and 0 < int(value) <= 10**7,
-      f'{spec.where} must be of the form ?max_value=20&operations=3&problems=20000, with whole '
-      f'numbers from 1 to 10,000,000; it has {key}={value}',
-    )
-    options[key] = int(value)
-  difficulty = arithmetic.Difficulty(options['max_value'], options['operations'])
-  seen: set[str] = set()
-  for number in range(options['problems']):
-    one = arithmetic.problem(number, difficulty)
-    if one.question not in seen:
-      seen.add(one.question)
-      text = conversations.to_bytes(arithmetic.conversation(one))
-      yield Document(one.question, text, f'{len(one.steps)} operations')
+  for one, conversation in generated.questions(spec.source, spec.path, spec.where):
+    yield Document(one.question, conversations.to_bytes(conversation), one.label)
 
 
 SOURCES: dict[str, Callable[[Spec, Callable[[str], None]], Iterator[Document]]] = {
@@ -436,7 +421,8 @@ SOURCES: dict[str, Callable[[Spec, Callable[[str], None]], Iterator[Document]]] 
   'hf': hugging_face,
   'synthetic': synthetic_text,
   'conversations': conversation_files,
-  'arithmetic': arithmetic_task,
+  'arithmetic': generated_task,
+  'programs': generated_task,
   'preferences': preference_files,
   'hf_conversations': conversation_files,
   'hf_preferences': preference_files,

@@ -1,15 +1,17 @@
-"""How many held-out questions a model answers rightly, written greedily."""
+"""How many held-out questions a model answers rightly, written greedily; programs are run."""
 
+import collections
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from moe_jax import errors
 from moe_jax.config import schema
 from moe_jax.data import chat_formats, conversations, sources
 from moe_jax.data import tokenizer as tokenizer_lib
-from moe_jax.data.tasks import arithmetic
+from moe_jax.data.tasks import arithmetic, generated
 from moe_jax.inference import generate, sampling
+from moe_jax.rewards import pool, reward
 
 _Z = 1.959964  # of a two-sided interval of 95 %
 BATCH = 32  # prompts that are continued together
@@ -20,6 +22,10 @@ class Question(NamedTuple):
 
   prompt: conversations.Conversation  # ends with the user
   answer: str
+
+  def example(self, source: str) -> dict[str, Any]:
+    """What a reward is told of the question; `source` is config.data.source."""
+    return generated.example(source, self.prompt[-1].content, self.answer)
 
 
 class Model(Protocol):
@@ -46,6 +52,7 @@ class Accuracy(NamedTuple):
   ended: int  # answers with an end token within the limit
   right_steps: int  # of arithmetic, see `arithmetic.num_right_steps`
   steps: int
+  kinds: Mapping[str, int] = {}  # of `rewards.reward.KINDS`: of programs, how their tests went
 
   def interval(self) -> tuple[float, float]:
     """Wilson's 95 % interval of the share that is right."""
@@ -55,7 +62,8 @@ class Accuracy(NamedTuple):
     low, high = self.interval()
     text = f'{self.right} of {self.total} right: {self.right / self.total:.1%} '
     text += f'[{low:.1%}, {high:.1%}]; {self.ended} ended within the limit'
-    return text + (f'; {self.right_steps} of {self.steps} steps right' if self.steps else '')
+    text += f'; {self.right_steps} of {self.steps} steps right' if self.steps else ''
+    return text + ''.join(f'; {kind} {self.kinds[kind]}' for kind in sorted(self.kinds))
 
   def as_dict(self) -> dict[str, object]:
     """The stable keys of `answers --json`."""
@@ -111,7 +119,16 @@ def example(data: schema.DataConfig, question: Question) -> dict[str, str]:
 
 
 def is_right(source: str) -> Callable[[str, str], bool]:
-  """What judges (text, answer): for sums the number, else equality but for space at the ends."""
+  """What judges (text, answer): for sums the number, else equality but for space at the ends.
+
+  Raises:
+    errors.InputError: answers from there are programs, which are run and not read.
+  """
+  errors.require(
+    source != 'programs',
+    "config.data.source='programs' has answers that must be run; count them with "
+    'experiments.answers, and train on them with the reward "program"',
+  )
   if source == 'arithmetic':
     return arithmetic.is_right
   return lambda text, answer: text.strip() == answer.strip()
@@ -123,6 +140,7 @@ def measure(
   data: schema.DataConfig,
   max_new_tokens: int,
   tell: Callable[[Question, str, bool], object] = lambda *_: None,
+  rewards: pool.RewardPool | None = None,
 ) -> Accuracy:
   """Writes an answer to every question and judges it.
 
@@ -132,27 +150,44 @@ def measure(
     data: where they come from, which decides what is right; and the format in which they are asked.
     max_new_tokens: limit of an answer; what does not end within it is judged as it stands.
     tell: is told every question with its text and whether that is right.
+    rewards: what judges in place of `is_right`, while the next answers are written.
 
   Raises:
-    errors.InputError: a prompt and its answer do not go into `model.max_seq_len`.
+    errors.InputError: a prompt and its answer do not go into `model.max_seq_len`, or the answers
+      are programs and there are no `rewards`.
+    pool.PoolError: the rewards cannot be given.
   """
-  judge, counts = is_right(data.source), Accuracy(0, 0, 0, 0, 0)
+  judge = is_right(data.source) if rewards is None else None
   greedy = sampling.Sampling(temperature=0.0)
+  texts: list[str] = []
+  scored: list[pool.Scored] = []
+  ended = right_steps = steps = 0
   for begin in range(0, len(questions), BATCH):
     batch = questions[begin : begin + BATCH]
     prompts = chat_formats.prompts(data, [q.prompt for q in batch], model.tokenizer)
     written = model.complete(prompts, max_new_tokens, greedy)
-    for question, text, tokens in zip(batch, written.texts, written.tokens):
-      right = judge(text, question.answer)
-      steps = (0, 0)
-      if data.source == 'arithmetic':
-        steps = arithmetic.num_right_steps(text, question.prompt[-1].content)
-      counts = Accuracy(
-        counts.right + right,
-        counts.total + 1,
-        counts.ended + (len(tokens) < max_new_tokens),
-        counts.right_steps + steps[0],
-        counts.steps + steps[1],
-      )
-      tell(question, text, right)
-  return counts
+    texts += written.texts
+    ended += sum(len(tokens) < max_new_tokens for tokens in written.tokens)
+    if rewards is not None:
+      scored.append(rewards.submit(_items(batch, written, data)))
+    if data.source == 'arithmetic':
+      for question, text in zip(batch, written.texts):
+        found = arithmetic.num_right_steps(text, question.prompt[-1].content)
+        right_steps, steps = right_steps + found[0], steps + found[1]
+  kinds = [one.kind for batch in scored for one in batch.result()]
+  rights = [kind == 'right' for kind in kinds]
+  if judge is not None:
+    rights = [judge(text, question.answer) for text, question in zip(texts, questions)]
+  for question, text, right in zip(questions, texts, rights):
+    tell(question, text, right)
+  counts = collections.Counter(kinds)
+  return Accuracy(sum(rights), len(questions), ended, right_steps, steps, counts)
+
+
+def _items(
+  batch: Sequence[Question], written: generate.Generation, data: schema.DataConfig
+) -> list[reward.Item]:
+  return [
+    reward.Item(q.prompt[-1].content, tokens, text, q.example(data.source))
+    for q, tokens, text in zip(batch, written.tokens, written.texts)
+  ]

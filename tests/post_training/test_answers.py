@@ -10,6 +10,7 @@ from moe_jax.data import sources
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.inference import generate
 from moe_jax.post_training import answers
+from moe_jax.rewards import reward
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_counts(data):
   assert asked == [f'User: {q.prompt[-1].content}\n\nAssistant:' for q in questions]
   assert found[:3] == (35, 70, 35)
   steps = sum(q.answer.count('=') for q in questions[1::2])
-  assert found[3:] == (steps, steps)
+  assert found[3:5] == (steps, steps) and not found.kinds
   assert [right for _, _, right in told] == [False, True] * 35
 
 
@@ -73,3 +74,34 @@ def test_wilsons_interval():
     0.1611, abs=1e-4
   )
   assert answers.wilson(20, 20)[1] == 1
+
+
+def test_programs_are_judged_by_what_runs_them(tmp_path):
+  """Batch by batch, while the next one is written."""
+  tokens = base.get_config().data.to_dict()
+  data = schema.DataConfig(**tokens | {'source': 'programs', 'heldout_fraction': 0.5})
+  questions = answers.questions(data, 40)
+  tokenizer = tokenizer_lib.byte_tokenizer(tokens['bos_token'], tokens['eos_token'])
+  events = []
+
+  def complete(prompts, max_new_tokens, sampling):
+    events.append('written')
+    return generate.Generation([[1] * 5 for _ in prompts], ['def f'] * len(prompts), 1.0)
+
+  def submit(items):
+    events.append('submitted')
+    for item in items:
+      assert item.text == 'def f' and item.completion_ids == [1] * 5
+      assert item.example['entry'] == 'f' and item.prompt == item.example['question']
+    kinds = ['right', 'time', 'error', 'error'] * (len(items) // 4)
+    found = [reward.Reward(0.0, {}, kind) for kind in kinds]
+    return types.SimpleNamespace(result=lambda: found)
+
+  model = types.SimpleNamespace(config=None, tokenizer=tokenizer, complete=complete)
+  rewards = types.SimpleNamespace(submit=submit)
+  found = answers.measure(model, questions, data, 8, rewards=rewards)
+  assert events == ['written', 'submitted'] * 2
+  assert found[:3] == (10, 40, 40) and found.kinds == {'right': 10, 'time': 10, 'error': 20}
+  assert str(found).endswith('40 ended within the limit; error 20; right 10; time 10')
+  with pytest.raises(errors.InputError, match='answers that must be run'):
+    answers.measure(model, questions, data, 8)

@@ -13,8 +13,6 @@ import random
 import re
 from typing import NamedTuple
 
-from moe_jax.data import conversations
-
 # Longer numbers are none: Python refuses to read very long ones.
 _NUMBER = r'(-?\d{1,18})'
 _STEP = re.compile(rf'\s*{_NUMBER} ([+-]) {_NUMBER} = {_NUMBER}\s*', re.ASCII)
@@ -39,6 +37,11 @@ class Problem(NamedTuple):
   def solution(self) -> str:
     """The steps, a line each, and the answer."""
     return '\n'.join((*self.steps, f'The answer is {self.answer}.'))
+
+  @property
+  def label(self) -> str:
+    """Its kind, for figures by domain."""
+    return f'{len(self.steps)} operations'
 
 
 class Step(NamedTuple):
@@ -68,14 +71,6 @@ def problem(number: int, difficulty: Difficulty) -> Problem:
     steps.append(f'{value} {sign} {operand} = {result}')
     value = result
   return Problem(f'What is {question}?', tuple(steps), value)
-
-
-def conversation(one: Problem) -> conversations.Conversation:
-  """A problem as the question of a user and the answer of an assistant."""
-  return (
-    conversations.Turn('user', one.question, False),
-    conversations.Turn('assistant', one.solution, True),
-  )
 
 
 def answer_in(text: str) -> int | None:

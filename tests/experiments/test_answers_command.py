@@ -1,0 +1,67 @@
+import json
+import types
+
+import pytest
+
+from configs import base
+from experiments import answers
+from moe_jax.api import load
+from moe_jax.config import schema
+from moe_jax.data import tokenizer as tokenizer_lib
+from moe_jax.inference import generate
+from moe_jax.rewards import pool, reward
+from tests import in_process
+
+
+@pytest.fixture
+def asked(tmp_path, monkeypatch):
+  """The settings of every pool that is opened; the run writes `def f` whatever it is asked."""
+  values = base.get_config().data.to_dict()
+  data = schema.DataConfig(**values | {'source': 'programs', 'heldout_fraction': 0.5})
+  tokenizer = tokenizer_lib.byte_tokenizer(values['bos_token'], values['eos_token'])
+
+  def complete(prompts, max_new_tokens, sampling):
+    return generate.Generation([[1] * 5 for _ in prompts], ['def f' for _ in prompts], 1.0)
+
+  loaded = types.SimpleNamespace(
+    config=types.SimpleNamespace(data=data), tokenizer=tokenizer, complete=complete, step=7
+  )
+  monkeypatch.setattr(load, 'load', lambda *args, **kwargs: loaded)
+  monkeypatch.setattr(answers.cli, 'required', lambda name: str(tmp_path))
+  opened = []
+
+  class Pool:
+    isolation = 'a box'
+
+    def __init__(self, *arguments, **settings):
+      opened.append((*arguments, settings))
+
+    def __enter__(self):
+      return self
+
+    def __exit__(self, *unused):
+      opened.append('closed')
+
+    def submit(self, items):
+      kinds = ['right', 'error'] * (len(items) // 2)
+      found = [reward.Reward(0.0, {}, kind) for kind in kinds]
+      return types.SimpleNamespace(result=lambda: found)
+
+  monkeypatch.setattr(pool, 'RewardPool', Pool)
+  return opened
+
+
+def test_programs_are_run_and_the_sandbox_is_printed(asked, capsys):
+  in_process.run(answers, '--n=4', '--workers=3', '--show=1')
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[1] == "  -> 'def f' (right)" and lines[2] == 'sandbox: a box'
+  assert lines[3].startswith('step=7 2 of 4 right: 50.0% [15.0%, 85.0%]')
+  assert asked == [('program', 3, {'defaults': {'program': {'unsafe': False}}}), 'closed']
+
+
+def test_as_json_and_without_isolation(asked, capsys):
+  in_process.run(answers, '--n=2', '--unsafe_rewards', '--json')
+  found = json.loads(capsys.readouterr().out)
+  assert found['isolation'] == 'a box' and found['kinds'] == {'right': 1, 'error': 1}
+  assert (found['step'], found['right'], found['share']) == (7, 1, 0.5)
+  assert asked[0][2]['defaults'] == {'program': {'unsafe': True}}
