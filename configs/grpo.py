@@ -33,11 +33,19 @@ def _gspo(config):
   config.objective.policy.clip_high = 4e-4
 
 
-VARIANTS = {'process': _process, 'rft': _rft, 'gspo': _gspo}
+def _programs(config):
+  """Small programs, run against hidden tests; for a start from configs/reasoner.py:programs."""
+  config.data.source = 'programs'
+  config.data.path = '?operations=2&max_value=9&kinds=2&problems=40000'
+  config.objective.policy.reward = 'program'
+  config.objective.policy.max_new_tokens = 128
+
+
+VARIANTS = {'programs': _programs, 'process': _process, 'rft': _rft, 'gspo': _gspo}
 
 
 def get_config(variant=''):
-  """Sums, as `reasoner` has them; `:process`, `:rft` and `:gspo` differ in the objective."""
+  """Sums, as `reasoner` has them; the variants differ in task or objective."""
   config = base.get_config()
   config.objective.kind = 'policy'
   config.objective.inherit = True

@@ -23,10 +23,6 @@ class Question(NamedTuple):
   prompt: conversations.Conversation  # ends with the user
   answer: str
 
-  def example(self, source: str) -> dict[str, Any]:
-    """What a reward is told of the question; `source` is config.data.source."""
-    return generated.example(source, self.prompt[-1].content, self.answer)
-
 
 class Model(Protocol):
   """What writes; `moe_jax.Run` does."""
@@ -112,10 +108,9 @@ def questions(data: schema.DataConfig, most: int, *, heldout: bool = True) -> li
   return found
 
 
-def example(data: schema.DataConfig, question: Question) -> dict[str, str]:
+def example(data: schema.DataConfig, question: Question) -> dict[str, Any]:
   """What rewards are told of a question, see `rewards.reward`."""
-  del data
-  return {'question': question.prompt[-1].content, 'answer': question.answer}
+  return generated.example(data.source, question.prompt[-1].content, question.answer)
 
 
 def is_right(source: str) -> Callable[[str, str], bool]:
@@ -188,6 +183,6 @@ def _items(
   batch: Sequence[Question], written: generate.Generation, data: schema.DataConfig
 ) -> list[reward.Item]:
   return [
-    reward.Item(q.prompt[-1].content, tokens, text, q.example(data.source))
+    reward.Item(q.prompt[-1].content, tokens, text, example(data, q))
     for q, tokens, text in zip(batch, written.tokens, written.texts)
   ]

@@ -80,7 +80,7 @@ class PolicyStage:
     """
     policy = cfg.objective.policy
     terms = registry.parse(policy.reward)
-    registry.build(policy.reward)
+    registry.check(policy.reward)
     errors.require(
       policy.supervision == 'outcome' or terms[0].name in registry.IN_STEPS,
       f'config.objective.policy.reward={policy.reward!r} must begin with a reward of steps '

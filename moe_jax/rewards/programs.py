@@ -21,6 +21,10 @@ class Runner(Protocol):
     """Calls a program's function."""
     ...
 
+  def close(self):
+    """Ends its processes."""
+    ...
+
 
 def source_in(text: str, prefix: str = '') -> str:
   """The program of a completion: its last fenced block, or all of it, behind a prefix."""
@@ -63,6 +67,10 @@ class Program:
   def isolation(self) -> str:
     """What isolates programs, in words."""
     return self._runner.isolation
+
+  def close(self):
+    """Ends the processes of what runs programs."""
+    self._runner.close()
 
   def __call__(
     self, prompt: str, completion_ids: Sequence[int], text: str, example: Mapping[str, Any]

@@ -101,6 +101,12 @@ class Sum:
     """What isolates the programs that are run, in words; '' if none are."""
     return ' '.join(getattr(one, 'isolation', '') for one in self._functions).strip()
 
+  def close(self):
+    """Ends the processes in which programs are run."""
+    for one in self._functions:
+      if isinstance(one, programs.Program):
+        one.close()
+
   def __call__(
     self, prompt: str, completion_ids: Sequence[int], text: str, example: Mapping[str, Any]
   ) -> reward.Reward:
@@ -131,3 +137,16 @@ def build(spec: str, defaults: Mapping[str, Mapping[str, Any]] | None = None) ->
     )
   given = defaults or {}
   return Sum(terms, [by_name(t.name, **{**given.get(t.name, {}), **t.options}) for t in terms])
+
+
+def check(spec: str, defaults: Mapping[str, Mapping[str, Any]] | None = None):
+  """Refuses a sum that `build` would refuse, and leaves nothing behind.
+
+  Args:
+    spec: see `parse`.
+    defaults: see `build`.
+
+  Raises:
+    errors.InputError: see `build`; or programs cannot be isolated on this machine.
+  """
+  build(spec, defaults).close()

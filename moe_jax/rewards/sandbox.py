@@ -27,7 +27,8 @@ _SPARE_SECONDS = 20.0  # for the launcher to answer, behind the program's own ti
 _WAY_OUT = (
   'allow user namespaces on this machine (sysctl user.max_user_namespaces, '
   'kernel.apparmor_restrict_unprivileged_userns; in a container its seccomp profile), run as '
-  'another user than root, or give --unsafe_rewards to run programs with the rights of this process'
+  'another user than root, or run programs with the rights of this process, by --unsafe_rewards or '
+  'the reward program(unsafe=True)'
 )
 UNSAFE = (
   'NO ISOLATION (--unsafe_rewards): programs can read and write all files of this user, use the '

@@ -48,3 +48,20 @@ def test_options_of_the_sum_come_before_the_defaults():
   defaults = {'length': {'limit': 4, 'margin': 4}}
   assert registry.build('length', defaults)('', [0] * 4, '', {}).value == -1
   assert registry.build('length(limit=8)', defaults)('', [0] * 4, '', {}).value == 0
+
+
+def test_a_check_closes_what_it_has_opened(monkeypatch):
+  closed = []
+
+  class Sandbox:
+    isolation = 'none'
+
+    def __init__(self, limits, *, unsafe):
+      assert unsafe and limits.cpu_seconds == 3
+
+    def close(self):
+      closed.append(self)
+
+  monkeypatch.setattr(registry.programs.sandbox, 'Sandbox', Sandbox)
+  registry.check('answer + program(unsafe=True, cpu_seconds=3)')
+  assert len(closed) == 1
