@@ -24,10 +24,6 @@ class Settings:
 
   hidden: int = 32
   dropout: float = 0.5
-  learning_rate: float = 0.0075
-  decay: float = 0.95  # of the rate per epoch; 1 for a constant rate
-  decay_after: int = 20  # epochs
-  least_rate: float = 1e-4
   epochs: int = 200
   least_epochs: int = 40
   patience: int = 20  # epochs without a better validation F1
@@ -50,10 +46,22 @@ class Settings:
     )
     errors.require(0 <= self.dropout < 1, f'dropout={self.dropout} must be at least 0 and below 1')
 
+
+class Schedule(NamedTuple):
+  """Learning rates; another one needs no other compiled program."""
+
+  learning_rate: float = 0.0075
+  decay: float = 0.95  # of the rate per epoch; 1 for a constant rate
+  decay_after: int = 20  # epochs
+  least_rate: float = 1e-4
+
   def rate(self, epoch: jax.Array) -> jax.Array:
     """Returns the learning rate of an epoch, the first being 1."""
     decayed = self.learning_rate * self.decay ** jnp.maximum(epoch - self.decay_after, 0)
     return jnp.maximum(decayed, self.least_rate)
+
+
+OFFICIAL = Schedule()  # of ReNode's authors
 
 
 class Runs(NamedTuple):
@@ -93,6 +101,7 @@ def fit(
   num_classes: int,
   runs: Runs,
   settings: Settings,
+  schedule: Schedule = OFFICIAL,
   together: int = 1,
 ) -> Fitted:
   """Trains a network once per run.
@@ -104,6 +113,7 @@ def fit(
     num_classes: number of classes.
     runs: splits, weights and seeds.
     settings: how to train.
+    schedule: at which rates.
     together: runs that are trained side by side.
 
   Raises:
@@ -113,7 +123,7 @@ def fit(
   errors.require(together >= 1, f'together={together} must be at least 1')
   together = min(together, runs.seeds.shape[0])
   operator, x = prepared
-  return _fit(name, operator, x, labels, runs, num_classes, settings, together)
+  return _fit(name, operator, x, labels, runs, schedule, num_classes, settings, together)
 
 
 @functools.partial(jax.jit, static_argnames=('name', 'num_classes', 'settings', 'together'))
@@ -123,6 +133,7 @@ def _fit(
   x: jax.Array,
   labels: jax.Array,
   runs: Runs,
+  schedule: Schedule,
   num_classes: int,
   settings: Settings,
   together: int,
@@ -131,7 +142,8 @@ def _fit(
   module = networks.NETWORKS[name].module(sizes)
 
   def one(run: Runs) -> Fitted:
-    return _one_run(module, operator, x, jnp.maximum(labels, 0), run, num_classes, settings)
+    known = jnp.maximum(labels, 0)
+    return _one_run(module, operator, x, known, run, schedule, num_classes, settings)
 
   return jax.lax.map(one, runs, batch_size=together)
 
@@ -159,6 +171,7 @@ def _one_run(
   x: jax.Array,
   labels: jax.Array,
   run: Runs,
+  schedule: Schedule,
   num_classes: int,
   settings: Settings,
 ) -> Fitted:
@@ -176,7 +189,7 @@ def _one_run(
     epoch = state.epoch + 1
     loss, gradient = jax.value_and_grad(loss_fn)(state.params, epoch)
     direction, optimizer = adam.update(gradient, state.optimizer)
-    rate = settings.rate(epoch)
+    rate = schedule.rate(epoch)
     params = jax.tree.map(lambda p, d: p - rate * d, state.params, direction)
     predicted = module.apply(params, operator, x, train=False).argmax(-1).astype(jnp.int32)
     score, _ = metrics.f1(predicted, labels, run.valid, num_classes)

@@ -9,10 +9,8 @@ import pytest
 from moe_jax import errors
 from moe_jax.graphs import block_model, fit, metrics, networks, splits
 
-SETTINGS = fit.Settings(
-  hidden=4, learning_rate=0.02, decay=0.9, decay_after=3, least_rate=0.015, epochs=20,
-  least_epochs=2, patience=3,
-)  # fmt: skip
+SETTINGS = fit.Settings(hidden=4, epochs=20, least_epochs=2, patience=3)
+SCHEDULE = fit.Schedule(learning_rate=0.02, decay=0.9, decay_after=3, least_rate=0.015)
 
 
 @functools.cache
@@ -38,7 +36,7 @@ def step_by_step(settings, run):
   module = networks.GCN(networks.Sizes(settings.hidden, 3, settings.dropout))
   start, dropout = jax.random.split(jax.random.key(seed))
   params = module.init(start, operator, x, train=False)
-  adam = optax.inject_hyperparams(optax.adam)(settings.learning_rate)
+  adam = optax.inject_hyperparams(optax.adam)(SCHEDULE.learning_rate)
   state = adam.init(params)
   nodes = np.flatnonzero(train)
 
@@ -57,8 +55,8 @@ def step_by_step(settings, run):
   best, best_epoch, best_said, loss = -1.0, 0, None, 0.0
   for epoch in range(1, settings.epochs + 1):
     loss, grads = gradient(params, epoch)
-    rate = settings.learning_rate * settings.decay ** max(epoch - settings.decay_after, 0)
-    state.hyperparams['learning_rate'] = max(rate, settings.least_rate)
+    rate = SCHEDULE.learning_rate * SCHEDULE.decay ** max(epoch - SCHEDULE.decay_after, 0)
+    state.hyperparams['learning_rate'] = max(rate, SCHEDULE.least_rate)
     updates, state = adam.update(grads, state)
     params = optax.apply_updates(params, updates)
     said = evaluate(params)
@@ -72,7 +70,7 @@ def step_by_step(settings, run):
 
 def test_runs_side_by_side_are_loops_over_their_epochs():
   data, prepared, runs = case()
-  found = fit.fit('gcn', prepared, data.labels, 3, runs, SETTINGS, together=2)
+  found = fit.fit('gcn', prepared, data.labels, 3, runs, SETTINGS, SCHEDULE, together=2)
   for run in (0, 1):
     said, best_epoch, epochs, loss = step_by_step(SETTINGS, run)
     assert int(found.epochs[run]) == epochs and int(found.best_epoch[run]) == best_epoch
@@ -93,8 +91,7 @@ def test_the_loss_of_labelled_nodes_by_hand():
 
 
 def test_the_rate_by_hand():
-  settings = fit.Settings()
-  rates = [float(settings.rate(jnp.int32(epoch))) for epoch in (1, 20, 21, 22, 200)]
+  rates = [float(fit.Schedule().rate(jnp.int32(epoch))) for epoch in (1, 20, 21, 22, 200)]
   want = [0.0075, 0.0075, 0.0075 * 0.95, 0.0075 * 0.95**2, 1e-4]
   np.testing.assert_allclose(rates, want, rtol=1e-6)
 
@@ -110,4 +107,4 @@ def test_what_cannot_be_trained_is_refused():
     with pytest.raises(errors.InputError, match=words):
       fit.fit('gcn', prepared, data.labels, 3, runs, fit.Settings(**change))
   with pytest.raises(errors.InputError, match='together=0'):
-    fit.fit('gcn', prepared, data.labels, 3, runs, SETTINGS, 0)
+    fit.fit('gcn', prepared, data.labels, 3, runs, SETTINGS, together=0)
