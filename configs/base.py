@@ -262,4 +262,11 @@ def _objective():
   c.policy.replay = 'rollout'
   c.policy.reward_seconds = 5.0
   c.policy.eval_questions = 128
+  c.process_reward = ml_collections.ConfigDict()
+  c.process_reward.labels = ''
+  c.process_reward.target = 'hard'
+  c.process_reward.outcome = False
+  c.process_reward.step_token = '<｜fim▁end｜>'
+  c.process_reward.good = '+'
+  c.process_reward.bad = '-'
   return c

@@ -44,7 +44,7 @@ def train(cfg: schema.Config, module: str):
   import jax
 
   from moe_jax.interop import start_weights
-  from moe_jax.post_training import policy_stage
+  from moe_jax.post_training import stages
   from moe_jax.processes import agreement
   from moe_jax.runs import final_report, run_place, terminal, train_run
 
@@ -63,7 +63,7 @@ def train(cfg: schema.Config, module: str):
       say=say,
       profile_steps=_profile_steps(),
       open_weights=start_weights.of,
-      stage=policy_stage.of(cfg),
+      stage=stages.of(cfg),
     )
     if not trained.interrupted_by:
       final_report.finish(trained, corpus, place.path, say)

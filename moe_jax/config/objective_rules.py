@@ -18,17 +18,18 @@ def validate(config: schema.Config):
     'sft': schema.CONVERSATION_SOURCES,
     'dpo': schema.PREFERENCE_SOURCES,
     'policy': schema.CONVERSATION_SOURCES,
+    'process_reward': schema.CONVERSATION_SOURCES,
   }
   named = ('mixture', *schema.CHAT_SOURCES)
   text = tuple(source for source in schema.SOURCES if source not in named)
   allowed = special.get(objective.kind, text)
-  chats = {'sft': 'conversations', 'dpo': 'preferences', 'policy': 'conversations'}
-  what = chats.get(objective.kind, 'text')
+  what = 'conversations' if objective.kind in special else 'text'
+  what = 'preferences' if objective.kind == 'dpo' else what
   errors.require(
     all(source in allowed for source in members if source != 'mixture'),
     f'{where} with config.objective.kind={objective.kind!r} must name {what} only '
     f'({", ".join(map(repr, allowed))}), and has {", ".join(map(repr, members))}; conversations '
-    "are for objective.kind='sft' and 'policy', preferences for 'dpo'",
+    "are for objective.kind='sft', 'policy' and 'process_reward', preferences for 'dpo'",
   )
   errors.require(
     objective.kind == 'next_token' or data.fim_rate == 0,
@@ -37,10 +38,18 @@ def validate(config: schema.Config):
   )
   _validate_dpo(objective.dpo)
   _validate_policy(objective.policy)
-  if objective.kind in ('dpo', 'policy'):
-    _validate_log_probs(config)
+  _validate_process_reward(objective.process_reward)
+  if objective.kind in ('dpo', 'policy', 'process_reward'):
+    _validate_tuned(config)
   if objective.kind == 'policy':
     _validate_rollouts(config)
+  if objective.kind == 'process_reward':
+    errors.require(
+      bool(objective.process_reward.labels) and not config.train.batch_ramp,
+      f'config.objective.process_reward.labels={objective.process_reward.labels!r} must name a '
+      f'file of labelled steps, and config.train.batch_ramp={config.train.batch_ramp} be empty; '
+      'write one with python -m experiments.process_reward label',
+    )
   errors.require(
     not objective.inherit or bool(config.init_from),
     "config.init_from='' must name the run to go on from, as config.objective.inherit=True takes "
@@ -118,8 +127,18 @@ def _validate_policy(policy: schema.PolicyConfig):
   )
 
 
-def _validate_log_probs(config: schema.Config):
-  """What losses of log-probabilities under two models ask of a run."""
+def _validate_process_reward(process: schema.ProcessRewardConfig):
+  where = 'objective.process_reward'
+  errors.choice(f'{where}.target', process.target, schema.LABEL_TARGETS)
+  errors.require(
+    bool(process.step_token) and process.good != process.bad,
+    f'config.{where}.step_token={process.step_token!r} must name a special token, and good='
+    f"{process.good!r} and bad={process.bad!r} differ; for example '+' and '-'",
+  )
+
+
+def _validate_tuned(config: schema.Config):
+  """What losses of a trained model's answers ask of a run."""
   kind = config.objective.kind
   errors.require(
     bool(config.init_from),

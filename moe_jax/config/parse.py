@@ -51,6 +51,14 @@ ADDED: dict[str, dict[str, Any]] = {
       'reward_seconds': 5.0,
       'eval_questions': 128,
     },
+    'process_reward': {
+      'labels': '',
+      'target': 'hard',
+      'outcome': False,
+      'step_token': '<｜fim▁end｜>',
+      'good': '+',
+      'bad': '-',
+    },
   },
   'trainable': {
     'kind': 'all',

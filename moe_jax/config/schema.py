@@ -28,7 +28,8 @@ SOURCES = (
   *('python_source', 'text', 'jsonl', 'parquet', 'hf', 'synthetic', 'mixture'),
   *CHAT_SOURCES,
 )
-OBJECTIVES = ('next_token', 'sft', 'dpo', 'policy')
+OBJECTIVES = ('next_token', 'sft', 'dpo', 'policy', 'process_reward')
+LABEL_TARGETS = ('hard', 'soft')
 POLICY_ALGORITHMS = ('grpo', 'rft')
 POLICY_SUPERVISION = ('outcome', 'process')
 POLICY_STD = ('sample', 'population', 'none')
@@ -158,12 +159,26 @@ class PolicyConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProcessRewardConfig:
+  """Step labels as an LM objective (Math-Shepherd, arXiv 2312.08935); kind='process_reward'."""
+
+  labels: str  # file of experiments.process_reward label
+  # 'hard': a step is good if any completion was right; 'soft': drawn good as often as they were.
+  target: str
+  outcome: bool  # one label at the end of the solution, whether it is right (ORM)
+  step_token: str  # special token that ends a step, at whose place the label is predicted
+  good: str  # texts of the labels, one token each
+  bad: str
+
+
+@dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
   """What the weights are trained for."""
 
   # 'next_token': every token of a text; 'sft': the assistant's turns of conversations, which are
   # never cut, and end tokens with them; 'dpo': the chosen of two answers against the rejected one;
-  # 'policy': answers of the model's own, by their rewards (experiments.rl).
+  # 'policy': answers of the model's own, by their rewards (experiments.rl); 'process_reward':
+  # whether each step of a solution is good (experiments.process_reward).
   kind: str
   # Whether config.model is that of init_from, and data.tokenizer its tokenizer. What a command line
   # sets of them is changed after that.
@@ -173,6 +188,7 @@ class ObjectiveConfig:
   balance: bool
   dpo: DpoConfig
   policy: PolicyConfig
+  process_reward: ProcessRewardConfig
 
 
 @dataclasses.dataclass(frozen=True)

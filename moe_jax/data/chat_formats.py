@@ -116,8 +116,12 @@ def prompts(
 
 def said(data: schema.DataConfig, text: str) -> str:
   """An answer that a model has written, without what the format opens it with."""
-  opening = ' ' if data.chat_format == TEMPLATE else FORMATS[data.chat_format].answer
-  return text.removeprefix(opening)
+  return text.removeprefix(opening(data))
+
+
+def opening(data: schema.DataConfig) -> str:
+  """What stands between a prompt and the answer behind it, and is written with the answer."""
+  return ' ' if data.chat_format == TEMPLATE else FORMATS[data.chat_format].answer
 
 
 def _template(data: schema.DataConfig) -> chat_template.Template:

@@ -40,11 +40,6 @@ WORKERS = 2  # processes that judge answers
 MOST_QUESTIONS = 10**6  # of a source that are held in memory
 
 
-def of(cfg: schema.Config) -> 'PolicyStage | None':
-  """The stage of a run of rewards; None for a run of another objective."""
-  return PolicyStage(cfg) if cfg.objective.kind == 'policy' else None
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _scores(
   model: schema.ModelConfig,

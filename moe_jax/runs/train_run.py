@@ -81,9 +81,9 @@ def run_training(
   """
   began = time.perf_counter()
   errors.require(
-    (stage is not None) == (cfg.objective.kind == 'policy'),
-    f'config.objective.kind={cfg.objective.kind!r} learns from answers of its own; run '
-    'python -m experiments.rl, or moe_jax.train',
+    (stage is not None) == (cfg.objective.kind in ('policy', 'process_reward')),
+    f'config.objective.kind={cfg.objective.kind!r} does not learn from the rows of its corpus; run '
+    'python -m experiments.rl or experiments.process_reward, or moe_jax.train',
   )
   workdir, first = paths.local(workdir, '--workdir'), agreement.is_first()
   writes = first or parts is not None

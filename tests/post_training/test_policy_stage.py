@@ -9,7 +9,7 @@ import pytest
 
 import moe_jax
 from moe_jax import errors
-from moe_jax.post_training import policy_stage
+from moe_jax.post_training import stages
 from moe_jax.runs import metric_log, policy_plot
 from tests.post_training.conftest import SIZES
 
@@ -91,7 +91,7 @@ def test_a_reward_is_won_and_replay_changes_nothing_in_float32(base, tmp_path):
 
 
 def test_another_objective_has_no_such_stage(base, tmp_path):
-  assert policy_stage.of(base.config) is None
+  assert stages.of(base.config) is None
   with pytest.raises(errors.InputError, match='must begin with a reward of steps'):
     tune(base, tmp_path / 'run', **{'objective.policy.supervision': 'process'})
   with pytest.raises(errors.InputError, match='prompts=400'):

@@ -1,0 +1,193 @@
+"""Solutions that a model samples, and their steps labelled by completing them.
+
+Every prefix of a solution is read once, and its completions share that (`rollouts`). Token ids are
+kept as they were drawn: a prefix is a beginning of them, and nothing is tokenised twice.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from moe_jax.config import schema
+from moe_jax.data import chat_formats
+from moe_jax.data.tasks import arithmetic
+from moe_jax.inference import generate
+from moe_jax.post_training import answers as answers_lib
+from moe_jax.post_training import policy_batches, rollouts, step_labels
+from moe_jax.rewards import registry
+from moe_jax.runs import trained_run
+
+BATCH = 64  # questions or prefixes that are read together
+
+
+class Sampled(NamedTuple):
+  """One solution to a question."""
+
+  question: answers_lib.Question
+  prompt: list[int]
+  tokens: list[int]  # without the end token
+  text: str
+  skipped: int  # characters before `text` in the text of `tokens`
+  ended: bool
+  right: bool
+
+
+class Writer:
+  """Samples groups of answers with a trained run, and judges them by the reward `answer`."""
+
+  def __init__(
+    self,
+    run: trained_run.Run,
+    data: schema.DataConfig,
+    *,
+    temperature: float = 1.0,
+    max_new_tokens: int = 64,
+    rows: int = 256,
+    seed: int = 0,
+  ):
+    """Holds the run.
+
+    Args:
+      run: who writes.
+      data: where the questions are from.
+      temperature: of sampling.
+      max_new_tokens: of an answer, or of the rest of one.
+      rows: answers that are written at the same time.
+      seed: decides all draws.
+    """
+    self._run, self._data, self._draws = run, data, 0
+    self._policy = dataclasses.replace(
+      run.cfg.objective.policy, temperature=temperature, max_new_tokens=max_new_tokens, rows=rows
+    )
+    self._train = dataclasses.replace(run.cfg.train, seed=seed)
+    self._judge = registry.build('answer')
+
+  def _sampler(self, group_size: int) -> rollouts.Sampler:
+    policy = dataclasses.replace(self._policy, group_size=group_size)
+    objective = dataclasses.replace(self._run.cfg.objective, policy=policy)
+    cfg = dataclasses.replace(self._run.cfg, objective=objective, train=self._train)
+    return rollouts.Sampler(cfg, self._run.tokenizer.end_ids, self._run.mesh)
+
+  def _written(
+    self,
+    prompts: Sequence[Sequence[int]],
+    group_size: int,
+    greedy: bool,
+    tell: Callable[[int], None],
+  ) -> list[list[rollouts.Answer]]:
+    """The answers to every prompt, read in batches of one size."""
+    sampler, found = self._sampler(group_size), []
+    for begin in range(0, len(prompts), BATCH):
+      here = list(prompts[begin : begin + BATCH])
+      filled = here + here[:1] * (BATCH - len(here) if len(prompts) > BATCH else 0)
+      out = sampler.sample(self._run.variables, filled, self._draws, greedy=greedy).answers
+      self._draws += 1
+      size = len(out) // len(filled)
+      found += [out[i * size : (i + 1) * size] for i in range(len(here))]
+      tell(len(found))
+    return found
+
+  def is_right(self, question: answers_lib.Question, text: str) -> bool:
+    """Whether a text gives the question's answer."""
+    example = answers_lib.example(self._data, question)
+    return self._judge(question.prompt[-1].content, (), text, example).kind == 'right'
+
+  def sample(
+    self,
+    questions: Sequence[answers_lib.Question],
+    group_size: int,
+    *,
+    greedy: bool = False,
+    tell: Callable[[int], None] = lambda done: None,
+  ) -> list[list[Sampled]]:
+    """`group_size` answers to every question, or the likeliest one.
+
+    Args:
+      questions: what is asked.
+      group_size: answers to each.
+      greedy: one answer, of the likeliest tokens.
+      tell: is told how many questions are answered.
+    """
+    prompts = chat_formats.prompts(self._data, [q.prompt for q in questions], self._run.tokenizer)
+    written = self._written(prompts, group_size, greedy, tell)
+    return [
+      [self._sampled(question, one) for one in group] for question, group in zip(questions, written)
+    ]
+
+  def _sampled(self, question: answers_lib.Question, answer: rollouts.Answer) -> Sampled:
+    tokens = answer.tokens[:-1] if answer.ended else answer.tokens
+    whole = generate.continuation(self._run.tokenizer.decode, answer.prompt, tokens)
+    text = chat_formats.said(self._data, whole)
+    return Sampled(
+      question,
+      answer.prompt,
+      tokens,
+      text,
+      len(whole) - len(text),
+      answer.ended,
+      self.is_right(question, text),
+    )
+
+  def label(
+    self,
+    solutions: Sequence[Sampled],
+    completions: int,
+    tell: Callable[[int], None] = lambda done: None,
+  ) -> list[step_labels.Labelled]:
+    """Labels the steps of solutions by completing each prefix; the last step by its answer.
+
+    Solutions without a step, or cut by the limit, are left out.
+
+    Args:
+      solutions: of `sample`.
+      completions: N, of every prefix.
+      tell: is told how many prefixes are completed.
+    """
+    kept = [(one, step_labels.ends_of_steps(one.text)) for one in solutions if one.ended]
+    kept = [(one, ends) for one, ends in kept if ends]
+    decode = self._run.tokenizer.decode
+    prefixes: list[tuple[int, str, list[int]]] = []  # (solution, its text so far, ids)
+    for number, (one, ends) in enumerate(kept):
+      texts = [step_labels.prefix(one.text, end) for end in ends[:-1]]
+      at = policy_batches.step_ends(decode, one.tokens, [len(t) for t in texts], one.skipped)
+      prefixes += [
+        (number, text, [*one.prompt, *one.tokens[: last + 1]]) for text, last in zip(texts, at)
+      ]
+    written = self._written([ids for *_, ids in prefixes], completions, False, tell)
+    outcomes: list[list[tuple[bool, ...]]] = [[] for _ in kept]
+    for (number, text, _), group in zip(prefixes, written):
+      outcomes[number].append(
+        tuple(self._completes(kept[number][0].question, text, one) for one in group)
+      )
+    return [
+      step_labels.Labelled(
+        one.question.prompt[-1].content,
+        one.question.answer,
+        one.text,
+        ends,
+        (*found, (one.right,)),
+        self._truth(one, ends),
+      )
+      for (one, ends), found in zip(kept, outcomes)
+    ]
+
+  def _completes(self, question: answers_lib.Question, text: str, answer: rollouts.Answer) -> bool:
+    tokens = answer.tokens[:-1] if answer.ended else answer.tokens
+    rest = generate.continuation(self._run.tokenizer.decode, answer.prompt, tokens)
+    return answer.ended and self.is_right(question, text + rest)
+
+  def _truth(self, one: Sampled, ends: Sequence[int]) -> tuple[bool, ...] | None:
+    """Whether each step is right, where the task can check; a line that is no step is not."""
+    if self._data.source != 'arithmetic':
+      return None
+    question = one.question.prompt[-1].content
+    known = {s.end: s.right for s in arithmetic.steps(one.text, question, one.question.answer)}
+    return tuple(known.get(end, False) for end in ends)
+
+
+def distinct(groups: Sequence[Sequence[Sampled]]) -> list[Sampled]:
+  """The solutions without those that say the same to one question."""
+  found = []
+  for group in groups:
+    found += {one.text: one for one in group}.values()
+  return found

@@ -1,0 +1,115 @@
+"""Markers behind steps: where they stand, what is learned at them, and what is read there."""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import errors
+from moe_jax.data import tokenizer as tokenizer_lib
+from moe_jax.models import transformer
+from moe_jax.post_training import step_scores
+from tests import tiny
+from tests.training.test_policy_loss import RUN
+
+TEXT = '1 + 2 = 3\n3 - 1 = 1\nThe answer is 1.'
+ENDS = (9, 19, len(TEXT))
+SOLUTIONS = [
+  step_scores.Solution('What is 1 + 2 - 1?', TEXT, ENDS),
+  step_scores.Solution('What is 4?', 'The answer is 4.', (16,)),
+  step_scores.Solution('What is 5?', '', ()),
+]
+CHANGES = RUN | {
+  'objective__kind': 'process_reward',
+  'objective__process_reward__labels': 'labels.jsonl',
+  'model__vocab_size': 288,
+  'model__max_seq_len': 128,
+}
+
+
+@functools.cache
+def tokenizer():
+  data = tiny.make().data
+  return tokenizer_lib.byte_tokenizer(data.bos_token, data.eos_token)
+
+
+def marker(**changes):
+  cfg = tiny.make(**(CHANGES | changes))
+  return step_scores.Marker(cfg.objective.process_reward, cfg.data, tokenizer())
+
+
+def test_a_marker_stands_behind_every_step_and_the_text_is_whole():
+  own = marker()
+  first, second, empty = own.marked(SOLUTIONS)
+  assert len(first.marks) == 3 and len(second.marks) == 1 and not len(empty.marks)
+  assert set(first.ids[first.marks]) == {own.step_id} == {tokenizer().token_id('<｜fim▁end｜>')}
+  said = tokenizer().decode([i for i in first.ids if i != own.step_id])
+  assert said == f'User: What is 1 + 2 - 1?\n\nAssistant: {TEXT}'
+  parts = np.split(first.ids, first.marks + 1)
+  assert tokenizer().decode(parts[1].tolist()) == '\n3 - 1 = 1'
+  (whole, *_) = marker(objective__process_reward__outcome=True).marked(SOLUTIONS)
+  assert whole.marks.tolist() == [len(whole.ids) - 1]
+
+
+def test_labels_are_targets_at_the_markers_and_nowhere_else():
+  own = marker()
+  marked = own.marked(SOLUTIONS[:2])
+  labels = [np.array([own.good_id, own.bad_id, own.bad_id]), np.array([own.good_id])]
+  (row,) = step_scores.rows(marked, np.arange(2), 256)
+  arrays = step_scores.filled(marked, row, 256, labels)
+  assert (arrays['targets'] >= 0).sum() == 4  # as many as there are steps
+  at = np.flatnonzero(arrays['targets'] >= 0)
+  assert (arrays['tokens'][at] == own.step_id).all()
+  plus, minus = (tokenizer().encode(text)[0] for text in '+-')
+  assert arrays['targets'][at].tolist() == [plus, minus, minus, plus]
+  assert set(arrays['segment_ids']) == {0, 1, 2}
+  assert arrays['positions'][len(marked[0].ids)] == 0
+
+
+def test_what_is_longer_than_a_row_is_left_out():
+  marked = marker().marked(SOLUTIONS[:2])
+  assert [[n for n, _ in row] for row in step_scores.rows(marked, np.arange(2), 60)] == [[1]]
+
+
+@pytest.mark.parametrize(
+  'changes, words',
+  [
+    ({'step_token': '<none>'}, 'must be a special token'),
+    ({'good': 'good'}, 'must each be one token'),
+  ],
+)
+def test_tokens_that_are_not_there_are_named(changes, words):
+  with pytest.raises(errors.InputError, match=words):
+    marker(**{f'objective__process_reward__{key}': value for key, value in changes.items()})
+
+
+def test_scores_are_those_of_the_two_labels_alone_whatever_shares_the_row():
+  cfg = tiny.make(**CHANGES)
+  variables = {'params': tiny.params(cfg.model), 'router_state': {}}
+  run = types.SimpleNamespace(
+    cfg=cfg, mesh=tiny.mesh(1), variables=variables, tokenizer=tokenizer()
+  )
+  got = step_scores.score(run, SOLUTIONS, batch_size=1)
+  own = marker()
+  (one, *_) = own.marked(SOLUTIONS)
+  ids = one.ids[None]
+  out = tiny.jit(functools.partial(transformer.apply, cfg.model))(
+    variables, ids, jnp.arange(ids.shape[1])[None], jnp.ones_like(ids)
+  )
+  logits = np.asarray(out.logits[0], np.float64)[one.marks]
+  difference = logits[:, own.good_id] - logits[:, own.bad_id]
+  np.testing.assert_allclose(got[0], jax.nn.sigmoid(difference), atol=1e-4)
+  assert len(got[1]) == 1 and len(got[2]) == 0
+
+
+def test_another_run_and_a_solution_without_room_are_refused():
+  cfg = tiny.make(**(CHANGES | {'model__max_seq_len': 16}))
+  run = types.SimpleNamespace(cfg=cfg, mesh=tiny.mesh(1), tokenizer=tokenizer())
+  with pytest.raises(errors.InputError, match='max_seq_len=16'):
+    step_scores.score(run, SOLUTIONS)
+  run.cfg = tiny.make()
+  with pytest.raises(errors.InputError, match="must be 'process_reward'"):
+    step_scores.score(run, SOLUTIONS)
