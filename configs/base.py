@@ -241,6 +241,7 @@ def _objective():
   c.policy = ml_collections.ConfigDict()
   c.policy.algorithm = 'grpo'
   c.policy.reward = 'answer'
+  c.policy.reward_model = ''
   c.policy.prompts = 32
   c.policy.group_size = 8
   c.policy.updates = 1

@@ -29,6 +29,7 @@ ADDED: dict[str, dict[str, Any]] = {
     'policy': {
       'algorithm': 'grpo',
       'reward': 'answer',
+      'reward_model': '',
       'prompts': 32,
       'group_size': 8,
       'updates': 1,

@@ -129,6 +129,9 @@ class PolicyConfig:
 
   algorithm: str  # 'grpo', or 'rft' (online rejection fine-tuning): right answers alone are learned
   reward: str  # a sum of rewards, such as 'answer + 0.1 * format' (moe_jax.rewards)
+  # Run of experiments.process_reward train, whose scores are the rewards of steps, or of whole
+  # answers (`:outcome`), in place of those of `reward`; '' = none.
+  reward_model: str
   prompts: int  # questions of an iteration
   group_size: int  # answers to each, G of the paper
   updates: int  # optimizer steps on the answers of an iteration, mu of the paper

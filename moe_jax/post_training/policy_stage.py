@@ -29,11 +29,17 @@ from moe_jax.devices import partitioning
 from moe_jax.inference import generate
 from moe_jax.models import transformer
 from moe_jax.post_training import answers as answers_lib
-from moe_jax.post_training import policy_batches, rollouts
+from moe_jax.post_training import (
+  policy_batches,
+  rollouts,
+  step_labels,
+  step_scores,
+  verification,
+)
 from moe_jax.processes import agreement
 from moe_jax.rewards import pool as pool_lib
 from moe_jax.rewards import registry, reward
-from moe_jax.runs import policy_plot
+from moe_jax.runs import policy_plot, trained_run
 from moe_jax.training import loop, objective, optimizer_step, policy_loss, train_state
 
 WORKERS = 2  # processes that judge answers
@@ -76,12 +82,18 @@ class PolicyStage:
     policy = cfg.objective.policy
     terms = registry.parse(policy.reward)
     registry.check(policy.reward)
-    errors.require(
-      policy.supervision == 'outcome' or terms[0].name in registry.IN_STEPS,
-      f'config.objective.policy.reward={policy.reward!r} must begin with a reward of steps '
-      f"({', '.join(registry.IN_STEPS)}) for supervision='process'",
-    )
     self._cfg, self._policy = cfg, policy
+    self._judge = trained_run.load(policy.reward_model) if policy.reward_model else None
+    in_steps = terms[0].name in registry.IN_STEPS
+    if self._judge is not None:
+      step_scores.check(self._judge.cfg, 'config.objective.policy.reward_model')
+      in_steps = not self._judge.cfg.objective.process_reward.outcome
+    errors.require(
+      policy.supervision == 'outcome' or in_steps,
+      f'config.objective.policy.reward={policy.reward!r} must begin with a reward of steps '
+      f'({", ".join(registry.IN_STEPS)}), or reward_model={policy.reward_model!r} be a judge of '
+      "steps, for supervision='process'",
+    )
     self._questions = answers_lib.questions(cfg.data, MOST_QUESTIONS, heldout=False)
     errors.require(
       len(self._questions) >= policy.prompts,
@@ -187,6 +199,8 @@ class PolicyStage:
     owners = [questions[one.question] for one in written.answers]
     texts = [self._text(one) for one in written.answers]
     found = self._pool.score(self._items(written.answers, owners, texts))
+    if self._judge is not None:
+      found = judged_by(self._judge, found, owners, [text for text, _ in texts])
 
     def ends(number: int) -> list[int]:
       answer, (text, skipped) = written.answers[number], texts[number]
@@ -293,6 +307,38 @@ class PolicyStage:
     lines = [one for one in policy_plot.read_heldout(self._workdir) if one['step'] < self._step]
     lines.append({'step': self._step, 'right': right, 'total': total})
     atomic_files.write_text(path, ''.join(json.dumps(one) + '\n' for one in lines))
+
+
+def judged_by(
+  judge: trained_run.Run,
+  found: Sequence[reward.Reward],
+  questions: Sequence[answers_lib.Question],
+  texts: Sequence[str],
+) -> list[reward.Reward]:
+  """Rewards whose values are a model's; whether the answer is right stays what the checker says.
+
+  A judge of steps gives every step its score, and the answer the least of them; one of whole
+  solutions gives the answer its score. An answer without a step is worth 0.
+
+  Args:
+    judge: a run of objective.kind='process_reward'.
+    found: rewards of a checker.
+    questions: of each answer.
+    texts: the answers.
+  """
+  ends = [step_labels.ends_of_steps(text) for text in texts]
+  solutions = [
+    step_scores.Solution(question.prompt[-1].content, text, own)
+    for question, text, own in zip(questions, texts, ends, strict=True)
+  ]
+  scores = step_scores.score(judge, solutions)
+  whole = judge.cfg.objective.process_reward.outcome
+  new = []
+  for one, own, score in zip(found, ends, scores, strict=True):
+    value = verification.aggregate(score.tolist(), 'min')
+    steps = None if whole else [(end, float(s)) for end, s in zip(own, score, strict=True)]
+    new.append(one._replace(value=value, step_rewards=steps))
+  return new
 
 
 def _max_vio(cfg: schema.Config, answers: Sequence[policy_batches.Judged]) -> float | None:

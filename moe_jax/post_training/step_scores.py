@@ -153,6 +153,23 @@ def _probabilities(
   return jax.nn.softmax(both)[..., 0]
 
 
+def check(cfg: schema.Config, what: str):
+  """Refuses a run that judges nothing.
+
+  Args:
+    cfg: of the run.
+    what: what the user calls it.
+
+  Raises:
+    errors.InputError: it was trained for something else.
+  """
+  errors.require(
+    cfg.objective.kind == 'process_reward',
+    f"{what} has objective.kind={cfg.objective.kind!r}, which must be 'process_reward' to judge "
+    'steps; train one with python -m experiments.process_reward train',
+  )
+
+
 def score(
   run: trained_run.Run, solutions: Sequence[Solution], batch_size: int = 16
 ) -> list[np.ndarray]:
@@ -167,11 +184,7 @@ def score(
     errors.InputError: the run is of another objective, or a solution is longer than a row.
   """
   cfg = run.cfg
-  errors.require(
-    cfg.objective.kind == 'process_reward',
-    f"config.objective.kind={cfg.objective.kind!r} of the run must be 'process_reward' to judge "
-    'steps; train one with python -m experiments.process_reward train',
-  )
+  check(cfg, 'the run')
   marker = Marker(cfg.objective.process_reward, cfg.data, run.tokenizer)
   marked, length = marker.marked(solutions), cfg.model.max_seq_len
   longest = max((len(one.ids) for one in marked), default=0)

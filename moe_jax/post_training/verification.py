@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 METHODS = ('self_consistency', 'orm', 'prm', 'self_consistency+orm', 'self_consistency+prm')
 # Step scores -> score of the solution. `min` favours short solutions, so all are reported.
@@ -130,15 +131,15 @@ def label_quality(
   return found
 
 
-def auc(scores: Sequence[float], good: Sequence[bool]) -> float:
+def auc(scores: npt.ArrayLike, good: npt.ArrayLike) -> float:
   """The share of pairs of a good and a bad one whose good one has the larger score, ties half.
 
   The area under the ROC curve, by ranks; NaN where all are good, or none is.
   """
-  scores, good = np.asarray(scores, np.float64), np.asarray(good, bool)
-  num_good, num_bad = int(good.sum()), int((~good).sum())
+  values, is_good = np.asarray(scores, np.float64), np.asarray(good, bool)
+  num_good, num_bad = int(is_good.sum()), int((~is_good).sum())
   if not num_good or not num_bad:
     return float('nan')
-  _, place, count = np.unique(scores, return_inverse=True, return_counts=True)
+  _, place, count = np.unique(values, return_inverse=True, return_counts=True)
   ranks = (np.cumsum(count) - (count - 1) / 2)[place]
-  return float((ranks[good].sum() - num_good * (num_good + 1) / 2) / (num_good * num_bad))
+  return float((ranks[is_good].sum() - num_good * (num_good + 1) / 2) / (num_good * num_bad))

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import types
 
 import jax
 import numpy as np
@@ -9,8 +10,11 @@ import pytest
 
 import moe_jax
 from moe_jax import errors
-from moe_jax.post_training import stages
+from moe_jax.data import conversations
+from moe_jax.post_training import answers, policy_stage, stages
+from moe_jax.rewards import reward
 from moe_jax.runs import metric_log, policy_plot
+from tests import tiny
 from tests.post_training.conftest import SIZES
 
 SETTINGS = SIZES | {
@@ -97,3 +101,24 @@ def test_another_objective_has_no_such_stage(base, tmp_path):
   with pytest.raises(errors.InputError, match='prompts=400'):
     tune(base, tmp_path / 'run', **{'objective.policy.prompts': 400})
   assert not (tmp_path / 'run').exists()
+
+
+def test_a_model_judges_steps_or_wholes_and_the_checker_what_is_right(monkeypatch):
+  found = [reward.Reward(1.0, {}, 'right'), reward.Reward(0.0, {}, 'wrong')]
+  question = answers.Question((conversations.Turn('user', 'What is 1 + 1?', False),), '2')
+  texts = ['1 + 1 = 2\nThe answer is 2.', 'no']
+  asked = []
+
+  def score(judge, solutions):
+    asked.append(solutions)
+    whole = judge.cfg.objective.process_reward.outcome
+    return [np.array([0.25] if whole else [0.75, 0.25]), np.array([0.5])]
+
+  monkeypatch.setattr(policy_stage.step_scores, 'score', score)
+  for whole in (False, True):
+    cfg = tiny.make(objective__process_reward__outcome=whole)
+    judge = types.SimpleNamespace(cfg=cfg)
+    first, second = policy_stage.judged_by(judge, found, [question] * 2, texts)
+    assert (first.value, first.kind, second.value, second.kind) == (0.25, 'right', 0.5, 'wrong')
+    assert first.step_rewards == (None if whole else [(9, 0.75), (26, 0.25)])
+  assert asked[0][0].ends == (9, 26) and asked[0][0].question == 'What is 1 + 1?'

@@ -1,0 +1,78 @@
+"""Steps labelled by a scripted model: which beginnings are completed, and what counts as right."""
+
+import types
+
+import numpy as np
+
+from moe_jax.data import conversations
+from moe_jax.post_training import answers, rollouts, solutions
+from tests import tiny
+from tests.post_training.test_step_scores import CHANGES, tokenizer
+
+QUESTION = answers.Question(
+  (conversations.Turn('user', 'What is 7 + 5 - 3?', False),),
+  '7 + 5 = 12\n12 - 3 = 9\nThe answer is 9.',
+)
+PROMPT = [1, 2, 3]
+END = 0
+
+
+def answer(text, prompt=PROMPT, ended=True):
+  ids = [int(i) for i in tokenizer().encode(text)] + [END] * ended
+  scores = np.zeros((3, len(ids)), np.float32)
+  return rollouts.Answer(0, list(prompt), ids, ended, *scores, None)
+
+
+def writer(monkeypatch, script):
+  """One whose model writes what `script` says: [prompts, ...] -> groups of texts."""
+  cfg, asked = tiny.make(**CHANGES), []
+  run = types.SimpleNamespace(cfg=cfg, tokenizer=tokenizer(), mesh=None, variables=None)
+  one = solutions.Writer(run, cfg.data)
+
+  def written(prompts, group_size, greedy, tell):
+    asked.append((prompts, group_size, greedy))
+    groups = script.pop(0)
+    return [
+      [answer(text, prompt, ended) for text, ended in group]
+      for prompt, group in zip(prompts, groups, strict=True)
+    ]
+
+  monkeypatch.setattr(one, '_written', written)
+  return one, asked
+
+
+RIGHT = ' 7 + 5 = 12\n12 - 3 = 9\nThe answer is 9.'
+WRONG = ' 7 + 5 = 13\n13 - 3 = 10\nThe answer is 10.'
+
+
+def test_every_beginning_is_completed_and_the_last_step_is_checked(monkeypatch):
+  script = [
+    [[(RIGHT, True), (WRONG, True), (WRONG, True), (' 7 + 5', False)]],
+    [
+      [('12 - 3 = 9\nThe answer is 9.', True), ('12 - 3 = 8\nThe answer is 8.', True)],
+      [('The answer is 9.', True), ('The answer is 9.', False)],
+      [('13 - 3 = 9\nThe answer is 9.', True), ('13 - 3 = 10\nThe answer is 10.', True)],
+      [('The answer is 10.', True), ('', True)],
+    ],
+  ]
+  one, asked = writer(monkeypatch, script)
+  (group,) = one.sample([QUESTION], 4)
+  assert [s.right for s in group] == [True, False, False, False]
+  found = solutions.distinct([group])
+  assert len(found) == 3  # the same solution twice is one
+  labelled = one.label(found, 2)
+  assert len(labelled) == 2  # one was cut
+  first, second = labelled
+  assert first.text == RIGHT[1:] and first.outcomes == ((True, False), (True, False), (True,))
+  # Repaired once, so called good.
+  assert second.outcomes == ((True, False), (False, False), (False,))
+  assert first.truth == (True, True, True) and second.truth == (False, True, False)
+  prompts, size, greedy = asked[1]
+  assert size == 2 and not greedy and len(prompts) == 4
+  decode = tokenizer().decode
+  assert [decode(ids).rpartition('Assistant:')[2] for ids in prompts] == [
+    ' 7 + 5 = 12\n',
+    ' 7 + 5 = 12\n12 - 3 = 9\n',
+    ' 7 + 5 = 13\n',
+    ' 7 + 5 = 13\n13 - 3 = 10\n',
+  ]
