@@ -40,8 +40,29 @@ class Update(NamedTuple):
   present: Array  # [classes], which of them it has
 
 
+class Pick(NamedTuple):
+  """The balanced set of a round: equally many samples of each class that has enough."""
+
+  x: Array  # [classes * threshold, height, width, channels]
+  y: Array  # [classes * threshold]
+  weights: Array  # [classes * threshold], whose sum is 1, or 0 where no class has enough
+  classes: Array  # [classes], which have enough
+
+
+class Batches(NamedTuple):
+  """What the steps of a round take."""
+
+  rows: Array  # [steps, batch_size], numbers of samples
+  used: Array  # [steps, batch_size], which of them count
+  keys: Array  # [steps], of the dropout
+
+
 def update(
-  settings: settings_lib.Settings, sent: Broadcast, own: trees.Params, samples: Samples, key: Array
+  settings: settings_lib.Settings,
+  sent: Broadcast,
+  own: trees.Params,
+  samples: Samples,
+  key: Array,
 ) -> Update:
   """A client's round (RedGrape, section 3; the other methods leave parts out).
 
@@ -52,38 +73,39 @@ def update(
     samples: the client's data.
     key: decides order, dropout and the balanced set.
   """
+  received, pick, steps = begin(settings, sent, own, samples, key)
+
+  def scanned(carry: tuple[trees.Params, trees.Params], batch: Batches):
+    return step(settings, sent, samples, pick, carry, batch), None
+
+  still = jax.tree.map(jnp.zeros_like, received.params)
+  (trained, _), _ = jax.lax.scan(scanned, (received.params, still), steps)
+  return received._replace(params=trained)
+
+
+def begin(
+  settings: settings_lib.Settings,
+  sent: Broadcast,
+  own: trees.Params,
+  samples: Samples,
+  key: Array,
+) -> tuple[Update, Pick, Batches]:
+  """What `update` does before its steps; its `Update` still has the received parameters."""
   params = sent.params | own
   order_key, pick_key, step_key = jax.random.split(key, 3)
   features = encoders.encode(settings, params['encoder'], samples.x)
   means, counts = heads.class_means(samples.y, samples.real, settings.data.classes)
   found = losses.cross_entropy(heads.logits(params['main'], features), samples.y)
-  pick = balanced_set(samples, counts, settings.threshold, pick_key)
   rows, used = batches(samples.real, settings.epochs, settings.batch_size, order_key)
-  keys = jax.random.split(step_key, len(rows))
-
-  def step(carry: tuple[trees.Params, trees.Params], batch: tuple[Array, Array, Array]):
-    taken = _step(settings, sent, samples, pick, carry, batch)
-    is_step = batch[1].any()  # a client of fewer batches than the longest waits
-    return jax.tree.map(lambda new, old: jnp.where(is_step, new, old), taken, carry), None
-
-  still = jax.tree.map(jnp.zeros_like, params)
-  (trained, _), _ = jax.lax.scan(step, (params, still), (rows, used, keys))
-  return Update(
-    params=trained,
+  received = Update(
+    params=params,
     samples=samples.real.sum(),
     loss=(found * samples.real).sum() / samples.real.sum(),
     gradients=heads.weighted_gradients(sent.gradient_head, features, samples.y, means),
     present=counts > 0,
   )
-
-
-class Pick(NamedTuple):
-  """The balanced set of a round: equally many samples of each class that has enough."""
-
-  x: Array  # [classes * threshold, height, width, channels]
-  y: Array  # [classes * threshold]
-  weights: Array  # [classes * threshold], whose sum is 1, or 0 where no class has enough
-  classes: Array  # [classes], which have enough
+  pick = balanced_set(samples, counts, settings.threshold, pick_key)
+  return received, pick, Batches(rows, used, jax.random.split(step_key, len(rows)))
 
 
 def balanced_set(samples: Samples, counts: Array, threshold: int, key: Array) -> Pick:
@@ -117,15 +139,24 @@ def batches(real: Array, epochs: int, size: int, key: Array) -> tuple[Array, Arr
   return rows.reshape(-1, size), used.reshape(-1, size)
 
 
-def _step(
+def step(
   settings: settings_lib.Settings,
   sent: Broadcast,
   samples: Samples,
   pick: Pick,
   carry: tuple[trees.Params, trees.Params],
-  batch: tuple[Array, Array, Array],
+  batch: Batches,
 ) -> tuple[trees.Params, trees.Params]:
-  """(parameters, velocity) after one batch of (rows, which count, key)."""
+  """(parameters, velocity) after one batch; both as they were, if none of its rows counts.
+
+  Args:
+    settings: of the run.
+    sent: what the server sent.
+    samples: the client's data.
+    pick: its balanced set.
+    carry: before the step.
+    batch: one of the steps of `begin`.
+  """
   (params, velocity), (rows, used, key), rules = carry, batch, settings.rules
   local_key, pick_key = jax.random.split(key)
 
@@ -147,7 +178,8 @@ def _step(
     direction, is_there = _direction(settings, sent, params, pick, pick_key)
     scale = settings.learning_rate * settings.correction * is_there
     stepped |= {'main': heads.corrected(stepped['main'], direction, local['main'], scale)}
-  return stepped, velocity
+  is_step = used.any()  # a client of fewer batches than the longest waits
+  return jax.tree.map(lambda new, old: jnp.where(is_step, new, old), (stepped, velocity), carry)
 
 
 def _direction(

@@ -76,6 +76,17 @@ def _head(key: Array, width: int, classes: int) -> heads.Head:
   return {'kernel': kernel, 'bias': jnp.zeros(classes)}
 
 
+class Sent(NamedTuple):
+  """What a round's clients begin with."""
+
+  broadcast: client.Broadcast
+  own: trees.Params  # of each chosen client: its second head, where it is not shared
+  samples: client.Samples  # of each chosen client
+  keys: Array  # [clients_per_round]
+  chosen: Array  # [clients_per_round], their numbers
+  server_key: Array
+
+
 def one_round(
   settings: settings_lib.Settings,
   mesh: jax.sharding.Mesh | None,
@@ -83,7 +94,7 @@ def one_round(
   data: Data,
   seed: Array,
 ) -> State:
-  """The state after a round.
+  """The state after a round; `plain_round` has the same with a loop over clients.
 
   Args:
     settings: of the run.
@@ -93,26 +104,31 @@ def one_round(
     data: of the seed.
     seed: a typed key; all draws come from it and the number of the round.
   """
+  sent = send(settings, state, data, seed)
+  updates = _clients(settings, mesh)(sent.broadcast, sent.own, sent.samples, sent.keys)
+  return served(settings, state, data, sent, updates)
+
+
+def send(settings: settings_lib.Settings, state: State, data: Data, seed: Array) -> Sent:
+  """Chooses the clients of a round, and what they begin with; arguments as of `one_round`."""
   keys = jax.random.split(jax.random.fold_in(seed, state.round), 3)
   chosen = server.sampled_clients(settings, keys[0])
-  shared = settings.shared_extra_head
-  params = server.broadcast_of(state.params, shared)
-  own = {} if 'extra' not in state.params or shared else {'extra': state.params['extra']}
+  params, own = dict(state.params), {}
+  if 'extra' in params and not settings.shared_extra_head:
+    own = {'extra': jax.tree.map(lambda w: w[chosen], params.pop('extra'))}
   is_creff = settings.rules.server == 'creff'
-  sent = client.Broadcast(
+  broadcast = client.Broadcast(
     params=params,
     gradient_head=state.retrained if is_creff else params['main'],
     prototypes=state.prototypes,
     known=state.known,
     class_weights=state.class_weights,
   )
-  updates = _clients(settings, mesh)(
-    sent,
-    jax.tree.map(lambda w: w[chosen], own),
-    server.client_of(data.clients, chosen),
-    jax.vmap(functools.partial(jax.random.fold_in, keys[1]))(chosen),
-  )
-  return _served(settings, state, data, sent, chosen, updates, keys[2])
+  samples = data.clients
+  if settings.clients_per_round < settings.clients:
+    samples = jax.tree.map(lambda x: x[chosen], samples)
+  each = jax.vmap(functools.partial(jax.random.fold_in, keys[1]))(chosen)
+  return Sent(broadcast, own, samples, each, chosen, keys[2])
 
 
 def _clients(
@@ -130,26 +146,29 @@ def _clients(
   )
 
 
-def _served(
-  settings: settings_lib.Settings,
-  state: State,
-  data: Data,
-  sent: client.Broadcast,
-  chosen: Array,
-  updates: client.Update,
-  key: Array,
+def served(
+  settings: settings_lib.Settings, state: State, data: Data, sent: Sent, updates: client.Update
 ) -> State:
-  """The state after the server's part of a round."""
+  """The state after the server's part of a round.
+
+  Args:
+    settings: of the run.
+    state: before.
+    data: of the seed.
+    sent: what the clients began with.
+    updates: what they sent back, [clients_per_round, ...].
+  """
   kind = settings.rules.server
   shares = updates.samples / updates.samples.sum()
   weights, duals = shares, state.duals
   if kind == 'climb':
-    weights, duals = server.climb(settings, duals, chosen, shares, updates.loss)
-  trained = {name: updates.params[name] for name in sent.params}
-  params = server.averaged(sent.params, trained, weights)
-  if 'extra' in state.params and 'extra' not in params:
+    weights, duals = server.climb(settings, duals, sent.chosen, shares, updates.loss)
+  received = sent.broadcast.params
+  trained = {name: updates.params[name] for name in received}
+  params = server.averaged(received, trained, weights)
+  if sent.own:
     params['extra'] = jax.tree.map(
-      lambda old, new: old.at[chosen].set(new), state.params['extra'], updates.params['extra']
+      lambda old, new: old.at[sent.chosen].set(new), state.params['extra'], updates.params['extra']
     )
   prototypes, known = server.gathered_prototypes(
     state.prototypes, state.known, updates.gradients, updates.present
@@ -158,11 +177,13 @@ def _served(
     round=state.round + 1, params=params, prototypes=prototypes, known=known, duals=duals
   )
   if kind == 'ratio':  # at the model that this round's clients received
-    found = class_ratios.class_weights(settings, sent.params, data.server_x, data.server_y)
+    found = class_ratios.class_weights(settings, received, data.server_x, data.server_y)
     after = after._replace(class_weights=found)
   if kind == 'creff':
     made = creff.refined(settings, state.retrained, state.features, prototypes, known)
-    after = after._replace(features=made, retrained=creff.retrained(settings, made, key))
+    after = after._replace(
+      features=made, retrained=creff.retrained(settings, made, sent.server_key)
+    )
   return after
 
 

@@ -1,6 +1,7 @@
 """A federated run in its directory: many seeds in one program, saved after every few rounds."""
 
 import dataclasses
+import functools
 import io
 import json
 import pathlib
@@ -60,7 +61,7 @@ def run(
     _check_record(settings, seeds, workdir)
     data = federations(settings, seeds, data_dir)
     keys = jax.vmap(jax.random.key)(jnp.array(seeds))
-    states = jax.vmap(lambda key: rounds.init(settings, key))(keys)
+    states = jax.jit(jax.vmap(functools.partial(rounds.init, settings)))(keys)
     states, points, right = _saved(workdir / SAVED, states)
     done = int(states.round[0])
     errors.require(

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax import trees
-from moe_jax.federated import client, heads
+from moe_jax.federated import heads
 from moe_jax.federated import settings as settings_lib
 
 Array = jax.Array
@@ -71,17 +71,3 @@ def climb(
   weights = shares * (1 + duals[chosen] - duals.mean())
   excess = losses - (shares * losses).sum() - settings.climb_tolerance
   return weights, duals.at[chosen].set(jnp.maximum(duals[chosen] + settings.climb_rate * excess, 0))
-
-
-def broadcast_of(state_params: trees.Params, extra_is_shared: bool) -> trees.Params:
-  """The parameters that every client receives."""
-  if extra_is_shared:
-    return state_params
-  return {name: part for name, part in state_params.items() if name != 'extra'}
-
-
-def client_of(clients: client.Samples, chosen: Array) -> client.Samples:
-  """The data of the chosen clients, [clients_per_round, rows, ...]."""
-  if len(chosen) == len(clients.y):
-    return clients
-  return jax.tree.map(lambda x: x[chosen], clients)
