@@ -11,7 +11,7 @@ import tqdm
 from absl import flags
 
 from experiments.common import cli, local_jobs
-from experiments.federated import pictures, setting_flags, study
+from experiments.federated import pictures, setting_flags
 from moe_jax import atomic_files, errors
 from moe_jax.analysis import paired
 from moe_jax.federated import accuracy, run
@@ -68,7 +68,7 @@ def run_all(workdir: pathlib.Path, names: Sequence[str], settings: Sequence[Sett
   pairs = [(name, setting) for setting in settings for name in names]
   for name, setting in tqdm.tqdm(pairs, unit='run'):
     path = workdir / name / _name(setting)
-    cfg = setting_flags.read(study.OWN, method=name, **setting._asdict())
+    cfg = setting_flags.read(setting_flags.OF_STUDY, method=name, **setting._asdict())
     curve = run.run(
       cfg,
       seeds,

@@ -9,6 +9,7 @@ from moe_jax import errors
 from moe_jax.federated import methods, settings
 
 _CHOICES = {'method': tuple(methods.METHODS), 'dataset': tuple(methods.DATASETS)}
+OF_STUDY = ('method', 'imbalance', 'alpha')  # lists in the comparison, not flags of these names
 _DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool}
 
 

@@ -17,8 +17,6 @@ from experiments.federated import setting_flags
 from moe_jax import errors
 from moe_jax.federated import methods
 
-OWN = ('method', 'imbalance', 'alpha')
-
 
 def define_flags():
   """Defines the command's flags."""
@@ -31,7 +29,7 @@ def define_flags():
   flags.DEFINE_integer('every', 10, 'rounds between two points of the curves')
   flags.DEFINE_integer('devices', 1, 'over which the clients of a round are split')
   cli.path_flag('data_dir', '', 'directory with the published files of the data set')
-  setting_flags.define(without=OWN)
+  setting_flags.define(without=setting_flags.OF_STUDY)
 
 
 def main(unused_argv: Sequence[str]):

@@ -1,4 +1,4 @@
-"""Rounds as pure functions: against plain loops, over seeds, devices and calls."""
+"""Rounds as pure functions: over seeds, devices and calls."""
 
 import dataclasses
 import functools
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.federated import partition, plain_round, rounds, run, settings
+from moe_jax.federated import partition, rounds, run, settings
 
 CFG = settings.resolve(
   settings.Settings(
@@ -31,25 +31,6 @@ def compiled(cfg, mesh=None):
 
 def close(a, b, tolerance=1e-5):
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=tolerance), a, b)
-
-
-@pytest.mark.parametrize('shared', (True, False))
-def test_a_round_is_that_of_plain_loops(images, shared):
-  cfg = dataclasses.replace(CFG, shared_extra_head=shared)
-  state, data, key = made(images, cfg)
-  plain = state
-  for _ in range(2):  # the second one has prototypes
-    state, plain = compiled(cfg)(state, data, key), plain_round.one_round(cfg, plain, data, key)
-  close(state, plain)
-  assert int(state.round) == 2 and state.known.any()
-  if not shared:  # clients that were not drawn keep their second head
-    assert state.params['extra']['kernel'].shape == (8, 64, 10)
-    drawn = {
-      int(i) for n in (0, 1) for i in rounds.send(cfg, state._replace(round=n), data, key).chosen
-    }
-    start = rounds.init(cfg, key).params['extra']['kernel']
-    changed = np.asarray((state.params['extra']['kernel'] != start).any(axis=(1, 2)))
-    assert set(np.flatnonzero(changed).tolist()) == drawn and len(drawn) < 8
 
 
 def test_lambda_zero_is_federated_averaging_of_two_heads(images):
