@@ -16,13 +16,13 @@ DTYPES = ('float32', 'bfloat16')
 SCHEDULES = ('multi_step', 'cosine', 'constant', 'linear', 'stages')
 STAGE_SHAPES = ('constant', 'linear', 'cosine')
 # Those of conversations, of which a model learns the answers; of pairs of answers; and of text.
-CONVERSATION_SOURCES = ('conversations', 'hf_conversations', 'arithmetic', 'programs')
+CONVERSATION_SOURCES = ('conversations', 'hf_conversations', 'arithmetic', 'programs', 'episodes')
 PREFERENCE_SOURCES = ('preferences', 'hf_preferences')
 CHAT_SOURCES = (*CONVERSATION_SOURCES, *PREFERENCE_SOURCES)  # all that is no text
 # Whose `path` is no path.
 PATHLESS_SOURCES = (
   *('hf', 'hf_conversations', 'hf_preferences'),
-  *('arithmetic', 'programs', 'synthetic'),
+  *('arithmetic', 'programs', 'episodes', 'synthetic'),
 )
 SOURCES = (
   *('python_source', 'text', 'jsonl', 'parquet', 'hf', 'synthetic', 'mixture'),
@@ -40,7 +40,7 @@ POLICY_TRUNCATED = ('keep', 'leave_out')
 REPLAYS = ('rollout', 'update', 'none')
 PREFERENCE_LOSSES = ('sigmoid', 'ipo')
 TRAINABLE = ('all', 'experts', 'lora')
-CHAT_FORMATS = ('deepseek_llm', 'deepseek_v3', 'template')
+CHAT_FORMATS = ('deepseek_llm', 'deepseek_v3', 'marks', 'template')
 
 
 @dataclasses.dataclass(frozen=True)

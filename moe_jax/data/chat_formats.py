@@ -38,6 +38,8 @@ FORMATS = {
   'deepseek_llm': Format('\n\n', 'User: ', '', '\n\n', 'Assistant:', '', ' '),
   # DeepSeek-V2.5, V3 and R1: special tokens of their tokenizers.
   'deepseek_v3': Format('', '', '<｜User｜>', '', '', '<｜Assistant｜>', ''),
+  # Ours, of `tasks.episodes`: one character each, and what is said brings its own spaces.
+  'marks': Format('\n', '>', '', '', '=', '', ''),
 }
 
 

@@ -30,7 +30,7 @@ from moe_jax.data import (
   source_files,
   synthetic,
 )
-from moe_jax.data.tasks import generated
+from moe_jax.data.tasks import episodes, generated
 from moe_jax.storage import fetch
 
 TEXT_CUT_BYTES = 64 * 1024  # source 'text': files longer than this become several documents
@@ -413,6 +413,18 @@ def generated_task(spec: Spec, warn: Callable[[str], None]) -> Iterator[Document
     yield Document(one.question, conversations.to_bytes(conversation), one.label)
 
 
+def episodes_task(spec: Spec, warn: Callable[[str], None]) -> Iterator[Document]:
+  """Conversations whose answers are label words, drawn anew for each; see `tasks.episodes`.
+
+  The path says how they are, '' or for example '?classes=4&queries=9&words=3&episodes=10000'. An
+  episode's name is its text, by whose hash it is trained on or held out.
+  """
+  task, count = episodes.of_path(spec.path, spec.where)
+  for number in range(count):
+    text = conversations.to_bytes(episodes.conversation(episodes.episode(number, task)))
+    yield Document(hashing.hexdigest(text), text, f'{task.classes} classes')
+
+
 SOURCES: dict[str, Callable[[Spec, Callable[[str], None]], Iterator[Document]]] = {
   'python_source': python_source,
   'text': text_files,
@@ -423,6 +435,7 @@ SOURCES: dict[str, Callable[[Spec, Callable[[str], None]], Iterator[Document]]] 
   'conversations': conversation_files,
   'arithmetic': generated_task,
   'programs': generated_task,
+  'episodes': episodes_task,
   'preferences': preference_files,
   'hf_conversations': conversation_files,
   'hf_preferences': preference_files,

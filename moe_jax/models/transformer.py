@@ -18,7 +18,7 @@ from moe_jax.balance import router_stats
 from moe_jax.config import schema
 from moe_jax.devices import partitioning
 from moe_jax.models import decoder_block, layers, moe_layer, token_prediction
-from moe_jax.models.attention import multi_head
+from moe_jax.models.attention import multi_head, observed
 from moe_jax.models.routers import routing
 
 Array = jax.Array
@@ -29,6 +29,10 @@ SAVED_NAMES = {
   'moe_core': (*_ALWAYS_SAVED, 'layer_in', 'latent', 'attn_out', 'moe_h'),
   'full': _ALWAYS_SAVED,
 }
+
+
+# Collections of what an experiment on a trained model changes in its layers.
+_CONTROLS = (moe_layer.INTERVENTION, observed.CONTROL)
 
 
 class Output(NamedTuple):
@@ -61,7 +65,7 @@ def _over_layers(cfg: schema.ModelConfig, layer: type[nn.Module], length: int, i
     layer = nn.remat(layer, policy=_policy(cfg.remat), prevent_cse=not cfg.scan_layers)
   return nn.scan(
     layer,
-    variable_axes={'params': 0, 'router_state': 0, 'intermediates': 0, moe_layer.INTERVENTION: 0},
+    variable_axes=dict.fromkeys(('params', 'router_state', 'intermediates', *_CONTROLS), 0),
     split_rngs={},
     in_axes=in_axes,
     length=length,
@@ -79,6 +83,7 @@ class Transformer(nn.Module):
 
   cfg: schema.ModelConfig
   train: bool = False
+  types: decoder_block.LayerTypes = decoder_block.LayerTypes()
 
   @nn.compact
   def __call__(
@@ -131,7 +136,7 @@ class Transformer(nn.Module):
     found = {}
     for kind in decoder_block.stacks(cfg):
       stack = _over_layers(cfg, decoder_block.Block, kind.length, (0, nn.broadcast, nn.broadcast))
-      stack = stack(cfg, kind.is_moe, self.train, name=kind.name)
+      stack = stack(cfg, kind.is_moe, self.train, types=self.types, name=kind.name)
       number = kind.first + jnp.arange(kind.length, dtype=jnp.int32)
       own = jax.tree.map(lambda a: a[: cfg.num_moe_layers], slopes or {}) if kind.is_moe else {}
       own = decoder_block.LayerInputs(None, number, own, experts if kind.is_moe else None)

@@ -15,7 +15,9 @@ The latents are RMS-normed before their up-projections, and the cache holds them
 Axis letters are those of `moe_jax.models`: Q is q_lora_rank, R kv_lora_rank.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +83,7 @@ def expanded(
   kv_b: Array,
   ctx: multi_head.Context,
   cfg: attention_config.AttentionConfig,
+  attend: Callable[..., Array] = multi_head.attend_own,
 ) -> Array:
   """Attention of a call's tokens among themselves.
 
@@ -93,6 +96,7 @@ def expanded(
     kv_b: [R, N, Hn + Hv], W^UK and W^UV side by side.
     ctx: which tokens see each other.
     cfg: sizes, implementation, scale.
+    attend: has the arguments of `multi_head.attend_own`.
 
   Returns:
     [B, L, N, Hv].
@@ -106,7 +110,7 @@ def expanded(
     return jnp.concatenate([k_nope, k_rope], axis=-1), v
 
   source = sharded.Source(tuple(own), keys_and_values, (kv_b,), (('kv_lora', 'heads', 'head_dim'),))
-  return multi_head.attend_own(cfg, jnp.concatenate(q, axis=-1), source, ctx, mla.v_head_dim)
+  return attend(cfg, jnp.concatenate(q, axis=-1), source, ctx, mla.v_head_dim)
 
 
 def absorbed(
@@ -169,6 +173,8 @@ class MLA(nn.Module):
   dtype: jnp.dtype
   param_dtype: jnp.dtype
 
+  attend: ClassVar[Callable[..., Array]] = staticmethod(multi_head.attend_unobserved)
+
   @nn.compact
   def __call__(
     self, x: Array, ctx: multi_head.Context, cache: LatentCache | None
@@ -180,7 +186,8 @@ class MLA(nn.Module):
       q, own = self._queries(projected, angle), self._latent(projected.kv, angle)
     with jax.named_scope('mla_core'):
       if cache is None:
-        cache, out = own, expanded(q, own, self._kv_b(), ctx, self.cfg)
+        attend = functools.partial(self.attend, self)
+        cache, out = own, expanded(q, own, self._kv_b(), ctx, self.cfg, attend)
       else:
         cache = multi_head.write(cache, own, ctx.positions)
         out = absorbed(q, cache, self._absorbed(), ctx.positions, self.cfg)

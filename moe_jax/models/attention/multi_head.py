@@ -10,7 +10,8 @@ generated, a row is one document and slot i of a cache belongs to its position i
 """
 
 import functools
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +96,12 @@ def attend_own(
   return sharded.attend(fn, q, source, *ctx)
 
 
+def attend_unobserved(module: Any, *args: Any) -> Array:
+  """`attend_own` as layers call it, with themselves before its arguments; keeps nothing."""
+  del module
+  return attend_own(*args)
+
+
 class Attention(nn.Module):
   """Projections, rotation, attention and output projection, without biases."""
 
@@ -104,6 +111,9 @@ class Attention(nn.Module):
   dtype: jnp.dtype
   param_dtype: jnp.dtype
   threshold: float = 0.0  # mixture of heads: experts with num_experts * score below it are left out
+
+  # What attends when there is no cache: `attend_unobserved`, or that of `observed`.
+  attend: ClassVar[Callable[..., Array]] = staticmethod(attend_unobserved)
 
   @nn.compact
   def __call__(
@@ -127,7 +137,7 @@ class Attention(nn.Module):
     own = KVCache(k, v)
     if cache is None:
       source = sharded.Source((k, v), lambda k, v: (k, v))
-      cache, out = own, attend_own(cfg, q, source, ctx, cfg.head_dim)
+      cache, out = own, self.attend(self, cfg, q, source, ctx, cfg.head_dim)
     else:
       cache = write(cache, own, ctx.positions)
       mask = seen_slots(ctx.positions, cache.key.shape[1])

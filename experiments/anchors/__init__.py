@@ -1,0 +1,1 @@
+"""Label words as anchors: how a model uses demonstrations in its context."""

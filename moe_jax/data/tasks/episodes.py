@@ -1,0 +1,135 @@
+"""Episodes of a classification task whose labels only the episode itself tells.
+
+  > cat horse wolf= gate> bread soup cheese= lamp> goat cat wolf= gate
+
+An item is a few words of one class, here animals or food, and a label word stands behind it. Which
+label word a class has is drawn anew for every episode, so that a model has to find it among the
+labelled items (the demonstrations) before. The first items are one of each class in random order;
+their labels nobody can know. Those behind them are to be predicted.
+
+A number and a seed name an episode, the same one on every machine and in every Python.
+"""
+
+import random
+from typing import NamedTuple
+
+from moe_jax import errors
+from moe_jax.data import conversations
+
+CLASSES = {
+  'animals': ('cat', 'horse', 'goat', 'wolf'),
+  'food': ('bread', 'cheese', 'rice', 'soup'),
+  'body': ('hand', 'knee', 'nose', 'neck'),
+  'weather': ('rain', 'snow', 'wind', 'fog'),
+  'clothes': ('shirt', 'shoe', 'hat', 'sock'),
+  'tools': ('hammer', 'saw', 'drill', 'axe'),
+  'music': ('harp', 'flute', 'piano', 'organ'),
+  'plants': ('oak', 'rose', 'fern', 'moss'),
+}
+LABELS = (
+  *('gate', 'lamp', 'river', 'paper', 'stone', 'window', 'coin', 'bridge'),
+  *('candle', 'market', 'mirror', 'garden', 'ticket', 'button', 'castle', 'engine'),
+)
+
+
+class Task(NamedTuple):
+  """How the episodes are made."""
+
+  classes: int = 4  # of an episode
+  queries: int = 9  # labelled items behind the first of each class
+  words: int = 3  # of an item, all different
+  mixed: int = 0  # 1: classes, words and queries of an episode are drawn up to these
+  seed: int = 0  # decides all episodes
+
+
+class Item(NamedTuple):
+  """An input and its class."""
+
+  text: str  # with the space that a word begins with
+  label: str  # likewise
+  number: int  # of the class in its episode, by the order of `Episode.labels`
+
+
+class Episode(NamedTuple):
+  """Items in order; the first `len(labels)` are one of each class."""
+
+  labels: tuple[str, ...]  # label words, one per class
+  classes: tuple[str, ...]  # which of `CLASSES` each of them stands for
+  items: tuple[Item, ...]
+
+
+def _draw(rng: random.Random, options: tuple[str, ...], count: int) -> list[str]:
+  """`count` different options in random order; `random.Random.random` is the same everywhere."""
+  left = list(options)
+  return [left.pop(int(rng.random() * len(left))) for _ in range(count)]
+
+
+def of_path(path: str, where: str) -> tuple[Task, int]:
+  """(how the episodes are, how many there are), as the path of the source says.
+
+  Args:
+    path: '' or for example '?classes=4&queries=9&words=3&episodes=10000'.
+    where: begins error messages.
+
+  Raises:
+    errors.InputError: the path has another form, or asks for more classes or words than there are.
+  """
+  options = Task()._asdict() | {'episodes': 10_000}
+  example = '&'.join(f'{key}={value}' for key, value in options.items())
+  given = [part.partition('=') for part in path.removeprefix('?').split('&') if part]
+  for key, _, value in given:
+    errors.require(
+      key in options and value.isdecimal() and int(value) <= 10**7,
+      f'{where} must be of the form ?{example}, with whole numbers up to 10,000,000; it has '
+      f'{key}={value}',
+    )
+    options[key] = int(value)
+  words = min(map(len, CLASSES.values()))
+  sizes = {'classes': (2, len(CLASSES)), 'words': (1, words), 'queries': (1, 1000), 'mixed': (0, 1)}
+  for name, (least, most) in sizes.items():
+    errors.require(
+      least <= options[name] <= most,
+      f'{where}: {name}={options[name]} must be from {least} to {most}',
+    )
+  count = options.pop('episodes')
+  return Task(**options), count
+
+
+def episode(number: int, task: Task) -> Episode:
+  """The episode of that number."""
+  rng = random.Random(number + (task.seed << 40))
+  task = _sized(rng, task) if task.mixed else task
+  classes = tuple(_draw(rng, tuple(CLASSES), task.classes))
+  labels = tuple(f' {word}' for word in _draw(rng, LABELS, task.classes))
+  first = _draw(rng, tuple(map(str, range(task.classes))), task.classes)
+  items = []
+  for i in range(task.classes + task.queries):  # the first ones whatever their number is
+    which = int(first[i]) if i < task.classes else int(rng.random() * task.classes)
+    words = _draw(rng, CLASSES[classes[which]], task.words)
+    items.append(Item(''.join(f' {word}' for word in words), labels[which], which))
+  return Episode(labels, classes, tuple(items))
+
+
+def _sized(rng: random.Random, task: Task) -> Task:
+  """A task of at most that size: short episodes teach what long ones need."""
+
+  def upto(least: int, most: int) -> int:
+    return least + int(rng.random() * (most - least + 1))
+
+  return task._replace(
+    classes=upto(2, task.classes),
+    words=upto(min(2, task.words), task.words),
+    queries=upto(1, task.queries),
+  )
+
+
+def conversation(one: Episode) -> conversations.Conversation:
+  """Items as questions of a user, label words as answers; the first of each class is not learned.
+
+  For the format 'marks', in which what is said brings its own spaces.
+  """
+  turns = []
+  for i, item in enumerate(one.items):
+    turns.append(conversations.Turn('user', item.text, False))
+    turns.append(conversations.Turn('assistant', item.label, i >= len(one.labels)))
+  return tuple(turns)
