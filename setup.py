@@ -69,6 +69,7 @@ setuptools.setup(
     'tpu': ['jax[tpu]>=0.10'],
     'imbalance': ['scikit-learn>=1.5'],  # its digits, for federated training and graphs
     'quant': ['qwix>=0.1.8'],
+    'math': ['math-verify>=0.9'],  # the reward of answers in LaTeX
     'hf': [
       'accelerate>=1.0',  # lm-eval's own model of transformers, for comparisons
       'datasets>=3.0',

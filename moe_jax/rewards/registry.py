@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from moe_jax import errors
-from moe_jax.rewards import programs, reward, steps, text
+from moe_jax.rewards import latex, programs, reward, steps, text
 
 
 class Term(NamedTuple):
@@ -24,6 +24,7 @@ REWARDS: dict[str, Callable[..., reward.Function]] = {
   'length': text.length,
   'steps': lambda: steps.steps,
   'program': programs.isolated,
+  'math_verify': latex.math_verify,
 }
 IN_STEPS = ('steps',)  # those that are given at the end of every step too
 _TERM = re.compile(r'\s*(?:([-+]?[\d.]+)\s*\*\s*)?(\w+)\s*(?:\((.*)\))?\s*', re.DOTALL)
