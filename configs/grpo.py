@@ -39,6 +39,7 @@ def _programs(config):
   config.data.path = '?operations=2&max_value=9&kinds=2&problems=40000'
   config.objective.policy.reward = 'program'
   config.objective.policy.max_new_tokens = 128
+  config.objective.policy.reward_seconds = 30.0  # the sandbox has limits of its own, below that
 
 
 VARIANTS = {'programs': _programs, 'process': _process, 'rft': _rft, 'gspo': _gspo}

@@ -7,7 +7,7 @@ it. Nothing here imports more than the standard library.
 import ctypes
 import os
 import resource
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 BOX = '/box'  # the program's directory: empty, and in memory
@@ -31,7 +31,8 @@ class Limits(NamedTuple):
   """What a program may use."""
 
   cpu_seconds: int = 2  # whoever uses more is too slow, on a busy machine as on an idle one
-  wall_seconds: float = 10.0  # whoever sleeps for longer is ended
+  # Whoever sleeps for longer is ended; who computes, on a busy machine, has three times as long.
+  wall_seconds: float = 6.0
   memory: int = 2**28  # bytes of address space
   file_bytes: int = 2**20  # of a file; all files together may have four times as many
   open_files: int = 32
@@ -116,6 +117,28 @@ def enter_root(root: str, paths: Sequence[str], box_bytes: int):
   os.chdir(BOX)
 
 
+def bubblewrap(
+  program: str, paths: Sequence[str], box_bytes: int, environment: Mapping[str, str]
+) -> list[str]:
+  """The command line of bubblewrap that does what `unshare`, `enter_root` and the rest do.
+
+  Args:
+    program: path of bubblewrap, which some systems allow what they allow nobody else.
+    paths: see `enter_root`.
+    box_bytes: see `enter_root`.
+    environment: of what is run.
+  """
+  found = [program, '--unshare-all', '--unshare-user', '--die-with-parent', '--new-session']
+  found += ['--cap-drop', 'ALL', '--uid', str(INNER_UID), '--gid', str(INNER_UID), '--clearenv']
+  for name, value in environment.items():
+    found += ['--setenv', name, value]
+  for path in paths:
+    link = os.path.islink(path)
+    found += ['--symlink', os.readlink(path), path] if link else ['--ro-bind', path, path]
+  found += ['--size', str(box_bytes), '--tmpfs', BOX, '--remount-ro', '/', '--chdir', BOX, '--']
+  return found
+
+
 def _read_only(libc: ctypes.CDLL, path: str, *, recursive: bool):
   class Attributes(ctypes.Structure):
     _fields_ = [(name, ctypes.c_uint64) for name in ('set', 'clear', 'propagation', 'userns')]
@@ -149,19 +172,19 @@ def forbid_privileges():
   _check(_libc().prctl(_NO_NEW_PRIVS, 1, 0, 0, 0), 'prctl PR_SET_NO_NEW_PRIVS')
 
 
-def limit(limits: Limits, processes: int):
+def limit(limits: Limits, processes: int | None):
   """Sets the limits of this process and of all that it starts.
 
   Args:
     limits: what it may use.
-    processes: how many its user may have, this one included.
+    processes: how many its user may have, this one included; None for as many as before.
   """
   for name, most in (
     ('CPU', limits.cpu_seconds),
     ('AS', limits.memory),
     ('FSIZE', limits.file_bytes),
     ('NOFILE', limits.open_files),
-    ('NPROC', processes),
+    *((('NPROC', processes),) if processes is not None else ()),
     ('CORE', 0),
     ('MEMLOCK', 0),
     ('MSGQUEUE', 0),

@@ -1,15 +1,16 @@
 """Starts programs in namespaces of their own, one at a time; a process that `sandbox` talks to.
 
-Standard input: a first line {"isolate", "limits", "python", "paths", "runner"}, then a line
-{"source", "entry", "calls"} per program. Standard output: per program {"lines": what it has
-written to its descriptor 3, "ended": an exit status, negative for a signal, "cpu": seconds, "over":
-'' or the limit that this process has enforced, 'time' or 'output'}; or {"refused": what the system
-does not allow}.
+Standard input: {"by", "bubblewrap", "limits", "python", "paths", "runner"}, then a line {"source",
+"entry", "calls"} per program. Standard output: per program {"lines": what it has written to its
+descriptor 3, "ended": an exit status, negative for a signal, "cpu": seconds, "over": '' or the
+limit that this process has enforced, 'time' or 'output'}; or {"refused": what the system does not
+allow}.
 
-For each program there are three processes: the outer one unshares namespaces; its child is the
-first process of the new one, builds the root directory and waits; the child of that is the program,
-which ends with all that it has started when the first process does. This process knows no more of
-the tests than the arguments of the calls, and neither does anything that it starts.
+"by" is 'namespaces', or 'bubblewrap', whose path is then given, or '' for no isolation. By
+namespaces a program has three processes: the outer one unshares namespaces; its child is the first
+process of the new one, builds the root directory and waits; the child of that is the program, which
+ends with all that it has started when the first process does. This process knows no more of the
+tests than the arguments of the calls, and neither does anything that it starts.
 """
 
 import json
@@ -26,6 +27,8 @@ from typing import Any
 from moe_jax.rewards import isolation
 
 _ENVIRONMENT = {'PYTHONHASHSEED': '0', 'LC_ALL': 'C.UTF-8'}
+PATIENCE = 3  # times its wall seconds are what a program has that computes all the while
+_COMPUTES = 0.05  # seconds of CPU time since it was last looked at
 _RESULTS = 3  # the program's descriptor for results
 
 
@@ -34,8 +37,10 @@ class _Launch:
 
   def __init__(self, setup: Mapping[str, Any], job: Mapping[str, Any], root: str):
     self.root, self.setup, self.limits = root, setup, isolation.Limits(**setup['limits'])
+    self.namespaces = setup['by'] == 'namespaces'
     self.input = os.memfd_create('job')
-    os.write(self.input, json.dumps(job).encode())
+    processes = {'processes': 2} if setup['by'] == 'bubblewrap' else {}  # its own is one of them
+    os.write(self.input, json.dumps({**job, **processes}).encode())
     os.lseek(self.input, 0, os.SEEK_SET)
     self.null = os.open(os.devnull, os.O_RDWR)
     self.results, self.results_end = os.pipe()
@@ -50,7 +55,7 @@ class _Launch:
       self._forked(lambda: self._outer(theirs))
     theirs.close()
     # Nothing is received if it has failed, and said why.
-    if self.setup['isolate'] and ours.recv(1) and self._mapped(pid):
+    if self.namespaces and ours.recv(1) and self._mapped(pid):
       ours.send(b'.')
     ours.close()
     for handle in (self.input, self.results_end, self.status_end, self.null):
@@ -80,7 +85,7 @@ class _Launch:
   def _outer(self, launcher: socket.socket):
     os.setsid()
     isolation.die_with_parent()
-    if not self.setup['isolate']:
+    if not self.namespaces:
       self._first()
       return
     isolation.unshare()
@@ -96,8 +101,8 @@ class _Launch:
     os.waitpid(pid, 0)
 
   def _first(self):
-    processes = 10**4
-    if self.setup['isolate']:
+    processes = None
+    if self.namespaces:
       isolation.die_with_parent()
       isolation.enter_root(self.root, self.setup['paths'], 4 * self.limits.file_bytes)
       processes = 1 if os.getuid() == 0 else 3  # the two others are of the same user
@@ -110,26 +115,35 @@ class _Launch:
     _, status, usage = os.wait4(pid, 0)
     ended = os.waitstatus_to_exitcode(status)
     cpu = usage.ru_utime + usage.ru_stime
+    if self.setup['by'] == 'bubblewrap' and ended > 128:
+      ended = 128 - ended  # so it says that what it ran has died of a signal
+      cpu = self.limits.cpu_seconds if ended == -signal.SIGKILL else cpu  # which it does not count
     os.write(self.status_end, json.dumps({'ended': ended, 'cpu': cpu}).encode())
 
-  def _program(self, processes: int):
+  def _program(self, processes: int | None):
     for handle, target in ((self.input, 0), (self.null, 1), (self.null, 2)):
       os.dup2(handle, target)
     if self.results_end != _RESULTS:
       os.dup2(self.results_end, _RESULTS)
     os.set_inheritable(_RESULTS, True)
     # `status_end` closes itself with the exec.
-    if self.setup['isolate']:
+    if self.namespaces:
       isolation.drop_privileges()
-    else:
+    elif not self.setup['by']:
       isolation.forbid_privileges()
     isolation.limit(self.limits, processes)
-    python = [self.setup['python'], '-s', '-S', '-P', '-B', '-c', self.setup['runner']]
-    os.execve(python[0], python, _ENVIRONMENT)
+    command = [self.setup['python'], '-s', '-S', '-P', '-B', '-c', self.setup['runner']]
+    if self.setup['by'] == 'bubblewrap':
+      box = 4 * self.limits.file_bytes
+      prefix = (self.setup['bubblewrap'], self.setup['paths'], box, _ENVIRONMENT)
+      command = isolation.bubblewrap(*prefix) + command
+    os.execve(command[0], command, _ENVIRONMENT)
 
   def watch(self, group: int) -> dict[str, Any]:
     """What has become of the program, which is ended at its limits."""
-    until = time.monotonic() + self.limits.wall_seconds
+    wall, used = self.limits.wall_seconds, 0.0
+    until = time.monotonic() + wall
+    last = until + (PATIENCE - 1) * wall
     read = {self.results: b'', self.status: b''}
     over = ''
     with selectors.DefaultSelector() as selector:
@@ -143,8 +157,12 @@ class _Launch:
           read[key.fd] += more
           if not more:
             selector.unregister(key.fd)
-        too_much = len(read[self.results]) > self.limits.output_bytes
-        over = 'output' if too_much else '' if events else 'time'
+        if len(read[self.results]) > self.limits.output_bytes:
+          over = 'output'
+        elif not events:
+          before, used = used, cpu_seconds(group)
+          computes = used > before + _COMPUTES and until + wall <= last
+          over, until = ('', until + wall) if computes else ('time', until)
     end(group)
     return self._answer(read[self.results], read[self.status], over)
 
@@ -168,6 +186,19 @@ def _read(handle: int) -> bytes:
     return os.read(handle, 2**16)
   except BlockingIOError:
     return b''
+
+
+def cpu_seconds(pid: int) -> float:
+  """CPU time of a process and of those that it has started and that still run."""
+  try:
+    with open(f'/proc/{pid}/stat') as file:
+      fields = file.read().rpartition(')')[2].split()
+    with open(f'/proc/{pid}/task/{pid}/children') as file:
+      children = file.read().split()
+  except OSError:  # it has ended meanwhile
+    return 0.0
+  own = (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
+  return own + sum(cpu_seconds(int(child)) for child in children)
 
 
 def end(group: int):

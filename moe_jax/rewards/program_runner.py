@@ -1,13 +1,15 @@
 """Calls a program's function; the one file that stands inside of the sandbox beside the program.
 
-Standard input: {"source", "entry", "calls": [arguments, ...]}. Descriptor 3: a line of JSON for
-every call, {"value": ...} or {"error": "..."}; or one line, {"failed": "..."} or {"missing": name},
-if there is no function to call. The program can write there too, and change this process: the lines
-are what it claims its results to be. Which ones are right is not known here.
+Standard input: {"source", "entry", "calls": [arguments, ...]}, with "processes" if the limit on
+them is to be set here. Descriptor 3: a line of JSON for every call, {"value": ...} or {"error":
+"..."}; or one line, {"failed": "..."} or {"missing": name}, if there is no function to call. The
+program can write there too, and change this process: the lines are what it claims its results to
+be. Which ones are right is not known here.
 """
 
 import json
 import os
+import resource
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -46,7 +48,10 @@ def main():
       results.write(text + '\n')
       results.flush()
 
-    run(json.load(sys.stdin), tell)
+    job = json.load(sys.stdin)
+    if 'processes' in job:
+      resource.setrlimit(resource.RLIMIT_NPROC, (job['processes'],) * 2)
+    run(job, tell)
 
 
 if __name__ == '__main__':

@@ -12,6 +12,8 @@ so whatever the program writes, and to whom, it cannot make itself pass.
 import json
 import os
 import pathlib
+import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -20,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from moe_jax import errors
-from moe_jax.rewards import isolation, line_process, program_runner, ways_out
+from moe_jax.rewards import isolation, launcher, line_process, program_runner, ways_out
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _SPARE_SECONDS = 20.0  # for the launcher to answer, behind the program's own time
@@ -53,24 +55,35 @@ class Outcome(NamedTuple):
 class Sandbox:
   """Runs programs, one after the other; a context that ends its processes."""
 
-  def __init__(self, limits: isolation.Limits | None = None, *, unsafe: bool = False):
+  def __init__(self, limits: isolation.Limits | None = None, *, unsafe: bool = False, by: str = ''):
     """Starts it, and tries it out.
 
     Args:
       limits: of a program.
       unsafe: run programs without isolation.
+      by: 'namespaces', or 'bubblewrap' (the program bwrap); '' is the first of them that works.
 
     Raises:
       errors.InputError: this machine does not isolate programs.
       SandboxError: it does not start.
     """
-    self.limits, self._unsafe = limits or isolation.Limits(), unsafe
+    self.limits = limits or isolation.Limits()
     self._launcher: line_process.LineProcess | None = None
-    try:
-      self.isolation = UNSAFE if unsafe else self._tried_out()
-    except BaseException:
-      self.close()
-      raise
+    ways = (
+      [by] if by or unsafe else ['namespaces', *(['bubblewrap'] if shutil.which('bwrap') else [])]
+    )
+    for way in ways:
+      self._by = way
+      try:
+        self.isolation = UNSAFE if unsafe else self._tried_out()
+        return
+      except errors.InputError:
+        self.close()
+        if way == ways[-1]:
+          raise
+      except BaseException:
+        self.close()
+        raise
 
   def run(self, source: str, entry: str, calls: Sequence[Sequence[Any]]) -> Outcome:
     """Calls a program's function.
@@ -103,7 +116,8 @@ class Sandbox:
     if self._launcher is None:
       self._launcher = self._start()
     try:
-      answer = self._launcher.ask(job, self.limits.wall_seconds + _SPARE_SECONDS)
+      seconds = launcher.PATIENCE * self.limits.wall_seconds + _SPARE_SECONDS
+      answer = self._launcher.ask(job, seconds)
     except (line_process.DiedError, line_process.TimeOverError) as e:
       raise SandboxError(f'the launcher of programs does not work: {e}') from e
     if 'refused' in answer:
@@ -120,7 +134,8 @@ class Sandbox:
     )
     process.send(
       {
-        'isolate': not self._unsafe,
+        'by': self._by,
+        'bubblewrap': shutil.which('bwrap'),
         'limits': self.limits._asdict(),
         'python': python,
         'paths': paths,
@@ -156,8 +171,8 @@ class Sandbox:
     )
     limits = self.limits
     return (
-      'namespaces of user, files, processes, network and IPC; no files but read-only Python and an '
-      f'empty directory of {limits.file_bytes >> 8} KiB; no further processes; '
+      f'{self._by}: own users, files, processes, network and IPC; no files but those of Python, '
+      f'read-only, and an empty directory of {limits.file_bytes >> 8} KiB; no further processes; '
       f'{limits.cpu_seconds} s of CPU time, {limits.wall_seconds:g} s, {limits.memory >> 20} MiB; '
       f'tried: {len(ways_out.ATTEMPTS)} ways out, all closed'
     )
@@ -188,7 +203,8 @@ def outcome(answer: Mapping[str, Any], num_calls: int, limits: isolation.Limits)
   kind, why = 'ran', ''
   if answer['over'] == 'time':
     kind, why = 'time', f'it took longer than {limits.wall_seconds:g} s'
-  elif answer['ended'] < 0 and answer['cpu'] > limits.cpu_seconds - 0.2:
+  elif answer['ended'] == -signal.SIGKILL and answer['cpu'] > limits.cpu_seconds / 2:
+    # The kernel counts by ticks where it limits, and exactly where it reports.
     kind, why = 'time', f'it used more than {limits.cpu_seconds} s of CPU time'
   elif answer['over']:
     kind, why = 'error', f'it wrote more than {limits.output_bytes:,} bytes'

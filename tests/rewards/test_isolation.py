@@ -56,3 +56,22 @@ def test_limits_are_set_hard(monkeypatch):
   kinds = isolation.resource
   assert found[kinds.RLIMIT_CPU] == (3, 3) and found[kinds.RLIMIT_AS] == (99, 99)
   assert found[kinds.RLIMIT_NPROC] == (5, 5) and found[kinds.RLIMIT_CORE] == (0, 0)
+
+
+def test_no_limit_on_processes_is_no_limit(monkeypatch):
+  found = {}
+  monkeypatch.setattr(isolation.resource, 'setrlimit', found.__setitem__)
+  isolation.limit(isolation.Limits(), None)
+  assert isolation.resource.RLIMIT_NPROC not in found and isolation.resource.RLIMIT_AS in found
+
+
+def test_bubblewrap_is_told_the_same(tmp_path):
+  (tmp_path / 'lib').mkdir()
+  (tmp_path / 'lib64').symlink_to('lib')
+  paths = [str(tmp_path / name) for name in ('lib', 'lib64')]
+  found = isolation.bubblewrap('bwrap', paths, 99, {'A': 'b'})
+  text = ' '.join(found)
+  for words in ('--unshare-all', '--die-with-parent', '--cap-drop ALL', '--clearenv --setenv A b'):
+    assert words in text
+  assert f'--ro-bind {paths[0]} {paths[0]} --symlink lib {paths[1]}' in text
+  assert text.endswith('--size 99 --tmpfs /box --remount-ro / --chdir /box --')

@@ -1,11 +1,12 @@
 import os
 import signal
+import subprocess
 
 import pytest
 
 from moe_jax.rewards import isolation, launcher
 
-SETUP = {'limits': isolation.Limits(wall_seconds=0.2, output_bytes=20)._asdict(), 'isolate': False}
+SETUP = {'limits': isolation.Limits(wall_seconds=0.2, output_bytes=20)._asdict(), 'by': ''}
 
 
 @pytest.fixture
@@ -36,6 +37,32 @@ def test_who_takes_too_long_is_ended(launch):
   assert (found['over'], found['ended'], launch.ended) == ('time', -signal.SIGKILL, [7])
   os.close(launch.results_end)
   os.close(launch.status_end)
+
+
+@pytest.mark.parametrize('cpu, waits', [((1.0, 2.0, 3.0), 3), ((1.0, 1.01), 2), ((0.0,), 1)])
+def test_who_computes_has_three_times_as_long(launch, monkeypatch, cpu, waits):
+  """A busy machine is no reason to fail; who sleeps has no excuse."""
+  asked = []
+
+  def cpu_seconds(pid):
+    asked.append(pid)
+    return cpu[len(asked) - 1]
+
+  monkeypatch.setattr(launcher, 'cpu_seconds', cpu_seconds)
+  assert launch.watch(7)['over'] == 'time' and asked == [7] * waits
+  os.close(launch.results_end)
+  os.close(launch.status_end)
+
+
+def test_cpu_time_is_that_of_the_children_too(tmp_path):
+  before = launcher.cpu_seconds(os.getpid())
+  assert before > 0.1 and launcher.cpu_seconds(2**22) == 0
+  loop = 'i=0; while [ $i -lt 99999 ]; do i=$((i + 1)); done; echo; exec sleep 99'
+  with subprocess.Popen(['sh', '-c', loop], stdout=subprocess.PIPE) as child:
+    child.stdout.readline()
+    assert launcher.cpu_seconds(child.pid) > 0
+    assert launcher.cpu_seconds(os.getpid()) >= before + launcher.cpu_seconds(child.pid)
+    child.kill()
 
 
 @pytest.mark.parametrize('before', [True, False])
