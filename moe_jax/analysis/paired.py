@@ -7,6 +7,7 @@ looks at one claim alone; `corrected` is for several claims that are read togeth
 """
 
 import dataclasses
+import functools
 import math
 import statistics
 from collections.abc import Sequence
@@ -56,9 +57,14 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
   mean, num = statistics.fmean(values), len(values)
   if num == 1:
     return Interval(mean, -math.inf, math.inf, 1)
-  quantile = float(stats.t.ppf(0.5 + confidence / 2, num - 1))
-  half = quantile * statistics.stdev(values) / math.sqrt(num)
+  half = _quantile(confidence, num - 1) * statistics.stdev(values) / math.sqrt(num)
   return Interval(mean, mean - half, mean + half, num)
+
+
+@functools.cache
+def _quantile(confidence: float, degrees: int) -> float:
+  """Half an interval in standard errors; curves ask for the same one at every point."""
+  return float(stats.t.ppf(0.5 + confidence / 2, degrees))
 
 
 def difference(

@@ -40,7 +40,8 @@ function rich(text) {
 function withInterval(one, digits, sign = '') {
   if (!one || !isNumber(one.mean)) return '-';
   const form = value => (value > 0 ? sign : '') + value.toFixed(digits);
-  return form(one.mean) + (isNumber(one.low) ? ` [${form(one.low)}, ${form(one.high)}]` : ' (one seed)');
+  const ends = isNumber(one.low) ? `[${form(one.low)}, ${form(one.high)}]` : '(one seed)';
+  return `${form(one.mean)} ${ends}`;
 }
 
 function big(value) {
@@ -94,10 +95,13 @@ function draw(id, traces, layout, height = 400) {
   node.style.height = `${height}px`;
   const axis = {gridcolor: '#e9ecf0', zerolinecolor: '#9aa1ac', automargin: true};
   return Plotly.react(node, traces, {
-    font: FONT, margin: {l: 62, r: 16, t: 16, b: 48}, hovermode: 'x unified', showlegend: false,
+    font: FONT, margin: {l: 62, r: 16, t: 16, b: 48}, height, showlegend: false,
+    hovermode: 'x unified', hoverdistance: -1, hoverlabel: {bgcolor: '#fff'},
+    modebar: {bgcolor: '#fff', color: '#9aa1ac', activecolor: '#1f5fa8'},
     paper_bgcolor: 'rgba(0,0,0,0)', plot_bgcolor: '#fff', ...layout,
     xaxis: {...axis, ...layout.xaxis}, yaxis: {...axis, ...layout.yaxis},
   }, {responsive: true, displaylogo: false,
+    modeBarButtons: [['toImage', 'zoom2d', 'pan2d', 'resetScale2d']],
     toImageButtonOptions: {format: 'png', scale: 2, filename: id}});
 }
 
@@ -147,7 +151,7 @@ function drawDifference() {
     if (!found) continue;
     if (found.reasons) {
       lines.push(el('li', {}, tag('not comparable'), ' ', ...rich(
-        `\`${group.name}\` against \`${state.baseline}\`: ${found.reasons.join('; ')}`)));
+        notComparable(group.name, found).slice('**Not comparable**: '.length))));
       continue;
     }
     traces.push(...bandTraces(group.name, found.tokens, found));
@@ -163,6 +167,9 @@ function drawDifference() {
     range: [low - room, high + room]}});
   document.getElementById('difference-words').replaceChildren(...lines);
 }
+
+const notComparable = (arm, found) =>
+  `**Not comparable**: \`${arm}\` against \`${state.baseline}\`: ${found.reasons.join('; ')}`;
 
 function crossing(name, found) {
   const [at, low, high] = found.crossover;
@@ -243,16 +250,21 @@ function drawLoads() {
 }
 
 function drawClaims() {
-  const against = DATA.against[state.baseline], claims = against ? against.claims : [];
+  const against = DATA.against[state.baseline], claims = against.claims;
   const rows = claims.map(claim => ({arm: claim.arm, cells: [
     nameCell(claim.arm), DATA.figures[claim.figure], tag(claim.verdict),
     {text: withInterval(claim, 4, '+'), value: claim.mean},
     {text: isNumber(claim.mean) ? claim.p.toPrecision(2) : '-', value: claim.p}, tag(claim.holm),
     claim.pairs,
   ]}));
+  const claimed = new Set(claims.map(claim => claim.arm));
+  const others = Object.entries(against.differences).filter(([arm, found]) =>
+    found.reasons && !claimed.has(arm));
   const node = document.getElementById('claims');
   node.replaceChildren(el('ul', {}, ...claims.map(claim => el('li', {'data-arm': claim.arm},
-    ...rich(claim.text + '.')))), table(['arm', 'figure', 'verdict',
+    ...rich(claim.text + '.'))), ...others.map(([arm, found]) => el('li', {'data-arm': arm},
+    ...rich(notComparable(arm, found) + '. No difference between them is called real.')))),
+  table(['arm', 'figure', 'verdict',
     `difference from ${state.baseline}`, 'p', 'all claims together (Holm)', 'pairs'], rows));
   markRows();
 }
@@ -370,7 +382,9 @@ function build() {
     choice('', DATA.figures, 'figure', drawHeldOut)), chart('held-out')));
   const layers = [...new Set(GROUPS.flatMap(g => g.balance ? g.balance.layers : []))];
   if (layers.length) {
-    const options = {mean: 'mean of layers', ...Object.fromEntries(layers.map(l => [` ${l}`, `layer ${l}`]))};
+    // Keys that are numbers would come first, so that the mean would not.
+    const options = {mean: 'mean of layers'};
+    for (const layer of layers) options[` ${layer}`] = `layer ${layer}`;
     const select = choice('', options, 'layer', () => {
       state.layer = state.layer.trim();
       drawBalance();
