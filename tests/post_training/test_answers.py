@@ -82,14 +82,15 @@ def test_programs_are_judged_by_what_runs_them(tmp_path):
   data = schema.DataConfig(**tokens | {'source': 'programs', 'heldout_fraction': 0.5})
   questions = answers.questions(data, 40)
   tokenizer = tokenizer_lib.byte_tokenizer(tokens['bos_token'], tokens['eos_token'])
-  events = []
+  events, prompts = [], []
 
-  def complete(prompts, max_new_tokens, sampling):
+  def complete(asked, max_new_tokens, sampling):
     events.append('written')
-    return generate.Generation([[1] * 5 for _ in prompts], ['def f'] * len(prompts), 1.0)
+    return generate.Generation([[1] * 5 for _ in asked], ['def f'] * len(asked), 1.0)
 
   def submit(items):
     events.append('submitted')
+    prompts.extend(item.prompt for item in items)
     for item in items:
       assert item.text == 'def f' and item.completion_ids == [1] * 5
       assert item.example['entry'] == 'f' and item.prompt == item.example['question']
@@ -101,6 +102,7 @@ def test_programs_are_judged_by_what_runs_them(tmp_path):
   rewards = types.SimpleNamespace(submit=submit)
   found = answers.measure(model, questions, data, 8, rewards=rewards)
   assert events == ['written', 'submitted'] * 2
+  assert prompts == [question.prompt[-1].content for question in questions]
   assert found[:3] == (10, 40, 40) and found.kinds == {'right': 10, 'time': 10, 'error': 20}
   assert str(found).endswith('40 ended within the limit; error 20; right 10; time 10')
   with pytest.raises(errors.InputError, match='answers that must be run'):

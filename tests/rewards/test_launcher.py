@@ -1,3 +1,4 @@
+import fcntl
 import os
 import signal
 import subprocess
@@ -77,6 +78,18 @@ def test_who_writes_too_much_has_written_nothing(launch, before):
   os.close(launch.results_end)
   if before:
     os.close(launch.status_end)
+
+
+def test_what_is_read_behind_the_end_counts_too(launch):
+  """Two reads of 64 KiB see the status and its end; the rest of the results comes after."""
+  launch.limits = launch.limits._replace(output_bytes=150_000)
+  fcntl.fcntl(launch.results_end, fcntl.F_SETPIPE_SZ, 2**18)
+  os.write(launch.results_end, b'x' * 180_000)
+  os.write(launch.status_end, b'{"ended": 0, "cpu": 0.1}')
+  os.close(launch.status_end)
+  found = launch.watch(7)
+  assert (found['over'], found['ended'], found['lines']) == ('output', 0, [])
+  os.close(launch.results_end)
 
 
 def test_what_the_system_refuses_is_told(launch, monkeypatch):

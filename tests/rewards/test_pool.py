@@ -73,9 +73,11 @@ def test_a_pool_that_cannot_go_on_is_an_error_for_all_who_wait(scripted, monkeyp
       raise pool.PoolError('a worker of the reward pool does not start')
 
     monkeypatch.setattr(pool, '_Worker', refuse)
-    for batch in ([item('a'), item('dies'), item('b')], [item('a')]):
-      with pytest.raises(pool.PoolError, match='does not start'):
-        one.score(batch)
+    with pytest.raises(pool.PoolError, match='does not start'):
+      one.score([item('a'), item('dies'), item('b')])
+    monkeypatch.setattr(pool, '_Worker', scripted)  # too late: what has been missed stays missed
+    with pytest.raises(pool.PoolError, match='does not start'):
+      one.score([item('a')])
   with pytest.raises(pool.PoolError, match='closed'):
     one.submit([item('a')])
 
