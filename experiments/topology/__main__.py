@@ -34,6 +34,7 @@ def define_flags():
   flags.DEFINE_bool('renode', False, "train with ReNode's weights too")
   flags.DEFINE_float('w_min', 0.5, "smallest of ReNode's weights")
   flags.DEFINE_float('w_max', 1.5, "largest of ReNode's weights")
+  flags.DEFINE_enum('ranks', 'all', ('all', 'class'), 'among which nodes a Totoro is ranked')
   flags.DEFINE_float('restart', 0.15, 'probability that PageRank starts again')
   flags.DEFINE_enum('loss', 'cross_entropy', LOSSES, 'loss of a labelled node')
   flags.DEFINE_integer('train_per_class', 20, 'labelled nodes per class')
@@ -66,10 +67,14 @@ def main(argv: Sequence[str]):
     f'{data.name}: {data.graph.num_nodes} nodes, {data.graph.num_edges // 2} edges, '
     f'{data.num_classes} classes, {dataset.homophily(data):.3f} of edges within a class'
   )
+  errors.require(
+    v.ranks == 'all' or v.model != trials.PPRGO, '--ranks=class is not built for --model=pprgo'
+  )
   errors.require(v.imbalance >= 1, f'--imbalance={v.imbalance} must be at least 1')
   labels = trials.Labels(v.train_per_class, v.valid_per_class, v.imbalance, v.label_share)
   chosen = trials.split(data, labels, local_jobs.seeds(v.splits))
-  found = trials.totoros(data, chosen.train, trials.Weighting(v.w_min, v.w_max, v.restart))
+  weighting = trials.Weighting(v.w_min, v.w_max, v.restart, ranks=v.ranks)
+  found = trials.totoros(data, chosen.train, weighting)
   graph_totoro = np.asarray(totoro.of_graph(found, chosen.train), float).tolist()
   seeds = local_jobs.seeds(v.seeds)
   arms = {}
@@ -84,9 +89,7 @@ def main(argv: Sequence[str]):
       continue
     weights = np.ones_like(chosen.train, np.float32)
     if arm == 'renode':
-      weights = np.stack(
-        [totoro.weights(t, mask, v.w_min, v.w_max) for t, mask in zip(found, chosen.train)]
-      )
+      weights = trials.renode(data, found, chosen.train, weighting)
     arms[arm] = trials.train(
       data, v.model, chosen, weights, seeds,
       fit.Settings(hidden=v.hidden, epochs=v.epochs, loss=v.loss),

@@ -53,7 +53,7 @@ def study_table(units: Sequence[Mapping[str, Any]]) -> str:
       [
         key['graph'], key['rate'],
         'even' if key['imbalance'] == 1 else f'{key["imbalance"]:g} : 1',
-        key['loss'].replace('_', ' '), key['model'],
+        key['loss'].replace('_', ' '), key['model'] + _ranks(key),
         f'{100 * statistics.fmean(arms["plain"][F1]):.1f}', found.text(1),
         paired.verdict(found, 'higher'),
         ', '.join(f'{statistics.fmean(arms[arm]["train_accuracy"]):.2f}' for arm in arms),
@@ -91,7 +91,7 @@ def draw(units: Sequence[Mapping[str, Any]], path: pathlib.Path):
   left.set_xlabel('weighted F1 with ReNode - without, points (95 % over paired splits)')
   for unit in units:
     key = unit['key']
-    if (key['model'], key['imbalance'], key['rate']) != ('gcn', 1, 'constant'):
+    if name(key) != f'{key["graph"]}, gcn, constant':
       continue
     totoro = unit['totoro']
     mean = statistics.fmean(totoro)
@@ -112,4 +112,8 @@ def draw(units: Sequence[Mapping[str, Any]], path: pathlib.Path):
 def name(key: Mapping[str, Any]) -> str:
   """A unit in a few words."""
   uneven = '' if key['imbalance'] == 1 else f', {key["imbalance"]:g}:1, {key["loss"]}'
-  return f'{key["graph"]}, {key["model"]}, {key["rate"]}{uneven}'
+  return f'{key["graph"]}, {key["model"]}, {key["rate"]}{uneven}{_ranks(key)}'
+
+
+def _ranks(key: Mapping[str, Any]) -> str:
+  return '' if key.get('ranks', 'all') == 'all' else ', ranks by class'

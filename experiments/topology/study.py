@@ -5,9 +5,9 @@ python -m experiments.topology.study --workdir=runs/topology [--splits=20] [--se
   [--minutes=20] [--out=experiments/topology]
 
 Every unit is a graph, a network and a rate of Adam, trained with and without ReNode on the same
-splits from the same starts; then, with ten times the labels in half of the classes, GCN under three
-losses. A unit is a file of --workdir: a command given again does what is left. Table, figure and
-results.json go to --out.
+splits from the same starts; then, with ten times the labels in half of the classes, GCN under four
+losses, and GCN with ranks within classes. A unit is a file of --workdir: a command given again does
+what is left. Table, figure and results.json go to --out.
 """
 
 import functools
@@ -44,6 +44,7 @@ GRAPHS = {
 DECAYS = {'constant': 1.0, 'official': 0.95}
 UNEVEN_GRAPHS = ('sbm-0.8', 'digits')
 UNEVEN_LOSSES = ('cross_entropy', 're_weight', 'class_balanced', 'focal')
+WITHIN_GRAPHS = ('digits', 'scipy')  # where ranks within classes are tried, too
 UNEVEN, LABEL_SHARE = 10.0, 0.1
 
 
@@ -55,11 +56,13 @@ class Key(NamedTuple):
   rate: str
   loss: str = 'cross_entropy'
   imbalance: float = 1.0
+  ranks: str = 'all'
 
   @property
   def file(self) -> str:
     """Name of its file."""
-    return f'{self.graph}.{self.model}.{self.rate}.{self.loss}.{self.imbalance:g}.json'
+    ranks = '' if self.ranks == 'all' else f'.{self.ranks}'
+    return f'{self.graph}.{self.model}.{self.rate}.{self.loss}.{self.imbalance:g}{ranks}.json'
 
 
 def define_flags():
@@ -91,6 +94,9 @@ def keys(graphs: Sequence[str], models: Sequence[str]) -> Iterator[Key]:
     if graph in graphs:
       for model in first:
         yield from (Key(graph, model, 'constant', loss, UNEVEN) for loss in UNEVEN_LOSSES)
+  for graph in WITHIN_GRAPHS:
+    if graph in graphs and first:
+      yield from (Key(graph, 'gcn', rate, ranks='class') for rate in DECAYS)
   for rate in DECAYS:
     yield from (Key(graph, model, rate) for model in others for graph in graphs)
 
@@ -149,18 +155,13 @@ def _prepared(graph: str, model: str) -> Any:
 
 @functools.cache
 def _split(graph: str, imbalance: float, seeds: tuple[int, ...]) -> Any:
-  """(masks, T [splits, nodes], ReNode's weights [splits, nodes]) of the splits."""
-  import numpy as np
-
+  """(masks, T [splits, nodes]) of the splits."""
   from experiments.topology import trials
-  from moe_jax.graphs import totoro
 
   data, given = _data(graph), GRAPHS[graph]
   labels = trials.Labels(given.per_class, given.valid_per_class, imbalance, LABEL_SHARE)
   chosen = trials.split(data, labels, seeds)
-  found = trials.totoros(data, chosen.train, trials.Weighting())
-  weights = np.stack([totoro.weights(t, mask) for t, mask in zip(found, chosen.train)])
-  return chosen, found, weights
+  return chosen, trials.totoros(data, chosen.train, trials.Weighting())
 
 
 def train_unit(key: Key, splits: Sequence[int], seeds: Sequence[int]) -> dict[str, Any]:
@@ -171,7 +172,8 @@ def train_unit(key: Key, splits: Sequence[int], seeds: Sequence[int]) -> dict[st
   from moe_jax.graphs import dataset, fit, totoro
 
   data = _data(key.graph)
-  chosen, found, renode = _split(key.graph, key.imbalance, tuple(splits))
+  chosen, found = _split(key.graph, key.imbalance, tuple(splits))
+  renode = trials.renode(data, found, chosen.train, trials.Weighting(ranks=key.ranks))
   arms = {
     arm: trials.train(
       data, key.model, chosen, weights, seeds, fit.Settings(loss=key.loss),

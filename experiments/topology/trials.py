@@ -31,6 +31,7 @@ class Weighting(NamedTuple):
   w_max: float = 1.5
   restart: float = pagerank.RESTART
   tolerance: float = 1e-5  # of a column under PageRank
+  ranks: str = 'all'  # among all labelled nodes, or those of a node's 'class'
 
 
 def split(data: dataset.Dataset, labels: Labels, seeds: Sequence[int]) -> splits.Split:
@@ -53,6 +54,22 @@ def totoros(data: dataset.Dataset, train: np.ndarray, weighting: Weighting) -> j
   steps = pagerank.steps_for(weighting.restart, weighting.tolerance)
   adjacency, labels = structs.normalized(data.graph), jnp.asarray(data.labels)
   return _totoros(adjacency, labels, train, weighting.restart, steps, data.num_classes)
+
+
+def renode(
+  data: dataset.Dataset, found: jax.Array, train: np.ndarray, weighting: Weighting
+) -> np.ndarray:
+  """Returns ReNode's weights [splits, nodes] of T and labelled nodes, both [splits, nodes]."""
+  w_min, w_max = weighting.w_min, weighting.w_max
+
+  def one(conflict: jax.Array, chosen: jax.Array) -> jax.Array:
+    if weighting.ranks == 'class':
+      return totoro.weights_within_classes(
+        conflict, jnp.asarray(data.labels), chosen, data.num_classes, w_min, w_max
+      )
+    return totoro.weights(conflict, chosen, w_min, w_max)
+
+  return np.asarray(jax.vmap(one)(found, jnp.asarray(train)))
 
 
 @functools.partial(jax.jit, static_argnames=('steps', 'num_classes'))

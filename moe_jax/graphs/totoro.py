@@ -98,6 +98,24 @@ def weights(
   return jnp.where(train, w_min + 0.5 * (w_max - w_min) * (1 + jnp.cos(jnp.pi * place)), 0)
 
 
+def weights_within_classes(
+  totoro: jax.Array,
+  labels: jax.Array,
+  train: jax.Array,
+  num_classes: int,
+  w_min: float = 0.5,
+  w_max: float = 1.5,
+) -> jax.Array:
+  """`weights` by ranks among the labelled nodes of a node's own class.
+
+  Not in the paper: every class keeps a mean weight of (w_min + w_max) / 2, where ranks among all
+  nodes give less to a class that lies near others everywhere.
+  """
+  members = (labels == jnp.arange(num_classes)[:, None]) & train
+  found = jax.vmap(lambda chosen: weights(totoro, chosen, w_min, w_max))(members)
+  return found.sum(0)
+
+
 def check_weights(w_min: float, w_max: float):
   """Requires 0 <= w_min <= w_max."""
   errors.require(

@@ -40,7 +40,7 @@ def test_correlation_by_hand():
 
 def test_units_of_the_study():
   found = list(study.keys(['digits', 'scipy'], ['gcn', 'gat']))
-  assert len(found) == len(set(found)) == len({key.file for key in found}) == 4 + 4 + 4
+  assert len(found) == len(set(found)) == len({key.file for key in found}) == 4 + 4 + 4 + 4
   assert found[0] == study.Key('digits', 'gcn', 'constant')
   assert [key for key in found if key.imbalance > 1] == found[4:8]
   for given in ((['digit'], ['gcn']), (['digits'], ['gcm'])):

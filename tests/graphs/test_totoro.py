@@ -83,6 +83,13 @@ def test_equal_totoros_have_equal_weights():
   assert float(totoro.weights(jnp.ones(2), jnp.array([True, False]))[0]) == 1.5  # nobody to compare
 
 
+def test_weights_within_classes_by_hand():
+  conflict = jnp.array([0.1, 0.2, 0.8, 0.9, 0.7, 0.0])
+  labels, train = jnp.array([0, 0, 1, 1, 1, 0]), jnp.array([1, 1, 1, 1, 1, 0], bool)
+  found = totoro.weights_within_classes(conflict, labels, train, 2)
+  np.testing.assert_allclose(found, [1.5, 0.5, 1, 0.5, 1.5, 0], atol=1e-6)
+
+
 def test_permuted_nodes_have_permuted_totoros():
   graph, labels, train, p = case()
   order = np.random.default_rng(4).permutation(12)
