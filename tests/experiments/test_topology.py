@@ -68,7 +68,7 @@ def test_the_study_reports_what_is_there_and_refuses_other_splits(tmp_path, caps
     )  # fmt: skip
 
   run(5)
-  assert '1 of 2 units are left' in capsys.readouterr().out
+  assert '3 of 4 units are left' in capsys.readouterr().out
   text = readme.read_text()
   assert text.startswith('before\n') and text.endswith('after\n') and 'old' not in text
   assert '| scipy | constant | even | cross entropy | gcn | 70.0 |' in text
