@@ -1,7 +1,7 @@
 """Does ReNode help, on which graphs and networks, and does Totoro foretell how well it goes?
 
 python -m experiments.topology.study --workdir=runs/topology [--splits=20] [--seeds=1]
-  [--graphs=sbm-0.4,sbm-0.8,digits,scipy] [--models=gcn,gat,ppnp,appnp,sage,cheb,sgc]
+  [--graphs=scipy,sbm-0.8,sbm-0.4,digits] [--models=gcn,gat,ppnp,appnp,sage,cheb,sgc]
   [--minutes=20] [--out=experiments/topology]
 
 Every unit is a graph, a network and a rate of Adam, trained with and without ReNode on the same
@@ -36,10 +36,10 @@ class Graph(NamedTuple):
 
 
 GRAPHS = {
-  'sbm-0.4': Graph('sbm:1000', 0.4),
-  'sbm-0.8': Graph('sbm:1000', 0.8),
-  'digits': Graph('digits'),
   'scipy': Graph('imports:scipy', 0, 10, 10),
+  'sbm-0.8': Graph('sbm:1000', 0.8),
+  'sbm-0.4': Graph('sbm:1000', 0.4),
+  'digits': Graph('digits'),
 }
 DECAYS = {'constant': 1.0, 'official': 0.95}
 UNEVEN_GRAPHS = ('sbm-0.8', 'digits')
@@ -98,7 +98,7 @@ def keys(graphs: Sequence[str], models: Sequence[str]) -> Iterator[Key]:
     if graph in graphs and first:
       yield from (Key(graph, 'gcn', rate, ranks='class') for rate in DECAYS)
   for rate in DECAYS:
-    yield from (Key(graph, model, rate) for model in others for graph in graphs)
+    yield from (Key(graph, model, rate) for graph in graphs for model in others)
 
 
 def main(argv: Sequence[str]):
