@@ -57,11 +57,12 @@ def start(
   settings: dict | None = None,
   only: range | None = None,
   module: str = 'experiments.train',
+  page: str = 'configs/smoke.py',
 ) -> list[subprocess.Popen]:
   """One process per number (or those of `only`), each with `num_devices` devices."""
-  values = SETTINGS | (settings or {})
+  values = (SETTINGS if page == 'configs/smoke.py' else {}) | (settings or {})
   env = environment(cache, JAX_NUM_CPU_DEVICES=str(num_devices))
-  command = [sys.executable, '-m', module, '--config=configs/smoke.py']
+  command = [sys.executable, '-m', module, f'--config={page}']
   command += [f'--config.{key}={value}' for key, value in values.items()]
   command += [f'--workdir={workdir}', f'--num_processes={num_processes}', '--heartbeat_timeout=20']
   command += [f'--coordinator=127.0.0.1:{free_port()}', *flags]

@@ -28,7 +28,7 @@ def unbroken(cache, tmp_path_factory):
   return figures
 
 
-@pytest.mark.parametrize('victim', [0, 1])
+@pytest.mark.parametrize('victim', [pytest.param(0, marks=pytest.mark.long), 1])
 def test_a_killed_process_ends_the_others_and_all_go_on(unbroken, cache, tmp_path, victim):
   processes = launch.start(tmp_path, cache, 2, 2, settings=SETTINGS)
   launch.wait_for_step(tmp_path, 25, processes)
@@ -47,7 +47,7 @@ def test_a_killed_process_ends_the_others_and_all_go_on(unbroken, cache, tmp_pat
   assert launch.figures(tmp_path) == unbroken
 
 
-@pytest.mark.parametrize('victim', [0, 1])
+@pytest.mark.parametrize('victim', [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_frozen_process_ends_the_others_with_its_name(cache, tmp_path, victim):
   processes = launch.start(tmp_path, cache, 2, 2, settings=SETTINGS | {'train.num_steps': 100_000})
   launch.wait_for_step(tmp_path, 5, processes)

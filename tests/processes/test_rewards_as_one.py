@@ -1,0 +1,47 @@
+"""Two processes that write, judge and learn from answers together, beside one."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.processes import launch
+
+pytestmark = pytest.mark.slow
+
+SETTINGS = {
+  'data.path': '?max_value=9&operations=1&problems=300',
+  'objective.policy.prompts': 4,
+  'objective.policy.group_size': 4,
+  'objective.policy.max_new_tokens': 6,
+  'objective.policy.reward': "format(pattern='.*[a-z].*')",
+  'objective.policy.eval_questions': 2,
+  'train.batch_size': 4,
+  'train.num_steps': 2,
+  'train.eval_every': 0,
+  'train.log_every': 1,
+  'checkpoint.save_every': 2,
+  'optim.warmup_steps': 0,
+  'optim.peak_lr': 5e-3,
+}
+FIGURES = ('loss', 'reward', 'entropy', 'answer_tokens', 'sampler_max_vio', 'reference_kl')
+
+
+def lines(workdir):
+  found = [json.loads(line) for line in (workdir / 'metrics.jsonl').open()]
+  return np.array([[line[key] for key in FIGURES] for line in found])
+
+
+def test_two_processes_learn_from_rewards_as_one(tmp_path):
+  base, cache = tmp_path / 'base', tmp_path / 'cache'
+  sizes = {'data.cache_dir': str(cache), 'data.synthetic_documents': 60, 'train.num_steps': 2}
+  sizes |= {'model.max_seq_len': 64, 'checkpoint.save_every': 2}
+  launch.run(base, cache, 1, 1, settings=sizes)
+  given = SETTINGS | {'init_from': str(base), 'data.cache_dir': str(cache)}
+  options = {'settings': given, 'module': 'experiments.rl', 'page': 'configs/grpo.py'}
+  launch.run(tmp_path / 'one', cache, 1, 2, **options)
+  said = launch.run(tmp_path / 'two', cache, 2, 1, **options)
+  want, got = lines(tmp_path / 'one'), lines(tmp_path / 'two')
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+  assert want[:, 1].max() > 0  # some answers are worth something
+  assert 'held-out questions' in said[0] and 'held-out questions' not in said[1]
