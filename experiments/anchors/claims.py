@@ -134,8 +134,13 @@ def differences(record: Figures) -> dict[str, list[float]]:
   return out
 
 
-def verdict(interval: paired.Interval) -> str:
-  """What an interval says of a claim; a single unit decides nothing."""
-  if interval.num_seeds == 1:
-    return 'one value'
-  return paired.verdict(interval, 'higher')
+def learns(accuracy: Sequence[float], chance: float) -> bool:
+  """Whether the interval of the accuracy lies above chance; else no claim says anything."""
+  return paired.interval([float(value) for value in accuracy]).low > chance
+
+
+def verdict(interval: paired.Interval, learned: bool) -> str:
+  """What an interval says of a claim; nothing of a model that does not use its demonstrations."""
+  if not learned:
+    return 'not judged: accuracy is not above chance'
+  return 'one value' if interval.num_seeds == 1 else paired.verdict(interval, 'higher')

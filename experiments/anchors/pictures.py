@@ -82,7 +82,7 @@ def blocking(record: Record, axes: Any):
   _bars(axes, groups, (plots.ORANGE, GREY))
   axes.set_xlabel('label loyalty')
   axes.set_ylabel('blocked layers')
-  axes.legend(frameon=False, loc='lower left')
+  axes.legend(frameon=False, loc='lower left', bbox_to_anchor=(0, 1), ncols=2)
 
 
 def correlation(record: Record, axes: Any):

@@ -38,10 +38,11 @@ def rank_correlation(record: Mapping[str, Any]) -> tuple[float, float, int]:
 
 def lines(record: Mapping[str, Any]) -> list[str]:
   """A line per claim, and what else a reader wants at once."""
-  out = [f'accuracy {mean(record["accuracy"])}']
+  learned = claims.learns(record['accuracy'], record['chance'])
+  out = [f'accuracy {mean(record["accuracy"])}, chance {record["chance"]:.3f}']
   for text, values in claims.differences(record).items():
     interval = paired.interval(values)
-    out.append(f'{text}: {interval.text(3)}, {claims.verdict(interval)}')
+    out.append(f'{text}: {interval.text(3)}, {claims.verdict(interval, learned)}')
   return out + [readings(record)[part] for part in record if part in readings(record)]
 
 
@@ -89,8 +90,9 @@ def write(record: Mapping[str, Any], directory: pathlib.Path) -> list[pathlib.Pa
     html_report.Heading(f'Label words as anchors: {record["task"]}, step {record["step"]}', 1),
     html_report.Text(
       f'{settings["sets"]} demonstration sets with {settings["queries"]} queries each; accuracy '
-      f'{mean(record["accuracy"])}. Intervals are 95 %, by Student over demonstration sets; that '
-      'of AUCROC is a bootstrap over them. They say nothing of another training run.'
+      f'{mean(record["accuracy"])}, chance {record["chance"]:.3f}. Intervals are 95 %, by Student '
+      'over demonstration sets; that of AUCROC is a bootstrap over them. They say nothing of '
+      'another training run.'
     ),
     html_report.Heading('Claims of the paper'),
     table(record),
@@ -106,8 +108,8 @@ def write(record: Mapping[str, Any], directory: pathlib.Path) -> list[pathlib.Pa
 
 def table(record: Mapping[str, Any]) -> html_report.Table:
   """The claims with their differences; above 0 is what the paper says."""
-  rows = []
+  rows, learned = [], claims.learns(record['accuracy'], record['chance'])
   for text, values in claims.differences(record).items():
     interval = paired.interval(values)
-    rows.append((text, interval.text(3), str(len(values)), claims.verdict(interval)))
+    rows.append((text, interval.text(3), str(len(values)), claims.verdict(interval, learned)))
   return html_report.Table(('difference, above 0 as the paper has it', '95 %', 'n', ''), rows)

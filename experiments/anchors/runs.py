@@ -140,15 +140,19 @@ def table(variants: Sequence[str], found: Mapping[Key, Mapping[str, Any]]) -> st
     '| --- |' + ' --- |' * len(variants),
     f'| *accuracy, one shot per class* | {" | ".join(accuracy.values())} |',
   ]
+  # A single run has no interval over seeds: its own, over sets, has to do.
+  learned = {
+    v: all(claims.learns(r['accuracy'], r['chance']) for r in own) for v, own in records.items()
+  }
   texts = dict.fromkeys(text for own in columns.values() for text in own)
   for text in texts:
     cells = []
-    for own in columns.values():
+    for variant, own in columns.items():
       if text not in own:
         cells.append('-')
         continue
       interval = paired.interval(own[text])
-      cells.append(f'{interval.text(3)} {claims.verdict(interval)}')
+      cells.append(f'{interval.text(3)} {claims.verdict(interval, learned[variant])}')
     rows.append(f'| {text} | {" | ".join(cells)} |')
   return '\n'.join(rows)
 
@@ -156,6 +160,7 @@ def table(variants: Sequence[str], found: Mapping[Key, Mapping[str, Any]]) -> st
 def compact(record: Mapping[str, Any]) -> dict[str, Any]:
   """Of one run what the table and the figures are made of, without its units."""
   return merged([record]) | {
+    'chance': record['chance'],
     'differences': by_seed([record]),
     'seconds': record['compression']['seconds'],
     'kept_share': record['compression']['kept_share'],

@@ -117,7 +117,10 @@ def run(
 
   What is per set is a list with a number for each.
   """
-  out: Figures = {'accuracy': prepared.per_set(prepared.whole.accuracy(prepared.batch))}
+  out: Figures = {
+    'accuracy': prepared.per_set(prepared.whole.accuracy(prepared.batch)),
+    'chance': 1 / prepared.task.num_classes,
+  }
   for name, part in PARTS.items():
     if name in (parts or PARTS) and (name != 'experts' or prepared.subject.cfg.is_moe):
       say(name)

@@ -45,7 +45,7 @@ def task(**sizes):
 def test_every_part_and_the_report(tmp_path):
   prepared = measure.prepare(subject(), task(), SETTINGS)
   found = measure.run(prepared)
-  assert list(found) == ['accuracy', *measure.PARTS]
+  assert list(found) == ['accuracy', 'chance', *measure.PARTS]
   record = {'step': 1, 'task': 'episodes', 'settings': SETTINGS._asdict()} | found
   record = json.loads(json.dumps(record))
   np.testing.assert_allclose(record['compression']['arms']['everything']['label_loyalty'], 1.0)
