@@ -4,7 +4,7 @@ Run:    python -m experiments.train --config=configs/episodes.py --workdir=runs/
         python -m experiments.anchors --workdir=runs/episodes --task=episodes
 Takes:  about an hour of one CPU core for `dense` (0.12 s a step); not run to its end.
 Expect: not known. After 1,059 steps it chooses at random among the label words of the episode
-        (loss 0.45 to 0.5, half of it for end tokens, which are sure); see experiments/anchors.
+        (loss 0.47 over label words and end tokens, which are sure); see experiments/anchors.
 """
 
 from configs import base, recipes, sizes
