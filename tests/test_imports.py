@@ -20,7 +20,7 @@ FLOORS = (
   ('training', 'inference'),
   ('planning',),
   ('runs',),
-  ('interop', 'analysis', 'post_training'),
+  ('interop', 'analysis', 'post_training', 'watermark'),
   ('api',),
 )
 # The same inside the largest room.
