@@ -5,6 +5,8 @@ Run:    python -m experiments.train --config=configs/watermark.py --workdir=runs
         python -m experiments.train --config=configs/watermark.py:judge --workdir=runs/judge
         python -m experiments.watermark study --writer=runs/writer --proxy=runs/proxy \
           --judge=runs/judge --workdir=runs/watermark
+Takes:  10, 3 and 22 minutes for the three models on 2 cores that a dozen other programs shared.
+Expect: 2.28 (writer), 2.20 (proxy) and 2.21 (judge) bits per byte on held-out text (one seed).
 
   variant   model                                                parameters, activated
   (none)    1 shared + top-7 of 63 experts, the quickstart's     5.5 M, 1.4 M

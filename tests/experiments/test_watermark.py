@@ -75,7 +75,7 @@ def test_a_number_and_a_text_are_written_attacked_and_read(do):
   lines = do('decode', *KEY, '--texts=t.json', '--threshold=0', '--as_text').splitlines()
   assert json.loads(lines[1])['message'] == 'hi'
   cut = ('attack', '--workdir=W', '--texts=t.json', '--out=cut.json')
-  do(*cut, '--attack=cut', '--share=0.5')
+  do(*cut, '--attack=cut', '--share=0.3')
   (said, _) = map(json.loads, do('decode', *KEY, '--texts=cut.json', '--threshold=0').splitlines())
   assert said['message'] is None and len(said['chunks']) == 1  # one of two chunks is left
   do(*cut, '--attack=substitute', '--share=0.2')
