@@ -255,8 +255,8 @@ def _draw(results: Results) -> matplotlib.figure.Figure:
         right = messages(results, arm.name, part)
         bounds = answers.wilson(sum(right), len(right))
         y.append(sum(right) / len(right))
-        low.append(y[-1] - bounds[0])
-        high.append(bounds[1] - y[-1])
+        low.append(max(0.0, y[-1] - bounds[0]))
+        high.append(max(0.0, bounds[1] - y[-1]))
         x.append(
           statistics.fmean(
             v - u
