@@ -17,9 +17,14 @@ All three read the same text, half code (the standard library) and half prose (t
 the installed packages), with the same tokenizer.
 """
 
+import sysconfig
+
 import ml_collections
 
-from configs import base, continued, recipes, sizes
+from configs import base, recipes, sizes
+
+DESCRIPTIONS = f'{sysconfig.get_path("purelib")}/*.dist-info/METADATA'
+SOURCES = {'code': ('python_source', ''), 'prose': ('text', DESCRIPTIONS)}
 
 
 def get_config(variant: str = '') -> base.Page:
@@ -28,8 +33,7 @@ def get_config(variant: str = '') -> base.Page:
   config.model.vocab_size = 2048
   recipes.experts(config, shared=1, routed=63, per_tok=7, width=sizes.LAPTOP_FFN / 4)
   config.data.source = 'mixture'
-  for name, kind in (('code', 'code'), ('prose', 'language')):
-    source, path = continued.SOURCES[kind]
+  for name, (source, path) in SOURCES.items():
     member = {'source': source, 'path': path, 'weight': 0.5}
     config.data.mixture[name] = ml_collections.ConfigDict(member)
   config.train.num_steps = 400
