@@ -6,7 +6,7 @@ import io
 import json
 import pathlib
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -59,10 +59,16 @@ def run(
   totals = np.bincount(images.test_y, minlength=settings.data.classes)
   with atomic_files.lock(workdir):
     _check_record(settings, seeds, workdir)
+    file = _read(workdir / SAVED)
+    if file and file['points'][-1] == settings.rounds:
+      return Curve(file['points'], file['right'], totals)
     data = federations(settings, seeds, data_dir)
     keys = jax.vmap(jax.random.key)(jnp.array(seeds))
     states = jax.jit(jax.vmap(functools.partial(rounds.init, settings)))(keys)
-    states, points, right = _saved(workdir / SAVED, states)
+    points, right = [], []
+    if file:
+      states = _restored(workdir / SAVED, file, states)
+      points, right = file['points'].tolist(), list(file['right'])
     done = int(states.round[0])
     errors.require(
       done <= settings.rounds,
@@ -151,25 +157,35 @@ def _save(path: pathlib.Path, states: rounds.State, points: list[int], right: li
     atomic_files.write_bytes(path, buffer.getvalue())
 
 
-def _saved(
-  path: pathlib.Path, start: rounds.State
-) -> tuple[rounds.State, list[int], list[np.ndarray]]:
-  """(states, points, right) of the file; the start, if there is none.
+def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """The arrays of `_save`; none, if there is no file.
 
   Raises:
     errors.InputError: the file is damaged.
   """
   if not path.exists():
-    return start, [], []
-  leaves, tree = jax.tree.flatten(start)
+    return {}
   try:
     with np.load(path) as file:
-      found = [file[f'leaf_{i}'] for i in range(len(leaves))]
-      points, right = file['points'].tolist(), list(file['right'])
-  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+      found = {name: file[name] for name in file.files}
+    errors.require({'points', 'right'} <= set(found), 'it has no curve')
+  except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
     raise errors.InputError(f'{path} cannot be read ({e}); delete it to begin again') from e
+  return found
+
+
+def _restored(
+  path: pathlib.Path, file: Mapping[str, np.ndarray], start: rounds.State
+) -> rounds.State:
+  """The states of the file.
+
+  Raises:
+    errors.InputError: they are of another structure than `start`.
+  """
+  leaves, tree = jax.tree.flatten(start)
+  found = [file.get(f'leaf_{i}', np.zeros(0)) for i in range(len(leaves))]
   errors.require(
     [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in leaves],
     f'{path} holds arrays of other shapes than this run; delete it to begin again',
   )
-  return jax.tree.unflatten(tree, map(jnp.asarray, found)), points, right
+  return jax.tree.unflatten(tree, map(jnp.asarray, found))

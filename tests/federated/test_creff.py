@@ -33,6 +33,7 @@ def test_the_distance_is_nothing_where_the_gradients_are_the_same():
   )
   np.testing.assert_allclose(distance(HEAD, same, turned, known), 2, rtol=1e-4)
   assert abs(distance(HEAD, same, turned, jnp.array([True, False, True]))) < 1e-5
+  assert distance(HEAD, same, targets() | {'bias': -targets()['bias']}, known) > 0.05
 
 
 def test_features_come_nearer_and_those_of_unknown_classes_stay():
