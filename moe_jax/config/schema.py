@@ -170,8 +170,8 @@ class ProcessRewardConfig:
   target: str
   outcome: bool  # one label at the end of the solution, whether it is right (ORM)
   step_token: str  # special token that ends a step, at whose place the label is predicted
-  good: str  # texts of the labels, one token each
-  bad: str
+  good: str  # text of the label of a good step, one token
+  bad: str  # of a step that is not
 
 
 @dataclasses.dataclass(frozen=True)
