@@ -120,3 +120,17 @@ def csv_text(graded: Sequence[Any]) -> str:
       seeds = ' '.join(f'{v:.5f}' for v in column)
       writer.writerow([g.claim.arm, g.claim.baseline, round(at), *ends, seeds])
   return text.getvalue()
+
+
+def runs_text(results: measure.Results) -> str:
+  """The logged steps of every run as CSV: arm, seed, step, training loss, MaxVio."""
+  text = io.StringIO()
+  writer = csv.writer(text, lineterminator='\n')
+  writer.writerow(['arm', 'seed', 'step', 'loss', 'max_vio'])
+  for arm, runs in results.items():
+    for seed, run in runs.items():
+      curve = run['curve']
+      for step, loss, max_vio in zip(curve['step'], curve['loss'], curve['max_vio']):
+        vio = '' if max_vio is None else f'{max_vio:.4g}'
+        writer.writerow([arm, seed, step, f'{loss:.6g}', vio])
+  return text.getvalue()

@@ -116,7 +116,7 @@ def slope(results: measure.Results, sweep: arms.Sweep) -> tuple[paired.Interval,
 
 
 def write(out: pathlib.Path, study: Study, command: str) -> list[pathlib.Path]:
-  """Writes report.md, report.html, results.csv and the pictures; returns the paths."""
+  """Writes report.md, report.html, the tables and the pictures; returns the paths."""
   out.mkdir(parents=True, exist_ok=True)
   graded = grade(study.results, study.configs)
   drawn = pictures.draw(
@@ -124,6 +124,7 @@ def write(out: pathlib.Path, study: Study, command: str) -> list[pathlib.Path]:
   )
   atomic_files.write_text(out / 'results.csv', csv_text(study))
   atomic_files.write_text(out / 'differences.csv', over_tokens.csv_text(graded))
+  atomic_files.write_text(out / 'runs.csv', over_tokens.runs_text(study.results))
   written = html_report.write(
     [
       *_verdicts(study, graded),
@@ -133,7 +134,8 @@ def write(out: pathlib.Path, study: Study, command: str) -> list[pathlib.Path]:
     ],
     out,
   )
-  return [*written, out / 'results.csv', out / 'differences.csv', *(p.path for p in drawn)]
+  tables = [out / name for name in ('results.csv', 'differences.csv', 'runs.csv')]
+  return [*written, *tables, *(p.path for p in drawn)]
 
 
 def _verdicts(study: Study, graded: Sequence[Graded]) -> list[html_report.Block]:

@@ -159,7 +159,13 @@ def test_report_is_whole(study, tmp_path):
   names = {path.name for path in written}
   pictures = {'claims.png', 'curves.png', 'balance.png', 'granularity.png'}
   pictures |= {'difference.png', 'differences.png'}
-  assert names == pictures | {'report.md', 'report.html', 'results.csv', 'differences.csv'}
+  assert names == pictures | {
+    'report.md',
+    'report.html',
+    'results.csv',
+    'differences.csv',
+    'runs.csv',
+  }
   text = (tmp_path / 'out' / 'report.md').read_text()
   assert (
     text.index('## Verdict')
@@ -178,6 +184,9 @@ def test_report_is_whole(study, tmp_path):
   assert len(lines) == 1 + 14
   assert lines[0].startswith('arm,seed,bits_per_byte,max_vio')
   assert lines[1].startswith('gshard,0,2.0,0.5,')
+  lines = (tmp_path / 'out' / 'runs.csv').read_text().splitlines()
+  assert lines[0] == 'arm,seed,step,loss,max_vio' and len(lines) == 1 + 14 * 3
+  assert lines[1:4] == ['gshard,0,1,5,0.5', 'gshard,0,2,5,0.5', 'gshard,0,3,7,0.5']
 
 
 def test_command_of_hides_the_machine():
