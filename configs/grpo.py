@@ -38,7 +38,7 @@ def _programs(config):
   config.data.source = 'programs'
   config.data.path = '?operations=2&max_value=9&kinds=2&problems=40000'
   config.objective.policy.reward = 'program'
-  config.objective.policy.max_new_tokens = 128
+  config.objective.policy.max_new_tokens = 120
   config.objective.policy.reward_seconds = 30.0  # the sandbox has limits of its own, below that
 
 

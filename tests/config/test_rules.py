@@ -162,7 +162,7 @@ def test_rules(overrides, parts):
 
 # Names of files, columns and tokens, and prompts.
 FREE = ('path', 'tokenizer', '_token', '_field', 'cache_dir', 'init_from', 'sample_prompt')
-FREE += ('chat_template', 'expert_config')
+FREE += ('chat_template', 'expert_config', 'reward', 'reward_model', 'labels', 'good', 'bad')
 
 
 def test_every_choice_refuses_another_word():

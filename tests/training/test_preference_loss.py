@@ -130,7 +130,7 @@ def test_loss_and_gradient_are_the_closed_form(model):
   policy = scores_by_hand(cfg, params, split)
   margin = 0.5 * ((policy - split.reference)[:, 0] - (policy - split.reference)[:, 1])
   np.testing.assert_allclose(loss.main, np.log1p(np.exp(-margin)).mean(), rtol=1e-5)
-  assert loss.preference.correct == (margin > 0).sum() and loss.preference.pairs == len(PAIRS)
+  assert loss.figures.correct == (margin > 0).sum() and loss.figures.pairs == len(PAIRS)
   # d/dw = -beta sigmoid(-margin) (d log p(chosen) - d log p(rejected)) / pairs.
   rows = rows_of(split)
   weights = np.zeros((len(rows['tokens']), 17), np.float32)
@@ -161,7 +161,7 @@ def test_with_itself_as_reference_the_loss_is_log_2(model):
   )
   loss, _ = tiny.gradients(**CHANGES)(params, rows_of(split))
   np.testing.assert_allclose(loss.main, math.log(2), atol=1e-5)
-  means = jax.device_get(loss.preference).means()
+  means = jax.device_get(loss.figures).means()
   assert abs(means['reward_margin']) < 1e-5 and abs(means['reference_kl']) < 1e-5
 
 
@@ -177,11 +177,11 @@ def test_packing_accumulation_and_order_change_nothing(model):
   ):
     found, found_grads = other(params, rows)
     tiny.assert_trees_close(
-      (found.main, found.preference), (loss.main, loss.preference), rtol=1e-5, atol=1e-5
+      (found.main, found.figures), (loss.main, loss.figures), rtol=1e-5, atol=1e-5
     )
     tiny.assert_trees_close(found_grads, grads, rtol=1e-4, atol=2e-6)
   swapped, _ = run(params, rows_of(*(one_of(split, i, swap=True) for i in range(len(PAIRS)))))
-  one, other = (jax.device_get(x.preference).means() for x in (loss, swapped))
+  one, other = (jax.device_get(x.figures).means() for x in (loss, swapped))
   np.testing.assert_allclose(one['reward_margin'], -other['reward_margin'], rtol=1e-5)
 
 
@@ -218,7 +218,7 @@ def test_evaluation_counts_the_nats_of_both_answers_once(model):
   assert nothing is None and targets == number
   np.testing.assert_allclose(nats, same, rtol=1e-6)
   loss, _ = tiny.gradients(**CHANGES)(params, rows)
-  tiny.assert_trees_close(figures, loss.preference, rtol=1e-5, atol=1e-5)
+  tiny.assert_trees_close(figures, loss.figures, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -298,5 +298,5 @@ def test_8_devices_equal_1(model):
     operands = jax.device_put(params, shardings), {}, partitioning.put_batch(rows, mesh)
     loss, grads = fn(*operands, jnp.uint32(0))
   want, want_grads = tiny.gradients(**CHANGES)(params, rows)
-  tiny.assert_trees_close((loss.main, loss.preference), (want.main, want.preference), rtol=1e-5)
+  tiny.assert_trees_close((loss.main, loss.figures), (want.main, want.figures), rtol=1e-5)
   tiny.assert_trees_close(grads, want_grads, rtol=1e-3, atol=1e-5)

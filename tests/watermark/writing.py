@@ -25,8 +25,11 @@ SCHEMES = {
 
 @functools.cache
 def known(kind: str) -> proxy.Proxy | None:
-  """A proxy of random weights."""
-  return proxy.of(CFG, {'params': tiny.params(CFG)}) if kind == 'balance' else None
+  """A proxy of random weights; kept, so they must be numbers even if first asked for in a trace."""
+  if kind != 'balance':
+    return None
+  with jax.ensure_compile_time_eval():
+    return proxy.of(CFG, {'params': tiny.params(CFG)})
 
 
 def write(scheme, messages, delta, length, seed=0) -> np.ndarray:
