@@ -1,1 +1,1 @@
-"""What comes after pre-training: tuning on conversations, and how well questions are answered."""
+"""After pre-training: tuning, rewards and judges of steps, and how well questions are answered."""
