@@ -63,6 +63,7 @@ def test_two_processes_train_as_one(two, one):
   assert want[-1, 1] < want[0, 1] - 0.5  # it learns, so equal losses mean equal updates
 
 
+@pytest.mark.long
 def test_four_processes_train_as_one(one, cache, tmp_path):
   """Tokens travel between the processes, to one expert per device."""
   launch.run(tmp_path, cache, 4, 2, settings={'mesh.data': 1, 'mesh.expert': 8})
