@@ -4,7 +4,7 @@ Run:    python -m experiments.train --config=configs/reasoner.py --workdir=runs/
         python -m experiments.rl --config=configs/grpo.py --config.init_from=runs/reasoner \
           --workdir=runs/grpo
 Takes:  half an hour on 2 CPU cores that do other work too.
-Expect: a reward that rises; the figures are in docs/topics/reinforcement.md.
+Expect: not known; no gain was shown in four short trials (docs/topics/reinforcement.md).
 Own data: --config.data.source=conversations --config.data.path=questions.jsonl
 
 The model is that of `init_from`, without balance losses and with its expert bias at rest. The

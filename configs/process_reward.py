@@ -5,7 +5,7 @@ Run:    python -m experiments.process_reward label --workdir=runs/reasoner --out
           --config.init_from=runs/reasoner \
           --config.objective.process_reward.labels=runs/labels.jsonl --workdir=runs/prm
 Takes:  minutes on 2 CPU cores that do other work too.
-Expect: an area under the curve above 0.5; the figures are in docs/topics/process_reward.md.
+Expect: not measured yet.
 
 The model is that of `init_from`. `:outcome` judges the whole solution (ORM).
 """
