@@ -6,7 +6,7 @@ ReLU and dropout between, as in ReNode's authors' code, but for SGC, which is li
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,16 +38,15 @@ class TwoLayers(nn.Module):
 
   sizes: Sizes
 
+  # (operator, [nodes, features], width, number) -> [nodes, width]; each network's own.
+  layer: ClassVar[Callable[..., jax.Array]]
+
   @nn.compact
   def __call__(self, operator: structs.Operator, x: jax.Array, train: bool) -> jax.Array:
     """[nodes, features] -> logits [nodes, classes]."""
     x = nn.relu(self.layer(operator, x, self.sizes.hidden, 0))
     x = nn.Dropout(self.sizes.dropout, deterministic=not train)(x)
     return self.layer(operator, x, self.sizes.num_classes, 1)
-
-  def layer(self, operator: structs.Operator, x: jax.Array, width: int, number: int) -> jax.Array:
-    """[nodes, features] -> [nodes, width]."""
-    raise NotImplementedError
 
 
 class GCN(TwoLayers):

@@ -203,10 +203,9 @@ class PolicyStage:
       found = judged_by(self._judge, found, owners, [text for text, _ in texts])
 
     def ends(number: int) -> list[int]:
-      answer, (text, skipped) = written.answers[number], texts[number]
-      del text
+      tokens, skipped = written.answers[number].tokens, texts[number][1]
       offsets = [offset for offset, _ in found[number].step_rewards or ()]
-      return policy_batches.step_ends(self._tokenizer.decode, answer.tokens, offsets, skipped)
+      return policy_batches.step_ends(self._tokenizer.decode, tokens, offsets, skipped)
 
     return policy_batches.judged(self._policy, written.answers, found, ends), written
 

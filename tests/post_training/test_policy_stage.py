@@ -11,11 +11,12 @@ import pytest
 import moe_jax
 from moe_jax import errors
 from moe_jax.data import conversations
-from moe_jax.post_training import answers, policy_stage, stages
+from moe_jax.post_training import answers, policy_batches, policy_stage, rollouts, stages
 from moe_jax.rewards import reward
 from moe_jax.runs import metric_log, policy_plot
 from tests import tiny
 from tests.post_training.conftest import SIZES
+from tests.training.test_policy_loss import RUN
 
 SETTINGS = SIZES | {
   'data.path': '?max_value=9&operations=1&problems=300',
@@ -122,3 +123,46 @@ def test_a_model_judges_steps_or_wholes_and_the_checker_what_is_right(monkeypatc
     assert (first.value, first.kind, second.value, second.kind) == (0.25, 'right', 0.5, 'wrong')
     assert first.step_rewards == (None if whole else [(9, 0.75), (26, 0.25)])
   assert asked[0][0].ends == (9, 26) and asked[0][0].question == 'What is 1 + 1?'
+
+
+def made(**policy):
+  """A stage on sums that has started no run."""
+  return stages.of(tiny.make(**(RUN | {f'objective__policy__{k}': v for k, v in policy.items()})))
+
+
+def test_questions_come_in_passes_without_repetition_by_seed_and_draw():
+  stage = made(prompts=300, eval_questions=0)
+  total = len(stage._questions)
+  per_pass = total // 300
+  asked = [stage._asked(draw) for draw in range(per_pass + 1)]
+  first = [q for draw in asked[:per_pass] for q in draw]
+  assert len(set(first)) == len(first) == 300 * per_pass
+  assert asked[per_pass] != asked[0] and stage._asked(1) == asked[1]
+
+
+def test_more_questions_are_drawn_until_enough_groups_differ(monkeypatch):
+  stage = made(prompts=2, max_draws=3, eval_questions=0)
+  mixed, equal = np.array([0.5, -0.5]), np.zeros(2)
+  drawn, learned = [], []
+
+  def groups(variables, draw):
+    drawn.append(draw)
+    values = [mixed, equal] if draw < 8 else [mixed, mixed]
+    written = rollouts.Rollouts([], 1.0)
+    return [[types.SimpleNamespace(advantages=v, draw=draw)] for v in values], written
+
+  def learnable(variables, flat):
+    learned.extend(flat)
+    return {}, []
+
+  monkeypatch.setattr(stage, '_groups', groups)
+  monkeypatch.setattr(stage, '_learnable', learnable)
+  monkeypatch.setattr(stage, '_variables', dict)
+  monkeypatch.setattr(policy_stage, '_max_vio', lambda *unused: None)
+  monkeypatch.setattr(
+    policy_batches, 'answer_figures', lambda groups: {'equal_groups': len(groups)}
+  )
+  stage._iteration(2)
+  assert drawn == [6, 7]  # three draws belong to each iteration; two were enough
+  assert [one.draw for one in learned] == [6, 7] and all(one.advantages.any() for one in learned)
+  assert stage.figures['equal_groups'] == 4  # figures are of all that was written
