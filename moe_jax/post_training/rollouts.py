@@ -270,8 +270,9 @@ class Sampler:
           number = owner[row] = waiting.pop(0)
           question[row] = number // size
           key[row] = _key(self._seed, draw, number)
-      given = partitioning.put_global_batch({'question': question, 'key': key}, self._mesh)
-      rows = _hand_out(rows, questions, given['question'], given['key'], temperature=temperature)
+      if (question >= 0).any():
+        given = partitioning.put_global_batch({'question': question, 'key': key}, self._mesh)
+        rows = _hand_out(rows, questions, given['question'], given['key'], temperature=temperature)
       # With nothing left to hand out no row needs a look before all have ended.
       steps = PIECE if waiting else policy.max_new_tokens
       rows = _write(
