@@ -10,6 +10,7 @@ takes the fixture `quick_processes`.
 import atexit
 import gc
 import os
+import pathlib
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -46,6 +47,23 @@ def pytest_collection_finish(session):
   gc.collect()
   gc.freeze()
   gc.set_threshold(50_000, 20, 20)
+
+
+_MAPS = pathlib.Path('/proc/self/maps')  # of Linux; elsewhere nothing is known to run out
+_MANY_MAPS = 20_000  # of vm.max_map_count, 65,530 where nobody has set it
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compiled_programs_are_dropped() -> Iterator[None]:
+  """What a module compiled is forgotten before the process runs out of memory maps.
+
+  Every program that XLA:CPU compiles holds several maps. A process that reaches the kernel's count
+  of them crashes in the middle of some test, with the memory half free.
+  """
+  yield
+  if _MAPS.exists() and _MAPS.read_bytes().count(b'\n') > _MANY_MAPS:
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope='module')

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from experiments import evaluate, leakage, routing
+from experiments import evaluate, leakage, routing, routing_drift
 from moe_jax import errors
 from moe_jax.checkpoints import checkpointer
 from moe_jax.config import parse
 from moe_jax.devices import partitioning
-from moe_jax.runs import train_run
+from moe_jax.runs import train_run, trained_run
 from tests import in_process
 
 MAKE_MESH = partitioning.make_mesh
@@ -119,3 +119,41 @@ def test_leakage_of_a_causal_router(workdir, capsys):
   in_process.run(leakage, f'--workdir={workdir}')
   out = capsys.readouterr().out
   assert 'experts change for 0.00% of' in out and 'as trained' in out
+
+
+@pytest.fixture(scope='module')
+def tuned(workdir, tmp_path_factory):
+  """Four more steps from the run's weights, two checkpoints of which are kept."""
+  values = parse.to_dict(trained_run.read_config(workdir))
+  values['init_from'] = str(workdir)
+  values['train'] |= {'num_steps': 4, 'seed': 1}
+  values['checkpoint'] |= {'save_every': 2, 'keep_last': 2}
+  place = tmp_path_factory.mktemp('tuned')
+  train_run.run_training(parse.from_dict(values), place, say=lambda line: None)
+  return place
+
+
+def test_routing_drifts_from_the_start_step_by_step(workdir, tuned, capsys):
+  found = in_process.run_json(capsys, routing_drift, f'--workdir={tuned}')
+  assert found['start'] == str(workdir) and set(found['steps']) == {'2', '4'}
+  first, last = (np.mean(found['steps'][step]['experts_moved']) for step in ('2', '4'))
+  assert 0 < first < last
+  kept = [found['steps'][step]['kept_share'][0] for step in ('2', '4')]
+  assert min(kept) > 2 / 8 and max(kept) < 1  # by chance two of eight
+  assert (tuned / 'drift' / 'drift.png').is_file() and (tuned / 'drift' / 'drift.npz').is_file()
+  in_process.run(routing_drift, f'--workdir={tuned}', '--step=4', '--text=start')
+  out = capsys.readouterr().out
+  assert 'held-out tokens (start text)' in out and 'layer 1: experts kept' in out
+
+
+def test_drift_from_itself_is_none(tuned, capsys):
+  found = in_process.run_json(capsys, routing_drift, f'--workdir={tuned}', f'--start={tuned}')
+  assert found['steps']['4']['kept_share'] == [1.0]
+  assert not np.any(found['steps']['4']['experts_moved']) and np.any(
+    found['steps']['2']['experts_moved']
+  )
+
+
+def test_drift_of_a_run_without_a_start_is_refused(workdir):
+  with pytest.raises(errors.InputError, match=r'random weights \(config.init_from is empty\)'):
+    in_process.run(routing_drift, f'--workdir={workdir}')
