@@ -88,6 +88,11 @@ def draw(units: Sequence[Mapping[str, Any]], path: pathlib.Path):
   left.axvline(0, color='0.5', lw=1)
   left.set_yticks(range(len(units)), [name(unit['key']) for unit in units], fontsize=7)
   left.invert_yaxis()
+  left.margins(y=0.01)
+  ticks = (-40, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 40)
+  left.set_xscale('symlog', linthresh=2)  # most are within a point, a few far away
+  left.set_xticks(ticks, [f'{tick:+d}' if tick else '0' for tick in ticks], fontsize=7)
+  left.minorticks_off()
   left.set_xlabel('weighted F1 with ReNode - without, points (95 % over paired splits)')
   for unit in units:
     key = unit['key']

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import errors, trees
@@ -33,6 +34,7 @@ from moe_jax.training import evaluate as evaluate_lib
 Array = jax.Array
 Ids = Sequence[int] | Sequence[Sequence[int]] | np.ndarray | Array
 
+_TEXTS_TOGETHER = 32  # that are embedded
 _INPUTS = ('tokens', 'positions', 'segment_ids')
 
 
@@ -124,6 +126,31 @@ class Run:
     if shape is not None:
       return found[: len(rows), : len(rows[0])].reshape(*shape, -1)
     return [found[i, : len(row)] for i, row in enumerate(rows)]
+
+  def embed(self, texts: Sequence[str]) -> np.ndarray:
+    """A vector per text: the mean over its tokens of the last layer's normed output.
+
+        vectors = run.embed(['def f(x): ...', 'class A: ...'])
+
+    Args:
+      texts: each is read alone, in batches of texts of similar length.
+
+    Returns:
+      [B, D] float32.
+
+    Raises:
+      errors.InputError: see `logits`.
+    """
+    rows = [np.asarray(self.encode(one), np.int32) for one in texts]
+    self._check(rows)
+    found = np.zeros((len(rows), self.config.model.embed_dim), np.float32)
+    order = np.argsort([len(row) for row in rows], kind='stable')
+    for begin in range(0, len(rows), _TEXTS_TOGETHER):
+      places = order[begin : begin + _TEXTS_TOGETHER]
+      filled = [*places, *[places[0]] * (_TEXTS_TOGETHER - len(places))]  # one program for all
+      batch = _padded([rows[i] for i in filled], self.config.model.max_seq_len, self.mesh)
+      found[places] = np.asarray(self._apply(_means, batch))[: len(places)]
+    return found
 
   def generate(
     self,
@@ -417,6 +444,14 @@ def _padded(
 def _logits(model: schema.ModelConfig, variables: trees.Variables, batch: trees.Batch) -> Array:
   out: Any = transformer.Transformer(model).apply(variables, *(batch[key] for key in _INPUTS))
   return out.logits
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _means(model: schema.ModelConfig, variables: trees.Variables, batch: trees.Batch) -> Array:
+  """[B, D] float32, padding not counted."""
+  out: Any = transformer.Transformer(model).apply(variables, *(batch[key] for key in _INPUTS))
+  real = (batch['segment_ids'] > 0)[..., None]
+  return (out.normed.astype(jnp.float32) * real).sum(axis=1) / real.sum(axis=1)
 
 
 @functools.partial(jax.jit, static_argnums=0)

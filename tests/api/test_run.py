@@ -9,6 +9,7 @@ import pytest
 
 import moe_jax
 from configs import smoke
+from moe_jax import errors
 from moe_jax.api import train as train_lib
 from moe_jax.config import parse
 from moe_jax.devices import partitioning
@@ -54,6 +55,22 @@ def plain_logits(run, ids) -> np.ndarray:
   variables = jax.device_get(run.variables)
   model = transformer.Transformer(run.config.model)
   return np.asarray(model.apply(variables, tokens, places, jnp.ones_like(tokens)).logits[0])
+
+
+def test_vectors_of_texts_are_means_over_their_own_tokens(run):
+  texts = [TEXT, 'a', 'class Longer:\n  pass', *(f'{i} = {i * i}' for i in range(40))]
+  found = run.embed(texts)
+  assert found.shape == (43, run.config.model.embed_dim) and found.dtype == np.float32
+  variables = jax.device_get(run.variables)
+  for i in (0, 1, 2, 42):
+    tokens = jnp.asarray([run.encode(texts[i])], jnp.int32)
+    places = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    out = transformer.Transformer(run.config.model).apply(
+      variables, tokens, places, jnp.ones_like(tokens)
+    )
+    np.testing.assert_allclose(found[i], out.normed[0].mean(axis=0), rtol=1e-4, atol=1e-5)
+  with pytest.raises(errors.InputError, match='the text has .* tokens'):
+    run.embed(['x' * 10_000])
 
 
 def test_what_was_trained_is_what_is_loaded(trained, run):
