@@ -263,6 +263,14 @@ def _objective():
   c.policy.replay = 'rollout'
   c.policy.reward_seconds = 5.0
   c.policy.eval_questions = 128
+  c.policy.ppo = ml_collections.ConfigDict()
+  c.policy.ppo.gamma = 1.0
+  c.policy.ppo.gae_lambda = 0.95
+  c.policy.ppo.value_weight = 0.1
+  c.policy.ppo.value_clip = 0.2
+  c.policy.ppo.value_rate = 10.0
+  c.policy.ppo.value_warmup = 0
+  c.policy.ppo.center_steps = True
   c.process_reward = ml_collections.ConfigDict()
   c.process_reward.labels = ''
   c.process_reward.target = 'hard'

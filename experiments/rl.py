@@ -4,8 +4,9 @@ python -m experiments.rl --config=configs/grpo.py --config.init_from=runs/reason
   --workdir=runs/grpo [--config.objective.policy.group_size=16 ...]
 
 Variants: configs/grpo.py:process (a reward for every step), :rft, :gspo, :programs (run against
-hidden tests in a sandbox). Held-out questions are asked before, at train.eval_every, and after; see
-docs/topics/reinforcement.md. On many processes as experiments.train.
+hidden tests in a sandbox); configs/ppo.py and its :process, PPO with a value head. Held-out
+questions are asked before, at train.eval_every, and after; see docs/topics/reinforcement.md. On
+many processes as experiments.train.
 """
 
 from collections.abc import Sequence

@@ -98,9 +98,9 @@ def _validate_policy(policy: schema.PolicyConfig):
     policy, where, 0, 'rows', 'kl_weight', 'reference_every', 'dual_clip', 'eval_questions'
   )
   errors.require(
-    policy.group_size >= 2,
+    policy.group_size >= (1 if policy.algorithm == 'ppo' else 2),
     f'config.{where}.group_size={policy.group_size} must be at least 2: an advantage compares the '
-    'answers to one question; 8 to 64 are usual',
+    "answers to one question (8 to 64 are usual); with algorithm='ppo' 1 is enough",
   )
   errors.require(
     policy.temperature > 0,
@@ -120,11 +120,48 @@ def _validate_policy(policy: schema.PolicyConfig):
     policy.reward_seconds > 0,
     f'config.{where}.reward_seconds={policy.reward_seconds} must be positive',
   )
+  _validate_ppo(policy)
   errors.require(
-    policy.algorithm == 'grpo' or policy.supervision == 'outcome',
+    policy.algorithm != 'rft' or policy.supervision == 'outcome',
     f"config.{where}.supervision={policy.supervision!r} must be 'outcome' with algorithm="
     f'{policy.algorithm!r}, which learns whole answers that are right',
   )
+
+
+def _validate_ppo(policy: schema.PolicyConfig):
+  """The section `ppo` by itself, and what PPO and the others do not read of each other."""
+  ppo, where = policy.ppo, 'objective.policy.ppo'
+  for name in ('gamma', 'gae_lambda'):
+    value = getattr(ppo, name)
+    errors.require(
+      0 <= value <= 1,
+      f'config.{where}.{name}={value} must lie in [0, 1]; gamma=1 and gae_lambda=0.95 are usual',
+    )
+  errors.at_least(ppo, where, 0, 'value_clip', 'value_warmup')
+  errors.require(
+    ppo.value_weight > 0 and ppo.value_rate > 0,
+    f'config.{where}.value_weight={ppo.value_weight} and value_rate={ppo.value_rate} must be '
+    'positive, or no value is learned; 0.1 and 10 are usual',
+  )
+  if policy.algorithm != 'ppo':
+    errors.require(
+      policy.truncated != 'bootstrap',
+      "config.objective.policy.truncated='bootstrap' needs a value of the last state, which "
+      f"algorithm={policy.algorithm!r} does not learn; take 'keep' or 'leave_out', or 'ppo'",
+    )
+    return
+  for name, neutral, why in (
+    ('std', 'sample', 'advantages are whitened over the batch, not divided by group'),
+    ('kl', 'k3', 'the log-ratio to the reference is part of the rewards, not of the loss'),
+    ('ratio', 'token', 'an advantage belongs to its token'),
+    ('max_draws', 1, 'answers of equal rewards teach too'),
+  ):
+    value = getattr(policy, name)
+    errors.require(
+      value == neutral,
+      f"config.objective.policy.{name}={value!r} is not read by algorithm='ppo': {why}; leave it "
+      f'at {neutral!r}',
+    )
 
 
 def _validate_process_reward(process: schema.ProcessRewardConfig):
@@ -190,6 +227,13 @@ def _validate_rollouts(config: schema.Config):
     not config.train.batch_ramp,
     f'config.train.batch_ramp={config.train.batch_ramp} must be empty with objective.kind='
     "'policy', whose batches are the answers of an iteration",
+  )
+  warmup = policy.ppo.value_warmup * policy.updates
+  errors.require(
+    policy.algorithm != 'ppo' or warmup < config.train.num_steps,
+    f'{where}.ppo.value_warmup={policy.ppo.value_warmup} iterations are {warmup} steps, in which '
+    f'the policy rests, and config.train.num_steps={config.train.num_steps} has no more; warm up '
+    'for fewer',
   )
   if not config.model.is_moe:
     return

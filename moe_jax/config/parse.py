@@ -51,6 +51,15 @@ ADDED: dict[str, dict[str, Any]] = {
       'replay': 'rollout',
       'reward_seconds': 5.0,
       'eval_questions': 128,
+      'ppo': {
+        'gamma': 1.0,
+        'gae_lambda': 0.95,
+        'value_weight': 0.1,
+        'value_clip': 0.2,
+        'value_rate': 10.0,
+        'value_warmup': 0,
+        'center_steps': True,
+      },
     },
     'process_reward': {
       'labels': '',
@@ -95,11 +104,21 @@ def from_record(values: Mapping[str, Any]) -> schema.Config:
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:
   """A recorded config with the fields that it was too old to have, `ADDED`."""
   new = {
-    name: {**fields, **values.get(name, {})}
+    name: _filled(fields, values.get(name, {}))
     for name, fields in ADDED.items()
     if isinstance(values.get(name), Mapping) or name in _NEW_SECTIONS and name not in values
   }
   return {**values, **new}
+
+
+def _filled(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+  """`given` with what is missing of `defaults`, in sections of sections too."""
+  inner = {
+    key: _filled(value, given[key])
+    for key, value in defaults.items()
+    if isinstance(value, Mapping) and isinstance(given.get(key), Mapping)
+  }
+  return {**defaults, **given, **inner}
 
 
 def to_dict(config: schema.Config) -> dict[str, Any]:

@@ -30,13 +30,13 @@ SOURCES = (
 )
 OBJECTIVES = ('next_token', 'sft', 'dpo', 'policy', 'process_reward')
 LABEL_TARGETS = ('hard', 'soft')
-POLICY_ALGORITHMS = ('grpo', 'rft')
+POLICY_ALGORITHMS = ('grpo', 'rft', 'ppo')
 POLICY_SUPERVISION = ('outcome', 'process')
 POLICY_STD = ('sample', 'population', 'none')
 POLICY_AGGREGATIONS = ('sequence_mean', 'token_mean', 'constant')
 POLICY_RATIOS = ('token', 'sequence', 'sequence_token')
 POLICY_KLS = ('k2', 'k3')
-POLICY_TRUNCATED = ('keep', 'leave_out')
+POLICY_TRUNCATED = ('keep', 'leave_out', 'bootstrap')
 REPLAYS = ('rollout', 'update', 'none')
 PREFERENCE_LOSSES = ('sigmoid', 'ipo')
 TRAINABLE = ('all', 'experts', 'lora')
@@ -124,16 +124,33 @@ class DpoConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PpoConfig:
+  """PPO's value head and advantages (arXiv 1707.06347, GAE: 1506.02438); algorithm='ppo' only."""
+
+  gamma: float  # what a reward is worth one token earlier, 0 to 1
+  gae_lambda: float  # 1: advantages are returns less values; 0: errors of one step
+  value_weight: float  # of the value loss beside the policy's
+  value_clip: float  # how far a value may move from that of the sampler for its loss; 0 = freely
+  value_rate: float  # learning rate of the head, in those of the policy
+  value_warmup: int  # iterations in which the head alone learns, the policy at rest
+  # With supervision='process': rewards of steps less their mean over an iteration, so that writing
+  # more steps earns nothing.
+  center_steps: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class PolicyConfig:
   """Reinforcement from rewards (GRPO, arXiv 2402.03300); only read with objective.kind='policy'."""
 
-  algorithm: str  # 'grpo', or 'rft' (online rejection fine-tuning): right answers alone are learned
+  # 'grpo'; 'rft' (online rejection fine-tuning): right answers alone are learned; 'ppo': advantages
+  # by a value head in place of a group's mean, and the distance to the reference in the rewards.
+  algorithm: str
   reward: str  # a sum of rewards, such as 'answer + 0.1 * format' (moe_jax.rewards)
   # Run of experiments.process_reward train, whose scores are the rewards of steps, or of whole
   # answers (`:outcome`), in place of those of `reward`; '' = none.
   reward_model: str
   prompts: int  # questions of an iteration
-  group_size: int  # answers to each, G of the paper
+  group_size: int  # answers to each, G of the paper; PPO may do with 1
   updates: int  # optimizer steps on the answers of an iteration, mu of the paper
   max_new_tokens: int  # of an answer
   temperature: float  # of sampling, and of the policy that is trained
@@ -152,13 +169,16 @@ class PolicyConfig:
   kl: str  # estimate of the distance to the reference, 'k2' or 'k3' (paper)
   kl_weight: float  # beta of the paper; 0 = no reference is kept
   reference_every: int  # iterations after which the reference is the policy; 0 = the start for ever
-  truncated: str  # answers without an end token: 'keep', or 'leave_out' of the loss
+  # Answers without an end token: 'keep' them, 'leave_out' of the loss, or, in PPO, 'bootstrap': the
+  # value of the last state stands for the outcome that did not come.
+  truncated: str
   max_draws: int  # batches of questions drawn for enough groups of unequal rewards; 1 = no more
   # Experts that the update uses: those of the sampler ('rollout', R3), those of its own first pass
   # ('update', R2), or its own of the moment.
   replay: str
   reward_seconds: float  # that judging one answer may take
   eval_questions: int  # held-out questions asked at train.eval_every; 0 = none
+  ppo: PpoConfig
 
 
 @dataclasses.dataclass(frozen=True)

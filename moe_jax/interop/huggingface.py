@@ -253,7 +253,7 @@ def export_checkpoint(
   )
   with stream_reader.Reader(workdir / 'checkpoints', step, verify=True) as reader:
     names = [name for name in reader.leaves if name.startswith(('params/', 'router_state/'))]
-    names = [name for name in names if not name.startswith(merged_leaves.PAIRS)]
+    names = [name for name in names if not name.startswith(merged_leaves.ADDED)]
     leaves = {name: jax.ShapeDtypeStruct(*reader.leaves[name]) for name in names}
     tied = bool(record and source_lib.read_json(kept / 'config.json').get('tie_word_embeddings'))
     untied = (

@@ -5,9 +5,10 @@ import itertools
 import numpy as np
 
 from moe_jax.checkpoints import stream_reader
-from moe_jax.training import lora
+from moe_jax.training import lora, value_head
 
 PAIRS = f'params/{lora.KEY}/'
+ADDED = (PAIRS, f'params/{value_head.KEY}/')  # what a run adds to the weights of a model
 
 
 def read(

@@ -1,4 +1,4 @@
-"""Advantages of a group of answers to one question (DeepSeekMath, arXiv 2402.03300, section 4.1).
+"""Advantages of answers, by their group (DeepSeekMath, arXiv 2402.03300, section 4.1) or by values.
 
 Axis letters: g answers of a group, n tokens of an answer.
 """
@@ -62,3 +62,42 @@ def process(
       at += 1
     found.append(np.cumsum(at_end[::-1])[::-1])
   return found
+
+
+def generalised(
+  rewards: np.ndarray, values: np.ndarray, behind: float, gamma: float, gae_lambda: float
+) -> np.ndarray:
+  """Generalised advantage estimates of the tokens of an answer: [n] (arXiv 1506.02438, eq. 16).
+
+  With errors d_t = r_t + gamma v_(t+1) - v_t an advantage is the sum of (gamma lambda)^k d_(t+k).
+
+  Args:
+    rewards: [n] for each token.
+    values: [n] of the states in which the tokens are drawn.
+    behind: value of the state behind the last token; 0 where the answer is over.
+    gamma: what a reward is worth one token earlier.
+    gae_lambda: 1 gives returns less values, 0 the errors themselves.
+  """
+  rewards, values = np.asarray(rewards, np.float64), np.asarray(values, np.float64)
+  errors = rewards + gamma * np.append(values[1:], behind) - values
+  found, after = np.zeros_like(errors), 0.0
+  for t in reversed(range(len(errors))):
+    found[t] = after = errors[t] + gamma * gae_lambda * after
+  return found
+
+
+def whitened(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+  """Values less their weighted mean, divided by their weighted deviation; 0 where all are equal.
+
+  Args:
+    values: [n].
+    weights: [n], not negative; where one is 0 the value plays no part, and gets 0.
+  """
+  values, weights = np.asarray(values, np.float64), np.asarray(weights, np.float64)
+  real = weights > 0
+  if not real.any() or np.all(values[real] == values[real][0]):
+    return np.zeros_like(values)
+  share = weights / weights.sum()
+  centred = np.where(real, values, 0.0) - (share[real] * values[real]).sum()
+  deviation = np.sqrt((share[real] * centred[real] ** 2).sum())
+  return np.where(real, centred / (deviation + EPSILON), 0.0)

@@ -10,7 +10,7 @@ import numpy as np
 
 from moe_jax.config import schema
 from moe_jax.data import packing, whole_documents
-from moe_jax.post_training import advantages, rollouts
+from moe_jax.post_training import advantages, rollouts, value_targets
 from moe_jax.rewards import reward
 from moe_jax.training import policy_loss
 
@@ -22,7 +22,8 @@ class Judged(NamedTuple):
 
   answer: rollouts.Answer
   reward: reward.Reward
-  advantages: np.ndarray  # [n] float64
+  advantages: np.ndarray  # [n] float64; of PPO 0, as they need values: see `value_targets`
+  rewards: np.ndarray | None = None  # [n] float64, of each token; PPO only
 
 
 def step_ends(
@@ -63,6 +64,10 @@ def judged(
     found: their rewards.
     ends: number of an answer -> index of the last token of each of its steps, see `step_ends`.
   """
+  if policy.algorithm == 'ppo':
+    rewards = value_targets.rewards(policy, answers, found, ends)
+    flat = [Judged(a, f, np.zeros(len(r)), r) for a, f, r in zip(answers, found, rewards)]
+    return [flat[i : i + policy.group_size] for i in range(0, len(flat), policy.group_size)]
   size, groups = policy.group_size, []
   for begin in range(0, len(answers), size):
     here = range(begin, begin + size)
@@ -70,7 +75,7 @@ def judged(
     if policy.supervision == 'process':
       steps = [
         [(at, value) for at, (_, value) in zip(ends(i), found[i].step_rewards or ())]
-        if counts(policy, answers[i])
+        if value_targets.counts(policy, answers[i])
         else []
         for i in here
       ]
@@ -79,20 +84,19 @@ def judged(
       if policy.algorithm == 'rft':
         values = np.array([float(found[i].kind == 'right') for i in here])
       else:
-        known = [found[i].value if counts(policy, answers[i]) else np.nan for i in here]
+        known = [
+          found[i].value if value_targets.counts(policy, answers[i]) else np.nan for i in here
+        ]
         values = advantages.outcome(np.array(known), policy.std)
       per_token = [np.full(n, value) for n, value in zip(lengths, values)]
     groups.append([Judged(answers[i], found[i], a) for i, a in zip(here, per_token)])
   return groups
 
 
-def counts(policy: schema.PolicyConfig, answer: rollouts.Answer) -> bool:
-  """Whether an answer takes part: a cut one does not if the config leaves these out."""
-  return answer.ended or policy.truncated == 'keep'
-
-
 def is_mixed(group: Sequence[Judged]) -> bool:
   """Whether any answer of a group is worth more than another."""
+  if group[0].rewards is not None:
+    return len({float(one.rewards.sum()) for one in group if one.rewards is not None}) > 1
   return any(np.any(one.advantages) for one in group)
 
 
@@ -108,12 +112,22 @@ def rows(
 
   Returns:
     (arrays [B, L] of `packing` and `policy_loss`, old log-probabilities 0 and experts those of the
-    sampler; (row, place of its first token) of every answer).
+    sampler; (row, place of its first token) of every answer). The last token of an answer whose
+    value goes on (`value_targets.goes_on`) is read too.
   """
   policy, length = cfg.objective.policy, cfg.model.max_seq_len
-  lengths = np.array([len(a.answer.tokens) * counts(policy, a.answer) for a in answers], np.int64)
+  lengths = np.array(
+    [len(a.answer.tokens) * value_targets.counts(policy, a.answer) for a in answers], np.int64
+  )
   weights = policy_loss.weights_of(policy.aggregation, lengths, policy.max_new_tokens)
-  places = np.array([len(one.answer.prompt) + len(one.answer.tokens) - 1 for one in answers])
+  places = np.array(
+    [
+      len(one.answer.prompt)
+      + len(one.answer.tokens)
+      - (not value_targets.goes_on(policy, one.answer))
+      for one in answers
+    ]
+  )
   order = np.argsort(-places, kind='stable')
   bins = [order[members] for members in whole_documents.best_fit(places[order], length)]
   num_rows = -(-len(bins) // cfg.train.batch_size) * cfg.train.batch_size
@@ -130,35 +144,36 @@ def rows(
     for segment, number in enumerate(members, start=1):
       one = answers[number]
       where[number] = row, at
-      _place(batch, row, at, segment, one, float(weights[number]))
-      at += int(places[number])
+      size = int(places[number])
+      _place(batch, row, at, size, segment, one, float(weights[number]))
+      at += size
   return batch, where
 
 
 def _place(
-  batch: dict[str, np.ndarray], row: int, at: int, segment: int, one: Judged, weight: float
+  batch: dict[str, np.ndarray],
+  row: int,
+  at: int,
+  size: int,
+  segment: int,
+  one: Judged,
+  weight: float,
 ):
   """Writes an answer with its question into a row; it is learned unless its weight is 0."""
   answer = one.answer
   ids = np.array([*answer.prompt, *answer.tokens], np.int32)
-  whole = row, slice(at, at + len(ids) - 1)
-  written = row, places_of(answer, at)
-  batch['tokens'][whole] = ids[:-1]
+  whole = row, slice(at, at + size)
+  written = row, rollouts.places_of(answer, at)
+  batch['tokens'][whole] = ids[:size]
   batch['segment_ids'][whole] = segment
-  batch['positions'][whole] = np.arange(len(ids) - 1)
+  batch['positions'][whole] = np.arange(size)
   if weight:
     batch['targets'][written] = answer.tokens
   batch[policy_loss.ADVANTAGES][written] = one.advantages
   batch[policy_loss.WEIGHTS][written] = weight
   if policy_loss.EXPERTS in batch:
     assert answer.experts is not None
-    batch[policy_loss.EXPERTS][whole] = answer.experts.swapaxes(0, 1)
-
-
-def places_of(answer: rollouts.Answer, at: int) -> slice:
-  """Where an answer's tokens are targets in its row, whose first token is at `at`."""
-  first = at + len(answer.prompt) - 1
-  return slice(first, first + len(answer.tokens))
+    batch[policy_loss.EXPERTS][row, at : at + len(ids) - 1] = answer.experts.swapaxes(0, 1)
 
 
 def sampler_figures(
@@ -177,7 +192,7 @@ def sampler_figures(
   """
   gaps, differ, total = [], 0, 0
   for one, (row, at) in zip(answers, where):
-    here = places_of(one.answer, at)
+    here = rollouts.places_of(one.answer, at)
     gaps.append(trainer[row, here] - one.answer.log_probs)
     if own is not None:
       assert one.answer.experts is not None
@@ -203,5 +218,7 @@ def answer_figures(groups: Sequence[Sequence[Judged]]) -> dict[str, Any]:
     'answer_tokens': float(np.mean([len(one.answer.tokens) for one in flat])),
     'ended_share': float(np.mean([one.answer.ended for one in flat])),
     'entropy': float(np.concatenate([one.answer.entropy for one in flat]).mean()),
-    'equal_groups': float(np.mean([not is_mixed(group) for group in groups])),
+    'equal_groups': (
+      None if len(groups[0]) == 1 else float(np.mean([not is_mixed(group) for group in groups]))
+    ),
   }

@@ -14,7 +14,7 @@ import json
 import pathlib
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,16 +34,32 @@ from moe_jax.post_training import (
   rollouts,
   step_labels,
   step_scores,
+  value_targets,
   verification,
 )
 from moe_jax.processes import agreement
 from moe_jax.rewards import pool as pool_lib
 from moe_jax.rewards import registry, reward
 from moe_jax.runs import policy_plot, trained_run
-from moe_jax.training import loop, objective, optimizer_step, policy_loss, train_state
+from moe_jax.training import (
+  loop,
+  objective,
+  optimizer_step,
+  policy_loss,
+  train_state,
+  value_head,
+)
 
 WORKERS = 2  # processes that judge answers
 MOST_QUESTIONS = 10**6  # of a source that are held in memory
+
+
+class _Measured(NamedTuple):
+  """What some weights say of a batch."""
+
+  log_probs: Any  # [B, L] float32, of the targets, as a training step has them
+  experts: Any  # [B, L, MoE layers, K] int32; None for a dense model
+  values: Any  # [B, L] float32; None without a value head
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -53,8 +69,9 @@ def _scores(
   chunk: int,
   variables: trees.Variables,
   batch: Mapping[str, jax.Array],
-) -> tuple[jax.Array, jax.Array | None]:
-  """Log-probabilities [B, L] of the targets, as a training step has them, and the experts."""
+  value: trees.Params | None,
+) -> _Measured:
+  """What the weights, with a value head or none, say of a batch."""
   inputs = (batch[key] for key in ('tokens', 'positions', 'segment_ids'))
   sown: Any = transformer.Transformer(model, train=True).apply(
     variables, *inputs, experts=objective.recorded_experts(batch), mutable=['intermediates']
@@ -64,10 +81,11 @@ def _scores(
   log_probs = objective.policy_log_probs(
     out.normed, head, targets, temperature=temperature, chunk=chunk
   )
+  values = None if value is None else value_head.values(value, out.normed)
   if not model.is_moe:
-    return log_probs, None
+    return _Measured(log_probs, None, values)
   experts = kept['intermediates']['moe_layers']['moe']['expert_idx'][0]
-  return log_probs, jnp.moveaxis(experts, 0, 2)
+  return _Measured(log_probs, jnp.moveaxis(experts, 0, 2), values)
 
 
 class PolicyStage:
@@ -104,6 +122,8 @@ class PolicyStage:
     if policy.eval_questions:
       self._heldout = answers_lib.questions(cfg.data, policy.eval_questions)
     self.figures: dict[str, float | None] = dict.fromkeys(policy_loss.ROLLOUT_FIGURES)
+    if value_head.is_used(cfg):
+      self.figures |= dict.fromkeys(policy_loss.PPO_ROLLOUT_FIGURES)
     self._state: train_state.TrainState | None = None
     self._step = 0
 
@@ -251,27 +271,48 @@ class PolicyStage:
     layers = cfg.model.num_moe_layers if cfg.model.is_moe else 0
     batch, where = policy_batches.rows(cfg, answers, layers)
     replayed = batch.pop(policy_loss.EXPERTS, None)
-    free, own = self._measured(variables, batch)
+    assert self._state is not None
+    value = self._state.params.get(value_head.KEY)
+    old = free = self._measured(variables, batch, value)
     if policy.replay == 'update':
-      replayed = own
-    if policy.replay == 'none' or replayed is None:
-      batch[policy_loss.OLD] = free
-    else:
+      replayed = free.experts
+    if policy.replay != 'none' and replayed is not None:
       batch[policy_loss.EXPERTS] = replayed
-      batch[policy_loss.OLD] = free
       if policy.replay == 'rollout':
-        batch[policy_loss.OLD] = self._measured(variables, batch)[0]
-    self.figures |= policy_batches.sampler_figures(answers, where, free, own)
+        self._add_last_experts(answers, where, replayed, free.experts)
+        old = self._measured(variables, batch, value)
+    batch[policy_loss.OLD] = old.log_probs
+    self.figures |= policy_batches.sampler_figures(answers, where, free.log_probs, free.experts)
     if policy.kl_weight:
-      assert self._state is not None and self._state.reference is not None
+      assert self._state.reference is not None
       reference = self._state.replace(params=self._state.reference).variables
-      batch[policy_loss.REFERENCE] = self._measured(reference, batch)[0]
+      batch[policy_loss.REFERENCE] = self._measured(reference, batch).log_probs
+    if value is not None:
+      rewards = [errors.present(one.rewards, 'PPO has rewards of tokens') for one in answers]
+      plain = [one.answer for one in answers]
+      self.figures |= value_targets.fill(policy, batch, plain, rewards, where, old.values)
     return batch, where
 
+  def _add_last_experts(
+    self,
+    answers: Sequence[policy_batches.Judged],
+    where: Sequence[tuple[int, int]],
+    replayed: np.ndarray,
+    own: np.ndarray,
+  ):
+    """The sampler has not read the last token of an answer; where its value is asked, own ones."""
+    for one, (row, at) in zip(answers, where):
+      if value_targets.goes_on(self._policy, one.answer):
+        last = rollouts.places_of(one.answer, at).stop
+        replayed[row, last] = own[row, last]
+
   def _measured(
-    self, variables: trees.Variables, batch: Mapping[str, np.ndarray]
-  ) -> tuple[np.ndarray, np.ndarray | None]:
-    """(log-probabilities [B, L], experts [B, L, layers, K]) of a batch, some rows at a time."""
+    self,
+    variables: trees.Variables,
+    batch: Mapping[str, np.ndarray],
+    value: trees.Params | None = None,
+  ) -> _Measured:
+    """What weights say of a batch, some rows at a time."""
     cfg = self._cfg
     size = cfg.train.micro_batch_size or cfg.train.batch_size
     keys = ('tokens', 'targets', 'positions', 'segment_ids', policy_loss.EXPERTS)
@@ -280,11 +321,11 @@ class PolicyStage:
       part = {key: batch[key][begin : begin + size] for key in keys if key in batch}
       with partitioning.activate(self._mesh):
         put = partitioning.put_global_batch(part, self._mesh)
-        scores = _scores(cfg.model, self._policy.temperature, cfg.train.loss_chunk, variables, put)
+        scores = _scores(
+          cfg.model, self._policy.temperature, cfg.train.loss_chunk, variables, put, value
+        )
         found.append(agreement.fetch(scores))
-    log_probs = np.concatenate([one for one, _ in found])
-    experts = [one for _, one in found if one is not None]
-    return log_probs, np.concatenate(experts) if experts else None
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
 
   def _ask_heldout(self):
     """Asks the held-out questions, says how many are right and keeps that."""

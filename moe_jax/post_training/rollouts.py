@@ -45,6 +45,12 @@ class Answer(NamedTuple):
   experts: np.ndarray | None
 
 
+def places_of(answer: Answer, at: int) -> slice:
+  """Where an answer's tokens are targets in its row, whose first token is at `at`."""
+  first = at + len(answer.prompt) - 1
+  return slice(first, first + len(answer.tokens))
+
+
 class Rollouts(NamedTuple):
   """The answers of an iteration, those to one question side by side."""
 

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -38,6 +39,7 @@ KEYS = (
 )
 PREFERENCE_KEYS = preference_loss.FIGURES  # behind them in a run of preferences
 POLICY_KEYS = (*policy_loss.FIGURES, *policy_loss.ROLLOUT_FIGURES)  # behind them in one of rewards
+PPO_KEYS = (*policy_loss.PPO_FIGURES, *policy_loss.PPO_ROLLOUT_FIGURES)  # and behind those in PPO
 _PROTO: Any = event_pb2  # its classes are made as it is imported
 _Path = str | os.PathLike[str]
 
@@ -65,7 +67,8 @@ class MetricWriter:
 
   def write(self, metrics: Mapping[str, float | None]):
     """Appends one step; the keys must be exactly `KEYS`, None where there is nothing to say, and
-    `PREFERENCE_KEYS` where there are preferences, `POLICY_KEYS` where there are rewards.
+    `PREFERENCE_KEYS` where there are preferences, `POLICY_KEYS` where there are rewards, and
+    `PPO_KEYS` where there is a value head too.
 
     Numbers are written with all their digits, so that equal lines mean bit-identical losses. JSON
     has no infinity and no NaN: they become null.
@@ -73,8 +76,8 @@ class MetricWriter:
     Raises:
       errors.InputError: the disk is full.
     """
-    more = next((k for k in (PREFERENCE_KEYS, POLICY_KEYS) if k[0] in metrics), ())
-    keys = (*KEYS, *more)
+    more = [k for k in (PREFERENCE_KEYS, POLICY_KEYS, PPO_KEYS) if k[0] in metrics]
+    keys = (*KEYS, *itertools.chain(*more))
     if set(metrics) != set(keys):
       wrong = sorted(set(metrics) ^ set(keys))
       raise ValueError(f'metrics must have the keys {", ".join(keys)}; missing or extra: {wrong}')
@@ -200,6 +203,9 @@ def format_line(metrics: Mapping[str, float | None]) -> str:
       'experts_differ': ('experts_differ', '{:.1%}'),
       'rollout_seconds': ('rollout', '{:.1f}s'),
     }
+  if PPO_KEYS[0] in metrics:
+    formats['value_loss'] = ('value_loss', '{:.4f}')
+    formats['explained_variance'] = ('explained', '{:.2f}')
   if metrics['mtp_loss'] is not None:
     formats['mtp_loss'] = ('mtp_loss', '{:.4f}')
   return ' '.join(

@@ -3,7 +3,8 @@
 For a longer context under YaRN, for fine-tuning of an imported checkpoint, for the same weights
 under other routing. Weights are taken over and must fit; the optimizer starts anew. What routing
 remembers is taken over where both runs have it (an expert bias, a hash table), and starts anew
-where only the new one has it. A recording for router `replay` is always the new run's.
+where only the new one has it; so is a value head of PPO. A recording for router `replay` is always
+the new run's.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from moe_jax.checkpoints import checkpointer as checkpointer_lib
 from moe_jax.checkpoints import integrity
 from moe_jax.config import parse, schema
 from moe_jax.models import model_variables
-from moe_jax.training import lora, train_state
+from moe_jax.training import lora, train_state, value_head
 
 
 def check(cfg: schema.Config, source: schema.Config):
@@ -101,7 +102,10 @@ def adapted(
   params = found['params']
   if lora.KEY in params:
     params = jax.jit(lora.merged)(params)
-  base = {name: value for name, value in fresh.params.items() if name != lora.KEY}
+  if value_head.KEY not in fresh.params:
+    params = value_head.without(params)
+  anew = {lora.KEY, value_head.KEY} - params.keys()
+  base = {name: value for name, value in fresh.params.items() if name not in anew}
   params = jax.tree.map(lambda x, to: x.astype(to.dtype), params, base)
   state = common(found.get('router_state', {}), fresh.router_state)
   return {'params': params, 'router_state': state}

@@ -14,7 +14,7 @@ from moe_jax.balance import loss_scopes, router_stats
 from moe_jax.config import moe_config, schema
 from moe_jax.models import model_variables, transformer
 from moe_jax.training import cross_entropy as cross_entropy_lib
-from moe_jax.training import lora, policy_loss, preference_loss, trainable
+from moe_jax.training import lora, policy_loss, preference_loss, trainable, value_head
 
 Array = jax.Array
 Batch = dict[str, Array]
@@ -109,7 +109,12 @@ def batch_loss(
       log_probs = policy_log_probs(
         out.normed, head, targets, temperature=policy.temperature, chunk=cfg.train.loss_chunk
       )
-      total, figures = policy_loss.sums(policy, log_probs, targets, batch['segment_ids'], batch)
+      values = (
+        value_head.values(params[value_head.KEY], out.normed) if value_head.KEY in params else None
+      )
+      total, figures = policy_loss.sums(
+        policy, log_probs, targets, batch['segment_ids'], batch, values
+      )
     main = total
   else:
     with jax.named_scope('head_loss'):

@@ -85,14 +85,14 @@ def mtp_weight(cfg: schema.TrainConfig, step: jax.Array) -> jax.Array:
 
 
 def decay_mask(params: trees.Tree) -> trees.Tree:
-  """True for the matrices, False for norm scales: only matrices decay.
+  """True for the matrices, False for norm scales and the value head's bias: only matrices decay.
 
   Told by name, because the scales of stacked layers are two-dimensional too.
   """
 
   def is_matrix(path, _):
     names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
-    return names[-1] != 'scale'
+    return names[-1] not in ('scale', 'bias')
 
   return jax.tree_util.tree_map_with_path(is_matrix, params)
 

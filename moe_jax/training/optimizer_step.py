@@ -24,6 +24,7 @@ from moe_jax.training import (
   skipped_steps,
   train_state,
   trainable,
+  value_head,
 )
 
 Array = jax.Array
@@ -122,6 +123,8 @@ def step_function(
     before = skipped_steps.count(state.opt_state, state.step)
     with jax.named_scope('optimizer'):
       grads, trained = as_moments(grads), as_moments(trainable.select(cfg, state.params))
+      resting = value_head.rests(cfg, state.step)
+      grads = value_head.alone(resting, grads, jax.tree.map(jnp.zeros_like, grads))
       norm = optax.tree.norm(grads)
       losses = loss.main + loss.aux + (0 if loss.mtp is None else loss.mtp)
       applied = skipped_steps.is_applied(losses, norm, before, cfg.train.max_skipped_steps)
@@ -131,7 +134,8 @@ def step_function(
         applied &= ~(most & loss_spikes.is_spike(state.opt_state, *figures, cfg.optim.spike_sigma))
       opt_state = skipped_steps.at_step(state.opt_state, state.step)
       updates, opt_state = optimizer.update(grads, opt_state, trained, applied=applied)
-      trained = skipped_steps.select(applied, optax.apply_updates(trained, updates), trained)
+      new = optax.apply_updates(trained, value_head.scaled(cfg, updates))
+      trained = skipped_steps.select(applied, value_head.alone(resting, new, trained), trained)
       in_row = jnp.where(applied, 0, before.in_row + 1)
       opt_state = skipped_steps.at_step(opt_state, state.step + 1 - in_row)
       if cfg.optim.spike_sigma:
@@ -139,7 +143,8 @@ def step_function(
       params = trainable.merge(cfg, state.params, as_moments(trained))
     with jax.named_scope('router_state'):
       router_state = next_router_state(cfg, state.router_state, loss.stats, state.step)
-      router_state = skipped_steps.select(applied, router_state, state.router_state)
+      routes = applied if resting is None else applied & ~resting
+      router_state = skipped_steps.select(routes, router_state, state.router_state)
     skipped = skipped_steps.count(opt_state, state.step + 1)
     rate = schedule(state.step)
     metrics = StepMetrics(

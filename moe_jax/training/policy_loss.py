@@ -10,6 +10,12 @@ reference q is estimated per token from d = log q - log p: k3 = exp(d) - d - 1, 
 average that of KL(q || p), or k2 = d^2 / 2, that of KL(p || q). k1 = -d has no use as a loss: the
 mean of its gradient is 0, and q has no part in it.
 
+PPO (`objective.policy.algorithm='ppo'`) has no such term: its distance is in the rewards, -beta
+(log p_old - log q) per token (arXiv 2402.03300, equation 2), and its advantages come from a value
+head v. To its loss that of the value is added, with the return R and the sampler's value v_old,
+
+  value_weight sum_t w_t max((v - R)^2, (v_old + clip(v - v_old, -c, c) - R)^2) / 2.
+
 GSPO's ratio (arXiv 2507.18071) is that of a whole answer, the exponential of the mean log-ratio of
 its tokens: a change of experts moves single tokens, not their mean.
 """
@@ -25,11 +31,12 @@ from moe_jax.config import schema
 
 Array = jax.Array
 
-# Arrays of a batch beside its tokens, [B, L] float32; REFERENCE only with a reference, and EXPERTS
-# [B, L, MoE layers, K] int32 only with replayed routing.
+# Arrays of a batch beside its tokens, [B, L] float32; REFERENCE only with a reference, RETURNS and
+# VALUES only with a value head, and EXPERTS [B, L, MoE layers, K] int32 only with replayed routing.
 ADVANTAGES, WEIGHTS, OLD = 'advantages', 'weights', 'old_log_probs'
 REFERENCE, EXPERTS = 'reference_log_probs', 'experts'
-KEYS = (ADVANTAGES, WEIGHTS, OLD, REFERENCE, EXPERTS)
+RETURNS, VALUES = 'returns', 'old_values'
+KEYS = (ADVANTAGES, WEIGHTS, OLD, REFERENCE, EXPERTS, RETURNS, VALUES)
 MAX_LOG_RATIO = 20.0  # beyond which exp(log q - log p) is held
 
 
@@ -40,18 +47,28 @@ class Figures(NamedTuple):
   clipped: Array  # tokens whose gradient the clipping takes away
   kl: Array  # k3, nats
   ratio: Array  # p / p_old
+  # Of PPO only; None has no leaf.
+  value_loss: Array | None = None  # clipped, halved squares, without weight
+  value_clipped: Array | None = None  # tokens whose value loss is that of the clipped value
 
   def means(self) -> dict[str, float]:
     """Means over tokens by name; of sums fetched from the devices."""
     tokens = max(float(self.tokens), 1.0)
-    return {
+    found = {
       'clip_share': float(self.clipped) / tokens,
       'reference_kl': float(self.kl) / tokens,
       'ratio': float(self.ratio) / tokens,
     }
+    if self.value_loss is None or self.value_clipped is None:
+      return found
+    more = zip(PPO_FIGURES, (self.value_loss, self.value_clipped))
+    return found | {name: float(total) / tokens for name, total in more}
 
 
 FIGURES = tuple(Figures(*[0.0] * 4).means())  # type: ignore[list-item]
+PPO_FIGURES = ('value_loss', 'value_clip_share')
+# What is known of an iteration of PPO beside `ROLLOUT_FIGURES`, by `post_training.value_targets`.
+PPO_ROLLOUT_FIGURES = ('explained_variance', 'advantage_mean', 'return_mean')
 # What is known of the answers of an iteration, by `post_training.policy_figures`.
 ROLLOUT_FIGURES = (
   'reward',
@@ -94,6 +111,7 @@ def sums(
   targets: Array,
   segment_ids: Array,
   batch: Mapping[str, Array],
+  values: Array | None = None,
 ) -> tuple[Array, Figures]:
   """(this share of the loss, its figures); the first alone is to be differentiated.
 
@@ -102,7 +120,9 @@ def sums(
     log_probs: [B, L] float32, of the targets under the policy.
     targets: [B, L] int32; -1 where no answer is learned.
     segment_ids: [B, L] int32, one per answer with its question; 0 for padding.
-    batch: `ADVANTAGES`, `WEIGHTS`, `OLD` and, with a reference, `REFERENCE`.
+    batch: `ADVANTAGES`, `WEIGHTS`, `OLD` and, with a reference, `REFERENCE`; with a value head
+      `RETURNS` and `VALUES`.
+    values: [B, L] float32, of the value head at every place; PPO only.
   """
   learned = targets >= 0
   advantages, weights = batch[ADVANTAGES], batch[WEIGHTS]
@@ -118,7 +138,8 @@ def sums(
     # Where nothing is learned both are 0.
     d = jnp.clip(batch[REFERENCE] - log_probs, -MAX_LOG_RATIO, MAX_LOG_RATIO)
     kl = jnp.exp(d) - d - 1
-    losses += cfg.kl_weight * (kl if cfg.kl == 'k3' else 0.5 * d * d)
+    if cfg.algorithm != 'ppo':
+      losses += cfg.kl_weight * (kl if cfg.kl == 'k3' else 0.5 * d * d)
 
   def total(values: Array) -> Array:
     return jax.lax.stop_gradient(jnp.where(learned, values, 0.0).sum())
@@ -129,7 +150,23 @@ def sums(
     kl=total(kl),
     ratio=total(ratio),
   )
+  if values is not None:
+    squares, held = _value_losses(cfg.ppo.value_clip, values, batch)
+    losses += cfg.ppo.value_weight * squares
+    figures = figures._replace(
+      value_loss=total(squares), value_clipped=total(held.astype(jnp.float32))
+    )
   return jnp.where(learned, weights * losses, 0.0).sum(), figures
+
+
+def _value_losses(clip: float, values: Array, batch: Mapping[str, Array]) -> tuple[Array, Array]:
+  """(half squared errors, whether the clipped value has the larger one), both [B, L]."""
+  squares = 0.5 * jnp.square(values - batch[RETURNS])
+  if not clip:
+    return squares, jnp.zeros(squares.shape, bool)
+  near = batch[VALUES] + jnp.clip(values - batch[VALUES], -clip, clip)
+  others = 0.5 * jnp.square(near - batch[RETURNS])
+  return jnp.maximum(squares, others), others > squares
 
 
 def _of_answer(

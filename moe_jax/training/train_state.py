@@ -10,7 +10,7 @@ from moe_jax import trees
 from moe_jax.config import schema
 from moe_jax.devices import partitioning
 from moe_jax.models import model_variables
-from moe_jax.training import lora, optim, trainable
+from moe_jax.training import lora, optim, trainable, value_head
 
 Array = jax.Array
 Batch = dict[str, Array]
@@ -29,15 +29,16 @@ class TrainState(struct.PyTreeNode):
 
   @property
   def variables(self) -> dict[str, Any]:
-    """What the model is applied with; pairs of LoRA are merged into their matrices."""
-    return {'params': lora.merged(self.params), 'router_state': self.router_state}
+    """What the model is applied with; pairs of LoRA are merged, and no value head is there."""
+    params = lora.merged(value_head.without(self.params))
+    return {'params': params, 'router_state': self.router_state}
 
 
 def _init(cfg: schema.Config, rng: Array) -> TrainState:
   """A fresh state whose leaves are boxed with logical axis names."""
   with partitioning.without_mesh():  # the rows that shapes are made from are not to be split
     variables = model_variables.init(cfg.model, rng)
-  variables['params'] = lora.started(cfg, variables['params'], rng)
+  variables['params'] = trainable.started(cfg, variables['params'], rng)
   opt_state = _opt_state(cfg, variables['params'])
   # Not the number train.seed itself: a constant in the step's program would compile per seed.
   seed = jax.random.bits(rng, (), jnp.uint32)

@@ -18,10 +18,15 @@ from moe_jax import trees
 from moe_jax.config import schema
 from moe_jax.devices import partitioning
 from moe_jax.models import model_variables
-from moe_jax.training import lora
+from moe_jax.training import lora, value_head
 
 _STACK = ('moe_layers', 'moe')
 _ROUTED = ('gate_up', 'down')  # in _STACK, leaves [MoE layers, E, ...]
+
+
+def started(cfg: schema.Config, params: trees.Params, rng: jax.Array) -> trees.Params:
+  """The weights of a model with what a run adds to them: pairs of LoRA, a value head."""
+  return value_head.started(cfg, lora.started(cfg, params, rng))
 
 
 def select(cfg: schema.Config, params: trees.Params) -> trees.Params:
@@ -41,7 +46,7 @@ def leaves(cfg: schema.Config, params: trees.Params) -> trees.Params:
 
 def is_trained(trained: schema.TrainableConfig, path: Sequence[str]) -> bool:
   """Whether a leaf, given by the names that lead to it, is trained; of routed experts, in part."""
-  if trained.kind == 'all':
+  if trained.kind == 'all' or path[0] == value_head.KEY:
     return True
   if trained.kind == 'lora':
     return path[0] == lora.KEY and path[-1] != lora.SCALE
@@ -78,7 +83,7 @@ def count(cfg: schema.Config) -> int:
 
   def made() -> trees.Params:
     params = partitioning.unbox(model_variables.init(cfg.model, jax.random.key(0))['params'])
-    return select(cfg, lora.started(cfg, params, jax.random.key(0)))
+    return select(cfg, partitioning.unbox(started(cfg, params, jax.random.key(0))))
 
   found = jax.eval_shape(made)
   return sum(leaf.size for leaf in jax.tree.leaves(found))

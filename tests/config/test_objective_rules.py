@@ -18,6 +18,18 @@ from tests.training.test_policy_loss import RUN
     ({'policy__aggregation': 'mean'}, "aggregation='mean' must be one of"),
     ({'policy__updates': 0}, 'updates=0 must be at least 1'),
     ({'policy__algorithm': 'rft', 'policy__supervision': 'process'}, "supervision='process'"),
+    ({'policy__ppo__gamma': 1.1}, 'ppo.gamma=1.1 must lie in'),
+    ({'policy__ppo__gae_lambda': -0.1}, 'ppo.gae_lambda=-0.1 must lie in'),
+    ({'policy__ppo__value_weight': 0.0}, 'value_weight=0.0'),
+    ({'policy__ppo__value_rate': -1.0}, 'value_rate=-1.0'),
+    ({'policy__ppo__value_clip': -0.2}, 'value_clip=-0.2 must be at least 0'),
+    ({'policy__ppo__value_warmup': -1}, 'value_warmup=-1 must be at least 0'),
+    ({'policy__truncated': 'bootstrap'}, "truncated='bootstrap' needs a value"),
+    ({'policy__algorithm': 'ppo', 'policy__std': 'none'}, "std='none' is not read"),
+    ({'policy__algorithm': 'ppo', 'policy__kl': 'k2'}, "kl='k2' is not read"),
+    ({'policy__algorithm': 'ppo', 'policy__ratio': 'sequence'}, "ratio='sequence' is not read"),
+    ({'policy__algorithm': 'ppo', 'policy__max_draws': 2}, 'max_draws=2 is not read'),
+    ({'policy__algorithm': 'ppo', 'policy__group_size': 0}, 'group_size=0'),
   ],
 )
 def test_values_are_refused_whatever_the_objective(changes, words):
@@ -49,3 +61,12 @@ def test_a_run_of_rewards_refuses_what_it_cannot_do(changes, words):
   tiny.make(**RUN)
   with pytest.raises(errors.InputError, match=words):
     tiny.make(**(RUN | changes))
+
+
+def test_ppo_does_with_one_answer_to_a_question_and_warms_up_for_less_than_the_run():
+  ppo = RUN | {'objective__policy__algorithm': 'ppo', 'objective__policy__group_size': 1}
+  tiny.make(**ppo, objective__policy__truncated='bootstrap')
+  few = ppo | {'train__num_steps': 6, 'checkpoint__save_every': 2, 'objective__policy__updates': 2}
+  tiny.make(**few, objective__policy__ppo__value_warmup=2)
+  with pytest.raises(errors.InputError, match='value_warmup=3 iterations are 6 steps'):
+    tiny.make(**few, objective__policy__ppo__value_warmup=3)

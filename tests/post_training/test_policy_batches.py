@@ -110,7 +110,7 @@ def test_the_gap_between_sampler_and_trainer():
   _, where = policy_batches.rows(make(), JUDGED, 2)
   trainer, own = np.zeros((2, 16), np.float32), np.zeros((2, 16, 2, 2), np.int32)
   for one, (row, at) in zip(JUDGED, where):
-    trainer[row, policy_batches.places_of(one.answer, at)] = one.answer.log_probs
+    trainer[row, rollouts.places_of(one.answer, at)] = one.answer.log_probs
     n = one.answer.experts.shape[1]
     own[row, at : at + n] = one.answer.experts.swapaxes(0, 1)[..., ::-1]  # an order is no choice
   figures = policy_batches.sampler_figures(JUDGED, where, trainer, own)

@@ -160,6 +160,60 @@ def test_mean_gradients_of_the_estimates_are_those_of_the_two_distances(kl, back
   np.testing.assert_allclose(jax.grad(estimate)(logits), jax.grad(distance)(logits), atol=1e-6)
 
 
+def value_loss(values, *, clip=0.2):
+  """(loss, its gradient in the values, figures) of PPO where its policy's loss is 0."""
+  cfg = dataclasses.replace(
+    POLICY,
+    algorithm='ppo',
+    kl_weight=0.0,
+    ppo=dataclasses.replace(POLICY.ppo, value_weight=0.5, value_clip=clip),
+  )
+  more = {
+    policy_loss.ADVANTAGES: np.zeros(LEARNED.shape),
+    policy_loss.RETURNS: np.where(LEARNED, 1.0, 99.0),
+    policy_loss.VALUES: np.where(LEARNED, 0.5, 99.0),
+  }
+
+  def loss(values):
+    return policy_loss.sums(
+      cfg, jnp.asarray(OLD, jnp.float32), TARGETS, SEGMENTS, batch_of(**more), values
+    )
+
+  (value, figures), slopes = jax.value_and_grad(loss, has_aux=True)(
+    jnp.asarray(values, jnp.float32)
+  )
+  return float(value), np.asarray(slopes), figures.means()
+
+
+def test_the_value_loss_by_hand():
+  """Returns 1, the sampler's values 0.5, a clip of 0.2."""
+  values = np.where(LEARNED, [[0, 0.6, 0.9, 0.1, 0, 1.0, 1.8, 0]], 7.0)
+  # 0.6: within. 0.9: counts as 0.7. 0.1: its own error 0.9 is above that of 0.3. 1.0 is right and
+  # counts as 0.7. 1.8: its own error 0.8 is above 0.3.
+  errors = np.array([0.4, 0.3, 0.9, 0.3, 0.8])
+  squares = 0.5 * errors**2
+  value, slopes, figures = value_loss(values)
+  np.testing.assert_allclose(value, 0.5 * (WEIGHTS[LEARNED] * squares).sum(), rtol=1e-5)
+  np.testing.assert_allclose(figures['value_loss'], squares.mean(), rtol=1e-5)
+  assert figures['value_clip_share'] == pytest.approx(2 / 5)
+  signed = np.array([-0.4, 0, -0.9, 0, 0.8])
+  np.testing.assert_allclose(slopes[LEARNED], 0.5 * WEIGHTS[LEARNED] * signed, rtol=1e-5)
+  assert not slopes[~LEARNED].any()
+  value, _, figures = value_loss(values, clip=0.0)
+  own = (values[LEARNED] - 1.0) ** 2 / 2
+  np.testing.assert_allclose(value, 0.5 * (WEIGHTS[LEARNED] * own).sum(), rtol=1e-5)
+  assert figures['value_clip_share'] == 0
+
+
+def test_ppo_has_the_distance_in_its_rewards_and_not_in_its_loss():
+  ppo = {'algorithm': 'ppo', 'kl_weight': 0.5}
+  value, slopes, figures = loss_and_slopes(CHANGED, **ppo)
+  plain, same, _ = loss_and_slopes(CHANGED, kl_weight=0.0)
+  assert value == plain and (slopes == same).all()
+  _, _, other = loss_and_slopes(CHANGED, kl_weight=0.5)
+  assert figures['reference_kl'] == other['reference_kl'] > 0
+
+
 def test_a_reference_far_away_gives_no_infinity():
   far = {policy_loss.REFERENCE: np.where(LEARNED, 200.0, 0.0)}
   value, slopes, _ = loss_and_slopes(OLD, kl_weight=0.04, more=far)
