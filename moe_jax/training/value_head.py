@@ -67,15 +67,15 @@ def rests(cfg: schema.Config, step: Array) -> Array | None:
   return step < policy.ppo.value_warmup * policy.updates
 
 
-def alone(resting: Array | None, tree: trees.Params, other: trees.Params) -> Any:
-  """`tree`, and while the policy rests all of `other` but the head."""
+def alone(resting: Array | None, tree: Any, other: Any) -> Any:
+  """`tree`, and while the policy rests all of `other` but the head; both as `params`."""
   if resting is None:
     return tree
   new = jax.tree.map(lambda a, b: jnp.where(resting, b, a), without(tree), without(other))
   return {**new, KEY: tree[KEY]}
 
 
-def scaled(cfg: schema.Config, updates: trees.Params) -> Any:
+def scaled(cfg: schema.Config, updates: Any) -> Any:
   """Updates of an optimizer, those of the head at its own rate (`ppo.value_rate`)."""
   if not is_used(cfg):
     return updates
