@@ -6,7 +6,7 @@ reward for the answer). From each token's reward the distance to the reference i
 beta (log p_old - log q). Everything is made on the host in float64 over the answers of a whole
 iteration: micro-batches, devices and padding have no part in it.
 
-Axis letters: B batch, L length, n tokens of an answer.
+Axis letters: n tokens of an answer.
 """
 
 from collections.abc import Callable, Sequence

@@ -149,7 +149,7 @@ def test_more_questions_are_drawn_until_enough_groups_differ(monkeypatch):
     drawn.append(draw)
     values = [mixed, equal] if draw < 8 else [mixed, mixed]
     written = rollouts.Rollouts([], 1.0)
-    return [[types.SimpleNamespace(advantages=v, draw=draw)] for v in values], written
+    return [[types.SimpleNamespace(advantages=v, rewards=None, draw=draw)] for v in values], written
 
   def learnable(variables, flat):
     learned.extend(flat)
