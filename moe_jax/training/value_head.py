@@ -2,9 +2,9 @@
 
 Policy and value share one trunk, and its gradient is that of both losses: a critic of its own would
 be a second model with second moments and a second routing, where this is D + 1 numbers. The head
-lies in the state as `params['value_head']`, float32, and begins at 0: nothing is expected,
-and the first gradient of its loss moves no other weight. Whoever computes with a model's weights takes those
-`without` it; a checkpoint is read, asked and exported as that of any other run.
+lies in the state as `params['value_head']`, float32, and begins at 0: nothing is expected, and the
+first gradient of its loss moves no other weight. Whoever computes with a model's weights takes
+those `without` it; a checkpoint is read, asked and exported as that of any other run.
 """
 
 from typing import Any
