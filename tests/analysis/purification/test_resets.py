@@ -61,6 +61,21 @@ def test_drift_alone_would_not_find_it():
   np.testing.assert_allclose(ratio, 25e-4, rtol=0.1)  # (5 x 1e-2)^2
 
 
+def test_flat_weights_count_by_their_drift_over_the_floor_of_their_layer():
+  start, tuned, curvature, _ = drifted()
+  diagonal = jax.tree.map(np.array, curvature.diagonal)
+  own = diagonal['moe_layers']['moe']['down']
+  own[1, 3, 0] = 0
+  moved = np.square(tuned['moe_layers']['moe']['down'] - start['moe_layers']['moe']['down'])
+  found = resets.indicator(start, tuned, diagonal)['moe_layers']['moe']['down']
+  expected = moved[1, 3, 0] / (1e-3 * own[1].mean(dtype=np.float64))
+  np.testing.assert_allclose(found[1, 3, 0], expected, rtol=1e-6)
+  tuned['moe_layers']['moe']['down'][1, 3, 0] = start['moe_layers']['moe']['down'][1, 3, 0]
+  own[1] = 0
+  found = resets.indicator(start, tuned, diagonal)['moe_layers']['moe']['down']
+  assert not found[1, 3, 0].any() and np.isinf(found[1, 2]).all()
+
+
 def test_all_and_nothing():
   start, tuned, curvature, _ = drifted()
   for ranking in resets.RANKINGS:
