@@ -125,7 +125,7 @@ class PolicyStage:
     if value_head.is_used(cfg):
       self.figures |= dict.fromkeys(policy_loss.PPO_ROLLOUT_FIGURES)
     self._state: train_state.TrainState | None = None
-    self._step = 0
+    self._step, self._waited = 0, 0.0
 
   def batches(
     self,
@@ -188,7 +188,7 @@ class PolicyStage:
     variables = self._variables()
     everything: list[list[policy_batches.Judged]] = []
     kept: list[list[policy_batches.Judged]] = []
-    tokens, seconds = 0, 0.0
+    tokens, seconds, self._waited = 0, 0.0, 0.0
     for number in range(policy.max_draws):
       draw = iteration * policy.max_draws + number
       groups, written = self._groups(variables, draw)
@@ -206,6 +206,7 @@ class PolicyStage:
       'sampler_max_vio': _max_vio(self._cfg, flat),
       'rollout_seconds': time.perf_counter() - start,
       'rollout_tokens_per_second': tokens / seconds,
+      'reward_wait_share': self._waited / (seconds + self._waited),
     }
     return batch
 
@@ -215,10 +216,22 @@ class PolicyStage:
     """Groups of answers to one batch of questions, judged."""
     questions = self._asked(draw)
     prompts = self._prompts(questions)
-    written = self._sampler.sample(variables, prompts, draw)
+    said: dict[int, tuple[str, int]] = {}
+    submitted: dict[int, pool_lib.Scored] = {}
+
+    def judge(number: int, answer: rollouts.Answer):
+      said[number] = self._text(answer)
+      items = self._items([answer], [questions[answer.question]], [said[number]])
+      submitted[number] = self._pool.submit(items)
+
+    # Answers are judged while others are written still.
+    written = self._sampler.sample(variables, prompts, draw, on_answer=judge)
     owners = [questions[one.question] for one in written.answers]
-    texts = [self._text(one) for one in written.answers]
-    found = self._pool.score(self._items(written.answers, owners, texts))
+    numbers = range(len(written.answers))
+    texts = [said[i] for i in numbers]
+    begin = time.perf_counter()
+    found = pool_lib.joined([submitted[i] for i in numbers]).result()
+    self._waited += time.perf_counter() - begin
     if self._judge is not None:
       found = judged_by(self._judge, found, owners, [text for text, _ in texts])
 

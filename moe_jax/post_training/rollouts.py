@@ -13,7 +13,7 @@ included.
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -222,6 +222,7 @@ class Sampler:
     draw: int,
     *,
     greedy: bool = False,
+    on_answer: Callable[[int, Answer], None] | None = None,
   ) -> Rollouts:
     """`group_size` answers to every question, or the likeliest one.
 
@@ -232,6 +233,8 @@ class Sampler:
       prompts: ids of P questions, begin-of-document token included.
       draw: number of this batch of questions in the run, which decides the draws with its seed.
       greedy: one answer to each, of the likeliest tokens.
+      on_answer: told (its number among the answers, the answer) of each that has ended, while the
+        devices write on; in the order in which they end.
 
     Raises:
       errors.InputError: a question is empty, or does not fit the context with its answer.
@@ -249,7 +252,7 @@ class Sampler:
       weights = cached_model.unstack(self._cfg, variables)
       put = partitioning.put_global_batch({'tokens': tokens, 'length': length}, self._mesh)
       questions = _read(weights, put['tokens'], put['length'], cfg=self._cfg, num_slots=num_slots)
-      answers = self._answers(weights, questions, prompts, draw, greedy)
+      answers = self._answers(weights, questions, prompts, draw, greedy, on_answer)
     return Rollouts(answers, time.perf_counter() - start)
 
   def _answers(
@@ -259,6 +262,7 @@ class Sampler:
     prompts: Sequence[Sequence[int]],
     draw: int,
     greedy: bool,
+    on_answer: Callable[[int, Answer], None] | None,
   ) -> list[Answer]:
     policy, ways = self._policy, partitioning.row_ways(self._mesh)
     size, temperature = (1, 0.0) if greedy else (policy.group_size, policy.temperature)
@@ -268,6 +272,7 @@ class Sampler:
     waiting = list(range(total))
     owner: list[int | None] = [None] * num_rows
     found: dict[int, Answer] = {}
+    told = 0
     prompt_experts = agreement.fetch(questions.experts)
     while len(found) < total:
       question, key = np.full(num_rows, -1, np.int32), np.zeros(num_rows, np.uint32)
@@ -279,8 +284,8 @@ class Sampler:
       if (question >= 0).any():
         given = partitioning.put_global_batch({'question': question, 'key': key}, self._mesh)
         rows = _hand_out(rows, questions, given['question'], given['key'], temperature=temperature)
-      # With nothing left to hand out no row needs a look before all have ended.
-      steps = PIECE if waiting else policy.max_new_tokens
+      # With nothing to hand out or to tell no row needs a look before all have ended.
+      steps = PIECE if waiting or on_answer else policy.max_new_tokens
       rows = _write(
         weights,
         rows,
@@ -290,6 +295,7 @@ class Sampler:
         eos_ids=self._eos_ids,
         limit=policy.max_new_tokens,
       )
+      told = _tell(found, told, on_answer)  # the devices are writing
       done = agreement.fetch(rows.done)
       ready = [row for row in range(num_rows) if done[row] and owner[row] is not None]
       if not ready:
@@ -308,7 +314,18 @@ class Sampler:
           self._eos_ids,
         )
         owner[row] = None
+    _tell(found, told, on_answer)
     return [found[number] for number in range(total)]
+
+
+def _tell(
+  found: dict[int, Answer], told: int, on_answer: Callable[[int, Answer], None] | None
+) -> int:
+  """Tells of all answers but the first `told`, in the order found; returns how many there are."""
+  if on_answer is not None:
+    for number in list(found)[told:]:
+      on_answer(number, found[number])
+  return len(found)
 
 
 def _key(seed: int, draw: int, number: int) -> int:

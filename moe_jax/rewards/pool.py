@@ -88,6 +88,11 @@ class Scored:
     return [one for one, _ in found]
 
 
+def joined(parts: Sequence[Scored]) -> Scored:
+  """Several submissions as one batch, in this order."""
+  return Scored([future for part in parts for future in part._futures])
+
+
 class RewardPool:
   """Processes that give rewards; a context that ends them."""
 

@@ -84,6 +84,7 @@ ROLLOUT_FIGURES = (
   'sampler_max_vio',
   'rollout_seconds',
   'rollout_tokens_per_second',
+  'reward_wait_share',
 )
 
 

@@ -1,5 +1,6 @@
 """Runs of rewards: what they log, and that they go on bit by bit in the middle of an iteration."""
 
+import concurrent.futures
 import json
 import signal
 import types
@@ -12,7 +13,7 @@ import moe_jax
 from moe_jax import errors
 from moe_jax.data import conversations
 from moe_jax.post_training import answers, policy_batches, policy_stage, rollouts, stages
-from moe_jax.rewards import reward
+from moe_jax.rewards import pool, reward
 from moe_jax.runs import metric_log, policy_plot
 from tests import tiny
 from tests.post_training.conftest import SIZES
@@ -166,3 +167,34 @@ def test_more_questions_are_drawn_until_enough_groups_differ(monkeypatch):
   assert drawn == [6, 7]  # three draws belong to each iteration; two were enough
   assert [one.draw for one in learned] == [6, 7] and all(one.advantages.any() for one in learned)
   assert stage.figures['equal_groups'] == 4  # figures are of all that was written
+
+
+def test_answers_are_judged_as_they_end_and_each_gets_its_own_reward(monkeypatch):
+  stage = made(prompts=2, group_size=2, eval_questions=0)
+  events = []
+
+  def answer(number):
+    scores = np.zeros(1, np.float32)
+    return rollouts.Answer(number // 2, [1], [number], True, scores, scores, scores, None)
+
+  def sample(variables, prompts, draw, *, on_answer):
+    for number in (2, 0, 3, 1):  # in the order in which they end
+      on_answer(number, answer(number))
+    events.append('written')
+    return rollouts.Rollouts([answer(number) for number in range(4)], 1.0)
+
+  def submit(items):
+    ((question, ids, text, _),) = items
+    events.append((question, text))
+    future = concurrent.futures.Future()
+    future.set_result((reward.Reward(float(text), {}, 'right'), ''))
+    return pool.Scored([future])
+
+  stage._sampler = types.SimpleNamespace(sample=sample)
+  stage._pool = types.SimpleNamespace(submit=submit)
+  monkeypatch.setattr(stage, '_prompts', lambda questions: [[1]] * len(questions))
+  monkeypatch.setattr(stage, '_text', lambda one: (str(one.tokens[0]), 0))
+  groups, _ = stage._groups({}, 0)
+  first, second = (question.prompt[-1].content for question in stage._asked(0))
+  assert events == [(second, '2'), (first, '0'), (second, '3'), (first, '1'), 'written']
+  assert [[one.reward.value for one in group] for group in groups] == [[0, 1], [2, 3]]

@@ -14,7 +14,7 @@ SIZE = 3
 EOS = 11
 
 
-def sample(*, greedy=False, draw=0, prompts=PROMPTS, mesh=None, **changes):
+def sample(*, greedy=False, draw=0, prompts=PROMPTS, mesh=None, on_answer=None, **changes):
   small = {
     'objective__policy__group_size': SIZE,
     'objective__policy__max_new_tokens': 7,
@@ -24,7 +24,9 @@ def sample(*, greedy=False, draw=0, prompts=PROMPTS, mesh=None, **changes):
   cfg = tiny.make(**(RUN | small | changes))
   mesh = mesh or tiny.mesh(1)
   variables = {'params': tiny.params(cfg.model), 'router_state': {}}
-  found = rollouts.Sampler(cfg, (EOS,), mesh).sample(variables, prompts, draw, greedy=greedy)
+  found = rollouts.Sampler(cfg, (EOS,), mesh).sample(
+    variables, prompts, draw, greedy=greedy, on_answer=on_answer
+  )
   return cfg, found.answers
 
 
@@ -41,6 +43,19 @@ def test_answers_do_not_depend_on_how_many_are_written_at_once():
   for one in whole:
     assert one.ended == (one.tokens[-1] == EOS) and EOS not in one.tokens[:-1]
     assert 1 <= len(one.tokens) <= 7 and (one.ended or len(one.tokens) == 7)
+  # Told of as they end: two rows are written at a time, and whoever listens need not wait for all.
+  events, write = [], rollouts._write
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(rollouts, '_write', lambda *a, **k: events.append('write') or write(*a, **k))
+    _, told = sample(
+      objective__policy__rows=2, on_answer=lambda number, one: events.append((number, one.tokens))
+    )
+  heard = [event for event in events if event != 'write']
+  assert sorted(heard) == [(number, one.tokens) for number, one in enumerate(told)]
+  assert [one.tokens for one in told] == [one.tokens for one in whole]
+  # The first is heard of behind the next piece's start, and pieces start behind it still.
+  first = events.index(heard[0])
+  assert events[:first] == ['write', 'write'] and 'write' in events[first:]
   _, again = sample(draw=1)
   assert [one.tokens for one in again] != [one.tokens for one in whole]
   _check_scores(cfg, whole)
