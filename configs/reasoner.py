@@ -27,7 +27,21 @@ def _programs(config):
   config.data.path = '?operations=2&max_value=9&kinds=2&problems=40000'
 
 
+def _small(config):
+  """Easier sums for a smaller model: minutes on one core, a start for configs/grpo.py."""
+  sizes.tiny(config)
+  config.model.vocab_size, config.model.max_seq_len = 288, 96
+  recipes.experts(config, shared=1, routed=15, per_tok=3, width=sizes.TINY_FFN / 2)
+  config.data.path = '?max_value=20&operations=2&problems=20000'
+  config.data.heldout_fraction = 0.1
+  config.train.num_steps = 800
+  config.train.batch_size = 24  # a conversation a row
+  config.train.eval_every = 200
+  config.checkpoint.save_every = 200
+
+
 VARIANTS = {
+  'small': _small,
   'gshard': _gshard,
   'programs': _programs,
   'dense': lambda config: recipes.make_dense(config, 2 * WIDTH),  # equal activated parameters

@@ -1,6 +1,7 @@
-"""How many held-out questions a model answers rightly, written greedily; programs are run."""
+"""How many held-out questions a model answers rightly, greedily or drawn; programs are run."""
 
 import collections
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -136,6 +137,7 @@ def measure(
   max_new_tokens: int,
   tell: Callable[[Question, str, bool], object] = lambda *_: None,
   rewards: pool.RewardPool | None = None,
+  how: sampling.Sampling = sampling.Sampling(temperature=0.0),
 ) -> Accuracy:
   """Writes an answer to every question and judges it.
 
@@ -146,6 +148,7 @@ def measure(
     max_new_tokens: limit of an answer; what does not end within it is judged as it stands.
     tell: is told every question with its text and whether that is right.
     rewards: what judges in place of `is_right`, while the next answers are written.
+    how: tokens are chosen. Each batch draws by its `seed` plus the number of its first question.
 
   Raises:
     errors.InputError: a prompt and its answer do not go into `model.max_seq_len`, or the answers
@@ -153,14 +156,14 @@ def measure(
     pool.PoolError: the rewards cannot be given.
   """
   judge = is_right(data.source) if rewards is None else None
-  greedy = sampling.Sampling(temperature=0.0)
   texts: list[str] = []
   scored: list[pool.Scored] = []
   ended = right_steps = steps = 0
   for begin in range(0, len(questions), BATCH):
     batch = questions[begin : begin + BATCH]
     prompts = chat_formats.prompts(data, [q.prompt for q in batch], model.tokenizer)
-    written = model.complete(prompts, max_new_tokens, greedy)
+    drawn = dataclasses.replace(how, seed=how.seed + begin)
+    written = model.complete(prompts, max_new_tokens, drawn)
     texts += written.texts
     ended += sum(len(tokens) < max_new_tokens for tokens in written.tokens)
     if rewards is not None:

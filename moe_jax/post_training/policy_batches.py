@@ -106,7 +106,7 @@ def rows(
   """Rows of whole answers with their questions, and where each answer lies.
 
   Args:
-    cfg: the run; the number of rows is a multiple of `train.batch_size`.
+    cfg: the run; the number of rows is a multiple of `train.batch_size`, see `filled`.
     answers: those that are learned from.
     num_layers: MoE layers whose experts the answers bring; 0 for none.
 
@@ -130,7 +130,7 @@ def rows(
   )
   order = np.argsort(-places, kind='stable')
   bins = [order[members] for members in whole_documents.best_fit(places[order], length)]
-  num_rows = -(-len(bins) // cfg.train.batch_size) * cfg.train.batch_size
+  num_rows = filled(len(bins), cfg.train.batch_size)
   batch: dict[str, np.ndarray] = packing.stack([packing.padding_row(length)] * num_rows)
   for key in (policy_loss.ADVANTAGES, policy_loss.WEIGHTS, policy_loss.OLD):
     batch[key] = np.zeros((num_rows, length), np.float32)
@@ -148,6 +148,17 @@ def rows(
       _place(batch, row, at, size, segment, one, float(weights[number]))
       at += size
   return batch, where
+
+
+def filled(num_rows: int, batch_size: int) -> int:
+  """Rows rounded up to whole batches, whose number is one of eight between two powers of two.
+
+  Answers of other lengths fill another number of rows in every iteration, and a step is compiled
+  anew for each number: so there are few of them, for at most an eighth of empty rows.
+  """
+  batches = -(-num_rows // batch_size)
+  unit = 1 << max(batches.bit_length() - 4, 0)
+  return -(-batches // unit) * unit * batch_size
 
 
 def _place(

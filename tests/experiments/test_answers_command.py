@@ -65,3 +65,40 @@ def test_as_json_and_without_isolation(asked, capsys):
   assert found['isolation'] == 'a box' and found['kinds'] == {'right': 1, 'error': 1}
   assert (found['step'], found['right'], found['share']) == (7, 1, 0.5)
   assert asked[0][2]['defaults'] == {'program': {'unsafe': True}}
+
+
+def a_run(right_share_of: dict[float, int]):
+  """A run that answers sums: of the questions by number every n-th is right, n by temperature."""
+  values = base.get_config().data.to_dict() | {'source': 'arithmetic', 'heldout_fraction': 0.5}
+  data = schema.DataConfig(**values | {'path': '?max_value=9&operations=1&problems=300'})
+  tokenizer = tokenizer_lib.byte_tokenizer(values['bos_token'], values['eos_token'])
+
+  def complete(prompts, max_new_tokens, sampling):
+    texts = []
+    for number, prompt in enumerate(prompts):
+      words = tokenizer.decode(list(prompt)).split('What is ')[1].split('?')[0].split()
+      value = int(words[0]) + int(words[2]) * (1 if words[1] == '+' else -1)
+      texts.append(f'The answer is {value + number % right_share_of[sampling.temperature]}.')
+    return generate.Generation([[1] * 5 for _ in prompts], texts, 1.0)
+
+  return types.SimpleNamespace(
+    config=types.SimpleNamespace(data=data), tokenizer=tokenizer, complete=complete, step=7
+  )
+
+
+def test_drawn_answers_and_another_run_are_told_beside(tmp_path, monkeypatch, capsys):
+  runs = {str(tmp_path): a_run({0.0: 2, 1.0: 4}), 'start': a_run({0.0: 4, 1.0: 4})}
+  monkeypatch.setattr(load, 'load', lambda workdir, **settings: runs[workdir])
+  monkeypatch.setattr(answers.cli, 'required', lambda name: str(tmp_path))
+  in_process.run(answers, '--n=16', '--samples=3', '--against=start', '--show=1')
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[1].endswith('(right)') and lines[2].startswith('step=7 8 of 16 right: 50.0%')
+  assert lines[3] == 'drawn, 3 to each: 25.0% right'
+  # Four of sixteen differences are 1: 0.25 with a deviation of 0.447, 2.131 errors of it either way.
+  assert lines[4] == 'share right against start, greedy: +0.250 [+0.012, +0.488]'
+  assert lines[5] == 'share right against start, sampled: +0.000 [+0.000, +0.000]'
+
+  in_process.run(answers, '--n=16', '--samples=1', '--against=start', '--json')
+  found = json.loads(capsys.readouterr().out)
+  assert found['sampled_share'] == 0.25 and found['greedy_gain'][0] == 0.25
+  assert found['sampled_gain'] == [0, 0, 0] and found['right'] == 8

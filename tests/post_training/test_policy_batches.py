@@ -52,6 +52,15 @@ def test_a_row_holds_both_answers_with_targets_where_they_were_written():
   assert (batch['targets'][1] == -1).all()
 
 
+def test_few_numbers_of_rows_are_compiled_and_few_rows_are_empty():
+  assert [policy_batches.filled(n, 4) for n in (1, 4, 5, 60, 64)] == [4, 4, 8, 60, 64]
+  assert policy_batches.filled(65, 4) == 72  # 17 batches are 18
+  counts = range(129, 257)
+  made = [policy_batches.filled(n, 1) for n in counts]
+  assert sorted(set(made)) == list(range(144, 257, 16))
+  assert all(n <= new < 1.125 * n for n, new in zip(counts, made))
+
+
 def test_cut_answers_are_left_out_if_asked():
   cfg = make(objective__policy__truncated='leave_out')
   cut = JUDGED[1]._replace(answer=ANSWERS[1]._replace(ended=False))
