@@ -36,7 +36,7 @@ def define_flags():
   cli.path_flag('like', '', 'directory of the run whose questions are asked; its own without')
   flags.DEFINE_integer('step', None, 'checkpoint to use; the newest whole one if not given')
   cli.path_flag('against', '', 'directory of another run, which is asked the same questions')
-  flags.DEFINE_integer('samples', 0, 'answers that are drawn to each question, beside the greedy one')
+  flags.DEFINE_integer('samples', 0, 'answers drawn to each question, beside the greedy one')
   flags.DEFINE_integer('n', 256, 'questions at most')
   flags.DEFINE_integer('max_new_tokens', 64, 'tokens of an answer at most')
   flags.DEFINE_integer('show', 0, 'questions that are shown with their answers')

@@ -16,6 +16,7 @@ from moe_jax.rewards import pool, reward
 
 _Z = 1.959964  # of a two-sided interval of 95 %
 BATCH = 32  # prompts that are continued together
+GREEDY = sampling.Sampling(temperature=0.0)
 
 
 class Question(NamedTuple):
@@ -137,7 +138,7 @@ def measure(
   max_new_tokens: int,
   tell: Callable[[Question, str, bool], object] = lambda *_: None,
   rewards: pool.RewardPool | None = None,
-  how: sampling.Sampling = sampling.Sampling(temperature=0.0),
+  how: sampling.Sampling = GREEDY,
 ) -> Accuracy:
   """Writes an answer to every question and judges it.
 

@@ -40,7 +40,9 @@ def draw(
   title: str,
   heldout: Sequence[Mapping[str, int]],
 ):
-  """Four panels over steps; a healthy run wins reward while entropy and distance move slowly.
+  """Panels over steps; a healthy run wins reward while entropy and distance move slowly.
+
+  A run without a reference does not know its distance, and has no panel of it.
 
   Args:
     metrics: objects of `metrics.jsonl` with `metric_log.POLICY_KEYS`.
@@ -50,14 +52,17 @@ def draw(
   """
   step = np.array([m['step'] for m in metrics])
   with matplotlib.rc_context(plots.STYLE):
-    fig = figure.Figure(figsize=(8, 8), layout='constrained')
-    panels = fig.subplots(4, 1, sharex=True, height_ratios=(3, 2, 2, 2))
-    lines = (
+    lines = [
       ('reward', 'reward, mean of answers', plots.BLUE),
       ('answer_tokens', 'tokens\nof an answer', plots.BLUE),
       ('entropy', 'entropy\n[nats per token]', plots.BLUE),
       ('reference_kl', 'KL to reference\n[nats per token]', plots.BLUE),
-    )
+    ]
+    if not any(m['reference_kl'] for m in metrics):
+      lines.pop()
+    heights = (3, *[2] * (len(lines) - 1))
+    fig = figure.Figure(figsize=(8, sum(heights) * 8 / 9), layout='constrained')
+    panels = fig.subplots(len(lines), 1, sharex=True, height_ratios=heights)
     for axes, (key, label, colour) in zip(panels, lines):
       axes.plot(step, np.array([m[key] for m in metrics], float), color=colour, linewidth=1.4)
       axes.set_ylabel(label)

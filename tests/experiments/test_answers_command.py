@@ -94,7 +94,7 @@ def test_drawn_answers_and_another_run_are_told_beside(tmp_path, monkeypatch, ca
   lines = capsys.readouterr().out.splitlines()
   assert lines[1].endswith('(right)') and lines[2].startswith('step=7 8 of 16 right: 50.0%')
   assert lines[3] == 'drawn, 3 to each: 25.0% right'
-  # Four of sixteen differences are 1: 0.25 with a deviation of 0.447, 2.131 errors of it either way.
+  # Four of sixteen differences are 1: 0.25, a deviation of 0.447, 2.131 errors either way.
   assert lines[4] == 'share right against start, greedy: +0.250 [+0.012, +0.488]'
   assert lines[5] == 'share right against start, sampled: +0.000 [+0.000, +0.000]'
 

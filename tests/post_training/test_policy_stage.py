@@ -28,7 +28,10 @@ SETTINGS = SIZES | {
   # Of random tokens about every other answer has it.
   'objective.policy.reward': "format(pattern='.*[a-z].*')",
   'objective.policy.eval_questions': 8,
+  'objective.policy.kl_weight': 0.04,
+  'train.micro_batch_size': 0,
   'train.num_steps': 6,
+  'optim.schedule': 'constant',
   'optim.warmup_steps': 0,
   'optim.peak_lr': 5e-3,
 }

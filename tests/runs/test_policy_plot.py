@@ -21,6 +21,14 @@ def test_the_panels_show_the_log_and_the_held_out_questions(tmp_path, monkeypatc
   held = fig.axes[0].lines[1]
   assert (held.get_xdata().tolist(), held.get_ydata().tolist()) == ([0, 10], [0.25, 0.75])
 
+  # Without a reference there is no distance to show.
+  policy_plot.draw([m | {'reference_kl': 0.0} for m in metrics], path, 'run: rewards', heldout)
+  assert [axes.get_ylabel().split()[0] for axes in figures[1][0].axes] == [
+    'reward,',
+    'tokens',
+    'entropy',
+  ]
+
 
 def test_answers_kept_are_read_and_damage_is_named(tmp_path):
   assert policy_plot.read_heldout(tmp_path) == []
