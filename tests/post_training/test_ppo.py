@@ -1,5 +1,6 @@
 """Runs of PPO: what they log, that they go on bit by bit, and that what they leave can be used."""
 
+import concurrent.futures
 import shutil
 import signal
 
@@ -99,16 +100,17 @@ def test_a_reward_is_won(base, tmp_path):
 def judged_in_steps(self, items):
   """A reward for the first half of every answer, and another one for the second."""
   halves = [((len(one.text) + 1) // 2, len(one.text)) for one in items]
-  return [
-    reward.Reward(0.5, {}, 'wrong', [(a, (a % 3) / 3), (b, (b % 2) / 2)] if b > 1 else [])
-    for a, b in halves
-  ]
+  found = [concurrent.futures.Future() for _ in halves]
+  for future, (a, b) in zip(found, halves):
+    steps = [(a, (a % 3) / 3), (b, (b % 2) / 2)] if b > 1 else []
+    future.set_result((reward.Reward(0.5, {}, 'wrong', steps), ''))
+  return pool.Scored(found)
 
 
 def test_step_by_step_with_cut_answers_and_neither_micro_batches_nor_replay_change_it(
   base, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(pool.RewardPool, 'score', judged_in_steps)
+  monkeypatch.setattr(pool.RewardPool, 'submit', judged_in_steps)
   changes = {'objective.policy.reward': 'steps', 'objective.policy.supervision': 'process'}
   changes |= {'objective.policy.truncated': 'bootstrap', 'objective.policy.ppo.value_warmup': 0}
   changes |= {'objective.policy.eval_questions': 0, 'objective.policy.updates': 1}
