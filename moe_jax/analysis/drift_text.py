@@ -24,8 +24,9 @@ def arrays(found: Mapping[int, routing_drift.Drift]) -> dict[str, np.ndarray]:
 def record(found: Mapping[int, routing_drift.Drift]) -> dict[str, Any]:
   """{step: {field: lists}}; null for a router without weights."""
 
-  def plain(values: np.ndarray) -> Any:
-    return np.where(np.isnan(values), None, values.astype(object)).tolist()
+  def plain(values: np.ndarray) -> list[Any]:
+    rows = [plain(one) for one in values] if values.ndim > 1 else values.tolist()
+    return [None if isinstance(one, float) and np.isnan(one) else one for one in rows]
 
   return {
     str(step): {key: plain(value) for key, value in one._asdict().items()}
