@@ -45,11 +45,26 @@ def main(unused_argv: Sequence[str]):
       )
   keys = [(variant, seed) for seed in seeds for variant in values.variants]
   pending = [key for key in keys if not _path(workdir, *key).exists()]
+  for key in set(keys) - set(pending):
+    _check(_path(workdir, *key))
   for key in tqdm.tqdm(pending, desc='runs', unit='run'):
     _one(workdir, *key)
   found = {f'{v}/{s}': json.loads(_path(workdir, v, s).read_text()) for v, s in keys}
-  settings = {name: flags.FLAGS[name].value for name in ('poison', 'attacker', 'defender', 'test')}
-  report.write(pathlib.Path(values.out or 'experiments/purify'), found, settings)
+  report.write(pathlib.Path(values.out or 'experiments/purify'), found, _settings())
+
+
+def _settings() -> dict[str, Any]:
+  names = ('poison', 'attacker', 'defender', 'test', 'attacks')
+  return {name: flags.FLAGS[name].value for name in names}
+
+
+def _check(path: pathlib.Path):
+  """Requires that what was measured before is what is asked for now."""
+  was = json.loads(path.read_text(encoding='utf-8'))['settings']
+  errors.require(
+    was == _settings(),
+    f'{path} is of other settings ({was}); give the same flags, or another --workdir',
+  )
 
 
 def _path(workdir: pathlib.Path, variant: str, seed: int) -> pathlib.Path:
@@ -66,7 +81,7 @@ def _one(workdir: pathlib.Path, variant: str, seed: int):
   )
   lines = _lines()
   found = attacks.split(lines, seed, values.attacker, values.defender, values.test)
-  record: dict[str, Any] = {'attacks': {}}
+  record: dict[str, Any] = {'settings': _settings(), 'attacks': {}}
   tuner = None
   for kind in (NONE, *values.attacks):
     poison = (

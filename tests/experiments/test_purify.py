@@ -185,3 +185,13 @@ def test_the_report_is_written_around_what_is_there(tmp_path):
   assert '| fine-grained | none | 10.0 [10.0, 10.0] | 30.0' in text
   assert (tmp_path / 'curves.png').stat().st_size > 10_000
   assert json.loads((tmp_path / 'results.json').read_text())['settings'] == {'poison': 0.2}
+
+
+def test_results_of_other_settings_are_refused_before_anything_is_trained(tmp_path, monkeypatch):
+  monkeypatch.setattr(study, '_one', lambda *_: pytest.fail('nothing is to be trained'))
+  place = tmp_path / 'fine' / '0' / 'purify.json'
+  place.parent.mkdir(parents=True)
+  place.write_text(json.dumps({'settings': {'attacks': ['word']}, 'attacks': {}}))
+  flags = (f'--workdir={tmp_path}', '--seeds=1', '--variants=fine', '--attacks=word,bias')
+  with pytest.raises(errors.InputError, match='is of other settings .*another --workdir'):
+    do('study', *flags)
