@@ -62,7 +62,7 @@ def test_vectors_of_texts_are_means_over_their_own_tokens(run):
   found = run.embed(texts)
   assert found.shape == (43, run.config.model.embed_dim) and found.dtype == np.float32
   variables = jax.device_get(run.variables)
-  for i in (0, 1, 2, 42):
+  for i in (0, 42):
     tokens = jnp.asarray([run.encode(texts[i])], jnp.int32)
     places = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     out = transformer.Transformer(run.config.model).apply(
