@@ -270,7 +270,9 @@ def test_micro_batches_change_no_gradient():
   whole = tiny.gradients(**RUN)(params, policy_batch())
   parts = tiny.gradients(**RUN, train__micro_batch_size=2)(params, policy_batch())
   np.testing.assert_allclose(parts[0].main, whole[0].main, rtol=1e-5)
-  np.testing.assert_allclose(parts[0].figures, whole[0].figures, rtol=1e-5)
+  figures = [jax.tree.leaves(one[0].figures) for one in (parts, whole)]  # those of values are None
+  assert len(figures[1]) == 4
+  np.testing.assert_allclose(*figures, rtol=1e-5)
   tiny.assert_trees_close(parts[1], whole[1], rtol=1e-3, atol=1e-5)
 
 
@@ -280,7 +282,7 @@ def test_replay_of_its_own_choices_changes_nothing_and_of_others_reaches_the_rou
   gradients = tiny.gradients(**RUN)
   free, own = gradients(params, policy_batch()), gradients(params, policy_batch(routed()))
   np.testing.assert_array_equal(free[0].main, own[0].main)
-  tiny.assert_trees_close(own[1], free[1], rtol=1e-6, atol=1e-7)
+  tiny.assert_trees_close(own[1], free[1], rtol=1e-6, atol=1e-6)
   other = np.where(routed() < 8, (routed() + 1) % 8, 8)
   loss, found = gradients(params, policy_batch(other))
   assert abs(float(loss.main - free[0].main)) > 1e-6
