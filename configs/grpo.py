@@ -3,10 +3,10 @@
 Run:    python -m experiments.train --config=configs/reasoner.py:small --workdir=runs/reasoner
         python -m experiments.rl --config=configs/grpo.py:process --config.init_from=runs/reasoner \
           --workdir=runs/grpo
-Takes:  3 and 12 minutes on one CPU core that does other work too.
-Expect: held-out questions right 224 -> 317 of 511, 44 % -> 62 %: paired by question +18
-        points [+14, +23] with seed 0. With seed 1 and 80 steps 90 -> 85: no gain. The page itself,
-        by outcome, is not shown to gain; see docs/topics/reinforcement.md.
+Takes:  2 and 5 minutes on one idle CPU core, 3 and 12 on one that does other work too.
+Expect: held-out questions right 44 % -> 62 %, paired by question +18 points [+14, +23] with seed
+        0; +5 to +7 with seeds 2 to 4, -2 with seed 1. The page itself, by outcome, is not shown to
+        gain; see docs/topics/reinforcement.md.
 Own data: --config.data.source=conversations --config.data.path=questions.jsonl
 
 The model is that of `init_from`, without balance losses and with its expert bias at rest. The
