@@ -21,7 +21,7 @@ MAX_CELL_LINES, MAX_BYTES = 22, 700_000
 SIZES = {
   '5_reinforcement': (
     'base_steps, reward_steps, questions = 800, 120, 512',
-    'base_steps, reward_steps, questions = 20, 2, 16',
+    'base_steps, reward_steps, questions = 24, 6, 16',
   )
 }
 
