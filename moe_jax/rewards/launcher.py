@@ -142,8 +142,7 @@ class _Launch:
   def watch(self, group: int) -> dict[str, Any]:
     """What has become of the program, which is ended at its limits."""
     wall, used = self.limits.wall_seconds, 0.0
-    until = time.monotonic() + wall
-    last = until + (PATIENCE - 1) * wall
+    until, more_times = time.monotonic() + wall, PATIENCE - 1  # counted: sums of times are rounded
     read = {self.results: b'', self.status: b''}
     over = ''
     with selectors.DefaultSelector() as selector:
@@ -161,7 +160,8 @@ class _Launch:
           over = 'output'
         elif not events:
           before, used = used, cpu_seconds(group)
-          computes = used > before + _COMPUTES and until + wall <= last
+          computes = used > before + _COMPUTES and more_times > 0
+          more_times -= 1
           over, until = ('', until + wall) if computes else ('time', until)
     end(group)
     return self._answer(read[self.results], read[self.status], over)

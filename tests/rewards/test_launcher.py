@@ -2,6 +2,7 @@ import fcntl
 import os
 import signal
 import subprocess
+import types
 
 import pytest
 
@@ -50,6 +51,9 @@ def test_who_computes_has_three_times_as_long(launch, monkeypatch, cpu, waits):
     return cpu[len(asked) - 1]
 
   monkeypatch.setattr(launcher, 'cpu_seconds', cpu_seconds)
+  # A time to which 0.2 three times is more than 3 * 0.2.
+  clock = types.SimpleNamespace(monotonic=lambda: 10794.568592657 + 0.2 * len(asked))
+  monkeypatch.setattr(launcher, 'time', clock)
   assert launch.watch(7)['over'] == 'time' and asked == [7] * waits
   os.close(launch.results_end)
   os.close(launch.status_end)
