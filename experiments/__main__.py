@@ -1,6 +1,5 @@
 """Lists the commands and the studies: python -m experiments."""
 
-import signal
 import sys
 
 from experiments.common import command_list, flag_help
@@ -8,8 +7,7 @@ from experiments.common import command_list, flag_help
 
 def main(arguments: list[str]) -> int:
   """Prints the list; status 2 if something else was asked for."""
-  signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it, as it ends any program
-  print(command_list.text())
+  flag_help.show(command_list.text())
   unknown = [argument for argument in arguments if argument not in flag_help.HELP_ARGUMENTS]
   if unknown:
     print(f'error: {unknown[0]!r} is no flag here; run python -m experiments.NAME', file=sys.stderr)

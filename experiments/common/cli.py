@@ -47,8 +47,7 @@ def run(
   """
   own = flag_help.described(define_flags or (lambda: None))
   if any(argument in flag_help.HELP_ARGUMENTS for argument in sys.argv[1:]):
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    print(flag_help.text(_module_of(main)['__doc__'] or '', own))
+    flag_help.show(flag_help.text(_module_of(main)['__doc__'] or '', own))
     return
 
   try:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import signal
 import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -81,3 +82,12 @@ def text(doc: str, own: Sequence[Flag]) -> str:
     indent = 6 * ' '
     lines += textwrap.wrap(flag.help, WIDTH, initial_indent=indent, subsequent_indent=indent)
   return '\n'.join(lines)
+
+
+def show(page: str):
+  """Prints a page; a reader that has seen enough (`| head`) ends the process in silence."""
+  before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+  try:
+    print(page, flush=True)
+  finally:
+    signal.signal(signal.SIGPIPE, before)  # of whoever called, who may not want to end so

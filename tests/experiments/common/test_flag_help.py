@@ -3,12 +3,13 @@
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from experiments.common import command_list
+from experiments.common import command_list, flag_help
 
 ROOT = pathlib.Path(__file__).parents[3]
 NAMES = [command.name for command in command_list.commands()]
@@ -76,3 +77,10 @@ def test_the_package_lists_commands_and_studies(tmp_path):
   assert status == 0 and all(f'  experiments.{name} ' in out for name in NAMES)
   status, _, err, _ = run('-m', 'experiments', 'train')
   assert status == 2 and 'python -m experiments.NAME' in err
+
+
+def test_showing_help_leaves_the_callers_signals_as_they_were(capsys):
+  before = signal.getsignal(signal.SIGPIPE)
+  assert before != signal.SIG_DFL  # Python's own choice: a broken pipe is an error, no end
+  flag_help.show('page')
+  assert capsys.readouterr().out == 'page\n' and signal.getsignal(signal.SIGPIPE) == before
