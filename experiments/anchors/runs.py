@@ -11,7 +11,7 @@ import numpy as np
 from absl import flags
 
 from experiments.anchors import claims, pictures, report
-from experiments.common import cli, local_jobs
+from experiments.common import cli, local_jobs, readme_tables
 from moe_jax import atomic_files, errors
 from moe_jax.analysis import paired
 from moe_jax.analysis.anchors import measure, tasks
@@ -189,12 +189,8 @@ def write(
   together = {v: merged([r for (name, _), r in found.items() if name == v]) for v in variants}
   parts = ('flow', 'blocking', 'correlation', 'compression', 'experts')
   pictures.draw_side_by_side(together, parts, out)
-  readme = out / 'README.md'
-  old = readme.read_text(encoding='utf-8') if readme.exists() else f'{START}\n{END}\n'
-  errors.require(START in old and END in old, f'{readme} has no place for the table; restore it')
   text = table(variants, found)
-  head, tail = old.split(START)[0], old.split(END)[1]
-  atomic_files.write_text(readme, f'{head}{START}\n\n{text}\n\n{END}{tail}')
+  readme_tables.fill(out, START, END, text)
   print(text)
 
 

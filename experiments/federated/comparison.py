@@ -10,9 +10,9 @@ import jax
 import tqdm
 from absl import flags
 
-from experiments.common import cli, local_jobs
+from experiments.common import cli, local_jobs, readme_tables
 from experiments.federated import pictures, setting_flags
-from moe_jax import atomic_files, errors
+from moe_jax import atomic_files
 from moe_jax.analysis import paired
 from moe_jax.federated import accuracy, run
 
@@ -108,11 +108,7 @@ def run_study():
   atomic_files.write_text(out / 'results.json', json.dumps(record) + '\n')
   pictures.draw(out, results)
   text = tables(results)
-  readme = out / 'README.md'
-  old = readme.read_text(encoding='utf-8') if readme.exists() else f'{START}\n{END}\n'
-  errors.require(START in old and END in old, f'{readme} has no place for the tables; restore it')
-  head, tail = old.split(START)[0], old.split(END)[1]
-  atomic_files.write_text(readme, f'{head}{START}\n\n{text}\n\n{END}{tail}')
+  readme_tables.fill(out, START, END, text)
   print(text)
 
 

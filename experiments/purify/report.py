@@ -9,8 +9,9 @@ from typing import Any
 import matplotlib.figure
 from matplotlib.backends import backend_agg
 
+from experiments.common import readme_tables
 from experiments.purify import measures
-from moe_jax import atomic_files, errors
+from moe_jax import atomic_files
 from moe_jax.analysis import paired
 from moe_jax.post_training import answers
 
@@ -37,11 +38,7 @@ def write(out: pathlib.Path, found: Records, settings: Mapping[str, Any]):
   atomic_files.write_text(out / 'results.json', json.dumps(record, indent=1) + '\n')
   _draw(found, out / 'curves.png')
   text = '\n\n'.join(tables(found))
-  readme = out / 'README.md'
-  old = readme.read_text(encoding='utf-8') if readme.exists() else f'{START}\n{END}\n'
-  errors.require(START in old and END in old, f'{readme} has no place for the tables; restore it')
-  head, tail = old.split(START)[0], old.split(END)[1]
-  atomic_files.write_text(readme, f'{head}{START}\n\n{text}\n\n{END}{tail}')
+  readme_tables.fill(out, START, END, text)
   print(text)
 
 

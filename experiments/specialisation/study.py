@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments.common import cli, local_jobs
+from experiments.common import cli, local_jobs, readme_tables
 from moe_jax import atomic_files, errors
 from moe_jax.analysis import paired
 from moe_jax.api import load
@@ -199,11 +199,7 @@ def _write(
   out.mkdir(parents=True, exist_ok=True)
   atomic_files.write_text(out / 'results.json', json.dumps(record, indent=2) + '\n')
   text = table(list(arms), seeds, results, before)
-  readme = out / 'README.md'
-  old = readme.read_text(encoding='utf-8') if readme.exists() else f'{START}\n{END}\n'
-  errors.require(START in old and END in old, f'{readme} has no place for the table; restore it')
-  head, tail = old.split(START)[0], old.split(END)[1]
-  atomic_files.write_text(readme, f'{head}{START}\n\n{text}\n\n{END}{tail}')
+  readme_tables.fill(out, START, END, text)
   print(text)
 
 

@@ -36,26 +36,30 @@ def gain(unit: Mapping[str, Any]) -> paired.Interval:
 
 
 def study_table(units: Sequence[Mapping[str, Any]]) -> str:
-  """Markdown: a row per unit of the study.
+  """Markdown: a row per unit of the study, with verdicts by itself and corrected for all rows.
 
   Args:
     units: records of `study.train_unit`.
   """
   head = [
     'graph', 'rate', 'labels', 'loss', 'model', 'F1 plain', 'ReNode - plain, points', 'verdict',
-    'train accuracy plain, ReNode', 'r of Totoro and F1', 'r of Totoro and gain',
+    'verdict (Holm)', 'train accuracy plain, ReNode', 'r of Totoro and F1', 'r of Totoro and gain',
   ]  # fmt: skip
   rows = []
-  for unit in units:
+  gains_of = [
+    [b - a for a, b in zip(*(u['arms'][arm][F1] for arm in ('plain', 'renode')))] for u in units
+  ]
+  verdicts = [paired.verdict(gain(unit), 'higher') for unit in units]
+  corrected = paired.corrected(verdicts, [paired.p_value(one, 'higher') for one in gains_of])
+  for unit, gains, alone, together in zip(units, gains_of, verdicts, corrected):
     arms, key, found = unit['arms'], unit['key'], gain(unit)
-    gains = [b - a for a, b in zip(arms['plain'][F1], arms['renode'][F1])]
     rows.append(
       [
         key['graph'], key['rate'],
         'even' if key['imbalance'] == 1 else f'{key["imbalance"]:g} : 1',
         key['loss'].replace('_', ' '), key['model'] + _ranks(key),
         f'{100 * statistics.fmean(arms["plain"][F1]):.1f}', found.text(1),
-        paired.verdict(found, 'higher'),
+        alone, together,
         ', '.join(f'{statistics.fmean(arms[arm]["train_accuracy"]):.2f}' for arm in arms),
         correlation(unit['totoro'], arms['plain'][F1]), correlation(unit['totoro'], gains),
       ]

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from experiments.common import cli, local_jobs
+from experiments.common import cli, local_jobs, readme_tables
 from moe_jax import atomic_files, errors
 
 START, END = '<!-- table: written by the command -->', '<!-- end of table -->'
@@ -209,11 +209,7 @@ def _write(workdir: pathlib.Path, asked: Sequence[Key], out: pathlib.Path):
   lines = ',\n'.join(json.dumps(unit) for unit in units)
   atomic_files.write_text(out / 'results.json', f'[\n{lines}\n]\n')
   report.draw(units, out / 'gains.png')
-  readme = out / 'README.md'
-  old = readme.read_text(encoding='utf-8') if readme.exists() else f'{START}\n{END}\n'
-  errors.require(START in old and END in old, f'{readme} has no place for the table; restore it')
-  head, tail = old.split(START)[0], old.split(END)[1]
-  atomic_files.write_text(readme, f'{head}{START}\n\n{text}\n\n{END}{tail}')
+  readme_tables.fill(out, START, END, text)
   print(text)
   if len(done) < len(asked):
     print(f'{len(asked) - len(done)} of {len(asked)} units are left; the same command goes on')

@@ -14,6 +14,7 @@ import numpy as np
 import tqdm
 from absl import flags
 
+from experiments.common import readme_tables
 from experiments.topology import documents
 from moe_jax import atomic_files, errors
 from moe_jax.analysis import paired
@@ -193,11 +194,7 @@ def _write(
   atomic_files.write_text(out / 'bridge.json', json.dumps(record, indent=1) + '\n')
   text = table(seeds, results)
   print(text)
-  readme = out / 'README.md'
-  old = readme.read_text(encoding='utf-8') if readme.exists() else f'{START}\n{END}\n'
-  errors.require(START in old and END in old, f'{readme} has no place for the table; restore it')
-  head, tail = old.split(START)[0], old.split(END)[1]
-  atomic_files.write_text(readme, f'{head}{START}\n\n{text}\n\n{END}{tail}')
+  readme_tables.fill(out, START, END, text)
 
 
 def table(seeds: Sequence[int], results: Mapping[str, Mapping[str, Any]]) -> str:

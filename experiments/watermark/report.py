@@ -11,8 +11,9 @@ import matplotlib.figure
 import numpy as np
 from scipy import stats
 
+from experiments.common import readme_tables
 from experiments.watermark import arms as arms_lib
-from moe_jax import atomic_files, errors
+from moe_jax import atomic_files
 from moe_jax.analysis import paired
 from moe_jax.post_training import answers
 from moe_jax.watermark import partition
@@ -36,15 +37,11 @@ def write(out: pathlib.Path, settings: Any, results: Results, times: Mapping[str
     domain_table(results), windows_table(results), times_table(times),
   ]  # fmt: skip
   text = '\n\n'.join(tables)
-  readme = out / 'README.md'
   out.mkdir(parents=True, exist_ok=True)
-  old = readme.read_text(encoding='utf-8') if readme.exists() else f'{START}\n{END}\n'
-  errors.require(START in old and END in old, f'{readme} has no place for the tables; restore it')
-  head, tail = old.split(START)[0], old.split(END)[1]
   summary = {'settings': settings, 'seeds': summaries(results), 'seconds': times}
   atomic_files.write_text(out / 'summary.json', json.dumps(summary, indent=1) + '\n')
   _draw(results).savefig(out / 'curves.png', dpi=110)
-  atomic_files.write_text(readme, f'{head}{START}\n\n{text}\n\n{END}{tail}')
+  readme_tables.fill(out, START, END, text)
   print(text)
 
 

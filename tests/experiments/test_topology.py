@@ -28,6 +28,14 @@ def test_a_row_of_the_study_by_hand():
   assert '| 1.00, 1.00 | -0.90 [-0.99, -0.09] |' in row
 
 
+def test_verdicts_are_corrected_for_the_number_of_rows():
+  # p = 0.03 by itself, and 0.07 as one of two.
+  clear = unit([0.5] * 5, [0.513, 0.506, 0.52, 0.502, 0.508])
+  rows = report.study_table([clear, unit([0.5] * 5, [0.51, 0.49, 0.5, 0.52, 0.48])]).split('\n')
+  assert '| confirmed | not distinguishable |' in rows[2]
+  assert '| confirmed | confirmed |' in report.study_table([clear])
+
+
 def test_correlation_by_hand():
   # Ranks whose squared differences sum to 6: 1 - 6 * 6 / (5 * 24).
   r, low, high = trials.correlation([1, 2, 3, 4, 5], [1, 2, 5, 3, 4])

@@ -18,7 +18,6 @@ from moe_jax.analysis.purification import examples, resets
 from moe_jax.config import schema
 from moe_jax.models import layers, transformer
 
-Array = jax.Array
 Path = tuple[str, ...]
 
 
@@ -43,21 +42,18 @@ def _sums(model: schema.ModelConfig, variables: trees.Variables, batch: trees.Ba
       weights = jax.nn.one_hot(chosen, model.moe.num_experts).sum(3) * real[..., None]
       hidden = jnp.einsum('NBLD,NEDGF->NBLEGF', x, network['gate_up'])
       found[path] = (
-        jnp.einsum('NBLEF,NBLE->NEF', jnp.abs(_swiglu(hidden)), weights),
+        jnp.einsum('NBLEF,NBLE->NEF', jnp.abs(layers.swiglu(hidden)), weights),
         weights.sum((1, 2)),
       )
     else:
       hidden = jnp.einsum('NBLD,NDGF->NBLGF', x, network['gate_up'])
       found[path] = (
-        jnp.einsum('NBLF,NBL->NF', jnp.abs(_swiglu(hidden)), jnp.broadcast_to(real, x.shape[:3])),
+        jnp.einsum(
+          'NBLF,NBL->NF', jnp.abs(layers.swiglu(hidden)), jnp.broadcast_to(real, x.shape[:3])
+        ),
         jnp.broadcast_to(real.sum(), x.shape[:1]),
       )
   return found
-
-
-def _swiglu(hidden: Array) -> Array:
-  """[..., 2, F] -> [..., F]."""
-  return jax.nn.silu(hidden[..., 0, :]) * hidden[..., 1, :]
 
 
 def networks(params: trees.Params) -> Iterator[tuple[Path, trees.Params]]:
