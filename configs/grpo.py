@@ -54,11 +54,9 @@ def get_config(variant=''):
   config.objective.kind = 'policy'
   config.objective.inherit = True
   config.objective.balance = False
-  config.data.source = 'arithmetic'
-  config.data.path = '?max_value=20&operations=2&problems=20000'
+  recipes.small_sums(config)  # as of init_from, or questions that it has seen are held out
   config.data.tokenizer = ''  # that of init_from
   config.data.chat_format = ''
-  config.data.heldout_fraction = 0.1  # as of init_from, or questions that it has seen are held out
   config.objective.policy.max_new_tokens = 48
   config.objective.policy.kl_weight = 0.0
   config.optim.peak_lr = 3e-4

@@ -22,7 +22,28 @@ def _process(config):
   config.objective.policy.supervision = 'process'
 
 
-VARIANTS = {'process': _process}
+def _small(config):
+  """The small sums and the budget of configs/grpo.py, from configs/reasoner.py:small."""
+  recipes.small_sums(config)
+  config.objective.policy.max_new_tokens = 48
+  config.objective.policy.kl_weight = 0.0
+  config.optim.peak_lr = 3e-4
+  config.optim.schedule = 'cosine'
+  config.optim.final_lr_fraction = 0.05
+  config.optim.warmup_steps = 10  # the policy rests for as long: `value_warmup` of two steps each
+  config.train.num_steps = 240  # 120 iterations
+  config.train.batch_size = config.train.micro_batch_size = 32
+  config.train.eval_every = 80
+  config.checkpoint.save_every = 80
+
+
+def _small_process(config):
+  """`:small`, step by step."""
+  _small(config)
+  _process(config)
+
+
+VARIANTS = {'process': _process, 'small': _small, 'small_process': _small_process}
 
 
 def get_config(variant=''):

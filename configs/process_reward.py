@@ -18,7 +18,21 @@ def _outcome(config):
   config.objective.process_reward.outcome = True
 
 
-VARIANTS = {'outcome': _outcome}
+def _small(config):
+  """The small sums of configs/reasoner.py:small, for a few thousand labelled solutions."""
+  recipes.small_sums(config)
+  config.data.heldout_fraction = 0.2  # more than that of the run: it alone is of labelled questions
+  config.train.num_steps = 250
+  config.train.batch_size = 24
+
+
+def _small_outcome(config):
+  """`:small`, one label at the end of a solution."""
+  _small(config)
+  _outcome(config)
+
+
+VARIANTS = {'outcome': _outcome, 'small': _small, 'small_outcome': _small_outcome}
 
 
 def get_config(variant=''):

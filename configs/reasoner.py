@@ -7,6 +7,7 @@ Expect: 125 of 512 held-out questions right, 24 % [21, 28] (one seed).
 
 `:small` does easier sums with 0.7 million parameters in three minutes: a start for configs/grpo.py
 with room above it, 224 of 511 held-out questions right, 44 % [40, 48]; 18 to 34 % with others.
+`:small_dense` is a dense model of its activated parameters.
 `:programs` writes small programs, which `experiments.answers` runs (docs/topics/rewards.md): 26 of
 256 pass after 600 steps, 10 % [7, 15] (one seed).
 Bytes are tokens, so that a digit is one. The dial is `data.path`, see docs/topics/fine_tuning.md.
@@ -34,16 +35,22 @@ def _small(config):
   sizes.tiny(config)
   config.model.vocab_size, config.model.max_seq_len = 288, 96
   recipes.experts(config, shared=1, routed=15, per_tok=3, width=sizes.TINY_FFN / 2)
-  config.data.path = '?max_value=20&operations=2&problems=20000'
-  config.data.heldout_fraction = 0.1
+  recipes.small_sums(config)
   config.train.num_steps = 800
   config.train.batch_size = 24  # a conversation a row
   config.train.eval_every = 200
   config.checkpoint.save_every = 200
 
 
+def _small_dense(config):
+  """`:small` without experts: its activated parameters and FLOPs."""
+  _small(config)
+  recipes.make_dense(config, 2 * sizes.TINY_FFN)
+
+
 VARIANTS = {
   'small': _small,
+  'small_dense': _small_dense,
   'gshard': _gshard,
   'programs': _programs,
   'dense': lambda config: recipes.make_dense(config, 2 * WIDTH),  # equal activated parameters

@@ -202,6 +202,14 @@ def tune_on_sums(config: base.Page) -> base.Page:
   return config
 
 
+def small_sums(config: base.Page) -> base.Page:
+  """Sums of up to two operations on numbers to 20, a tenth of the questions held out."""
+  config.data.source = 'arithmetic'
+  config.data.path = '?max_value=20&operations=2&problems=20000'
+  config.data.heldout_fraction = 0.1
+  return config
+
+
 def variant(config: base.Page, name: str, variants: Mapping[str, base.Variant]) -> base.Page:
   """Applies the variant named after the colon of `--config=page.py:name` ('' = the page itself)."""
   if name:

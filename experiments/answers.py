@@ -28,6 +28,8 @@ if TYPE_CHECKING:
   from moe_jax.post_training import answers as answers_lib
   from moe_jax.rewards import pool as pool_lib
 
+MOST_TOKENS = 64  # of an answer, if not told otherwise
+
 
 def define_flags():
   """Flags of this command."""
@@ -38,7 +40,11 @@ def define_flags():
   cli.path_flag('against', '', 'directory of another run, which is asked the same questions')
   flags.DEFINE_integer('samples', 0, 'answers drawn to each question, beside the greedy one')
   flags.DEFINE_integer('n', 256, 'questions at most')
-  flags.DEFINE_integer('max_new_tokens', 64, 'tokens of an answer at most')
+  flags.DEFINE_integer(
+    'max_new_tokens',
+    None,
+    f'tokens of an answer at most; {MOST_TOKENS}, or what a row has room for',
+  )
   flags.DEFINE_integer('show', 0, 'questions that are shown with their answers')
   flags.DEFINE_integer('workers', 2, 'processes that run programs')
   flags.DEFINE_bool('unsafe_rewards', False, 'run programs without isolation')
@@ -63,17 +69,22 @@ def main(unused_argv: Sequence[str]):
 
   values, workdir = flags.FLAGS, cli.required('workdir')
   for name in ('n', 'max_new_tokens', 'workers'):
-    errors.require(values[name].value > 0, f'--{name}={values[name].value} must be positive')
+    given = values[name].value
+    errors.require(given is None or given > 0, f'--{name}={given} must be positive')
   errors.require(values.samples >= 0, f'--samples={values.samples} must be 0 (none) or more')
   like = trained_run.read_config(values.like) if values.like else None
   asked = fetch.local(values.like or workdir, '--like' if values.like else '--workdir')
   loaded = load.load(workdir, step=values.step, adapter=values.adapter, flag='--workdir')
   data = working_directory.resolved(like or loaded.config, asked).data
   questions = answers.questions(data, values.n)
+  other = load.load(values.against, flag='--against') if values.against else None
+  most = values.max_new_tokens or min(
+    _room(run, questions, data) for run in (loaded, other) if run is not None
+  )
   shown: list[str] = []
 
   with _rewards(data.source) as rewards:
-    here = _ask(loaded, questions, data, rewards, shown)
+    here = _ask(loaded, questions, data, most, rewards, shown)
     record = {'step': loaded.step} | here.found.as_dict()
     if rewards is not None:
       record['isolation'] = rewards.isolation
@@ -82,9 +93,8 @@ def main(unused_argv: Sequence[str]):
     if values.samples:
       record['sampled_share'] = statistics.fmean(here.sampled)
       shown.append(f'drawn, {values.samples} to each: {record["sampled_share"]:.1%} right')
-    if values.against:
-      other = load.load(values.against, flag='--against')
-      there = _ask(other, questions, data, rewards, [])
+    if other is not None:
+      there = _ask(other, questions, data, most, rewards, [])
       for name in ('greedy', 'sampled') if values.samples else ('greedy',):
         gained = paired.difference(getattr(here, name), getattr(there, name))
         record[f'{name}_gain'] = [gained.mean, gained.low, gained.high]
@@ -92,10 +102,23 @@ def main(unused_argv: Sequence[str]):
   print(json.dumps(record) if values.json else '\n'.join(shown))
 
 
+def _room(
+  run: 'run_lib.Run', questions: 'Sequence[answers_lib.Question]', data: 'schema.DataConfig'
+) -> int:
+  """Tokens of an answer: `MOST_TOKENS`, or what the longest question leaves of a row, if less."""
+  from moe_jax.data import chat_formats
+
+  prompts = chat_formats.prompts(data, [q.prompt for q in questions], run.tokenizer)
+  longest = max(len(prompt) for prompt in prompts)
+  # A question that fills a row is refused when it is asked.
+  return max(1, min(MOST_TOKENS, run.config.model.max_seq_len - longest))
+
+
 def _ask(
   loaded: 'run_lib.Run',
   questions: 'Sequence[answers_lib.Question]',
   data: 'schema.DataConfig',
+  most: int,
   rewards: 'pool_lib.RewardPool | None',
   shown: list[str],
 ) -> _Asked:
@@ -111,7 +134,7 @@ def _ask(
       mark = 'right' if right else f'wrong, the answer is {question.answer!r}'
       shown.append(f'{question.prompt[-1].content!r}\n  -> {text!r} ({mark})')
 
-  most, total = values.max_new_tokens, len(questions)
+  total = len(questions)
   found = answers.measure(loaded, questions, data, most, tell, rewards)
   for number in range(values.samples):
     drawn = sampling.Sampling(temperature=1.0, seed=number * total)

@@ -130,8 +130,7 @@ def _label(out: pathlib.Path):
 
 
 def _verify(out: pathlib.Path):
-  from moe_jax.post_training import answers, step_labels, step_scores, verification
-  from moe_jax.rewards import numbers
+  from moe_jax.post_training import answers, candidates, verification
   from moe_jax.runs import trained_run
 
   values = flags.FLAGS
@@ -148,30 +147,8 @@ def _verify(out: pathlib.Path):
   with _bar('questions', len(questions)) as bar:
     groups = writer.sample(questions, values.candidates, tell=lambda n: bar.update(n - bar.n))
   greedy = sum(one[0].right for one in writer.sample(questions, 1, greedy=True))
-  flat = [one for group in groups for one in group]
-  judged = [
-    step_scores.Solution(
-      one.question.prompt[-1].content, one.text, step_labels.ends_of_steps(one.text)
-    )
-    for one in flat
-  ]
-  scores = {kind: step_scores.score(judge, judged) for kind, judge in judges.items()}
-
-  def candidate(i: int) -> verification.Candidate:
-    one, form = flat[i], numbers.form_of(flat[i].question.answer)
-    stated = numbers.stated(one.text, form)
-    value = None if stated is None else numbers.parse(stated)
-    orm, prm = scores['orm'][i], scores['prm'][i]
-    return verification.Candidate(
-      stated if value is None else str(value),
-      one.right,
-      len(judged[i].ends),
-      float(orm[0]) if len(orm) else 0.0,
-      tuple(map(float, prm)),
-    )
-
   size = values.candidates
-  pools = [[candidate(i * size + j) for j in range(size)] for i in range(len(groups))]
+  pools = candidates.judged(groups, judges)
   counts = [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if n < size] + [size]
   total, result = len(questions), {}
   share = answers.wilson(greedy, total)

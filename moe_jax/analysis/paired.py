@@ -19,6 +19,7 @@ from moe_jax import errors
 CONFIRMED, CONTRADICTED, UNDECIDED = 'confirmed', 'contradicted', 'not distinguishable'
 DIRECTIONS = ('lower', 'higher', 'equal')
 LEVEL = 0.05  # of wrong verdicts, one minus the confidence
+MOST_SEEDS = 10_000  # that `seeds_that_decide` counts to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,3 +144,35 @@ def corrected(verdicts: Sequence[str], p_values: Sequence[float]) -> list[str]:
     p_values: of `p_value`, likewise.
   """
   return [v if p <= LEVEL else UNDECIDED for v, p in zip(verdicts, holm(p_values), strict=True)]
+
+
+def seeds_that_decide(values: Sequence[float], margin: float | None = None) -> int | None:
+  """How many seeds tell such differences from 0 in four of five studies, mean and spread as here.
+
+  The least n whose (t_0.975 + t_0.8) s / sqrt(n) is no more than the mean (quantiles of Student's t
+  with n - 1 degrees): a two-sided test at `LEVEL` with a power of 80 %. From few seeds it is a
+  guess, as their mean and spread are; above 50 it is counted in steps of a fiftieth.
+
+  Args:
+    values: differences, one per seed.
+    margin: of a claim of equality; n then places the interval within it. None = against 0.
+
+  Returns:
+    n, at least 2; None for a single value, or where no number does: the mean is 0 or at the margin.
+  """
+  if len(values) == 1:
+    return None
+  mean, spread = statistics.fmean(values), statistics.stdev(values)
+  distance = abs(mean) if margin is None else abs(margin - abs(mean))
+  if not distance:
+    return None
+  number = 2
+  while _reach(number) * spread > distance and number < MOST_SEEDS:
+    number += max(1, number // 50)
+  return number if number < MOST_SEEDS else None
+
+
+@functools.cache
+def _reach(number: int) -> float:
+  """The difference that `number` seeds tell from 0 with a power of 80 %, in deviations."""
+  return float(stats.t.ppf([1 - LEVEL / 2, 0.8], number - 1).sum()) / math.sqrt(number)

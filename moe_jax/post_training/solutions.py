@@ -18,6 +18,7 @@ from moe_jax.rewards import registry
 from moe_jax.runs import trained_run
 
 BATCH = 64  # questions or prefixes that are read together
+ROOM = 8  # limits of what is written behind prefixes are multiples of it: a program for each
 
 
 class Sampled(NamedTuple):
@@ -62,8 +63,8 @@ class Writer:
     self._train = dataclasses.replace(run.cfg.train, seed=seed)
     self._judge = registry.build('answer')
 
-  def _sampler(self, group_size: int) -> rollouts.Sampler:
-    policy = dataclasses.replace(self._policy, group_size=group_size)
+  def _sampler(self, group_size: int, limit: int) -> rollouts.Sampler:
+    policy = dataclasses.replace(self._policy, group_size=group_size, max_new_tokens=limit)
     objective = dataclasses.replace(self._run.cfg.objective, policy=policy)
     cfg = dataclasses.replace(self._run.cfg, objective=objective, train=self._train)
     return rollouts.Sampler(cfg, self._run.tokenizer.end_ids, self._run.mesh)
@@ -74,18 +75,36 @@ class Writer:
     group_size: int,
     greedy: bool,
     tell: Callable[[int], None],
+    begun: bool = False,
   ) -> list[list[rollouts.Answer]]:
-    """The answers to every prompt, read in batches of one size."""
-    sampler, found = self._sampler(group_size), []
+    """The answers to every prompt, read in batches of one size.
+
+    Prompts that hold the beginning of an answer (`begun`) are read by length, and the rest of the
+    answer ends where the row does, if not before.
+    """
+    numbers = list(range(len(prompts)))
+    if begun:
+      numbers.sort(key=lambda i: len(prompts[i]))
+    found: dict[int, list[rollouts.Answer]] = {}
     for begin in range(0, len(prompts), BATCH):
-      here = list(prompts[begin : begin + BATCH])
+      which = numbers[begin : begin + BATCH]
+      here = [prompts[i] for i in which]
       filled = here + here[:1] * (BATCH - len(here) if len(prompts) > BATCH else 0)
+      sampler = self._sampler(group_size, self._limit(filled, begun))
       out = sampler.sample(self._run.variables, filled, self._draws, greedy=greedy).answers
       self._draws += 1
       size = len(out) // len(filled)
-      found += [out[i * size : (i + 1) * size] for i in range(len(here))]
+      found |= {i: out[k * size : (k + 1) * size] for k, i in enumerate(which)}
       tell(len(found))
-    return found
+    return [found[i] for i in range(len(prompts))]
+
+  def _limit(self, prompts: Sequence[Sequence[int]], begun: bool) -> int:
+    """Tokens that are written behind prompts at most."""
+    limit = self._policy.max_new_tokens
+    if not begun:
+      return limit
+    room = self._run.cfg.model.max_seq_len - max(len(prompt) for prompt in prompts)
+    return min(limit, room // ROOM * ROOM or room)
 
   def is_right(self, question: answers_lib.Question, text: str) -> bool:
     """Whether a text gives the question's answer."""
@@ -153,7 +172,7 @@ class Writer:
       prefixes += [
         (number, text, [*one.prompt, *one.tokens[: last + 1]]) for text, last in zip(texts, at)
       ]
-    written = self._written([ids for *_, ids in prefixes], completions, False, tell)
+    written = self._written([ids for *_, ids in prefixes], completions, False, tell, begun=True)
     outcomes: list[list[tuple[bool, ...]]] = [[] for _ in kept]
     for (number, text, _), group in zip(prefixes, written):
       outcomes[number].append(

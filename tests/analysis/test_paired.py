@@ -93,3 +93,18 @@ def test_holm_by_hand():
   assert paired.corrected(verdicts, [0.03, 0.9, 0.01, 0.02]) == [
     *(paired.UNDECIDED, paired.UNDECIDED, paired.CONTRADICTED, paired.UNDECIDED)
   ]
+
+
+def test_seeds_that_decide():
+  # A mean of one deviation takes 10 seeds for a power of 80 %, of half a deviation 34 (tables of
+  # the t test say 10 and 34).
+  spread = [-1.0, 0.0, 1.0]
+  assert paired.seeds_that_decide([v + 1 for v in spread]) == 10
+  assert paired.seeds_that_decide([v - 1 for v in spread]) == 10
+  assert paired.seeds_that_decide([v + 0.5 for v in spread]) == 34
+  # Equality within 1.2: what is left of the margin counts.
+  assert paired.seeds_that_decide([v + 0.2 for v in spread], 1.2) == 10
+  assert paired.seeds_that_decide([1.0, 1.0]) == 2
+  assert paired.seeds_that_decide([1.0]) is None
+  assert paired.seeds_that_decide(spread) is None
+  assert paired.seeds_that_decide([v + 0.001 for v in spread]) is None

@@ -140,6 +140,13 @@ def test_conventional_experts_match_the_page(page):
   assert sizes(dense)[1] == sizes(fine)[1]
 
 
+def test_the_small_reasoner_has_a_dense_twin():
+  small, dense = (preset('reasoner', variant) for variant in ('small', 'small_dense'))
+  assert not dense.model.is_moe and sizes(dense.model)[1] == sizes(small.model)[1]
+  keys = {key for key in changed(small, dense) if not key.startswith(('model.', 'paper.'))}
+  assert not keys  # the same data, steps and rates
+
+
 # The ladder of DeepSeekMoE
 
 LADDERS = ('deepseekmoe_tiny', 'deepseekmoe_small', 'deepseekmoe_2b')

@@ -13,6 +13,10 @@ from moe_jax.rewards import pool, reward
 from tests import in_process
 
 
+def a_config(data, max_seq_len=256):
+  return types.SimpleNamespace(data=data, model=types.SimpleNamespace(max_seq_len=max_seq_len))
+
+
 @pytest.fixture
 def asked(tmp_path, monkeypatch):
   """The settings of every pool that is opened; the run writes `def f` whatever it is asked."""
@@ -24,7 +28,7 @@ def asked(tmp_path, monkeypatch):
     return generate.Generation([[1] * 5 for _ in prompts], ['def f' for _ in prompts], 1.0)
 
   loaded = types.SimpleNamespace(
-    config=types.SimpleNamespace(data=data), tokenizer=tokenizer, complete=complete, step=7
+    config=a_config(data), tokenizer=tokenizer, complete=complete, step=7
   )
   monkeypatch.setattr(load, 'load', lambda *args, **kwargs: loaded)
   monkeypatch.setattr(answers.cli, 'required', lambda name: str(tmp_path))
@@ -67,7 +71,7 @@ def test_as_json_and_without_isolation(asked, capsys):
   assert asked[0][2]['defaults'] == {'program': {'unsafe': True}}
 
 
-def a_run(right_share_of: dict[float, int]):
+def a_run(right_share_of: dict[float, int], max_seq_len=256, limits=None):
   """A run that answers sums: of the questions by number every n-th is right, n by temperature."""
   values = base.get_config().data.to_dict() | {'source': 'arithmetic', 'heldout_fraction': 0.5}
   data = schema.DataConfig(**values | {'path': '?max_value=9&operations=1&problems=300'})
@@ -75,6 +79,8 @@ def a_run(right_share_of: dict[float, int]):
 
   def complete(prompts, max_new_tokens, sampling):
     texts = []
+    if limits is not None:
+      limits.append((max(map(len, prompts)), max_new_tokens))
     for number, prompt in enumerate(prompts):
       words = tokenizer.decode(list(prompt)).split('What is ')[1].split('?')[0].split()
       value = int(words[0]) + int(words[2]) * (1 if words[1] == '+' else -1)
@@ -82,7 +88,7 @@ def a_run(right_share_of: dict[float, int]):
     return generate.Generation([[1] * 5 for _ in prompts], texts, 1.0)
 
   return types.SimpleNamespace(
-    config=types.SimpleNamespace(data=data), tokenizer=tokenizer, complete=complete, step=7
+    config=a_config(data, max_seq_len), tokenizer=tokenizer, complete=complete, step=7
   )
 
 
@@ -102,3 +108,20 @@ def test_drawn_answers_and_another_run_are_told_beside(tmp_path, monkeypatch, ca
   found = json.loads(capsys.readouterr().out)
   assert found['sampled_share'] == 0.25 and found['greedy_gain'][0] == 0.25
   assert found['sampled_gain'] == [0, 0, 0] and found['right'] == 8
+
+
+def test_without_a_limit_an_answer_may_fill_the_shorter_row(tmp_path, monkeypatch, capsys):
+  limits = []
+  runs = {
+    str(tmp_path): a_run({0.0: 2}, limits=limits),
+    'short': a_run({0.0: 2}, max_seq_len=60, limits=limits),
+  }
+  monkeypatch.setattr(load, 'load', lambda workdir, **settings: runs[workdir])
+  monkeypatch.setattr(answers.cli, 'required', lambda name: str(tmp_path))
+  in_process.run(answers, '--n=8')
+  in_process.run(answers, '--n=8', '--against=short')
+  in_process.run(answers, '--n=8', '--against=short', '--max_new_tokens=30')
+  (alone, here, there, *given) = limits
+  assert alone[1] == answers.MOST_TOKENS
+  assert here == there and here[0] + here[1] == 60
+  assert [limit for _, limit in given] == [30, 30]

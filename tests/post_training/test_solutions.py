@@ -29,8 +29,8 @@ def writer(monkeypatch, script):
   run = types.SimpleNamespace(cfg=cfg, tokenizer=tokenizer(), mesh=None, variables=None)
   one = solutions.Writer(run, cfg.data)
 
-  def written(prompts, group_size, greedy, tell):
-    asked.append((prompts, group_size, greedy))
+  def written(prompts, group_size, greedy, tell, begun=False):
+    asked.append((prompts, group_size, greedy, begun))
     groups = script.pop(0)
     return [
       [answer(text, prompt, ended) for text, ended in group]
@@ -67,8 +67,8 @@ def test_every_beginning_is_completed_and_the_last_step_is_checked(monkeypatch):
   # Repaired once, so called good.
   assert second.outcomes == ((True, False), (False, False), (False,))
   assert first.truth == (True, True, True) and second.truth == (False, True, False)
-  prompts, size, greedy = asked[1]
-  assert size == 2 and not greedy and len(prompts) == 4
+  prompts, size, greedy, begun = asked[1]
+  assert size == 2 and not greedy and begun and not asked[0][3] and len(prompts) == 4
   decode = tokenizer().decode
   assert [decode(ids).rpartition('Assistant:')[2] for ids in prompts] == [
     ' 7 + 5 = 12\n',
@@ -76,3 +76,28 @@ def test_every_beginning_is_completed_and_the_last_step_is_checked(monkeypatch):
     ' 7 + 5 = 13\n',
     ' 7 + 5 = 13\n13 - 3 = 10\n',
   ]
+
+
+def test_the_rest_of_an_answer_ends_with_its_row(monkeypatch):
+  """Beginnings are read by length, each batch with the room that is left; order is kept."""
+  cfg = tiny.make(**CHANGES | {'model__max_seq_len': 64})
+  run = types.SimpleNamespace(cfg=cfg, tokenizer=tokenizer(), mesh=None, variables=None)
+  one, asked = solutions.Writer(run, cfg.data, max_new_tokens=24), []
+
+  class Sampler:
+    def __init__(self, group_size, limit):
+      self.limit = limit
+
+    def sample(self, variables, prompts, draw, greedy):
+      asked.append((max(map(len, prompts)), self.limit))
+      return types.SimpleNamespace(answers=[answer(str(len(p)), p) for p in prompts])
+
+  monkeypatch.setattr(one, '_sampler', Sampler)
+  monkeypatch.setattr(solutions, 'BATCH', 2)
+  prompts = [[1] * n for n in (47, 10, 30, 45, 62)]
+  found = one._written(prompts, 1, False, lambda n: None, begun=True)
+  assert [len(group[0].prompt) for group in found] == [47, 10, 30, 45, 62]
+  # The limit itself where there is room for 34; 16 of 17, and all of the last 2.
+  assert asked == [(30, 24), (47, 16), (62, 2)]
+  one._written(prompts[:2], 1, False, lambda n: None)
+  assert asked[3:] == [(47, 24)]  # a whole answer has its limit, and an error if there is no room
