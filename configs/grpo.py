@@ -5,8 +5,9 @@ Run:    python -m experiments.train --config=configs/reasoner.py:small --workdir
           --workdir=runs/grpo
 Takes:  2 and 5 minutes on one idle CPU core, 3 and 12 on one that does other work too.
 Expect: held-out questions right 44 % -> 62 %, paired by question +18 points [+14, +23] with seed
-        0; +5 to +7 with seeds 2 to 4, -2 with seed 1. The page itself, by outcome, is not shown to
-        gain; see docs/topics/reinforcement.md.
+        0; +5 to +7 with five of eight others, nothing with two, -56 with one, by a loophole that is
+        closed since. The page itself, by outcome, is not shown to gain; see
+        docs/topics/reinforcement.md.
 Own data: --config.data.source=conversations --config.data.path=questions.jsonl
 
 The model is that of `init_from`, without balance losses and with its expert bias at rest. The

@@ -29,7 +29,7 @@ class Judged(NamedTuple):
 def step_ends(
   decode: Decode, ids: Sequence[int], offsets: Sequence[int], skipped: int
 ) -> list[int]:
-  """Index of the token with which the text of `ids` reaches each offset.
+  """Index of the token with which the text of `ids` reaches each offset; the last one if none does.
 
   Args:
     decode: ids to text.

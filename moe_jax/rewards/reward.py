@@ -20,7 +20,8 @@ class Reward(NamedTuple):
   parts: Mapping[str, float]  # what the value is made of, to be logged
   kind: str  # one of KINDS
   # (offset in the text of the character behind a step's last one, reward of the step), in order;
-  # None without process supervision.
+  # an offset behind the text stands for the token that ends the answer. None without process
+  # supervision.
   step_rewards: Sequence[tuple[int, float]] | None = None
 
 

@@ -113,6 +113,10 @@ def test_step_ends_are_the_tokens_that_reach_them():
   # Behind the space that opens the answer: 'abc' ends with token 1, 'abc\nd' with token 2.
   assert policy_batches.step_ends(decode, [1, 2, 3, 4], [3, 5, 7], 1) == [1, 2, 3]
   assert policy_batches.step_ends(decode, [1, 2, 3, 4], [1], 1) == [0]
+  # What stands behind the text is at the last token: that which ends it, where it has ended.
+  pieces[0] = ''
+  assert policy_batches.step_ends(decode, [1, 2, 0], [3, 4], 1) == [1, 2]
+  assert policy_batches.step_ends(decode, [0], [1], 0) == [0]
 
 
 def test_the_gap_between_sampler_and_trainer():

@@ -29,18 +29,28 @@ def test_every_solution_is_right():
 @pytest.mark.parametrize(
   'text, expected',
   [
-    # A detour, true all along: no line of it is one of the solution's.
+    # The other order, true all along: no line of it is one of the solution's.
     ('7 - 3 = 4\n4 + 5 = 9\nThe answer is 9.', ('right', [1, 1, 1], 1)),
+    # True lines of another question, whose answer is not asked for.
+    ('7 - 5 = 2\n2 - 3 = -1\nThe answer is -1.', ('wrong', [0, 1, 0], 1 / 3)),
+    ('7 + 3 = 10\n10 + 5 = 15\nThe answer is 15.', ('wrong', [0, 1, 0], 1 / 3)),
+    # An operation is done once, and nothing is added that was not asked for.
+    ('7 + 5 = 12\n12 + 5 = 17\nThe answer is 17.', ('wrong', [1, 0, 0], 1 / 3)),
+    ('7 + 0 = 7\n7 + 5 = 12\n12 - 3 = 9\nThe answer is 9.', ('right', [0, 1, 1, 1], 3 / 4)),
     # A false equation, and what goes on from it truly; the answer that follows is wrong.
     ('7 + 5 = 13\n13 - 3 = 10\nThe answer is 10.', ('wrong', [0, 1, 0], 1 / 3)),
     # A true equation out of nothing; the answer is right all the same.
     ('7 + 5 = 12\n11 - 2 = 9\nThe answer is 9.', ('right', [1, 0, 1], 2 / 3)),
-    ('7 + 5 = 12\nso\n12 - 3 = 9', ('no_answer', [1, 1], 1)),
+    # A line of another form is a wrong step, and so is the answer that is not given.
+    ('7 + 5 = 12\nso\n12 - 3 = 9', ('no_answer', [1, 0, 1, 0], 1 / 2)),
+    ('7 + 5 = 12\n\n12 - 3 = 9', ('no_answer', [1, 1, 0], 2 / 3)),
+    ('7 + 5 = 12\n12 - 3 = 9\nThe answe is 9.', ('no_answer', [1, 1, 0, 0], 1 / 2)),
+    ('so\n7 + 5 = 12\n12 - 3 = 9\nThe answer is 9.', ('right', [0, 1, 1, 1], 3 / 4)),
     # Nothing is earned behind an answer.
     ('The answer is 9.\n9 + 0 = 9\n9 + 0 = 9', ('right', [1], 1)),
-    ('I do not know', ('no_answer', [], 0)),
-    ('', ('no_answer', [], 0)),
-    ('7 + 5 = ' + '1' * 5000, ('no_answer', [], 0)),
+    ('I do not know', ('no_answer', [0, 0], 0)),
+    ('', ('no_answer', [0], 0)),
+    ('7 + 5 = ' + '1' * 5000, ('no_answer', [0, 0], 0)),
   ],
 )
 def test_steps(text, expected):
@@ -51,4 +61,22 @@ def test_steps(text, expected):
 def test_ends_are_offsets_in_the_text_as_it_is():
   text = ' 7 + 5 = 12 \r\n\n12 - 3 = 9'
   ends = [end for end, _ in steps.steps('', (), text, EXAMPLE).step_rewards]
-  assert [text[:end] for end in ends] == [' 7 + 5 = 12', text]
+  assert [text[:end] for end in ends[:-1]] == [' 7 + 5 = 12', text]
+  assert ends[-1] > len(text)  # the answer that did not come: at the token that ends the text
+
+
+def test_an_operation_that_is_asked_twice_may_be_done_twice():
+  example = {'question': 'What is 1 + 2 + 2?', 'answer': 'The answer is 5.'}
+  text = '1 + 2 = 3\n3 + 2 = 5\n5 + 2 = 7\nThe answer is 5.'
+  found = steps.steps('', (), text, example)
+  assert [value for _, value in found.step_rewards] == [1, 1, 0, 1]
+
+
+def test_giving_no_answer_never_pays():
+  """However an answer's line is broken, its steps are worth less than those of a wrong answer."""
+  right = '7 + 5 = 12\n12 - 3 = 9\n'
+  wrong = judged(right + 'The answer is 8.')
+  for line in ('', 'The answe is 8.', 'The answer is', 'The answer is 8', '9'):
+    kind, values, value = judged(right + line)
+    assert kind == 'no_answer' and sum(values) == sum(wrong[1])
+    assert values.count(0) >= wrong[1].count(0) and value <= wrong[2]

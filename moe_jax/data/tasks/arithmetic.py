@@ -87,10 +87,12 @@ def is_right(text: str, solution: str) -> bool:
 def steps(text: str, question: str, solution: str) -> tuple[Step, ...]:
   """The steps that a text takes to an answer, the answer being the last one.
 
-  A line is computed and not compared with the solution: it is right if it is true and goes on from
-  the value before it. Lines of another form are no steps, and nor is what stands behind an answer.
+  A line is computed and not compared with the solution: it is right if it is true, goes on from the
+  value before it, and does one of the question's operations that no line has done before, in any
+  order: a true line about other numbers is a step of another question. Lines of another form are
+  no steps, and nor is what stands behind an answer.
   """
-  state = int(question.removeprefix('What is ').split()[0].rstrip('?'))
+  state, left = _asked(question)
   found, begin = [], 0
   for line in text.splitlines(keepends=True):
     end = begin + len(line.rstrip())
@@ -101,12 +103,21 @@ def steps(text: str, question: str, solution: str) -> tuple[Step, ...]:
     if match is not None:
       first, sign, operand, result = int(match[1]), match[2], int(match[3]), int(match[4])
       true = result == (first + operand if sign == '+' else first - operand)
-      found.append(Step(end, true and first == state, False))
+      asked = (sign, operand) in left
+      if asked:
+        left.remove((sign, operand))
+      found.append(Step(end, true and first == state and asked, False))
       state = result
   return tuple(found)
 
 
+def _asked(question: str) -> tuple[int, list[tuple[str, int]]]:
+  """(the number that a question begins with, its operations as (sign, operand))."""
+  words = question.removeprefix('What is ').rstrip('?').split()
+  return int(words[0]), [(sign, int(operand)) for sign, operand in zip(words[1::2], words[2::2])]
+
+
 def num_right_steps(text: str, question: str) -> tuple[int, int]:
-  """(steps of a text that are true and go on from the one before, steps of a text)."""
+  """(right steps of a text, see `steps`, steps of a text); the answer is none."""
   found = [one.right for one in steps(text, question, '') if not one.is_answer]
   return sum(found), len(found)
