@@ -54,10 +54,11 @@ def run(
       train(one)
   elif jobs > 1 and len(pending) > 1:
     command = [sys.executable, '-m', module, *sys.argv[1:], *more_flags]
-    shards = []
+    places, shards = _cores(jobs), []
+    print(cost(places), file=sys.stderr)
     for i in range(jobs):
       shards.append(subprocess.Popen([*command, f'--shard={i}']))
-      _keep_on_cores(shards[i].pid, i, jobs)
+      _keep_on_cores(shards[i].pid, places[i])
     if any([shard.wait() for shard in shards]):
       raise errors.InputError(
         'a shard failed, see above; the same command again goes on from there'
@@ -84,9 +85,29 @@ def seeds(words: Sequence[str]) -> list[int]:
   return found
 
 
-def _keep_on_cores(process: int, shard: int, jobs: int):
+def cost(places: Sequence[Sequence[int]]) -> str:
+  """Says in a line what processes on these cores, [] where they are not set, take and save."""
+  where = ' | '.join(','.join(map(str, cores)) for cores in places)
+  line = f'--jobs={len(places)}: processes'
+  line += f' on cores {where}' if where.strip('| ') else ', whose cores this system does not set'
+  if len({core for cores in places for core in cores}) < len(places):
+    line += ' (fewer cores than processes: they wait for each other)'
+  return line + (
+    '; a single run takes longer, all of them less; each process holds weights, text and compiled '
+    'programs of its own'
+  )
+
+
+def _cores(jobs: int) -> list[list[int]]:
+  """Of each process its share of the cores of this one, all of them if there are too few."""
+  if not hasattr(os, 'sched_setaffinity'):
+    return [[] for _ in range(jobs)]
+  cores = sorted(os.sched_getaffinity(0))
+  return [cores[i::jobs] or cores for i in range(jobs)]
+
+
+def _keep_on_cores(process: int, cores: Sequence[int]):
   """Of a process that has just begun: threads that it starts later stay there too."""
-  if hasattr(os, 'sched_setaffinity'):
-    cores = sorted(os.sched_getaffinity(0))
+  if cores:
     with contextlib.suppress(ProcessLookupError):  # it has failed already, and has said why
-      os.sched_setaffinity(process, cores[shard::jobs] or cores)
+      os.sched_setaffinity(process, cores)

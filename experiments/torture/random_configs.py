@@ -99,7 +99,7 @@ ROUTERS = sorted(router_traits.known())
 _LATENT = dict(kv_lora_rank=6, qk_nope_head_dim=4, qk_rope_head_dim=8, v_head_dim=5)
 CHOICES: dict[str, Sequence[Any]] = {
   'model.attention.kind': attention_config.KINDS,
-  'model.attention.impl': ('reference', 'chunked', 'dot_product'),
+  'model.attention.impl': ('reference', 'short', 'chunked', 'dot_product'),
   'model.attention.num_kv_heads': (1, 2),
   'model.attention.rope.layout': attention_config.ROPE_LAYOUTS,
   'model.attention.rope.yarn.factor': (1.0, 2.0),

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from moe_jax import errors
 
 KINDS = ('gqa', 'mla')
-IMPLS = ('auto', 'reference', 'chunked', 'dot_product', 'splash', 'tokamax')
+IMPLS = ('auto', 'reference', 'short', 'chunked', 'dot_product', 'splash', 'tokamax')
 ROPE_LAYOUTS = ('half', 'interleaved')
 
 

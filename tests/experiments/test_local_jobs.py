@@ -36,13 +36,24 @@ def jobs(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(os, 'sched_setaffinity'), reason='cores are not set here')
-def test_each_process_and_its_threads_stay_on_their_own_cores(jobs, tmp_path):
+def test_each_process_and_its_threads_stay_on_their_own_cores(jobs, tmp_path, capsys):
   before = os.sched_getaffinity(0)
   jobs()
   found = [json.loads((tmp_path / f'--shard={i}').read_text()) for i in range(2)]
   assert os.sched_getaffinity(0) == before
   assert sorted(found[0] + found[1]) == sorted(before) * (2 if len(before) == 1 else 1)
   assert len(before) == 1 or not set(found[0]) & set(found[1])
+  line = capsys.readouterr().err
+  assert line.startswith('--jobs=2: processes on cores ') and line.count('\n') == 1
+  for cores in found:
+    assert ','.join(map(str, cores)) in line
+
+
+def test_what_more_processes_cost_is_said():
+  assert 'wait for each other' not in local_jobs.cost([[0, 2], [1]])
+  assert '--jobs=2: processes on cores 0,2 | 1; a single run' in local_jobs.cost([[0, 2], [1]])
+  assert 'fewer cores than processes: they wait for each other' in local_jobs.cost([[0], [0]])
+  assert 'whose cores this system does not set' in local_jobs.cost([[], []])
 
 
 def test_a_process_that_fails_is_an_error(jobs):

@@ -51,7 +51,7 @@ def run(layer, params, x, **control):
   return jax.tree.map(np.asarray, jitted(layer, params, x, control))
 
 
-@pytest.mark.parametrize('impl', ['reference', 'chunked'])
+@pytest.mark.parametrize('impl', ['reference', 'short', 'chunked'])
 @pytest.mark.parametrize('kind', KINDS)
 def test_it_is_the_models_attention(kind, impl):
   fast, slow, params, x = layers(kind, impl)

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax import errors
-from moe_jax.devices import hardware, partitioning
+from moe_jax.devices import hardware
 
 Array = jax.Array
 
@@ -27,7 +26,7 @@ def attend(
 ) -> Array:
   """Causal grouped self-attention; arguments and result as in `reference.attend`.
 
-  Queries and keys are of the same tokens: `require_whole_rows` refuses meshes that split queries.
+  Queries and keys are of the same tokens: `choose` refuses meshes that split queries.
   """
   del positions, first  # row order says the same
   length, (h, v_dim) = q.shape[1], (q.shape[-1], v.shape[-1])
@@ -55,20 +54,6 @@ def cudnn_runs(head_dim: int, v_head_dim: int, dtype: jnp.dtype | str) -> bool:
     return False
   gpu, width = hardware.compute_capability(), max(head_dim, v_head_dim)
   return gpu >= HOPPER and width <= 256 or gpu >= AMPERE and width <= 128
-
-
-def require_whole_rows():
-  """Refuses meshes that split the queries of a row: its mask would have to be split with them.
-
-  Raises:
-    errors.InputError: names the axis and what runs there.
-  """
-  ways = partitioning.axis_size('sequence')
-  errors.require(
-    ways == 1,
-    f"config.model.attention.impl='dot_product' attends with whole rows, and config.mesh.sequence="
-    f"{ways} splits them; set it to 'auto', or to 'chunked' for long rows",
-  )
 
 
 def _mask(segment_ids: Array) -> Array:

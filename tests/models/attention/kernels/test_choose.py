@@ -13,8 +13,9 @@ BACKENDS = ('tpu', 'gpu', 'cpu')
 
 
 def test_auto_on_a_cpu_asks_the_length():
-  assert operands.choose(length=511) == 'reference'
-  assert operands.choose(length=512) == 'chunked'
+  assert operands.choose(length=63) == 'reference'
+  assert operands.choose(length=64) == operands.choose(length=256) == 'short'
+  assert operands.choose(length=257) == 'chunked'
 
 
 def test_auto_on_a_tpu_is_splash(monkeypatch):
@@ -58,7 +59,7 @@ def test_auto_on_a_gpu_without_tokamax_is_cudnn_where_it_serves(monkeypatch):
 def test_a_named_implementation_is_taken_where_it_runs(monkeypatch):
   for platform in BACKENDS:
     operands.on(monkeypatch, platform)
-    for name in ('reference', 'chunked', 'dot_product'):
+    for name in ('reference', 'short', 'chunked', 'dot_product'):
       assert operands.choose(name, length=10_000) == name
   for platform in ('cpu', 'gpu'):
     operands.on(monkeypatch, platform)

@@ -15,6 +15,7 @@ import pytest
 from moe_jax.models.attention.kernels import (
   chunked,
   reference,
+  short,
   splash,
 )
 from tests import tiny
@@ -26,6 +27,7 @@ def small_blocks():
   """Several blocks per row, so that there are some before, on and after the diagonal."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(chunked, 'BLOCK', 32)
+    patch.setattr(short, 'BLOCK', 48)  # 150 is no multiple
     patch.setattr(splash, 'BLOCKS', (splash.LANES,))
     yield
 
@@ -101,7 +103,7 @@ def test_the_mask_of_a_cache_by_hand():
     np.testing.assert_allclose(masked(q, k, v, seen)[0, 0, :, 0], [want] * 2, rtol=1e-6)
 
 
-@pytest.mark.parametrize('name', ['reference', 'chunked', 'dot_product'])
+@pytest.mark.parametrize('name', ['reference', 'short', 'chunked', 'dot_product'])
 def test_softmax_is_in_float32(name):
   arrays = operands.operands(operands.SHAPES['GQA'], 'bfloat16')[:3]
   program = jax.make_jaxpr(functools.partial(operands.ATTENDS[name], scale=0.5))(

@@ -15,7 +15,7 @@ import pytest
 from moe_jax import errors
 from moe_jax.devices import hardware, partitioning
 from moe_jax.models.attention import kernels
-from moe_jax.models.attention.kernels import chunked, sharded, splash
+from moe_jax.models.attention.kernels import chunked, sharded, short, splash
 from tests import tiny
 from tests.models import blocks
 
@@ -52,6 +52,7 @@ def small_blocks():
   """Parts of 10 and 20 queries in blocks of 8: no cut is at the border of a block."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(chunked, 'BLOCK', 8)
+    patch.setattr(short, 'BLOCK', 16)
     patch.setattr(splash, 'BLOCKS', (splash.LANES,))
     yield
 
@@ -105,9 +106,9 @@ def on_one_device(shape, length):
 
 CASES = {
   f'{name}, {mesh}': (name, axes)
-  for name in ('reference', 'chunked', 'dot_product')
+  for name in ('reference', 'short', 'chunked', 'dot_product')
   for mesh, axes in MESHES.items()
-  if name != 'dot_product' or 'sequence' not in axes  # refused, see below
+  if name not in ('short', 'dot_product') or 'sequence' not in axes  # refused, see below
 }
 
 
@@ -125,7 +126,7 @@ def test_parts_of_splash_are_those_of_one_device(axes):
   tiny.assert_trees_close(program(*arrays), on_one_device(GQA, LONG), **CLOSE)
 
 
-@pytest.mark.parametrize('name', ['reference', 'chunked', 'splash'])
+@pytest.mark.parametrize('name', ['reference', 'short', 'chunked', 'splash'])
 def test_rows_and_heads_stay_where_they_are(name):
   """Nothing travels where no row is split."""
   length = LONG if name == 'splash' else SHORT
@@ -151,6 +152,9 @@ def test_an_implementation_that_cannot_split_rows_is_refused_and_auto_takes_anot
   with partitioning.activate(tiny.mesh(sequence=4)):
     with pytest.raises(errors.InputError, match=r"'dot_product' .*mesh\.sequence=4 .*'chunked'"):
       kernels.choose('dot_product', **sizes)
+    with pytest.raises(errors.InputError, match=r"'short' .*mesh\.sequence=4 .*'auto'"):
+      kernels.choose('short', **sizes)
+    assert kernels.choose('auto', **sizes | {'length': 128}) == 'reference'
     monkeypatch.setattr(hardware, 'platform', lambda: 'gpu')
     monkeypatch.setattr(hardware, 'compute_capability', lambda: (9, 0))
     assert kernels.choose('auto', **sizes) == 'tokamax'
