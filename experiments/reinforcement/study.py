@@ -50,7 +50,8 @@ def main(unused_argv: Sequence[str]):
       part in command.PARTS, f'--parts={part} must be among {", ".join(command.PARTS)}'
     )
   for name in ('iterations', 'n', 'samples', 'label_questions', 'solutions', 'completions'):
-    errors.require(values[name].value > 0, f'--{name}={values[name].value} must be positive')
+    given = getattr(values, name)
+    errors.require(given > 0, f'--{name}={given} must be positive')
   errors.require(
     values.candidates in COUNTS,
     f'--candidates={values.candidates} must be among {", ".join(map(str, COUNTS))}',
