@@ -1,15 +1,23 @@
 """A tiny model that learns from context: what a label word stands for is new in every episode.
 
-Run:    python -m experiments.train --config=configs/episodes.py --workdir=runs/episodes
+Run:    python -m experiments.train --config=configs/episodes.py --workdir=runs/pairs
+        python -m experiments.train --config=configs/episodes.py:marked \
+          --config.init_from=runs/pairs --workdir=runs/episodes
         python -m experiments.anchors --workdir=runs/episodes --task=episodes
-Takes:  about an hour of one CPU core for `dense` (0.12 s a step); not run to its end.
-Expect: not known. After 1,059 steps it chooses at random among the label words of the episode
-        (loss 0.47 over label words and end tokens, which are sure); see experiments/anchors.
+Takes:  25 and 70 seconds for the stages of `dense` on one shared CPU core, start included; about a
+        minute and five for fine-grained experts on a busier one.
+Expect: all of 384 queries right with one demonstration per class (`dense`, one seed; chance 0.25).
+        The loss leaves ln 4 after some 300 steps of each stage.
+
+The first stage is pairs of a word and its label word with nothing between them, each class always
+the same word (`cat gate rice lamp rice lamp`). A model that begins with the second stage, items of
+two words with marks around them (`> cat wolf= gate`), chooses at random among the label words of
+the episode for as long as we have looked; behind the first it has all it needs but the marks.
 """
 
 from configs import base, recipes, sizes
 
-WIDTH = 48  # of the conventional MoE that is being refined
+WIDTH = 16  # of the conventional MoE that is being refined
 
 
 def _gshard(config):
@@ -18,32 +26,47 @@ def _gshard(config):
   config.model.moe.norm_topk_prob = True
 
 
+def _marked(config):
+  """The second stage, of whichever model `init_from` is."""
+  config.objective.inherit = True
+  config.data.path = '?classes=4&queries=8&words=2&episodes=40000'
+  config.data.tokenizer = ''  # that of init_from
+  config.data.chat_format = 'marks'
+  config.optim.schedule = 'cosine'
+  config.train.num_steps = 800
+  config.train.batch_size = 32
+
+
 VARIANTS = {
   'gshard': _gshard,
   'dense': lambda config: recipes.make_dense(config, 2 * WIDTH),  # equal activated parameters
+  'marked': _marked,
 }
 
 
 def get_config(variant=''):
-  """`:gshard` and `:dense` match the page's activated parameters and FLOPs."""
+  """The first stage; `:gshard` and `:dense` have its activated parameters and FLOPs."""
   config = sizes.laptop(base.get_config())
   config.model.vocab_size = 448  # every word is a token
-  config.model.max_seq_len = 96  # 13 items and a query at most; short episodes share a row
+  config.model.max_seq_len = 80  # three episodes of pairs, or one of twelve items of two words
   config.model.embed_dim = 48
-  config.model.num_layers = 6
+  config.model.num_layers = 2
   config.model.num_heads = 3
+  config.model.init_std = 0.1
   config.model.attention.num_kv_heads = 3
   config.model.attention.head_dim = 16
+  config.model.attention.rope.theta = 100.0
   recipes.experts(config, shared=1, routed=31, per_tok=7, width=WIDTH / 4)
   config.objective.kind = 'sft'
   config.data.source = 'episodes'
-  config.data.path = '?classes=3&queries=6&words=2&mixed=1&episodes=40000'
-  config.data.chat_format = 'marks'
+  config.data.path = '?classes=4&queries=8&words=1&repeat=1&episodes=40000'
+  config.data.chat_format = 'bare'
   config.data.heldout_fraction = 0.02
-  config.optim.peak_lr = 3e-3
-  config.train.num_steps = 20_000
-  config.train.batch_size = 16
+  config.optim.schedule = 'constant'
+  config.optim.weight_decay = 0.0
+  config.train.num_steps = 800
+  config.train.batch_size = 12
   config.train.routing_every = 0
   config.train.sample_prompt = ''
-  config.checkpoint.save_every = 1000
+  config.checkpoint.save_every = 800
   return recipes.variant(config, variant, VARIANTS)

@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from moe_jax.analysis import paired
 from moe_jax.analysis.anchors import measure, tasks
 from moe_jax.api import train as train_lib
 from moe_jax.data.tasks import episodes
-from moe_jax.runs import train_run, trained_run
+from moe_jax.runs import trained_run
 
 START, END = '<!-- table: written by the command -->', '<!-- end of table -->'
 Key = tuple[str, int]  # variant, seed
@@ -54,14 +53,9 @@ def _one(workdir: pathlib.Path, key: Key):
   """Trains one run, measures it, and writes its figures."""
   variant, seed = key
   values, path = flags.FLAGS, _path(workdir, key)
-  changes: dict[str, Any] = {'train.seed': seed}
-  if values.steps:
-    changes |= {'train.num_steps': values.steps, 'checkpoint.save_every': values.steps}
-  page = 'episodes' if variant == 'fine' else f'episodes:{variant}'
-  cfg = train_lib.resolve(page, changes)
-  done, _ = train_run.run_training(cfg, path.parent, argv=sys.argv, say=lambda line: None)
-  if done.interrupted_by:
-    raise KeyboardInterrupt
+  first = path.parent / 'pairs'
+  _train('episodes' if variant == 'fine' else f'episodes:{variant}', first, seed)
+  _train('episodes:marked', path.parent, seed, init_from=str(first))
   run = trained_run.load(path.parent)
   trained = episodes.of_path(run.cfg.data.path, 'config.data.path')
   task = tasks.of('episodes', '', trained)
@@ -73,6 +67,16 @@ def _one(workdir: pathlib.Path, key: Key):
   atomic_files.write_text(path, json.dumps(record) + '\n')
   print(f'{path}: accuracy {np.mean(record["accuracy"]):.3f}', flush=True)
   jax.clear_caches()
+
+
+def _train(page: str, workdir: pathlib.Path, seed: int, **changes: Any):
+  """Trains one stage; one that is complete is only read."""
+  changes['train.seed'] = seed
+  if steps := flags.FLAGS.steps:
+    changes |= {'train.num_steps': steps, 'checkpoint.save_every': steps}
+  run = train_lib.train(page, workdir, report=False, say=lambda line: None, **changes)
+  if run.interrupted_by:
+    raise KeyboardInterrupt
 
 
 def by_seed(records: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:

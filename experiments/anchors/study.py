@@ -3,9 +3,9 @@
 python -m experiments.anchors.study --workdir=runs/anchors [--variants=fine,gshard,dense]
   [--seeds=5] [--steps=N] [--sets=24] [--jobs=2] [--out=experiments/anchors]
 
-Every variant of configs/episodes.py is trained with every seed and measured by experiments.anchors;
-a killed command goes on. Intervals are over seeds, of each run's means. results.json, the table in
-README.md and the figures go to --out.
+Every variant of configs/episodes.py is trained with every seed, in the page's two stages, and
+measured by experiments.anchors; a killed command goes on. Intervals are over seeds, of each run's
+means. results.json, the table in README.md and the figures go to --out.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ def define_flags():
   cli.workdir_flag('directory that holds a workdir per variant and seed')
   flags.DEFINE_list('variants', list(VARIANTS), 'variants of configs/episodes.py; fine = the page')
   flags.DEFINE_list('seeds', ['5'], 'values of train.seed, or how many')
-  flags.DEFINE_integer('steps', 0, 'training steps; 0 = as the page says')
+  flags.DEFINE_integer('steps', 0, 'training steps of each stage; 0 = as the page says')
   flags.DEFINE_integer('sets', 24, 'demonstration sets')
   flags.DEFINE_integer('queries', 16, 'queries of each set')
   local_jobs.define_flags()

@@ -40,7 +40,7 @@ POLICY_TRUNCATED = ('keep', 'leave_out', 'bootstrap')
 REPLAYS = ('rollout', 'update', 'none')
 PREFERENCE_LOSSES = ('sigmoid', 'ipo')
 TRAINABLE = ('all', 'experts', 'lora')
-CHAT_FORMATS = ('deepseek_llm', 'deepseek_v3', 'marks', 'template')
+CHAT_FORMATS = ('deepseek_llm', 'deepseek_v3', 'marks', 'bare', 'template')
 
 
 @dataclasses.dataclass(frozen=True)

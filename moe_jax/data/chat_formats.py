@@ -3,8 +3,8 @@
 A format is a few strings around what is said, or the template of a checkpoint (`chat_template`).
 Each piece of text is encoded apart, so that no merge of the tokenizer crosses the border between
 question and answer, and what users write never becomes a special token. An answer is learned with
-the end token behind it, without which a model would never stop; begin token, questions and the
-words that open an answer are not.
+the end token behind it, without which a model would never stop (only 'bare' has none); begin token,
+questions and the words that open an answer are not.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,6 +28,7 @@ class Format(NamedTuple):
   assistant: str  # opens an answer, and ends a prompt
   assistant_token: str
   answer: str  # before an answer; learned with it
+  end: bool = True  # whether the end token follows an answer
 
 
 TEMPLATE = 'template'  # the format whose text is data.chat_template
@@ -40,6 +41,8 @@ FORMATS = {
   'deepseek_v3': Format('', '', '<｜User｜>', '', '', '<｜Assistant｜>', ''),
   # Ours, of `tasks.episodes`: one character each, and what is said brings its own spaces.
   'marks': Format('\n', '>', '', '', '=', '', ''),
+  # Ours, for a first stage on `tasks.episodes`: what is said, with nothing around it.
+  'bare': Format('', '', '', '', '', '', '', end=False),
 }
 
 
@@ -61,7 +64,8 @@ def key(data: schema.DataConfig) -> tuple[str, ...]:
   """All of the config that decides how a conversation becomes text."""
   if data.chat_format == TEMPLATE:
     return 'chat', TEMPLATE, *_template(data)
-  return 'chat', *FORMATS[data.chat_format]
+  form = FORMATS[data.chat_format]
+  return 'chat', *form[:-1], *(() if form.end else ('no end',))
 
 
 def check(data: schema.DataConfig, tokenizer: tokenizer_lib.Tokenizer):
@@ -155,7 +159,8 @@ def _format_pieces(
     else:
       yield from _opening(form, tokenizer)
       yield _Piece(form.answer + turn.content, None, turn.learned)
-      yield _Piece('', tokenizer.eos_id, turn.learned)
+      if form.end:
+        yield _Piece('', tokenizer.eos_id, turn.learned)
   if conversation[-1].role == 'user':
     yield from _opening(form, tokenizer)
 

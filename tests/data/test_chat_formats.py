@@ -53,7 +53,7 @@ def test_the_table_is_that_of_the_schema():
 
 
 @pytest.mark.parametrize('kind', ['bytes', 'bpe'])
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', [name for name in NAMES if name != 'bare'])
 def test_what_is_learned_is_the_answers(name, kind, tokenizers, in_process):
   tokenizer, data = tokenizers[kind], data_of(name)
   space = ' ' if name == 'deepseek_llm' else ''
@@ -68,6 +68,16 @@ def test_what_is_learned_is_the_answers(name, kind, tokenizers, in_process):
     assert not learned[0] and ids[0] == tokenizer.bos_id
     assert ids.count(tokenizer.bos_id) == 1
     assert ids.count(tokenizer.eos_id) == sum(turn.role == 'assistant' for turn in one)
+
+
+def test_bare_text_is_what_is_said_and_has_no_end(tokenizers):
+  tokenizer, data = tokenizers['bytes'], data_of('bare')
+  messages = [('user', ' cat'), ('assistant', ' gate'), ('user', ' rice'), ('assistant', ' lamp')]
+  turns = tuple(conversations.Turn(role, text, text == ' lamp') for role, text in messages)
+  (found,) = chat_formats.render(data, [turns], tokenizer)
+  whole = tokenizer.decode(found.ids.tolist(), skip_special_tokens=False)
+  assert whole == f'{BOS} cat gate rice lamp'
+  assert found.learned.tolist() == [False] * (1 + len(' cat gate rice')) + [True] * len(' lamp')
 
 
 def test_the_strings_of_deepseek_llm(tokenizers):

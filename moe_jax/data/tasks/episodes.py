@@ -39,6 +39,7 @@ class Task(NamedTuple):
   queries: int = 9  # labelled items behind the first of each class
   words: int = 3  # of an item, all different
   mixed: int = 0  # 1: classes, words and queries of an episode are drawn up to these
+  repeat: int = 0  # 1: every item of a class has the words of the class's first one
   seed: int = 0  # decides all episodes
 
 
@@ -85,7 +86,8 @@ def of_path(path: str, where: str) -> tuple[Task, int]:
     )
     options[key] = int(value)
   words = min(map(len, CLASSES.values()))
-  sizes = {'classes': (2, len(CLASSES)), 'words': (1, words), 'queries': (1, 1000), 'mixed': (0, 1)}
+  sizes = {'classes': (2, len(CLASSES)), 'words': (1, words), 'queries': (1, 1000)}
+  sizes |= {'mixed': (0, 1), 'repeat': (0, 1)}
   for name, (least, most) in sizes.items():
     errors.require(
       least <= options[name] <= most,
@@ -102,9 +104,12 @@ def episode(number: int, task: Task) -> Episode:
   classes = tuple(_draw(rng, tuple(CLASSES), task.classes))
   labels = tuple(f' {word}' for word in _draw(rng, LABELS, task.classes))
   first = _draw(rng, tuple(map(str, range(task.classes))), task.classes)
-  items = []
+  items: list[Item] = []
   for i in range(task.classes + task.queries):  # the first ones whatever their number is
     which = int(first[i]) if i < task.classes else int(rng.random() * task.classes)
+    if task.repeat and i >= task.classes:
+      items.append(next(item for item in items if item.number == which))
+      continue
     words = _draw(rng, CLASSES[classes[which]], task.words)
     items.append(Item(''.join(f' {word}' for word in words), labels[which], which))
   return Episode(labels, classes, tuple(items))
@@ -126,7 +131,7 @@ def _sized(rng: random.Random, task: Task) -> Task:
 def conversation(one: Episode) -> conversations.Conversation:
   """Items as questions of a user, label words as answers; the first of each class is not learned.
 
-  For the format 'marks', in which what is said brings its own spaces.
+  For the formats 'marks' and 'bare', in which what is said brings its own spaces.
   """
   turns = []
   for i, item in enumerate(one.items):

@@ -79,6 +79,18 @@ def test_mixed_sizes():
   assert sizes == {(k, q, w) for k in (2, 3, 4) for q in (1, 2, 3) for w in (2, 3)}
 
 
+def test_items_that_repeat():
+  """All items of a class are its first one, and the first ones are not changed by it."""
+  for number in range(200):
+    one = episodes.episode(number, TASK._replace(repeat=1, words=2))
+    other = episodes.episode(number, TASK._replace(words=2))
+    assert one.items[:4] == other.items[:4] and len(one.items) == len(other.items) == 13
+    first = {item.number: item for item in one.items[:4]}
+    assert all(item == first[item.number] for item in one.items[4:])
+  asked = [episodes.episode(n, TASK._replace(repeat=1)).items[4].number for n in range(400)]
+  assert all(60 < asked.count(number) < 140 for number in range(4))
+
+
 def test_the_source_reads_its_path():
   documents = list(sources.read(spec('?classes=2&queries=1&words=2&episodes=5&seed=4')))
   assert len(documents) == len({d.name for d in documents}) == 5
@@ -95,6 +107,7 @@ def test_the_source_reads_its_path():
     ('?classes=9', 'classes=9 must be from 2 to 8'),
     ('?words=5', 'words=5 must be from 1 to 4'),
     ('?queries=0', 'queries=0 must be from 1'),
+    ('?repeat=2', 'repeat=2 must be from 0 to 1'),
     ('?shots=2', 'must be of the form .*classes=4.*it has shots=2'),
   ],
 )
