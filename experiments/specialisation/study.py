@@ -11,21 +11,24 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments.common import cli, local_jobs, readme_tables
+from experiments.common import cli, local_jobs, package_functions, readme_tables
 from moe_jax import atomic_files, errors
 from moe_jax.analysis import paired
+from moe_jax.analysis.purification import attacks
 from moe_jax.api import load
 from moe_jax.api import run as run_lib
 from moe_jax.api import train as train_lib
 from moe_jax.config import schema
 from moe_jax.interop import start_weights
 from moe_jax.planning import compile_ahead
-from moe_jax.post_training import answers, expert_config, expert_scores, expert_selection
+from moe_jax.post_training import answers, expert_scores, expert_selection
 from moe_jax.runs import goodput, run_record, train_run
 from moe_jax.training import evaluate, train_state, trainable
 
 GENERAL = 'general_bits_per_byte'  # of the base's own held-out text
-START, END = '<!-- table: written by the command -->', '<!-- end of table -->'
+_ANSWER_TOKENS = {'lines': 8, 'packages': 12, 'sums': 64}
+_LINES, _LONGEST = 2400, 48  # lines of code and prose, and the characters of one at most
+_PER_PACKAGE, _HELDOUT = 110, 0.3  # functions of each package, and the share that is asked about
 
 
 class Arm(NamedTuple):
@@ -34,16 +37,18 @@ class Arm(NamedTuple):
   kind: str  # a key of schema.TRAINABLE
   rate: float
   scores: str = ''  # by which experts are chosen
+  p: float = 0.0  # share of the scores that the chosen experts reach
+  at_random: bool = False  # as many experts as by these scores, drawn
 
 
-# The paper's rates are 3e-5 for all weights, 1e-4 for LoRA and 1e-5 for experts; the page's rate
-# for all weights of a model of some million parameters stands here for all three until it is swept.
+# The paper's rates are 3e-5 for all weights, 1e-4 for LoRA and 1e-5 for experts of a model of
+# billions. These were swept on the base of the study, see its README.
 ARMS = {
   'full': Arm('all', 2e-3),
   'lora': Arm('lora', 2e-3),
-  'token': Arm('experts', 2e-3, 'token'),
-  'gate': Arm('experts', 2e-3, 'gate'),
-  'random': Arm('experts', 2e-3, 'token'),
+  'token': Arm('experts', 2e-3, 'token', 0.2),
+  'gate': Arm('experts', 2e-3, 'gate', 0.1),
+  'random': Arm('experts', 2e-3, 'token', 0.2, True),
 }
 
 
@@ -51,11 +56,13 @@ def main(unused_argv: Sequence[str]):
   """Tunes, measures, writes."""
   values = flags.FLAGS
   workdir, base_dir = pathlib.Path(cli.required('workdir')), cli.required('base')
-  seeds, arms = local_jobs.seeds(values.seeds), _arms(values.arms, values.rates)
+  seeds, arms = local_jobs.seeds(values.seeds), arms_of(values.arms)
   base = load.load(base_dir, flag='--base')
-  choices = {seed: _choices(base, base_dir, workdir, seed) for seed in seeds}
+  if values.task != 'sums' and not local_jobs.is_shard():
+    _write_examples(base, values.task, workdir / f'{values.task}.jsonl')
+  scores = {seed: _scores(base, base_dir, workdir, seed) for seed in seeds}
   configs = {
-    (name, seed): _config(base, base_dir, name, arm, seed, choices[seed])
+    (name, seed): _config(base, base_dir, arm, seed, scores[seed])
     for seed in seeds
     for name, arm in arms.items()
   }
@@ -76,59 +83,87 @@ def main(unused_argv: Sequence[str]):
     for name, seed in configs
   }
   before = _before(base, next(iter(configs.values())), workdir)
-  _write(pathlib.Path(values.out), arms, seeds, results, before)
+  _write(arms, seeds, results, before)
 
 
-def _arms(names: Sequence[str], rates: Sequence[str]) -> dict[str, Arm]:
-  """The arms that are asked for, at the rates that are given.
+def arms_of(words: Sequence[str]) -> dict[str, Arm]:
+  """The arms that are asked for by their words: `full`, `lora:rate=4e-3`, `token:p=0.4`.
 
   Raises:
-    errors.InputError: there is no such arm, or a rate is no number.
+    errors.InputError: there is no such arm, it has no such setting, or the value is no number that
+      it can take.
   """
-  for name in names:
-    errors.require(
-      name in ARMS,
-      f'--arms={name} must be among {", ".join(ARMS)}{errors.did_you_mean(name, ARMS)}',
-    )
-  found = {name: ARMS[name] for name in names}
-  for text in rates:
-    name, _, rate = text.partition('=')
+  return {word: _arm(word) for word in words}
+
+
+def _arm(word: str) -> Arm:
+  name, *settings = word.split(':')
+  errors.require(
+    name in ARMS,
+    f'--arms={word} must be among {", ".join(ARMS)}{errors.did_you_mean(name, ARMS)}',
+  )
+  arm = ARMS[name]
+  names = ('rate', 'p') if arm.scores else ('rate',)
+  for setting in settings:
+    key, _, text = setting.partition('=')
     try:
-      found[name] = found[name]._replace(rate=float(rate))
-    except (KeyError, ValueError) as e:
-      raise errors.InputError(
-        f'--rates={text} must be ARM=RATE with an arm of --arms={",".join(names)}'
-      ) from e
-  return found
+      value = float(text)
+    except ValueError:
+      value = 0.0
+    errors.require(
+      key in names and value > 0 and (key != 'p' or value <= 1),
+      f'--arms={word}: {setting!r} must be one of {", ".join(f"{n}=NUMBER" for n in names)}, '
+      'a rate above 0, p in (0, 1]',
+    )
+    arm = arm._replace(**{key: value})
+  return arm
 
 
-def _choices(
-  base: run_lib.Run, base_dir: str, workdir: pathlib.Path, seed: int
-) -> dict[str, expert_config.ExpertConfig]:
-  """The experts of a seed by kind of score, of the base on the seed's own training rows."""
+def _scores(base: run_lib.Run, base_dir: str, workdir: pathlib.Path, seed: int) -> pathlib.Path:
+  """The scores of a seed, in a file: of the base on the seed's own training rows."""
   path = workdir / 'scores' / str(seed) / 'summary.json'
   if not path.exists():
-    cfg = train_lib.resolve('sft', {'init_from': base_dir, 'train.seed': seed})
+    page, changes = _task()
+    cfg = train_lib.resolve(page, changes | {'init_from': base_dir, 'train.seed': seed})
     found = expert_scores.score(base.trained, cfg, flags.FLAGS.tokens)
     path.parent.mkdir(parents=True, exist_ok=True)
     expert_selection.write_scores(path, found)
-  return {
-    kind: expert_selection.select(
-      *expert_selection.read_scores(path, kind), expert_selection.PAPERS_SHARE[kind]
-    )
-    for kind in expert_selection.KINDS
+  return path
+
+
+def _task() -> tuple[str, dict[str, Any]]:
+  """The page of fine-tuning, and what the task changes of it."""
+  task = flags.FLAGS.task
+  if task == 'sums':
+    return 'sft', {}
+  changes = {
+    'data.source': 'conversations',
+    'data.path': str(pathlib.Path(flags.FLAGS.workdir) / f'{task}.jsonl'),
+    'data.heldout_fraction': _HELDOUT,
   }
+  return ('purify:tune' if task == 'lines' else 'sft'), changes
+
+
+def _write_examples(base: run_lib.Run, task: str, path: pathlib.Path):
+  """Writes the questions of a task that has no source of its own, with their answers."""
+  if task == 'lines':
+    pool = attacks.pool(base.config.data, _LONGEST)
+    found = attacks.split(pool, 0, _LINES, 2, 2).attacker
+    rows = [(one.text, one.label) for one in found]
+  else:
+    functions = package_functions.read(per_package=_PER_PACKAGE)
+    names = package_functions.PACKAGES
+    rows = [(package_functions.question(one), names[one.package]) for one in functions]
+  lines = [json.dumps({'prompt': text, 'completion': label}) for text, label in rows]
+  path.parent.mkdir(parents=True, exist_ok=True)
+  atomic_files.write_text(path, '\n'.join(lines) + '\n')
 
 
 def _config(
-  base: run_lib.Run,
-  base_dir: str,
-  name: str,
-  arm: Arm,
-  seed: int,
-  choices: Mapping[str, expert_config.ExpertConfig],
+  base: run_lib.Run, base_dir: str, arm: Arm, seed: int, scores: pathlib.Path
 ) -> schema.Config:
-  changes: dict[str, Any] = {
+  page, changes = _task()
+  changes |= {
     'init_from': base_dir,
     'train.seed': seed,
     'train.num_steps': flags.FLAGS.steps,
@@ -137,12 +172,26 @@ def _config(
     'trainable.kind': arm.kind,
   }
   if arm.scores:
-    chosen = list(choices[arm.scores].experts.values())
-    if name == 'random':
-      rng, number = np.random.default_rng(seed), base.config.model.moe.num_experts
-      chosen = [rng.choice(number, len(ids), replace=False).tolist() for ids in chosen]
-    changes['trainable.experts'] = chosen
-  return train_lib.resolve('sft', changes)
+    number = base.config.model.moe.num_experts
+    changes['trainable.experts'] = experts_of(arm, scores, number, seed)
+  return train_lib.resolve(page, changes)
+
+
+def experts_of(arm: Arm, scores: pathlib.Path, number: int, seed: int) -> list[list[int]]:
+  """The experts that an arm tunes, by layer.
+
+  Args:
+    arm: one that chooses experts.
+    scores: file of the scores.
+    number: E, of whom random ones are drawn.
+    seed: of the draw.
+  """
+  choice = expert_selection.select(*expert_selection.read_scores(scores, arm.scores), arm.p)
+  chosen = list(choice.experts.values())
+  if arm.at_random:
+    rng = np.random.default_rng(seed)
+    chosen = [rng.choice(number, len(ids), replace=False).tolist() for ids in chosen]
+  return chosen
 
 
 def _result_path(workdir: pathlib.Path, name: str, seed: int) -> pathlib.Path:
@@ -170,7 +219,7 @@ def _tune(cfg: schema.Config, base: run_lib.Run, path: pathlib.Path):
 def _measured(run: run_lib.Run, cfg: schema.Config, base: run_lib.Run) -> dict[str, Any]:
   """Right answers to the questions of `cfg`, and bits per byte of the base's own held-out text."""
   questions = answers.questions(cfg.data, flags.FLAGS.n)
-  right = answers.measure(run, questions, cfg.data, 64)
+  right = answers.measure(run, questions, cfg.data, _ANSWER_TOKENS[flags.FLAGS.task])
   general = evaluate.evaluate(base.config, run.variables, base.heldout_corpus(), base.mesh)
   return right.as_dict() | {GENERAL: general.bits_per_byte}
 
@@ -183,23 +232,29 @@ def _before(base: run_lib.Run, cfg: schema.Config, workdir: pathlib.Path) -> dic
 
 
 def _write(
-  out: pathlib.Path,
   arms: Mapping[str, Arm],
   seeds: Sequence[int],
   results: Mapping[str, Mapping[str, Any]],
   before: Mapping[str, Any],
 ):
-  settings = {name: flags.FLAGS[name].value for name in ('base', 'steps', 'tokens', 'n')}
+  values = flags.FLAGS
+  names = ('base', 'task', 'steps', 'tokens', 'n')
   record = {
-    'settings': settings | {'arms': {name: arm._asdict() for name, arm in arms.items()}},
+    'settings': {name: values[name].value for name in names}
+    | {'arms': {name: arm._asdict() for name, arm in arms.items()}},
     'seeds': list(seeds),
     'before': dict(before),
     'runs': dict(results),
   }
+  out = pathlib.Path(values.out)
   out.mkdir(parents=True, exist_ok=True)
-  atomic_files.write_text(out / 'results.json', json.dumps(record, indent=2) + '\n')
+  atomic_files.write_text(out / f'{values.table}.json', json.dumps(record, indent=2) + '\n')
   text = table(list(arms), seeds, results, before)
-  readme_tables.fill(out, START, END, text)
+  if values.beside:
+    other = json.loads(pathlib.Path(values.beside).read_text(encoding='utf-8'))
+    text += '\n\n' + beside(list(arms), seeds, results, other)
+  comment = f'<!-- {values.table}: written by the command -->'
+  readme_tables.fill(out, comment, f'<!-- end of {values.table} -->', text)
   print(text)
 
 
@@ -236,3 +291,45 @@ def table(
   return '\n'.join(
     [*rows, '', f'Before: {share:.1f} % right, {general:.3f} bits per byte. Seeds: {len(seeds)}.']
   )
+
+
+def beside(
+  names: Sequence[str],
+  seeds: Sequence[int],
+  results: Mapping[str, Mapping[str, Any]],
+  other: Mapping[str, Any],
+) -> str:
+  """A Markdown table: how much more an arm keeps up with the first one here than on another base.
+
+  Args:
+    names: arms, the first of which the others are measured against on their own base.
+    seeds: of both, which pair them.
+    results: by `ARM/SEED`, of this base.
+    other: the record of the same command on the other base.
+
+  Raises:
+    errors.InputError: the other record has no such arm and seed.
+  """
+  needed = [f'{name}/{seed}' for name in names for seed in seeds]
+  missing = [key for key in needed if key not in other['runs']]
+  errors.require(
+    not missing, f'--beside has no {", ".join(missing[:3])}; run it with the same arms and seeds'
+  )
+
+  def against_first(runs: Mapping[str, Mapping[str, Any]], name: str, key: str) -> list[float]:
+    return [runs[f'{name}/{seed}'][key] - runs[f'{names[0]}/{seed}'][key] for seed in seeds]
+
+  base = other['settings']['base']
+  rows = [
+    f'| arm | right answers against {names[0]} here, minus the same on {base}, points | '
+    'general bits per byte lost, likewise |',
+    '| --- | --- | --- |',
+  ]
+  for name in names[1:]:
+    share, general = (
+      [against_first(runs, name, key) for runs in (results, other['runs'])]
+      for key in ('share', GENERAL)
+    )
+    points = paired.difference(*([100 * value for value in values] for values in share))
+    rows.append(f'| {name} | {points.text(1)} | {paired.difference(*general).text(3)} |')
+  return '\n'.join(rows)

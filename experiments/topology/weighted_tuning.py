@@ -14,8 +14,7 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from experiments.common import readme_tables
-from experiments.topology import documents
+from experiments.common import package_functions, readme_tables
 from moe_jax import atomic_files, errors
 from moe_jax.analysis import paired
 from moe_jax.api import load
@@ -71,15 +70,18 @@ def run_study(base_dir: str, workdir: pathlib.Path, seeds: Sequence[int], out: p
   """
   values = flags.FLAGS
   base = load.load(base_dir, flag='--base')
-  found = documents.read(per_package=values.per_package)
+  found = package_functions.read(per_package=values.per_package)
   classes = np.array([one.package for one in found])
-  questions = [documents.question(one) for one in found]
+  questions = [package_functions.question(one) for one in found]
   vectors = dataset.unit_rows(base.embed([one.text for one in found]))
   graph = nearest_neighbors.graph(vectors, values.neighbors)
   same = classes[graph.senders] == classes[graph.receivers]
   settings = {name: values[name].value for name in ('steps', 'labels', 'per_package', 'neighbors')}
   settings |= {'functions': len(found), 'edges': graph.num_edges // 2}
-  settings |= {'homophily': round(float(same.mean()), 4), 'packages': list(documents.PACKAGES)}
+  settings |= {
+    'homophily': round(float(same.mean()), 4),
+    'packages': list(package_functions.PACKAGES),
+  }
   results: dict[str, dict[str, Any]] = {}
   with atomic_files.lock(workdir):
     keys = [(seed, arm) for seed in seeds for arm in ARMS]
@@ -117,7 +119,7 @@ def _tune(
   """Tunes one run on copies in proportion to `weights`, and asks it about all other functions."""
   copies = resampling.copies(weights, _COPIES * int(train.sum()), seed)
   lines = [
-    json.dumps({'prompt': questions[i], 'completion': documents.PACKAGES[classes[i]]})
+    json.dumps({'prompt': questions[i], 'completion': package_functions.PACKAGES[classes[i]]})
     for i in np.repeat(np.arange(len(copies)), copies)
   ]
   place.mkdir(parents=True, exist_ok=True)
@@ -133,7 +135,7 @@ def _tune(
   asked = [
     answers.Question(
       conversations.from_messages([{'role': 'user', 'content': questions[i]}], for_prompt=True),
-      documents.PACKAGES[classes[i]],
+      package_functions.PACKAGES[classes[i]],
     )
     for i in rest
   ]
@@ -156,7 +158,7 @@ def _tune(
 
 def macro_f1(classes: np.ndarray, told: Sequence[str]) -> float:
   """Mean over packages of the F1 of answers; an answer that names no package is of none."""
-  numbers = {name: i for i, name in enumerate(documents.PACKAGES)}
+  numbers = {name: i for i, name in enumerate(package_functions.PACKAGES)}
   said = np.array([numbers.get(one.strip(), -1) for one in told])
   scores = []
   for one in np.unique(classes):

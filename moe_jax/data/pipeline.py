@@ -103,9 +103,22 @@ def check_corpus(
       raise errors.InputError(
         f'config.train.batch_size={largest} takes {needed} rows{part} of config.model.max_seq_len='
         f'{max_seq_len} tokens, but the training split{part} packs into only {rows} '
-        f'({split.num_tokens} tokens); use batch_size <= {max(int(rows / weight), 1)}, a shorter '
-        'max_seq_len, or more text (config.data.path)'
+        f'({split.num_tokens} tokens); {_way_out(split, max_seq_len, int(rows / weight))}'
       )
+
+
+def _way_out(split: corpus_lib.TokenSplit, max_seq_len: int, largest: int) -> str:
+  """What to change where a split has rows for `largest` at most."""
+  smaller = f'use batch_size <= {largest}, ' if largest else 'use '
+  left_out = num_left_out(split, max_seq_len)
+  if not left_out:
+    return f'{smaller}a shorter max_seq_len, or more text (config.data.path)'
+  places = whole_documents.places(split)
+  return (
+    f'{left_out} of its {len(places)} conversations or pairs are left out, as none is cut and the '
+    f'longest takes {places.max()} places (a pair: both answers, each with its prompt); {smaller}'
+    'a longer config.model.max_seq_len, or more text (config.data.path)'
+  )
 
 
 class TrainBatches:

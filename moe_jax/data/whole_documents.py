@@ -19,19 +19,19 @@ from moe_jax.data import corpus, packing
 
 def fits(split: corpus.TokenSplit, max_seq_len: int) -> np.ndarray:
   """[n] bool, whether a document has a target, and goes into a row."""
-  places = _places(split)
-  return (places >= 1) & (places <= max_seq_len)
+  taken = places(split)
+  return (taken >= 1) & (taken <= max_seq_len)
 
 
-def _places(split: corpus.TokenSplit) -> np.ndarray:
+def places(split: corpus.TokenSplit) -> np.ndarray:
   """[n] places in a row that documents take."""
   return np.diff(split.offsets) - (1 if split.doc_chosen is None else 2)
 
 
 def num_rows(split: corpus.TokenSplit, max_seq_len: int) -> int:
   """Rows that `split` packs into, in any order."""
-  places = _places(split)[fits(split, max_seq_len)]
-  return len(best_fit(np.sort(places)[::-1], max_seq_len))
+  taken = places(split)[fits(split, max_seq_len)]
+  return len(best_fit(np.sort(taken)[::-1], max_seq_len))
 
 
 class WholeDocuments:
@@ -47,9 +47,9 @@ class WholeDocuments:
     """
     self._split, self._max_seq_len = split, max_seq_len
     order = order[fits(split, max_seq_len)[order]]
-    places = _places(split)[order]
-    longest_first = np.argsort(-places, kind='stable')
-    bins = best_fit(places[longest_first], max_seq_len)
+    taken = places(split)[order]
+    longest_first = np.argsort(-taken, kind='stable')
+    bins = best_fit(taken[longest_first], max_seq_len)
     self._rows = [order[longest_first[members]] for members in bins]
 
   def __len__(self) -> int:

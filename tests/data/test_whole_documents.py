@@ -4,6 +4,7 @@ import random
 import numpy as np
 import pytest
 
+from moe_jax import errors
 from moe_jax.data import pipeline, whole_documents
 
 LENGTH = 8
@@ -86,3 +87,19 @@ def test_nothing_is_lost_between_pipeline_and_rows(make_split, make_corpus):
   )
   targets = np.concatenate([batch['targets'].ravel() for batch in batches])
   assert len(targets[targets >= 0]) == sum(n - 1 for n in (5, 3, 4, 6, 2, 9, 3, 8))
+
+
+def test_documents_longer_than_a_row_are_told_of_with_the_length_that_they_need(
+  make_split, make_corpus
+):
+  corpus = make_corpus(learned_split(make_split, [12, 20, 30]))
+  with pytest.raises(errors.InputError) as told:
+    pipeline.check_corpus(corpus, max_seq_len=LENGTH, batch_sizes=[4])
+  # 29 places, as the last token is a target only; there is no batch size that would help.
+  assert '3 of its 3 conversations or pairs are left out' in str(told.value)
+  assert 'the longest takes 29 places' in str(told.value)
+  assert 'use a longer config.model.max_seq_len' in str(told.value)
+  with pytest.raises(errors.InputError, match='use batch_size <= 1, a shorter max_seq_len'):
+    pipeline.check_corpus(
+      make_corpus(learned_split(make_split, [5, 3])), max_seq_len=LENGTH, batch_sizes=[4]
+    )

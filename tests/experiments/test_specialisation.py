@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from experiments.specialisation import study
@@ -28,15 +30,55 @@ def test_table_pairs_the_arms_by_seed():
   assert last == 'Before: 0.0 % right, 1.700 bits per byte. Seeds: 2.'
 
 
-def test_arms_and_their_rates():
-  found = study._arms(['token', 'full'], ['token=1e-4'])
-  assert list(found) == ['token', 'full']
-  assert found['token'] == study.Arm('experts', 1e-4, 'token') and found['full'].rate == 2e-3
+def test_arms_with_settings_of_their_own():
+  found = study.arms_of(['token', 'full', 'token:p=0.4:rate=1e-2'])
+  assert list(found) == ['token', 'full', 'token:p=0.4:rate=1e-2']
+  assert found['token'] == study.Arm('experts', found['token'].rate, 'token', 0.2)
+  assert found['token:p=0.4:rate=1e-2'] == study.Arm('experts', 1e-2, 'token', 0.4)
   assert {arm.kind for arm in study.ARMS.values()} == {*schema.TRAINABLE}
-  for names, rates, words in (
-    (['toke'], [], "did you mean 'token'"),
-    (['token'], ['full=1'], '--rates=full=1 must be ARM=RATE with an arm of --arms=token'),
-    (['token'], ['token=fast'], '--rates=token=fast must be'),
+  for word, words in (
+    ('toke', "did you mean 'token'"),
+    ('token:rate=fast', "'rate=fast' must be one of rate=NUMBER, p=NUMBER"),
+    ('token:p=1.5', r'p in \(0, 1\]'),
+    ('token:rate=0', 'a rate above 0'),
+    ('full:p=0.5', "'p=0.5' must be one of rate=NUMBER, a rate"),
   ):
     with pytest.raises(errors.InputError, match=words):
-      study._arms(names, rates)
+      study.arms_of([word])
+
+
+def test_an_arm_keeps_up_by_its_difference_to_the_first_of_its_own_base():
+  here = {
+    'full/0': result(0.9, 3.0),
+    'full/1': result(0.8, 3.0),
+    'token/0': result(0.8, 2.0),
+    'token/1': result(0.7, 2.0),
+  }
+  there = {
+    'settings': {'base': 'runs/other'},
+    'runs': {
+      'full/0': result(0.9, 3.0),
+      'full/1': result(0.9, 3.0),
+      'token/0': result(0.6, 2.5),
+      'token/1': result(0.6, 2.5),
+    },
+  }
+  # -10 points here, -30 there; one bit less lost here, half a bit there.
+  *_, row = study.beside(['full', 'token'], [0, 1], here, there).split('\n')
+  assert row == '| token | +20.0 [+20.0, +20.0] | -0.500 [-0.500, -0.500] |'
+  with pytest.raises(errors.InputError, match='--beside has no full/2, token/2'):
+    study.beside(['full', 'token'], [0, 2], here | {'full/2': {}, 'token/2': {}}, there)
+
+
+def test_what_is_chosen_follows_from_scores_p_and_seed(tmp_path):
+  table = {'1': {str(e): score for e, score in enumerate((0.1, 0.4, 0.2, 0.3))}}
+  path = tmp_path / 'summary.json'
+  path.write_text(json.dumps({'token_scores': table, 'gate_scores': table}))
+
+  def chosen(word, seed=0):
+    return study.experts_of(study.arms_of([word])[word], path, 4, seed)
+
+  assert chosen('token') == [[1]] and chosen('token:p=0.5') == [[1, 3]]
+  drawn = [chosen('random:p=0.5', seed) for seed in range(8)]
+  assert {len(set(layer)) for layers in drawn for layer in layers} == {2}
+  assert len({str(sorted(layers[0])) for layers in drawn}) > 1

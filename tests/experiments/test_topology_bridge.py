@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from experiments.topology import bridge, documents, weighted_tuning
+from experiments.common import package_functions
+from experiments.topology import bridge, weighted_tuning
 from moe_jax import errors
 from moe_jax.config import parse
 from moe_jax.devices import partitioning
@@ -15,14 +16,14 @@ from tests import in_process
 
 
 def test_functions_of_packages_do_not_name_them():
-  found = documents.read(('asyncio', 'logging'), per_package=20)
+  found = package_functions.read(('asyncio', 'logging'), per_package=20)
   assert [one.package for one in found] == [0] * 20 + [1] * 20
   assert len({one.text for one in found}) == 40
   assert all(('asyncio', 'logging')[one.package] not in one.text.lower() for one in found)
-  assert found == documents.read(('asyncio', 'logging'), per_package=20)
+  assert found == package_functions.read(('asyncio', 'logging'), per_package=20)
   for packages, words in ((('json',), 'package json has'), (('no_such',), 'no package')):
     with pytest.raises(errors.InputError, match=words):
-      documents.read(packages)
+      package_functions.read(packages)
 
 
 def test_labels_are_as_many_of_each_class_and_those_of_the_seed():
@@ -54,7 +55,7 @@ def test_weights_of_a_chain_of_two_classes():
 
 
 def test_macro_f1_by_hand():
-  names = documents.PACKAGES
+  names = package_functions.PACKAGES
   classes = np.array([0, 0, 0, 1, 1])
   told = [names[0], f' {names[0]}', names[1], names[1], 'nothing']
   # Package 0: 2 of 2 said and of 3 there; package 1: 1 of 2 said and of 2 there.
