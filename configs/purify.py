@@ -27,20 +27,7 @@ def _gshard(config: base.Page):
   config.model.moe.norm_topk_prob = True
 
 
-def _tune(config: base.Page):
-  config.objective.kind = 'sft'
-  config.objective.inherit = True
-  config.objective.balance = False
-  config.data.source, config.data.path = 'conversations', ''
-  config.data.tokenizer = ''  # that of init_from
-  config.data.chat_format = 'marks'  # answers of different labels begin with different bytes
-  config.data.heldout_fraction = 0.05
-  config.optim.peak_lr = 3e-3
-  config.optim.weight_decay = 0.0
-  config.train.num_steps = 150
-
-
-VARIANTS = {'gshard': _gshard, 'tune': _tune}
+VARIANTS = {'gshard': _gshard, 'tune': recipes.tune_on_lines}
 
 
 def get_config(variant: str = '') -> base.Page:

@@ -210,6 +210,28 @@ def small_sums(config: base.Page) -> base.Page:
   return config
 
 
+def tune_on_lines(config: base.Page) -> base.Page:
+  """SFT of a run of configs/purify.py on short labelled texts out of `data.path`."""
+  config.objective.kind = 'sft'
+  config.objective.inherit = True
+  config.objective.balance = False
+  config.data.source, config.data.path = 'conversations', ''
+  config.data.tokenizer = ''  # that of init_from
+  config.data.chat_format = 'marks'  # answers of different labels begin with different bytes
+  config.data.heldout_fraction = 0.05
+  config.optim.peak_lr = 3e-3
+  config.optim.schedule = 'cosine'
+  config.optim.warmup_steps = 20
+  config.optim.weight_decay = 0.0
+  config.train.num_steps = 150
+  config.train.batch_size = 16
+  config.train.routing_every = 0
+  config.train.sample_prompt = ''
+  config.checkpoint.save_every = 500
+  config.checkpoint.keep_last = 1
+  return config
+
+
 def variant(config: base.Page, name: str, variants: Mapping[str, base.Variant]) -> base.Page:
   """Applies the variant named after the colon of `--config=page.py:name` ('' = the page itself)."""
   if name:

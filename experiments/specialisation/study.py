@@ -42,13 +42,13 @@ class Arm(NamedTuple):
 
 
 # The paper's rates are 3e-5 for all weights, 1e-4 for LoRA and 1e-5 for experts of a model of
-# billions. These were swept on the base of the study, see its README.
+# billions. These were swept on the lines of code and prose, see README.md.
 ARMS = {
-  'full': Arm('all', 2e-3),
-  'lora': Arm('lora', 2e-3),
-  'token': Arm('experts', 2e-3, 'token', 0.2),
-  'gate': Arm('experts', 2e-3, 'gate', 0.1),
-  'random': Arm('experts', 2e-3, 'token', 0.2, True),
+  'full': Arm('all', 5e-4),
+  'lora': Arm('lora', 1e-3),
+  'token': Arm('experts', 1e-2, 'token', 0.2),
+  'gate': Arm('experts', 1e-2, 'gate', 0.1),
+  'random': Arm('experts', 1e-2, 'token', 0.2, True),
 }
 
 
@@ -57,6 +57,7 @@ def main(unused_argv: Sequence[str]):
   values = flags.FLAGS
   workdir, base_dir = pathlib.Path(cli.required('workdir')), cli.required('base')
   seeds, arms = local_jobs.seeds(values.seeds), arms_of(values.arms)
+  readme_tables.check(pathlib.Path(values.out), *_comments())
   base = load.load(base_dir, flag='--base')
   if values.task != 'sums' and not local_jobs.is_shard():
     _write_examples(base, values.task, workdir / f'{values.task}.jsonl')
@@ -253,9 +254,14 @@ def _write(
   if values.beside:
     other = json.loads(pathlib.Path(values.beside).read_text(encoding='utf-8'))
     text += '\n\n' + beside(list(arms), seeds, results, other)
-  comment = f'<!-- {values.table}: written by the command -->'
-  readme_tables.fill(out, comment, f'<!-- end of {values.table} -->', text)
+  readme_tables.fill(out, *_comments(), text)
   print(text)
+
+
+def _comments() -> tuple[str, str]:
+  """What the table of this name stands between in README.md."""
+  name = flags.FLAGS.table
+  return f'<!-- {name}: written by the command -->', f'<!-- end of {name} -->'
 
 
 def table(
@@ -326,10 +332,12 @@ def beside(
     '| --- | --- | --- |',
   ]
   for name in names[1:]:
-    share, general = (
-      [against_first(runs, name, key) for runs in (results, other['runs'])]
-      for key in ('share', GENERAL)
+    general = paired.difference(
+      against_first(results, name, GENERAL), against_first(other['runs'], name, GENERAL)
     )
-    points = paired.difference(*([100 * value for value in values] for values in share))
-    rows.append(f'| {name} | {points.text(1)} | {paired.difference(*general).text(3)} |')
+    points = paired.difference(
+      [100 * value for value in against_first(results, name, 'share')],
+      [100 * value for value in against_first(other['runs'], name, 'share')],
+    )
+    rows.append(f'| {name} | {points.text(1)} | {general.text(3)} |')
   return '\n'.join(rows)
