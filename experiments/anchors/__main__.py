@@ -67,10 +67,11 @@ def main(unused_argv: Sequence[str]):
       values[name].value >= least, f'--{name}={values[name].value} must be at least {least}'
     )
   loaded = load.load(workdir, step=values.step, flag='--workdir')
+  data = loaded.config.data
   trained = None
-  if loaded.config.data.source == 'episodes':
-    trained = episodes.of_path(loaded.config.data.path, 'config.data.path')
-  task = tasks.of(values.task, values.examples, trained)
+  if data.source == 'episodes':
+    trained = episodes.of_path(data.path, 'config.data.path')
+  task = tasks.of(values.task, values.examples, trained, data.chat_format)
   subject = measure.Subject(loaded.config.model, loaded.variables, loaded.tokenizer)
   settings = measure.Settings(values.sets, values.queries, values.batch, seed=values.seed)
 

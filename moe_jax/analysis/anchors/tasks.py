@@ -63,16 +63,22 @@ PAPER = {
 NAMES = ('episodes', *PAPER)
 
 
-def of(name: str, examples: str, trained: tuple[episodes.Task, int] | None) -> Task:
+def of(
+  name: str,
+  examples: str,
+  trained: tuple[episodes.Task, int] | None,
+  chat_format: str = 'marks',
+) -> Task:
   """The task that a command line names.
 
   Args:
     name: one of `NAMES`, or the path of a JSON file with `template`, `labels` and `examples`.
     examples: path of a file of JSON lines with `text` and `label`, for a template of the paper.
     trained: of a model that was trained on episodes: how they are, and how many there are.
+    chat_format: of the run; episodes are asked with marks around an item.
 
   Raises:
-    errors.InputError: there is no such task, or something in its files is missing or wrong.
+    errors.InputError: there is no such task, the run knows no marks, or something in its files is missing or wrong.
   """
   if name == 'episodes':
     errors.require(
@@ -80,6 +86,12 @@ def of(name: str, examples: str, trained: tuple[episodes.Task, int] | None) -> T
       "--task=episodes asks what configs/episodes.py trains, and this model's "
       'config.data.source is not episodes; choose a task with words that it knows: '
       f'{", ".join(PAPER)} with --examples=FILE.jsonl, or a task file',
+    )
+    errors.require(
+      chat_format == 'marks',
+      f"--task=episodes asks with marks around an item, and this run's config.data.chat_format="
+      f'{chat_format!r} has none: it is the first stage; go on from it with '
+      '--config=configs/episodes.py:marked --config.init_from=WORKDIR',
     )
     return of_episodes(*errors.present(trained, 'trained'))
   if name in PAPER:

@@ -48,6 +48,11 @@ def test_episodes_are_new_ones_of_the_form_trained_on():
   assert row.ids.tolist() == want
 
 
+def test_a_model_that_knows_no_marks_is_not_asked_with_marks():
+  with pytest.raises(errors.InputError, match="chat_format='bare' has none: it is the first stage"):
+    tasks.of('episodes', '', (EPISODES, 100), 'bare')
+
+
 def test_a_file_is_split_by_text(tmp_path):
   task = tasks.of('sst2', str(write(tmp_path, reviews())), None)
   assert task.num_classes == 2 and task.template.before == 'Review:'
