@@ -6,8 +6,9 @@ Run:    python -m experiments.train --config=configs/reasoner.py:small --workdir
         python -m experiments.train --config=configs/dpo.py --config.init_from=runs/reasoner \
           --config.data.path=runs/pairs.jsonl --config.model.max_seq_len=192 --workdir=runs/dpo
         python -m experiments.answers --workdir=runs/dpo --against=runs/reasoner --samples=2
-Takes:  TAKES
-Expect: EXPECT
+Takes:  two, one and two minutes of an idle CPU core.
+Expect: 68 % of the held-out pairs in order; of 511 held-out questions right, paired, +5.4 points
+        [+0.6, +10.2] over four seeds (docs/topics/fine_tuning.md).
 
 The model is that of `init_from`, which is the reference too; a row holds both answers of a pair,
 each with its prompt. The rates of papers are for models of billions (5e-7 to 5e-6). Two answers

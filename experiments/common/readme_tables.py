@@ -32,6 +32,6 @@ def _text(out: pathlib.Path, start: str, end: str) -> str:
   old = readme.read_text(encoding='utf-8') if readme.exists() else f'{start}\n{end}\n'
   errors.require(
     start in old and end in old,
-    f'{readme} has no place for the tables; put the lines {start} and {end} where they should stand',
+    f'{readme} has no place for the tables; put the lines {start} and {end} where they belong',
   )
   return old

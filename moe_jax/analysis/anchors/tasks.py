@@ -78,7 +78,8 @@ def of(
     chat_format: of the run; episodes are asked with marks around an item.
 
   Raises:
-    errors.InputError: there is no such task, the run knows no marks, or something in its files is missing or wrong.
+    errors.InputError: there is no such task, the run knows no marks, or something in its
+      files is missing or wrong.
   """
   if name == 'episodes':
     errors.require(
