@@ -17,15 +17,13 @@ from absl import flags
 from experiments.common import cli, local_jobs
 from experiments.reinforcement import arms
 
-PARTS = ('learning', 'verification')
-
 
 def define_flags():
   """Defines the command's flags."""
   cli.workdir_flag('directory that holds everything of every seed')
   flags.DEFINE_list('seeds', ['5'], 'values of train.seed, or how many')
   flags.DEFINE_list('arms', list(arms.ARMS), 'ways to learn')
-  flags.DEFINE_list('parts', list(PARTS), 'learning, verification')
+  flags.DEFINE_list('parts', list(arms.PARTS), 'learning, verification')
   flags.DEFINE_integer('iterations', 30, 'batches of answers that an arm learns from')
   flags.DEFINE_list('rates', [], 'peak learning rates, ARM=RATE; other arms have those of pages')
   flags.DEFINE_integer('base_steps', 0, 'training steps of a base; 0 = those of its page')

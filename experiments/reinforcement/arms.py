@@ -17,6 +17,7 @@ class Arm(NamedTuple):
   rate: float = 0.0  # peak learning rate; 0 = that of the page
 
 
+PARTS = ('learning', 'verification')
 BASES = {'base': 'reasoner:small', 'dense_base': 'reasoner:small_dense'}
 ARMS = {
   'rft': Arm('grpo:rft', 'online RFT'),

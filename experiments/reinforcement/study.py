@@ -12,7 +12,6 @@ import jax
 from absl import flags
 
 from experiments.common import cli, local_jobs
-from experiments.reinforcement import __main__ as command
 from experiments.reinforcement import arms as arms_lib
 from experiments.reinforcement import report
 from moe_jax import atomic_files, errors
@@ -47,7 +46,7 @@ def main(unused_argv: Sequence[str]):
   seeds, arms = local_jobs.seeds(values.seeds), arms_lib.chosen(values.arms, values.rates)
   for part in values.parts:
     errors.require(
-      part in command.PARTS, f'--parts={part} must be among {", ".join(command.PARTS)}'
+      part in arms_lib.PARTS, f'--parts={part} must be among {", ".join(arms_lib.PARTS)}'
     )
   for name in ('iterations', 'n', 'samples', 'label_questions', 'solutions', 'completions'):
     given = getattr(values, name)
