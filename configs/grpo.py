@@ -4,7 +4,7 @@ Run:    python -m experiments.train --config=configs/reasoner.py:small --workdir
         python -m experiments.rl --config=configs/grpo.py:process --config.init_from=runs/reasoner \
           --workdir=runs/grpo
 Takes:  2 and 5 minutes on one idle CPU core, 3 and 12 on one that does other work too.
-Expect: of 511 held-out questions right, paired, +8.8 points [+3.2, +14.4] over three seeds (+6.5 to
+Expect: of 511 held-out questions right, paired, +8.2 points [+4.8, +11.6] over four seeds (+6.5 to
         +11.0). Before a loophole of the reward was closed, from +18 to 0 points with eight seeds,
         -56 with one. The page itself, by outcome, is not shown to gain; see
         docs/topics/reinforcement.md.
