@@ -2,7 +2,7 @@
 
 python -m experiments.specialisation --workdir=runs/specialisation --base=runs/clean
   [--seeds=5] [--arms=full,lora,token,gate,random] [--steps=150] [--jobs=2] [--task=lines]
-  [--table=results] [--out=experiments/specialisation] [--beside=OTHER.json]
+  [--table=main] [--out=experiments/specialisation] [--beside=OTHER.json]
 
 Every arm tunes the same base with the same rows per seed, on one of three tasks: whether a line is
 code or prose (lines, a base of configs/purify.py), which of eight packages a function is from
@@ -35,7 +35,7 @@ def define_flags():
   flags.DEFINE_integer('steps', 150, 'training steps')
   flags.DEFINE_integer('tokens', 16_384, 'tokens to score experts by, about')
   flags.DEFINE_integer('n', 512, 'questions at most')
-  flags.DEFINE_string('table', 'results', 'name of the JSON file and of the table in README.md')
+  flags.DEFINE_string('table', 'main', 'name of the JSON file and of the table in README.md')
   cli.path_flag('beside', '', 'the JSON file of the same arms on another base, to compare with')
   local_jobs.define_flags()
   cli.path_flag('out', 'experiments/specialisation', 'directory of README.md and the JSON files')

@@ -19,6 +19,7 @@ from moe_jax.api import load
 from moe_jax.api import run as run_lib
 from moe_jax.api import train as train_lib
 from moe_jax.config import schema
+from moe_jax.data import json_files
 from moe_jax.interop import start_weights
 from moe_jax.planning import compile_ahead
 from moe_jax.post_training import answers, expert_scores, expert_selection
@@ -26,6 +27,7 @@ from moe_jax.runs import goodput, run_record, train_run
 from moe_jax.training import evaluate, train_state, trainable
 
 GENERAL = 'general_bits_per_byte'  # of the base's own held-out text
+_WAY_OUT = 'give --beside a JSON file that this command wrote'
 _ANSWER_TOKENS = {'lines': 8, 'packages': 12, 'sums': 64}
 _LINES, _LONGEST = 2400, 48  # lines of code and prose, and the characters of one at most
 _PER_PACKAGE, _HELDOUT = 110, 0.3  # functions of each package, and the share that is asked about
@@ -58,6 +60,7 @@ def main(unused_argv: Sequence[str]):
   workdir, base_dir = pathlib.Path(cli.required('workdir')), cli.required('base')
   seeds, arms = local_jobs.seeds(values.seeds), arms_of(values.arms)
   readme_tables.check(pathlib.Path(values.out), *_comments())
+  other = json_files.read_object(pathlib.Path(values.beside), _WAY_OUT) if values.beside else None
   base = load.load(base_dir, flag='--base')
   if values.task != 'sums' and not local_jobs.is_shard():
     _write_examples(base, values.task, workdir / f'{values.task}.jsonl')
@@ -84,7 +87,7 @@ def main(unused_argv: Sequence[str]):
     for name, seed in configs
   }
   before = _before(base, next(iter(configs.values())), workdir)
-  _write(arms, seeds, results, before)
+  _write(arms, seeds, results, before, other)
 
 
 def arms_of(words: Sequence[str]) -> dict[str, Arm]:
@@ -237,6 +240,7 @@ def _write(
   seeds: Sequence[int],
   results: Mapping[str, Mapping[str, Any]],
   before: Mapping[str, Any],
+  other: Mapping[str, Any] | None,
 ):
   values = flags.FLAGS
   names = ('base', 'task', 'steps', 'tokens', 'n')
@@ -251,8 +255,7 @@ def _write(
   out.mkdir(parents=True, exist_ok=True)
   atomic_files.write_text(out / f'{values.table}.json', json.dumps(record, indent=2) + '\n')
   text = table(list(arms), seeds, results, before)
-  if values.beside:
-    other = json.loads(pathlib.Path(values.beside).read_text(encoding='utf-8'))
+  if other is not None:
     text += '\n\n' + beside(list(arms), seeds, results, other)
   readme_tables.fill(out, *_comments(), text)
   print(text)

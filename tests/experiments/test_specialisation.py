@@ -1,4 +1,6 @@
 import json
+import pathlib
+import re
 
 import pytest
 
@@ -82,3 +84,11 @@ def test_what_is_chosen_follows_from_scores_p_and_seed(tmp_path):
   drawn = [chosen('random:p=0.5', seed) for seed in range(8)]
   assert {len(set(layer)) for layers in drawn for layer in layers} == {2}
   assert len({str(sorted(layers[0])) for layers in drawn}) > 1
+
+
+def test_the_study_has_a_place_for_every_table_that_its_page_names():
+  readme = (pathlib.Path(study.__file__).parent / 'README.md').read_text()
+  for name in ('main', *re.findall(r'--table=(\w+)', readme)):
+    assert (
+      f'<!-- {name}: written by the command -->' in readme and f'<!-- end of {name} -->' in readme
+    )
