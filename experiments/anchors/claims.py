@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import stats
 
 from moe_jax.analysis import paired
 
@@ -131,12 +132,48 @@ def differences(record: Figures) -> dict[str, list[float]]:
       shots = found['more_shots']['shots']
       text = f'accuracy: {name}, less {shots} shots per class'
       out[text] = reweighting(record, rate, 'more_shots')
+  rho = rank_correlation(record).rho if 'confusion' in record else float('nan')
+  if rho == rho:  # else no class was confused with another, or too few pairs were asked about
+    out['confusion: rank correlation of that predicted from keys and the measured'] = [rho]
   return out
+
+
+class RankCorrelation(NamedTuple):
+  """Spearman's, of predicted and measured confusion over pairs of classes."""
+
+  rho: float  # NaN for none
+  p: float
+  pairs: int
+
+
+def rank_correlation(record: Figures) -> RankCorrelation:
+  """Whether classes whose keys are near each other are confused; 1 = the measured order."""
+  pairs = [pair for pair in record['confusion']['pairs'] if pair[3] == pair[3]]
+  if len(pairs) < 3 or len({pair[3] for pair in pairs}) < 2:
+    return RankCorrelation(float('nan'), float('nan'), len(pairs))
+  found = stats.spearmanr([pair[2] for pair in pairs], [pair[3] for pair in pairs])
+  return RankCorrelation(float(found.statistic), float(found.pvalue), len(pairs))
 
 
 def learns(accuracy: Sequence[float], chance: float) -> bool:
   """Whether the interval of the accuracy lies above chance; else no claim says anything."""
   return paired.interval([float(value) for value in accuracy]).low > chance
+
+
+def learned(record: Figures) -> bool:
+  """`learns` of what was measured of a run, by its demonstration sets."""
+  return learns(record['accuracy'], record['chance'])
+
+
+def are_anchors(record: Figures) -> bool:
+  """Whether label words are anchors of a run, by its own demonstration sets.
+
+  It has learned; to blind them in first layers costs more than to blind random words; and they and
+  the formatting, as a cache, keep more than the best of random words do. Both intervals above 0.
+  """
+  words, cache = CLAIMS['label_words_matter'], CLAIMS['anchors_beat_best_random']
+  found = [paired.interval(list(c.values(record[c.part]))) for c in (words, cache)]
+  return learned(record) and all(interval.low > 0 for interval in found)
 
 
 def verdict(interval: paired.Interval, learned: bool) -> str:

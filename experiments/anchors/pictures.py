@@ -32,32 +32,58 @@ ARMS = {
 }
 
 
+FEW = 8  # units up to which each is drawn by itself, in place of an interval
+
+
 def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-  """Mean and half the width of its interval; 0 for a single value."""
+  """Mean and half the width of its interval; 0 for few values, which are drawn one by one."""
   found = paired.interval([float(v) for v in values])
-  return found.mean, found.high - found.mean if found.num_seeds > 1 else 0.0
+  return found.mean, found.high - found.mean if found.num_seeds > FEW else 0.0
 
 
 def _lines(axes: Any, by_unit: Sequence[Sequence[float]], label: str, color: str):
-  """A line over layers with its band: one list over layers per unit."""
+  """The mean over layers with its band, or with a thin line per unit: a list over layers each."""
   columns = list(zip(*by_unit))
   mean, error = np.transpose([_mean_and_error(column) for column in columns])
-  layers = np.arange(1, len(columns) + 1)
+  layers = _layers(axes, len(columns))
   axes.plot(layers, mean, marker='.', color=color, label=label)
-  axes.fill_between(layers, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
+  if len(by_unit) > FEW:
+    axes.fill_between(layers, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
+  elif len(by_unit) > 1:
+    axes.plot(layers, np.transpose(by_unit), color=color, alpha=0.4, linewidth=0.8)
+
+
+def _layers(axes: Any, count: int) -> np.ndarray:
+  """The layers' numbers from 1 on, as ticks where there is room for all."""
+  layers = np.arange(1, count + 1)
+  if count <= 12:
+    axes.set_xticks(layers)
+  return layers
 
 
 def _bars(axes: Any, groups: Mapping[str, Mapping[str, Sequence[float]]], colors: Sequence[str]):
-  """Groups of horizontal bars with intervals: group -> series -> values per unit."""
+  """Groups of horizontal bars from 0 to 1, with intervals or with a dot per unit.
+
+  Args:
+    axes: of matplotlib.
+    groups: group -> series -> values per unit.
+    colors: one per series.
+  """
   names = list(groups)
   series = list(next(iter(groups.values())))
   height = 0.8 / len(series)
   for i, (name, color) in enumerate(zip(series, colors)):
-    mean, error = np.transpose([_mean_and_error(groups[group][name]) for group in names])
+    units = [groups[group][name] for group in names]
+    mean, error = np.transpose([_mean_and_error(values) for values in units])
     place = np.arange(len(names)) + (i - (len(series) - 1) / 2) * height
-    axes.barh(place, mean, height * 0.9, xerr=error, color=color, label=name, ecolor='0.3')
+    errors = error if error.any() else None
+    axes.barh(place, mean, height * 0.9, xerr=errors, color=color, label=name, ecolor='0.3')
+    for y, values in zip(place, units):
+      if 1 < len(values) <= FEW:
+        axes.plot(values, [y] * len(values), '.', color='0.15', markersize=4, clip_on=False)
   axes.set_yticks(np.arange(len(names)), names)
-  axes.invert_yaxis()
+  axes.set_ylim(len(names) - 0.5, -0.5)
+  axes.set_xlim(0, 1)
   axes.grid(axis='x')
 
 
@@ -68,7 +94,6 @@ def flow(record: Record, axes: Any):
   axes.set_xlabel('layer')
   axes.set_ylabel('share of the sum of the three')
   axes.set_ylim(0, 1)
-  axes.legend(frameon=False)
 
 
 def blocking(record: Record, axes: Any):
@@ -82,19 +107,21 @@ def blocking(record: Record, axes: Any):
   _bars(axes, groups, (plots.ORANGE, GREY))
   axes.set_xlabel('label loyalty')
   axes.set_ylabel('blocked layers')
-  axes.legend(frameon=False, loc='lower left', bbox_to_anchor=(0, 1), ncols=2)
 
 
 def correlation(record: Record, axes: Any):
-  """AUCROC by layer with its interval, and R."""
+  """AUCROC by layer with its interval, or a line per run, and R."""
   found = record['correlation']
-  auc, layers = np.asarray(found['auc']), np.arange(1, len(found['auc']) + 1)
-  axes.plot(layers, auc, marker='.', color=plots.BLUE, label='AUCROC')
-  axes.fill_between(layers, found['low'], found['high'], color=plots.BLUE, alpha=0.2, linewidth=0)
+  layers = _layers(axes, len(found['auc']))
+  axes.plot(layers, found['auc'], marker='.', color=plots.BLUE, label='AUCROC')
+  if 'by_run' in found:
+    axes.plot(layers, np.transpose(found['by_run']), color=plots.BLUE, alpha=0.4, linewidth=0.8)
+  else:
+    band = {'color': plots.BLUE, 'alpha': 0.2, 'linewidth': 0}
+    axes.fill_between(layers, found['low'], found['high'], **band)
   axes.plot(layers, found['cumulative'], '--', color=plots.ORANGE, label='R, cumulative')
   axes.axhline(0.5, color='0.8', linewidth=1)
   axes.set_xlabel('layer')
-  axes.legend(frameon=False)
 
 
 def reweighting(record: Record, axes: Any):
@@ -120,7 +147,7 @@ def compression(record: Record, axes: Any):
     if key in arms
   }
   _bars(axes, groups, (plots.ORANGE, plots.BLUE, GREY))
-  axes.legend(frameon=False, loc='lower left', bbox_to_anchor=(0, 1), ncols=3)
+  axes.set_xlabel('share')
 
 
 def confusion(record: Record, axes: Any):
@@ -136,13 +163,12 @@ def confusion(record: Record, axes: Any):
 def experts(record: Record, axes: Any):
   """How far label words and other tokens choose other experts, by MoE layer."""
   found = record['experts']
-  layers = np.arange(1, len(found['separation_text']) + 1)
+  layers = _layers(axes, len(found['separation_text']))
   axes.plot(layers, found['separation_text'], marker='.', color=plots.ORANGE, label='from texts')
   axes.plot(layers, found['separation_format'], marker='.', color=GREY, label='from formatting')
   axes.set_xlabel('MoE layer')
   axes.set_ylabel("total variation of label words' choices")
   axes.set_ylim(0, 1)
-  axes.legend(frameon=False)
 
 
 PICTURES: dict[str, Callable[[Record, Any], None]] = {
@@ -185,10 +211,14 @@ def _save(
   with matplotlib.rc_context(plots.STYLE):
     wide = 7 if len(records) == 1 else 4.6 * len(records)
     fig = figure.Figure(figsize=(wide, 4), layout='constrained')
-    axes = fig.subplots(1, len(records), squeeze=False)[0]
+    axes = fig.subplots(1, len(records), squeeze=False, sharey=True)[0]
     for one, (title, record) in zip(axes, records.items()):
       picture(record, one)
       one.set_title(title)
+      one.label_outer()
+    handles, labels = axes[0].get_legend_handles_labels()
+    if len(handles) > 1:  # one series is named by its axis
+      fig.legend(handles, labels, loc='outside upper center', ncols=len(handles), frameon=False)
     buffer = io.BytesIO()
     backend_agg.FigureCanvasAgg(fig).print_png(buffer)
   atomic_files.write_bytes(path, buffer.getvalue())

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from experiments.anchors import claims, pictures
 from experiments.common import html_report
@@ -27,18 +26,9 @@ def mean(values: Sequence[float]) -> str:
   return paired.interval([float(v) for v in values]).text(3, sign=False)
 
 
-def rank_correlation(record: Mapping[str, Any]) -> tuple[float, float, int]:
-  """Spearman's rho of predicted and measured confusion, its p-value and the pairs; NaN for none."""
-  pairs = [pair for pair in record['confusion']['pairs'] if pair[3] == pair[3]]
-  if len(pairs) < 3 or len({pair[3] for pair in pairs}) < 2:
-    return float('nan'), float('nan'), len(pairs)
-  found = stats.spearmanr([pair[2] for pair in pairs], [pair[3] for pair in pairs])
-  return float(found.statistic), float(found.pvalue), len(pairs)
-
-
 def lines(record: Mapping[str, Any]) -> list[str]:
   """A line per claim, and what else a reader wants at once."""
-  learned = claims.learns(record['accuracy'], record['chance'])
+  learned = claims.learned(record)
   out = [f'accuracy {mean(record["accuracy"])}, chance {record["chance"]:.3f}']
   for text, values in claims.differences(record).items():
     interval = paired.interval(values)
@@ -64,7 +54,7 @@ def readings(record: Mapping[str, Any]) -> dict[str, str]:
       f'{seconds["cached"] / seconds["compressed"]:.2f} times as fast.'
     )
   if 'confusion' in record:
-    rho, p, count = rank_correlation(record)
+    rho, p, count = claims.rank_correlation(record)
     layer = record['confusion']['layer'] + 1
     out['confusion'] = (
       f'Keys of layer {layer}: rank correlation of predicted and measured confusion over {count} '
@@ -108,7 +98,7 @@ def write(record: Mapping[str, Any], directory: pathlib.Path) -> list[pathlib.Pa
 
 def table(record: Mapping[str, Any]) -> html_report.Table:
   """The claims with their differences; above 0 is what the paper says."""
-  rows, learned = [], claims.learns(record['accuracy'], record['chance'])
+  rows, learned = [], claims.learned(record)
   for text, values in claims.differences(record).items():
     interval = paired.interval(values)
     rows.append((text, interval.text(3), str(len(values)), claims.verdict(interval, learned)))

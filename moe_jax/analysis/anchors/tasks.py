@@ -73,6 +73,7 @@ def of(
 
   Args:
     name: one of `NAMES`, or the path of a JSON file with `template`, `labels` and `examples`.
+      Behind episodes may stand what is other than in training: 'episodes?noise=20'.
     examples: path of a file of JSON lines with `text` and `label`, for a template of the paper.
     trained: of a model that was trained on episodes: how they are, and how many there are.
     chat_format: of the run; episodes are asked with marks around an item.
@@ -81,20 +82,23 @@ def of(
     errors.InputError: there is no such task, the run knows no marks, or something in its
       files is missing or wrong.
   """
-  if name == 'episodes':
+  first, _, changes = name.partition('?')
+  if first == 'episodes':
     errors.require(
       trained is not None,
-      "--task=episodes asks what configs/episodes.py trains, and this model's "
+      f"--task={name} asks what configs/episodes.py trains, and this model's "
       'config.data.source is not episodes; choose a task with words that it knows: '
       f'{", ".join(PAPER)} with --examples=FILE.jsonl, or a task file',
     )
     errors.require(
       chat_format == 'marks',
-      f"--task=episodes asks with marks around an item, and this run's config.data.chat_format="
+      f"--task={name} asks with marks around an item, and this run's config.data.chat_format="
       f'{chat_format!r} has none: it is the first stage; go on from it with '
       '--config=configs/episodes.py:marked --config.init_from=WORKDIR',
     )
-    return of_episodes(*errors.present(trained, 'trained'))
+    task, count = errors.present(trained, 'trained')
+    task = episodes.changed(task, changes, f'--task={name}')
+    return of_episodes(task, count)._replace(name=name)
   if name in PAPER:
     errors.require(
       bool(examples),

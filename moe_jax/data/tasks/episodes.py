@@ -5,12 +5,15 @@
 An item is a few words of one class, here animals or food, and a label word stands behind it. Which
 label word a class has is drawn anew for every episode, so that a model has to find it among the
 labelled items (the demonstrations) before. The first items are one of each class in random order;
-their labels nobody can know. Those behind them are to be predicted.
+their labels nobody can know. Those behind them are to be predicted. With noise, words of an item
+come from the other classes of its episode: then no single demonstration is to be relied on, and not
+every item can be told.
 
 A number and a seed name an episode, the same one on every machine and in every Python.
 """
 
 import random
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from moe_jax import errors
@@ -40,6 +43,7 @@ class Task(NamedTuple):
   words: int = 3  # of an item, all different
   mixed: int = 0  # 1: classes, words and queries of an episode are drawn up to these
   repeat: int = 0  # 1: every item of a class has the words of the class's first one
+  noise: int = 0  # percent of an item's words that other classes of the episode stand in for
   seed: int = 0  # decides all episodes
 
 
@@ -59,7 +63,7 @@ class Episode(NamedTuple):
   items: tuple[Item, ...]
 
 
-def _draw(rng: random.Random, options: tuple[str, ...], count: int) -> list[str]:
+def _draw(rng: random.Random, options: Sequence[str], count: int) -> list[str]:
   """`count` different options in random order; `random.Random.random` is the same everywhere."""
   left = list(options)
   return [left.pop(int(rng.random() * len(left))) for _ in range(count)]
@@ -75,7 +79,29 @@ def of_path(path: str, where: str) -> tuple[Task, int]:
   Raises:
     errors.InputError: the path has another form, or asks for more classes or words than there are.
   """
-  options = Task()._asdict() | {'episodes': 10_000}
+  options = _options(path, where, Task()._asdict() | {'episodes': 10_000})
+  count = options.pop('episodes')
+  return Task(**options), count
+
+
+def changed(task: Task, path: str, where: str) -> Task:
+  """A task with what the path says in place of its own: how hard a trained model is asked.
+
+  Args:
+    task: what the model was trained on.
+    path: '' or for example '?noise=20'.
+    where: begins error messages.
+
+  Raises:
+    errors.InputError: see `of_path`; a set has as many queries as are asked for, and its own size.
+  """
+  own = {key: value for key, value in task._asdict().items() if key not in ('queries', 'mixed')}
+  return task._replace(**_options(path, where, own))
+
+
+def _options(path: str, where: str, options: dict[str, int]) -> dict[str, int]:
+  """The options with those of a path in place of their own, checked."""
+  options = dict(options)
   example = '&'.join(f'{key}={value}' for key, value in options.items())
   given = [part.partition('=') for part in path.removeprefix('?').split('&') if part]
   for key, _, value in given:
@@ -87,19 +113,19 @@ def of_path(path: str, where: str) -> tuple[Task, int]:
     options[key] = int(value)
   words = min(map(len, CLASSES.values()))
   sizes = {'classes': (2, len(CLASSES)), 'words': (1, words), 'queries': (1, 1000)}
-  sizes |= {'mixed': (0, 1), 'repeat': (0, 1)}
+  sizes |= {'mixed': (0, 1), 'repeat': (0, 1), 'noise': (0, 100)}
   for name, (least, most) in sizes.items():
+    value = options.get(name, least)
     errors.require(
-      least <= options[name] <= most,
-      f'{where}: {name}={options[name]} must be from {least} to {most}',
+      least <= value <= most, f'{where}: {name}={value} must be from {least} to {most}'
     )
-  count = options.pop('episodes')
-  return Task(**options), count
+  return options
 
 
 def episode(number: int, task: Task) -> Episode:
-  """The episode of that number."""
-  rng = random.Random(number + (task.seed << 40))
+  """The episode of that number; with noise it is the same one, some words of which are others."""
+  key = number + (task.seed << 40)
+  rng, noise_rng = random.Random(key), random.Random(key + (1 << 80))
   task = _sized(rng, task) if task.mixed else task
   classes = tuple(_draw(rng, tuple(CLASSES), task.classes))
   labels = tuple(f' {word}' for word in _draw(rng, LABELS, task.classes))
@@ -111,8 +137,21 @@ def episode(number: int, task: Task) -> Episode:
       items.append(next(item for item in items if item.number == which))
       continue
     words = _draw(rng, CLASSES[classes[which]], task.words)
+    others = [word for k, name in enumerate(classes) if k != which for word in CLASSES[name]]
+    words = _replaced(noise_rng, words, others, task.noise)
     items.append(Item(''.join(f' {word}' for word in words), labels[which], which))
   return Episode(labels, classes, tuple(items))
+
+
+def _replaced(
+  rng: random.Random, words: Sequence[str], others: Sequence[str], percent: int
+) -> list[str]:
+  """Each word, or with that probability one of the others, which are all different.
+
+  As much is drawn at any percentage: what a smaller one replaces, a larger one does too.
+  """
+  foreign = _draw(rng, others, len(words))
+  return [new if 100 * rng.random() < percent else old for old, new in zip(words, foreign)]
 
 
 def _sized(rng: random.Random, task: Task) -> Task:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments.anchors import claims, report, runs
+from experiments.anchors import claims, report, tables
 from moe_jax import errors
 from moe_jax.analysis.anchors import measure, prompts, tasks
 from moe_jax.data import tokenizer as tokenizer_lib
@@ -56,11 +56,13 @@ def test_every_part_and_the_report(tmp_path):
   lines = '\n'.join(report.lines(record))
   assert all(one.text in lines for one in claims.CLAIMS.values())
   # Two runs of a study, of which one figure differs.
+  both = ('accuracy', 'chance', 'task', *tables.HARDER_PARTS)
+  record['harder'] = {name: record[name] for name in both}
   other = json.loads(json.dumps(record))
   other['blocking']['first/1/label']['label_loyalty'] = [0.0, 0.0]
-  table = runs.table(['fine'], {('fine', 0): record, ('fine', 1): other})
+  table = tables.write(['fine'], {('fine', 0): record, ('fine', 1): other})
   assert table.count('\n') > len(claims.CLAIMS)
-  merged = runs.merged([record, other])
+  merged = tables.merged([record, other])
   mine = np.mean(record['blocking']['first/1/label']['label_loyalty'])
   assert merged['blocking']['first/1/label']['label_loyalty'] == [pytest.approx(mine), 0.0]
 

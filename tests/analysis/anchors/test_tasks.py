@@ -48,6 +48,22 @@ def test_episodes_are_new_ones_of_the_form_trained_on():
   assert row.ids.tolist() == want
 
 
+def test_harder_episodes_are_the_same_ones_with_foreign_words():
+  clean = tasks.of('episodes', '', (EPISODES, 100)).draw(7, 4, 20)
+  task = tasks.of('episodes?noise=30', '', (EPISODES, 100))
+  found = task.draw(7, 4, 20)
+  assert task.name == 'episodes?noise=30' and found.classes == clean.classes
+  pairs = list(
+    zip((*found.demonstrations, *found.queries), (*clean.demonstrations, *clean.queries))
+  )
+  assert all(one.label == other.label for one, other in pairs)
+  words = [(a, b) for one, two in pairs for a, b in zip(one.text.split(), two.text.split())]
+  assert 0.1 < sum(a != b for a, b in words) / len(words) < 0.5
+  assert tasks.of('episodes?classes=3', '', (EPISODES, 100)).num_classes == 3
+  with pytest.raises(errors.InputError, match=r'--task=episodes\?noice=3 must be of the form'):
+    tasks.of('episodes?noice=3', '', (EPISODES, 100))
+
+
 def test_a_model_that_knows_no_marks_is_not_asked_with_marks():
   with pytest.raises(errors.InputError, match="chat_format='bare' has none: it is the first stage"):
     tasks.of('episodes', '', (EPISODES, 100), 'bare')

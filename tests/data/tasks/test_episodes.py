@@ -92,6 +92,52 @@ def test_items_that_repeat():
   assert all(60 < asked.count(number) < 140 for number in range(4))
 
 
+def test_noise():
+  """The same episode with words of its other classes, as many as asked for, a few before many."""
+  replaced = dict.fromkeys((0, 20, 60, 100), 0)
+  for number in range(300):
+    clean = episodes.episode(number, TASK)
+    own = [set(episodes.CLASSES[name]) for name in clean.classes]
+    before: set[tuple[int, int]] = set()
+    for percent in replaced:
+      one = episodes.episode(number, TASK._replace(noise=percent))
+      assert (one.labels, one.classes, len(one.items)) == (clean.labels, clean.classes, 13)
+      other = set()
+      for i, (item, first) in enumerate(zip(one.items, clean.items)):
+        words, firsts = item.text.split(' ')[1:], first.text.split(' ')[1:]
+        assert (item.label, item.number) == (first.label, first.number)
+        assert len(set(words)) == 3 and set(words) <= set.union(*own)
+        kept = [word in own[item.number] for word in words]
+        assert all(word == was for word, was, keeps in zip(words, firsts, kept) if keeps)
+        other |= {(i, k) for k, keeps in enumerate(kept) if not keeps}
+      assert before <= other
+      before, replaced[percent] = other, replaced[percent] + len(other)
+  total = 300 * 13 * 3  # so that a share of a fifth is known to 0.4 percent
+  assert replaced[0] == 0 and replaced[100] == total
+  assert abs(replaced[20] / total - 0.2) < 0.016 and abs(replaced[60] / total - 0.6) < 0.02
+
+
+def test_noisy_items_that_repeat():
+  """They repeat as they are read, foreign words and all."""
+  one = episodes.episode(1, TASK._replace(repeat=1, noise=50))
+  first = {item.number: item for item in one.items[:4]}
+  assert all(item == first[item.number] for item in one.items[4:])
+  assert one.items[:4] != episodes.episode(1, TASK._replace(repeat=1)).items[:4]
+
+
+def test_what_a_trained_model_is_asked_otherwise():
+  task = TASK._replace(words=2, seed=3)
+  assert episodes.changed(task, '', 'x') == task
+  assert episodes.changed(task, 'noise=20&classes=5', 'x') == task._replace(noise=20, classes=5)
+  for path, problem in {
+    'noise=101': 'x: noise=101 must be from 0 to 100',
+    'queries=3': r'x must be of the form \?classes=4&words=2&.*; it has queries=3',
+    'noise': 'it has noise=$',
+  }.items():
+    with pytest.raises(errors.InputError, match=problem):
+      episodes.changed(task, path, 'x')
+
+
 def test_the_source_reads_its_path():
   documents = list(sources.read(spec('?classes=2&queries=1&words=2&episodes=5&seed=4')))
   assert len(documents) == len({d.name for d in documents}) == 5
@@ -109,6 +155,7 @@ def test_the_source_reads_its_path():
     ('?words=5', 'words=5 must be from 1 to 4'),
     ('?queries=0', 'queries=0 must be from 1'),
     ('?repeat=2', 'repeat=2 must be from 0 to 1'),
+    ('?noise=101', 'noise=101 must be from 0 to 100'),
     ('?shots=2', 'must be of the form .*classes=4.*it has shots=2'),
   ],
 )
