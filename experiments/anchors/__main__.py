@@ -9,8 +9,8 @@ Writes report.html, report.md, their figures and anchors.json to WORKDIR/anchors
 episodes (of a run of configs/episodes.py), 'episodes?noise=20' for the same with every fifth word
 from another class (or `classes`, `words` that differ), sst2, trec, agnews or emoc, the templates of
 the paper (arXiv 2305.14160), or a file {"template": "Review: {text}\nSentiment: {label}\n",
-"labels": ["Positive", "Negative"], "examples": "reviews.jsonl"}. Lines of examples have a "text" and
-a "label", which is a label word or its number.
+"labels": ["Positive", "Negative"], "examples": "reviews.jsonl"}. Lines of examples have a "text"
+and a "label", which is a label word or its number.
 """
 
 import json
