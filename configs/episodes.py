@@ -1,8 +1,10 @@
 """A tiny model that learns from context: what a label word stands for is new in every episode.
 
 Run:    python -m experiments.train --config=configs/episodes.py --workdir=runs/pairs
+        python -m experiments.train --config=configs/episodes.py:repeated \
+          --config.init_from=runs/pairs --workdir=runs/repeated
         python -m experiments.train --config=configs/episodes.py:marked \
-          --config.init_from=runs/pairs --workdir=runs/episodes
+          --config.init_from=runs/repeated --config.train.num_steps=400 --workdir=runs/episodes
         python -m experiments.anchors --workdir=runs/episodes --task=episodes
 Takes:  25 and 70 seconds for the stages of `dense` on one shared CPU core, start included; about a
         minute and five for fine-grained experts on a busier one.
@@ -38,9 +40,18 @@ def _marked(config):
   config.train.batch_size = 32
 
 
+def _repeated(config):
+  """Between the stages, for a model that stays at chance in the second: marks around known items."""
+  _marked(config)
+  config.data.path = '?classes=4&queries=8&words=2&repeat=1&episodes=40000'
+  config.optim.schedule = 'constant'
+  config.train.num_steps = 400
+
+
 VARIANTS = {
   'gshard': _gshard,
   'dense': lambda config: recipes.make_dense(config, 2 * WIDTH),  # equal activated parameters
+  'repeated': _repeated,
   'marked': _marked,
 }
 

@@ -20,6 +20,7 @@ from moe_jax.runs import trained_run
 START, END = '<!-- table: written by the command -->', '<!-- end of table -->'
 VARIANTS = ('dense', 'gshard', 'fine')
 PICTURES = ('flow', 'blocking', 'correlation', 'compression', 'experts')
+BEHIND_REPEATED = 400  # steps, so that every variant has as many with marks
 Key = tables.Key
 
 
@@ -57,16 +58,26 @@ def _read(workdir: pathlib.Path, key: Key) -> tables.Record:
 
 
 def _one(workdir: pathlib.Path, key: Key):
-  """Trains one run and measures it twice, with figures."""
-  variant, seed = key
+  """Trains one run and measures it twice, with figures; goes on from what is there."""
   path, harder = _paths(workdir, key)
-  first = path.parent / 'pairs'
-  _train('episodes' if variant == 'fine' else f'episodes:{variant}', first, seed)
-  _train('episodes:marked', path.parent, seed, init_from=str(first))
+  if not path.exists():  # what was measured was trained
+    _stages(path.parent, *key)
   run = trained_run.load(path.parent)
   _measure(run, 'episodes', [p for p in measure.PARTS if p not in tables.HARDER_PARTS], path)
   _measure(run, f'episodes?noise={flags.FLAGS.noise}', tables.HARDER_PARTS, harder)
   jax.clear_caches()
+
+
+def _stages(workdir: pathlib.Path, variant: str, seed: int):
+  """Trains pairs, then with marks; `fine`, which stays at chance with some seeds, by a step more."""
+  first, between = workdir / 'pairs', workdir / 'repeated'
+  _train('episodes' if variant == 'fine' else f'episodes:{variant}', first, seed)
+  if variant != 'fine':
+    _train('episodes:marked', workdir, seed, init_from=str(first))
+    return
+  _train('episodes:repeated', between, seed, init_from=str(first))
+  rest = {'train.num_steps': BEHIND_REPEATED}
+  _train('episodes:marked', workdir, seed, init_from=str(between), **rest)
 
 
 def _train(page: str, workdir: pathlib.Path, seed: int, **changes: Any):
