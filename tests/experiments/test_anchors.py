@@ -94,7 +94,8 @@ def test_harder_episodes_have_a_table_of_their_own():
   """Re-weighting is judged by them alone, the rest by episodes as trained on."""
   one = record() | {'harder': harder([0.5, 0.7], [0.6, 0.8], [0.5, 0.5])}
   two = record(words=0.9) | {'harder': harder([0.6, 0.6], [0.7, 0.9], [0.5, 0.5])}
-  one['reweighting'] = {'rate_0.01': {'accuracy': [1.0, 1.0, 1.0]}}  # of an older measurement
+  for run in (one, two):  # of an older measurement
+    run['reweighting'] = {'rate_0.3': {'accuracy': [1.0, 1.0, 1.0]}}
   values = tables.by_seed([one, two])
   assert values['accuracy: re-weighting at rate 0.01, less plain'] == pytest.approx([0.1, 0.2])
   assert values['accuracy: re-weighting at rate 0.01, less 3 shots per class'] == pytest.approx(
