@@ -151,7 +151,7 @@ def rank_correlation(record: Figures) -> RankCorrelation:
   pairs = [pair for pair in record['confusion']['pairs'] if pair[3] == pair[3]]
   if len(pairs) < 3 or len({pair[3] for pair in pairs}) < 2:
     return RankCorrelation(float('nan'), float('nan'), len(pairs))
-  found = stats.spearmanr([pair[2] for pair in pairs], [pair[3] for pair in pairs])
+  found: Any = stats.spearmanr([pair[2] for pair in pairs], [pair[3] for pair in pairs])
   return RankCorrelation(float(found.statistic), float(found.pvalue), len(pairs))
 
 
