@@ -42,7 +42,7 @@ def _marked(config):
 
 
 def _repeated(config):
-  """Between the stages, for a model that stays at chance in the second: marks around known items."""
+  """Between the stages, for a model that stays at chance in the second: items that repeat."""
   _marked(config)
   config.data.path = '?classes=4&queries=8&words=2&repeat=1&episodes=40000'
   config.optim.schedule = 'constant'

@@ -69,7 +69,7 @@ def _one(workdir: pathlib.Path, key: Key):
 
 
 def _stages(workdir: pathlib.Path, variant: str, seed: int):
-  """Trains pairs, then with marks; `fine`, which stays at chance with some seeds, by a step more."""
+  """Trains pairs, then with marks; `fine`, which else stays at chance at times, by way of three."""
   first, between = workdir / 'pairs', workdir / 'repeated'
   _train('episodes' if variant == 'fine' else f'episodes:{variant}', first, seed)
   if variant != 'fine':
