@@ -18,6 +18,7 @@ from collections.abc import Iterator
 import jax
 import pytest
 
+from moe_jax.devices import compile_options
 from tests import compile_flags
 
 jax.config.update('jax_num_cpu_devices', 8)
@@ -29,6 +30,8 @@ if _FLAGS is None:
   del os.environ['XLA_FLAGS']
 else:
   os.environ['XLA_FLAGS'] = _FLAGS
+
+compile_options.FIRST_STATE_LEVEL = 0  # as all that is compiled here
 
 if 'PYTEST_XDIST_WORKER' not in os.environ:  # workers inherit the folder of the process above them
   _PROGRAMS = os.environ.get('MOE_JAX_TEST_PROGRAMS')  # of several runs of pytest, see .ci/run

@@ -93,22 +93,26 @@ class Tokenizer:
     if special_tokens:
       batch = self._with_special_tokens.encode_batch_fast(list(texts), add_special_tokens=False)
       return [encoding.ids for encoding in batch]
-    if max(map(len, texts), default=0) > text_pieces.PIECE_CHARACTERS:
-      if self._places:
-        return [self._encode_long(text, self._places) for text in texts]
+    long = [len(text) > text_pieces.PIECE_CHARACTERS for text in texts]
+    if any(long) and not self._places:
       _ = self._warned
-    batch = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
-    return [encoding.ids for encoding in batch]
+      long = [False] * len(texts)
+    short = [text for text, is_long in zip(texts, long) if not is_long]
+    batch = iter(self._inner.encode_batch_fast(short, add_special_tokens=False))
+    return [
+      self._encode_long(text) if is_long else next(batch).ids for text, is_long in zip(texts, long)
+    ]
 
-  def _encode_long(self, text: str, places: re.Pattern[str]) -> Ids:
+  def _encode_long(self, text: str) -> Ids:
     """Ids of a text of any length, in an array; memory for a few pieces of it."""
-    pieces, found = list(text_pieces.cut(text, places)), []
+    assert self._places is not None
+    pieces, found = list(text_pieces.cut(text, self._places)), []
     for first in range(0, len(pieces), _PIECES):
       batch = self._inner.encode_batch_fast(
         pieces[first : first + _PIECES], add_special_tokens=False
       )
       found += [np.asarray(encoding.ids, np.uint32) for encoding in batch]
-    return np.concatenate(found) if len(found) > 1 else found[0].tolist()
+    return np.concatenate(found)
 
   @functools.cached_property
   def _places(self) -> re.Pattern[str] | None:

@@ -1,13 +1,7 @@
 """The stage that makes a run's batches, where they are no rows of its corpus."""
 
 from moe_jax.config import schema
-from moe_jax.post_training import policy_stage, process_stage
 from moe_jax.runs import fit
-
-STAGES = {
-  'policy': policy_stage.PolicyStage,
-  'process_reward': process_stage.ProcessStage,
-}
 
 
 def of(cfg: schema.Config) -> fit.Stage | None:
@@ -16,5 +10,13 @@ def of(cfg: schema.Config) -> fit.Stage | None:
   Raises:
     errors.InputError: see the stages.
   """
-  stage = STAGES.get(cfg.objective.kind)
-  return None if stage is None else stage(cfg)
+  # Imported when asked for: other runs start sooner without what rewards are drawn and shown with.
+  if cfg.objective.kind == 'policy':
+    from moe_jax.post_training import policy_stage
+
+    return policy_stage.PolicyStage(cfg)
+  if cfg.objective.kind == 'process_reward':
+    from moe_jax.post_training import process_stage
+
+    return process_stage.ProcessStage(cfg)
+  return None

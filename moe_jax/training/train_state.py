@@ -8,7 +8,7 @@ from flax import struct
 
 from moe_jax import trees
 from moe_jax.config import schema
-from moe_jax.devices import partitioning
+from moe_jax.devices import compile_options, partitioning
 from moe_jax.models import model_variables
 from moe_jax.training import lora, optim, trainable, value_head
 
@@ -97,7 +97,11 @@ def trained_shardings(cfg: schema.Config, mesh: partitioning.Mesh) -> trees.Tree
 def init_state(cfg: schema.Config, mesh: jax.sharding.Mesh) -> TrainState:
   """The state at step 0, made on the mesh from `train.seed`."""
   out = jax.tree.map(lambda x: x.sharding, abstract_state(cfg, mesh))
-  create = jax.jit(lambda rng: partitioning.unbox(_init(cfg, rng)), out_shardings=out)
+  create = jax.jit(
+    lambda rng: partitioning.unbox(_init(cfg, rng)),
+    out_shardings=out,
+    compiler_options=compile_options.for_first_state(mesh),
+  )
   return create(jax.random.key(cfg.train.seed))
 
 
@@ -112,5 +116,10 @@ def state_from(cfg: schema.Config, mesh: jax.sharding.Mesh, params: trees.Params
     reference = None if state.reference is None else params
     return state.replace(params=params, opt_state=_opt_state(cfg, params), reference=reference)
 
-  create = jax.jit(create, out_shardings=out, donate_argnums=1)
+  create = jax.jit(
+    create,
+    out_shardings=out,
+    donate_argnums=1,
+    compiler_options=compile_options.for_first_state(mesh),
+  )
   return create(jax.random.key(cfg.train.seed), params)

@@ -176,6 +176,24 @@ def test_a_long_text_in_pieces_has_the_ids_of_the_whole(kind, monkeypatch):
     assert isinstance(found[0], np.ndarray) and [list(ids) for ids in found] == whole
 
 
+def test_short_texts_beside_a_long_one_are_encoded_together(monkeypatch):
+  """One by one they would leave cores idle."""
+  monkeypatch.setattr(text_pieces, 'PIECE_CHARACTERS', 40)
+  tokenizer = tokenizer_lib.byte_tokenizer(BOS, EOS)
+  inner, batches = tokenizer._inner, []
+
+  class Counted:
+    def encode_batch_fast(self, texts, **options):
+      batches.append(len(texts))
+      return inner.encode_batch_fast(texts, **options)
+
+  texts = ['one', 'a word ' * 20, 'two', 'three']
+  assert tokenizer._places is not None  # read from the real one
+  tokenizer._inner = Counted()
+  found = tokenizer.encode_batch(texts)
+  assert batches[0] == 3 and [len(ids) for ids in found] == [3, 140, 3, 5]
+
+
 def test_what_may_not_be_cut_is_read_whole_and_said_once(monkeypatch, caplog):
   """A space that belongs to the letter before it, as a merge or a normaliser may have it."""
   inner = tokenizers.Tokenizer(models.BPE())

@@ -28,3 +28,10 @@ def mesh(platform, kind, size, expert=1):
 )
 def test_options(platform, kind, size, expert, name):
   assert list(compile_options.for_step(mesh(platform, kind, size, expert))) == [name] * bool(name)
+
+
+@pytest.mark.parametrize('platform, level', [('cpu', 1), ('gpu', None), ('tpu', None)])
+def test_only_a_cpu_compiles_first_states_in_haste(platform, level, monkeypatch):
+  monkeypatch.setattr(compile_options, 'FIRST_STATE_LEVEL', 1)
+  found = compile_options.for_first_state(mesh(platform, 'any', 1))
+  assert found.get('xla_backend_optimization_level') == level

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax.devices import partitioning
+from moe_jax.devices import compile_options, partitioning
 from moe_jax.models import model_variables
 from moe_jax.training import loop as loop_lib
 from moe_jax.training import train_state
@@ -69,3 +69,14 @@ def test_stacked_layers_start_different():
 
 def reports(num_steps):
   return (loop_lib.StepReport(step, f'state {step}', None) for step in range(1, num_steps + 1))
+
+
+def test_a_state_that_is_compiled_in_haste_has_the_usual_bits(monkeypatch):
+  cfg = tiny.make(train__seed=3)
+  mesh = partitioning.make_mesh(cfg.mesh)
+
+  def bits(level):
+    monkeypatch.setattr(compile_options, 'FIRST_STATE_LEVEL', level)
+    return [np.asarray(a).tobytes() for a in jax.tree.leaves(train_state.init_state(cfg, mesh))]
+
+  assert bits(1) == bits(3)  # the usual one of XLA; tests have 0
