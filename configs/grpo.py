@@ -46,7 +46,21 @@ def _programs(config):
   config.objective.policy.reward_seconds = 30.0  # the sandbox has limits of its own, below that
 
 
-VARIANTS = {'programs': _programs, 'process': _process, 'rft': _rft, 'gspo': _gspo}
+def _small_programs(config):
+  """Easier ones, in minutes; for a start from configs/reasoner.py:small_programs."""
+  _programs(config)
+  recipes.small_programs(config)
+  config.objective.policy.max_new_tokens = 64
+  config.train.num_steps = 60
+
+
+VARIANTS = {
+  'programs': _programs,
+  'small_programs': _small_programs,
+  'process': _process,
+  'rft': _rft,
+  'gspo': _gspo,
+}
 
 
 def get_config(variant=''):

@@ -48,8 +48,16 @@ def _small_dense(config):
   recipes.make_dense(config, 2 * sizes.TINY_FFN)
 
 
+def _small_programs(config):
+  """Easier programs for a smaller model: a start for configs/grpo.py:small_programs."""
+  _small(config)
+  recipes.small_programs(config)
+  config.model.max_seq_len = 160
+
+
 VARIANTS = {
   'small': _small,
+  'small_programs': _small_programs,
   'small_dense': _small_dense,
   'gshard': _gshard,
   'programs': _programs,

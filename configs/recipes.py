@@ -210,6 +210,14 @@ def small_sums(config: base.Page) -> base.Page:
   return config
 
 
+def small_programs(config: base.Page) -> base.Page:
+  """Functions of up to two operations on a number, a fifth of the questions held out."""
+  config.data.source = 'programs'
+  config.data.path = '?operations=2&max_value=5&kinds=1&problems=20000'
+  config.data.heldout_fraction = 0.2
+  return config
+
+
 def tune_on_lines(config: base.Page) -> base.Page:
   """SFT of a run of configs/purify.py on short labelled texts out of `data.path`."""
   config.objective.kind = 'sft'

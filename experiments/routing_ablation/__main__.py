@@ -2,6 +2,7 @@
 
 python -m experiments.routing_ablation --scale=tiny|small|2b --workdir=W [--arms=a,b] [--seeds=5]
   [--steps=N] [--jobs=2] [--together=N] [--data_source=S --data_path=P] [--dry_run] [--out=DIR]
+  [--earlier=DIR]
 
 Prints what the arms cost and refuses pairs that do not match; trains each arm with all seeds, as an
 axis of one compiled step where they fit; evaluates, probes, times; writes the report. The same
@@ -29,6 +30,7 @@ def define_flags():
   flags.DEFINE_bool(
     'dry_run', False, 'print what the arms cost and whether they match; no training'
   )
+  cli.path_flag('earlier', '', 'directory of a report whose seeds are added, not trained again')
   cli.path_flag('out', '', 'directory of the report; WORKDIR/report without')
   local_jobs.define_flags()
 

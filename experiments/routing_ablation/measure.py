@@ -109,11 +109,15 @@ def probe(workdir: pathlib.Path, arm: str, seed: int):
 
 
 def read(workdir: pathlib.Path, names: Sequence[str], seeds: Sequence[int]) -> Results:
-  """The figures of all runs."""
-  return {
-    name: {seed: json.loads(path(workdir, name, seed).read_text()) for seed in seeds}
-    for name in names
-  }
+  """The figures of all runs, and the commit at which each was trained."""
+  return {name: {seed: _read(workdir, name, seed) for seed in seeds} for name in names}
+
+
+def _read(workdir: pathlib.Path, arm: str, seed: int) -> dict[str, Any]:
+  where = path(workdir, arm, seed)
+  git = json.loads((where.parent / 'config.json').read_text())['git']
+  commit = 'unknown' if git is None else git['commit'][:10] + '+' * git['dirty']
+  return json.loads(where.read_text()) | {'commit': commit}
 
 
 def rates(workdir: pathlib.Path, configs: Mapping[str, schema.Config]) -> dict[str, float]:
@@ -126,19 +130,17 @@ def rates(workdir: pathlib.Path, configs: Mapping[str, schema.Config]) -> dict[s
   return {name: found[name] for name in configs}
 
 
-def hours(results: Results) -> float:
-  """Of one process, that training and measuring took since each run's last start."""
-  return sum(run['seconds'] for runs in results.values() for run in runs.values()) / 3600
+def hours_text(results: Results) -> str:
+  """'1.2 hours' of training and measuring since each run's last start, as far as they are known."""
+  seconds = [run['seconds'] for runs in results.values() for run in runs.values()]
+  known = [one for one in seconds if one is not None]
+  text = f'{sum(known) / 3600:.1f} hours'
+  return text if len(known) == len(seconds) else f'{text} for {len(known)} of {len(seconds)} runs'
 
 
-def commits(workdir: pathlib.Path, results: Results) -> list[str]:
-  """The commits at which the runs were trained, as their `config.json` has them."""
-  found = set()
-  for name, runs in results.items():
-    for seed in runs:
-      git = json.loads((path(workdir, name, seed).parent / 'config.json').read_text())['git']
-      found.add('unknown' if git is None else git['commit'][:10] + '+' * git['dirty'])
-  return sorted(found)
+def commits(results: Results) -> list[str]:
+  """The commits at which the runs were trained."""
+  return sorted({run['commit'] for runs in results.values() for run in runs.values()})
 
 
 def column(results: Results, arm: str, figure: str) -> list[float] | None:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from experiments.common import html_report, spread
-from experiments.routing_ablation import arms, matching, measure, over_tokens, pictures
+from experiments.routing_ablation import arms, earlier, matching, measure, over_tokens, pictures
 from moe_jax import atomic_files
 from moe_jax.analysis import difference_curves, paired
 from moe_jax.config import schema
@@ -237,7 +237,7 @@ def _tables(study: Study, command: str) -> list[html_report.Block]:
       [
         f'seeds {", ".join(map(str, study.seeds))}; {cfg.train.num_steps} steps of '
         f'{cfg.train.batch_size} x {cfg.model.max_seq_len} tokens; data `{cfg.data.source}`',
-        f'{measure.hours(study.results):.1f} hours of one process on {_hardware()}',
+        f'{measure.hours_text(study.results)} of one process on {_hardware()}',
         ', '.join(f'{k} {v}' for k, v in run_record.versions().items() if v),
         f'trained at commit {", ".join(study.commits)} (+ = with changes)',
       ]
@@ -262,7 +262,7 @@ def _hardware() -> str:
 
 def csv_text(study: Study) -> str:
   """A line per arm and seed."""
-  keys = [*arms.FIGURES, 'loss', 'train_drop_rate', 'step']
+  keys = [*arms.FIGURES, *earlier.KEPT]
   text = io.StringIO()
   writer = csv.writer(text, lineterminator='\n')
   writer.writerow(['arm', 'seed', *keys, 'tokens_per_second'])

@@ -10,6 +10,7 @@ from absl import flags
 
 from experiments.common import cli, local_jobs
 from experiments.routing_ablation import arms, matching, measure, report
+from experiments.routing_ablation import earlier as earlier_lib
 from moe_jax import errors
 from moe_jax.config import schema
 from moe_jax.runs import run_record, seeds, train_run
@@ -32,8 +33,12 @@ def main(unused_argv: Sequence[str]):
   if values.dry_run:
     return
   workdir = pathlib.Path(cli.required('workdir'))
+  known: measure.Results = {name: {} for name in found}
+  if values.earlier:
+    known = earlier_lib.read(pathlib.Path(values.earlier), found, numbers)
+  every, numbers = numbers, [n for n in numbers if n not in next(iter(known.values()))]
   _check_finished(workdir, found, numbers)
-  size = values.together or min(arms.SCALES[values.scale].together, len(numbers))
+  size = values.together or max(1, min(arms.SCALES[values.scale].together, len(numbers)))
   errors.require(size >= 1, f'--together={values.together} must be at least 1')
   groups = [numbers[i : i + size] for i in range(0, len(numbers), size)]
   units = [(name, group) for name in found for group in groups]
@@ -47,12 +52,10 @@ def main(unused_argv: Sequence[str]):
     return
   rates = measure.rates(workdir, found)
   out = pathlib.Path(values.out) if values.out else workdir / 'report'
-  results = measure.read(workdir, list(found), numbers)
+  results = earlier_lib.joined(known, measure.read(workdir, list(found), numbers), every)
   written = report.write(
     out,
-    report.Study(
-      values.scale, found, numbers, results, rates, described, measure.commits(workdir, results)
-    ),
+    report.Study(values.scale, found, every, results, rates, described, measure.commits(results)),
     command=report.command_of(sys.argv[1:]),
   )
   print('wrote: ' + ' '.join(str(path) for path in written))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments.common import html_report, local_jobs
-from experiments.routing_ablation import arms, matching, measure, over_tokens, report
+from experiments.routing_ablation import arms, earlier, matching, measure, over_tokens, report
 from moe_jax import errors
 from moe_jax.analysis import difference_curves, paired
 
@@ -85,6 +85,7 @@ def run_of(bits, vio=0.5, dropped=0.0, **more):
   curve = {'step': [1, 2, 3], 'loss': [3.0 + bits, 3.0 + bits, 3.0 + 2 * bits]}
   curve |= {'max_vio': [vio] * 3, 'drop_rate': [None if vio is None else dropped] * 3}
   result = {'bits_per_byte': bits, 'loss': bits, 'step': 3, 'max_vio': vio, 'curve': curve}
+  result['commit'] = '0123456789'
   return result | {'train_drop_rate': None if vio is None else dropped, 'seconds': 1800} | more
 
 
@@ -187,6 +188,54 @@ def test_report_is_whole(study, tmp_path):
   lines = (tmp_path / 'out' / 'runs.csv').read_text().splitlines()
   assert lines[0] == 'arm,seed,step,loss,max_vio' and len(lines) == 1 + 14 * 3
   assert lines[1:4] == ['gshard,0,1,5,0.5', 'gshard,0,2,5,0.5', 'gshard,0,3,7,0.5']
+
+
+@pytest.fixture
+def published(study, tmp_path):
+  """(the study with pages of three steps, directory of its report)."""
+  configs = {
+    name: dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, num_steps=3))
+    for name, cfg in study.configs.items()
+  }
+  study = study._replace(configs=configs)
+  report.write(tmp_path, study, 'python -m this')
+  return study, tmp_path
+
+
+def test_runs_of_an_earlier_report_say_the_same(published):
+  study, directory = published
+  read = earlier.read(directory, study.configs, [1, 0])
+  assert {name: set(runs) for name, runs in read.items()} == dict.fromkeys(study.configs, {0, 1})
+  again = earlier.joined(read, {}, study.seeds)
+  for one, other in zip(
+    report.grade(study.results, study.configs), report.grade(again, study.configs)
+  ):
+    assert one._replace(curve=None) == other._replace(curve=None)
+    if one.curve is not None:
+      np.testing.assert_allclose(one.curve.differences, other.curve.differences, rtol=1e-5)
+  assert measure.hours_text(again) == '7.0 hours' and measure.commits(again) == ['0123456789']
+
+
+def test_seeds_of_an_earlier_report_stand_beside_new_ones_in_order(published):
+  study, directory = published
+  read = earlier.read(directory, study.configs, [0, 5])
+  new = {name: {5: run_of(1.5, seconds=None)} for name in study.configs}
+  both = earlier.joined(read, new, [5, 0])
+  assert measure.column(both, 'gshard', arms.BITS) == [1.5, 2.0]
+  assert measure.hours_text(both) == '3.5 hours for 7 of 14 runs'
+
+
+def test_an_earlier_report_that_does_not_fit_is_refused(published):
+  study, directory = published
+  more = study.configs | resolved('tiny', ['switch'])
+  with pytest.raises(errors.InputError, match='has seed 0 of some arms, but not of switch'):
+    earlier.read(directory, more, [0])
+  longer = resolved('tiny', ['gshard'])
+  with pytest.raises(errors.InputError, match='runs of 3 steps, where gshard is to have 300; give'):
+    earlier.read(directory, longer, [0])
+  with pytest.raises(errors.InputError, match='results.csv is missing there|runs.csv is missing'):
+    earlier.read(directory / 'no', study.configs, [0])
+  assert earlier.read(directory, more, [7]) == dict.fromkeys(more, {})
 
 
 def test_command_of_hides_the_machine():
