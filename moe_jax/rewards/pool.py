@@ -8,6 +8,7 @@ a batch has failed, for then it is the checks that are wrong and not the answers
 
 import collections
 import concurrent.futures
+import json
 import os
 import pathlib
 import queue
@@ -21,6 +22,7 @@ from moe_jax.rewards import line_process, registry, reward
 
 MEMORY = 2**32  # bytes of address space of a worker
 START_SECONDS = 60.0  # for a worker to answer for the first time
+REMEMBERED = 4096  # items whose rewards equal ones share
 _ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -61,6 +63,21 @@ class _Worker:
     self._process.kill()
 
 
+class _Shared:
+  """What equal items are told; under the pool's lock."""
+
+  def __init__(self):
+    self.future: concurrent.futures.Future = concurrent.futures.Future()
+    self.items = 1  # that wait for it
+
+  @property
+  def is_lost(self) -> bool:
+    """Whether there is no reward, so that another try may find one."""
+    if not self.future.done():
+      return False
+    return self.future.exception() is not None or bool(self.future.result()[1])
+
+
 class Scored:
   """A batch that is being judged."""
 
@@ -94,7 +111,11 @@ def joined(parts: Sequence[Scored]) -> Scored:
 
 
 class RewardPool:
-  """Processes that give rewards; a context that ends them."""
+  """Processes that give rewards; a context that ends them.
+
+  A reward is a function of its item: equal ones that follow each other, as many answers to one
+  question are, are judged once. A failure is no reward, and the next equal item is judged anew.
+  """
 
   def __init__(
     self,
@@ -126,6 +147,7 @@ class RewardPool:
     self._tasks: queue.SimpleQueue = queue.SimpleQueue()
     self._broken: Exception | None = None
     self._lock = threading.Lock()
+    self._known: collections.OrderedDict[str, _Shared] = collections.OrderedDict()
     first = [_Worker(self._setup)]  # if it is refused, it is refused once
     self.isolation = first[0].isolation  # in which programs run; '' if none do
     self._threads = [
@@ -143,10 +165,24 @@ class RewardPool:
     """
     if not self._threads:
       raise PoolError('the reward pool is closed')
-    futures = [concurrent.futures.Future() for _ in batch]
-    for item, future in zip(batch, futures):
-      self._tasks.put((item, future))
-    return Scored(futures)
+    return Scored([self._submit(item) for item in batch])
+
+  def _submit(self, item: reward.Item) -> concurrent.futures.Future:
+    request = item._asdict() | {'completion_ids': [int(i) for i in item.completion_ids]}
+    key = json.dumps(request, sort_keys=True)
+    with self._lock:
+      shared = self._known.get(key)
+      if shared is not None and not shared.is_lost and self._broken is None:
+        if shared.future.done():
+          self.counts[shared.future.result()[0].kind] += 1
+        else:
+          shared.items += 1
+        return shared.future
+      self._known[key] = shared = _Shared()
+      while len(self._known) > REMEMBERED:
+        self._known.popitem(last=False)
+    self._tasks.put((request, shared))
+    return shared.future
 
   def score(self, batch: Sequence[reward.Item]) -> list[reward.Reward]:
     """The rewards of a batch; waits for them. Raises as `Scored.result`."""
@@ -169,23 +205,25 @@ class RewardPool:
   def _serve(self, workers: list[_Worker]):
     """Judges items with one process until None comes; `workers` holds it, or nothing."""
     while (task := self._tasks.get()) is not None:
-      item, future = task
+      request, shared = task
       try:
         if self._broken is not None:
           raise self._broken
-        found, why = self._judged(workers, item)
+        found, why = self._judged(workers, request)
         with self._lock:
-          self.counts[found.kind] += 1
-        future.set_result((found, why))
+          self.counts[found.kind] += shared.items
+          shared.future.set_result((found, why))
       except Exception as e:  # whoever waits for the reward is told, and all who come later
         self._broken = e
-        future.set_exception(e)
+        with self._lock:
+          shared.future.set_exception(e)
     for worker in workers:
       worker.kill()
 
-  def _judged(self, workers: list[_Worker], item: reward.Item) -> tuple[reward.Reward, str]:
+  def _judged(
+    self, workers: list[_Worker], request: Mapping[str, Any]
+  ) -> tuple[reward.Reward, str]:
     """(reward, why the check failed or '') of an item."""
-    request = item._asdict() | {'completion_ids': [int(i) for i in item.completion_ids]}
     for last in (False, True):
       if not workers:
         workers.append(_Worker(self._setup))

@@ -53,6 +53,37 @@ def test_rewards_come_in_order_and_failures_are_counted(scripted):
   assert scripted.started == 4  # a worker that hung or died is replaced, for its own item twice
 
 
+@pytest.mark.parametrize('together', [True, False])
+def test_equal_answers_are_judged_once_and_counted_all(scripted, monkeypatch, together):
+  asked = []
+
+  def ask(self, request, seconds):
+    asked.append((request['text'], request['example']['answer']))
+    return scripted_ask(self, request, seconds)
+
+  scripted_ask = Scripted.ask
+  monkeypatch.setattr(Scripted, 'ask', ask)
+  items = [item('a'), item('bb'), item('a'), item('a', answer='8'), item('a')]
+  with pool.RewardPool('answer', 1) as one:
+    if together:
+      found = one.score(items)
+    else:
+      found = [reward for each in items for reward in one.score([each])]
+  assert [r.value for r in found] == [1, 2, 1, 1, 1]
+  assert sorted(asked) == [('a', '7'), ('a', '8'), ('bb', '7')]
+  assert one.counts == {'right': 5}
+
+
+def test_a_failure_is_not_shared_with_later_items_and_little_is_remembered(scripted, monkeypatch):
+  monkeypatch.setattr(pool, 'REMEMBERED', 1)
+  with pool.RewardPool('answer', 1) as one:
+    one.score([item('a'), item('hangs')])
+    assert scripted.started == 1
+    one.score([item('a'), item('hangs')])
+  assert scripted.started == 2  # it was asked again, by a new worker
+  assert one.counts == {'right': 2, 'time': 2} and len(one._known) == 1
+
+
 def test_an_item_whose_worker_died_is_tried_again(scripted):
   with pool.RewardPool('answer', 1) as one:
     assert one.score([item('dies once')])[0].kind == 'right'
