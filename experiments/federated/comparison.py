@@ -91,6 +91,7 @@ def run_study():
   """Trains, and writes results.json, the pictures and the tables to --out."""
   values = flags.FLAGS
   workdir, out = pathlib.Path(cli.required('workdir')), pathlib.Path(values.out)
+  readme_tables.check(out, START, END)
   settings = [
     Setting(imbalance, alpha)
     for imbalance in setting_flags.numbers('imbalances', values.imbalances)

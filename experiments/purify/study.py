@@ -13,7 +13,7 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from experiments.common import cli, local_jobs
+from experiments.common import cli, local_jobs, readme_tables
 from experiments.purify import commands, measures, report
 from moe_jax import atomic_files, errors, trees
 from moe_jax.analysis.purification import attacks, examples, fisher, pruning, resets, shares
@@ -33,6 +33,8 @@ NONE = 'none'  # a tuning without poison, the control
 def main(unused_argv: Sequence[str]):
   """Runs what is missing, then writes the report."""
   values, workdir = flags.FLAGS, pathlib.Path(cli.required('workdir'))
+  out = pathlib.Path(values.out or 'experiments/purify')
+  readme_tables.check(out, report.START, report.END)
   seeds = local_jobs.seeds(values.seeds)
   for flag, names, known in (
     ('variants', values.variants, VARIANTS),
@@ -50,7 +52,7 @@ def main(unused_argv: Sequence[str]):
   for key in tqdm.tqdm(pending, desc='runs', unit='run'):
     _one(workdir, *key)
   found = {f'{v}/{s}': json.loads(_path(workdir, v, s).read_text()) for v, s in keys}
-  report.write(pathlib.Path(values.out or 'experiments/purify'), found, _settings())
+  report.write(out, found, _settings())
 
 
 def _settings() -> dict[str, Any]:

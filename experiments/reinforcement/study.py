@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from experiments.common import cli, local_jobs
+from experiments.common import cli, local_jobs, readme_tables
 from experiments.reinforcement import arms as arms_lib
 from experiments.reinforcement import report
 from moe_jax import atomic_files, errors
@@ -44,6 +44,8 @@ def main(unused_argv: Sequence[str]):
   """Runs what is missing, then writes the report."""
   values, workdir = flags.FLAGS, pathlib.Path(cli.required('workdir'))
   seeds, arms = local_jobs.seeds(values.seeds), arms_lib.chosen(values.arms, values.rates)
+  out = pathlib.Path(values.out)
+  readme_tables.check(out, report.START, report.END)
   for part in values.parts:
     errors.require(
       part in arms_lib.PARTS, f'--parts={part} must be among {", ".join(arms_lib.PARTS)}'
@@ -64,7 +66,7 @@ def main(unused_argv: Sequence[str]):
   local_jobs.run('experiments.reinforcement', pending, lambda seed: seed.fill(learning, verify))
   if not local_jobs.is_shard():
     records = {seed.number: seed.record(learning, verify) for seed in found}
-    report.write(pathlib.Path(values.out), learning, records, _settings())
+    report.write(out, learning, records, _settings())
 
 
 def _settings() -> dict[str, Any]:

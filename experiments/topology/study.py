@@ -107,7 +107,8 @@ def main(argv: Sequence[str]):
   from experiments.topology import report
 
   values = flags.FLAGS
-  workdir = pathlib.Path(cli.required('workdir'))
+  workdir, out = pathlib.Path(cli.required('workdir')), pathlib.Path(values.out)
+  readme_tables.check(out, START, END)
   splits, seeds = local_jobs.seeds(values.splits), local_jobs.seeds(values.seeds)
   errors.require(len(splits) >= 5, f'--splits={len(splits)} must be at least 5, for intervals')
   asked, end = list(keys(values.graphs, values.models)), time.monotonic() + 60 * values.minutes
@@ -122,7 +123,7 @@ def main(argv: Sequence[str]):
       unit = train_unit(key, splits, seeds)
       atomic_files.write_text(path, json.dumps(unit) + '\n')
       print(f'{report.name(unit["key"])}: {report.gain(unit).text(1)} points', flush=True)
-  _write(workdir, asked, pathlib.Path(values.out))
+  _write(workdir, asked, out)
 
 
 def _check(path: pathlib.Path, splits: Sequence[int], seeds: Sequence[int]):

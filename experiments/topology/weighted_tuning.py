@@ -69,6 +69,7 @@ def run_study(base_dir: str, workdir: pathlib.Path, seeds: Sequence[int], out: p
     errors.InputError: the base cannot be read, or a run in `workdir` is of other settings.
   """
   values = flags.FLAGS
+  readme_tables.check(out, START, END)
   base = load.load(base_dir, flag='--base')
   found = package_functions.read(per_package=values.per_package)
   classes = np.array([one.package for one in found])

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments.common import cli, local_jobs
+from experiments.common import cli, local_jobs, readme_tables
 from experiments.watermark import arms as arms_lib
 from experiments.watermark import report
 from moe_jax import atomic_files, errors
@@ -41,6 +41,8 @@ def main(unused_argv: Sequence[str]):
   workdir = pathlib.Path(cli.required('workdir'))
   seeds = local_jobs.seeds(values.seeds)
   errors.require(values.prompts >= 2, f'--prompts={values.prompts} must be at least 2')
+  out = pathlib.Path(values.out or pathlib.Path(__file__).parent)
+  readme_tables.check(out, report.START, report.END)
   models = _load()
   settings = {
     'prompts': values.prompts,
@@ -56,7 +58,6 @@ def main(unused_argv: Sequence[str]):
       for name, work in parts.items()
     }
   times = _kept(workdir / 'times.json', settings, _times, models, seeds[0])
-  out = pathlib.Path(values.out or pathlib.Path(__file__).parent)
   report.write(out, settings, results, times)
 
 

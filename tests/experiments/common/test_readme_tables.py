@@ -1,3 +1,5 @@
+import pathlib
+
 import pytest
 
 from experiments.common import readme_tables
@@ -19,3 +21,14 @@ def test_only_what_is_between_the_comments_changes(tmp_path):
   readme_tables.check(tmp_path, '<a>', '<b>')
   readme_tables.fill(tmp_path, '<a>', '<b>', 'new')
   assert readme.read_text() == '<a>\n\nnew\n\n<b>\n'
+
+
+def test_every_study_looks_for_the_place_of_its_tables_before_it_computes():
+  rooms = {}
+  for path in (pathlib.Path(__file__).parents[3] / 'experiments').rglob('*.py'):
+    if path.parent.name != 'common':
+      rooms.setdefault(path.parent.name, []).append(path.read_text())
+  writing = {room for room, texts in rooms.items() if any('tables.fill(' in t for t in texts)}
+  assert writing >= {'purify', 'reinforcement', 'specialisation', 'topology', 'watermark'}
+  looking = {room for room, texts in rooms.items() if any('tables.check(' in t for t in texts)}
+  assert writing <= looking
