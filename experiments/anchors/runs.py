@@ -27,6 +27,7 @@ Key = tables.Key
 def main(unused_argv: Sequence[str]):
   """Trains, measures, writes."""
   values, workdir = flags.FLAGS, pathlib.Path(cli.required('workdir'))
+  readme_tables.check(pathlib.Path(values.out), START, END)
   seeds, variants = local_jobs.seeds(values.seeds), _variants(values.variants)
   episodes.changed(episodes.Task(), f'?noise={values.noise}', '--noise')  # before any training
   keys = [(variant, seed) for seed in seeds for variant in variants]
