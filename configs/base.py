@@ -122,6 +122,7 @@ def get_config() -> Page:
   c.checkpoint.keep_every = 0
 
   c.mesh = ml_collections.ConfigDict()
+  c.mesh.stage = 1
   c.mesh.dcn_data = 1
   c.mesh.dcn_fsdp = 1
   c.mesh.data = -1
@@ -129,6 +130,7 @@ def get_config() -> Page:
   c.mesh.expert = 1
   c.mesh.sequence = 1
   c.mesh.tensor = 1
+  c.mesh.stage_micro_batches = 0
   c.mesh.zero1 = False
 
   c.paper = ml_collections.ConfigDict()

@@ -31,6 +31,7 @@ MODEL_FLOORS = (
   ('routed_experts',),
   ('moe_layer',),
   ('decoder_block',),
+  ('stages',),
   ('token_prediction',),
   ('transformer',),
   ('model_variables',),

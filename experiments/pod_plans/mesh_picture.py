@@ -26,7 +26,8 @@ COLORS = ('#cfe8ff', '#ffe0c2')
 def make_mesh() -> jax.sharding.Mesh:
   """The mesh of the picture, over eight virtual devices."""
   sizes = dict.fromkeys(mesh_config.AXES, 1) | SIZES
-  return partitioning.make_mesh(mesh_config.MeshConfig(**sizes, zero1=False), jax.devices()[:8])
+  mesh = mesh_config.MeshConfig(**sizes, stage_micro_batches=0, zero1=False)
+  return partitioning.make_mesh(mesh, jax.devices()[:8])
 
 
 def holdings(mesh: jax.sharding.Mesh) -> list[dict[str, str]]:

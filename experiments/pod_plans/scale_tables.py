@@ -188,7 +188,9 @@ def _pipelines_cells(row: dict[str, Any]) -> tuple[str, ...]:
   bound, serial = row['step_seconds_bound'], row['step_seconds_one_by_one']
   mesh = f'{_mesh(row["mesh"])}; {row["remat"]}'
   memory, sent = f'{row["hbm_bytes"] / GIB:.0f}', f'{row["sent_bytes"] / 1e9:.0f}'
-  head = (row['topology'], str(row['stages']), row['schedule'], mesh, str(row['micro_batches']))
+  micros, passes = str(row['micro_batches']), row['passes']
+  micros += f' in {passes} passes' if passes > 1 else ''
+  head = (row['topology'], str(row['stages']), row['schedule'], mesh, micros)
   of = (f'{bound / row["without"]["bound"]:.2f}', f'{serial / row["without"]["one_by_one"]:.2f}')
   share = _percent(row['bubble_share'])
   return (*head, memory, share, sent, f'{bound:.1f}', of[0], f'{serial:.1f}', of[1])

@@ -1,5 +1,8 @@
 """The tokens that a balance loss averages over: a sequence, a forward pass or the whole batch.
 
+A loss of scope micro_batch is of a whole forward pass, also where a pipeline makes it in parts
+(`added_up`).
+
 With gradient accumulation a loss of scope global_batch is no sum over micro-batches. It then
 becomes its linear part around the whole batch (`global_slopes`), whose gradients do add up.
 Losses are returned times the number of tokens, so that sequences, micro-batches and devices add up.
@@ -115,9 +118,34 @@ def refreshed(
 
   After accumulation those hold sums of linear parts, right in their gradient only.
   """
+  return _anew(moe, stats, ('global_batch',), {})
+
+
+def added_up(
+  moe: moe_config.MoEConfig,
+  stats: router_stats.RouterStats,
+  slopes: Mapping[str, Mapping[str, Array]],
+) -> router_stats.RouterStats:
+  """`stats` of a forward pass that was made in parts, with the losses of all its rows together.
+
+  Args:
+    moe: the scopes.
+    stats: sums over the parts, leaves [layers, ...]; gradients flow through them.
+    slopes: see `scoped`; leaves [layers, ...].
+  """
+  return _anew(moe, stats, ('micro_batch', 'global_batch'), slopes)
+
+
+def _anew(
+  moe: moe_config.MoEConfig,
+  stats: router_stats.RouterStats,
+  scopes: tuple[str, ...],
+  slopes: Mapping[str, Mapping[str, Array]],
+) -> router_stats.RouterStats:
+  """`stats` with the losses of these scopes made of its sums, leaves [layers, ...]."""
   losses = dict(stats.losses)
   for name in losses:
-    if moe.loss(name).scope != 'global_batch':
+    if moe.loss(name).scope not in scopes:
       continue
     if name in balance_losses.LOSSES:
       value, sums = balance_losses.LOSSES[name](stats.sums, moe), stats.sums
@@ -126,4 +154,6 @@ def refreshed(
       sums = stats.attention
       value = balance_losses.mutual_information(sums, moe)
     losses[name] = value * sums.num_tokens
+    if name in slopes:
+      losses[name] = jax.vmap(_along)(slopes[name], sums)
   return stats.replace(losses=losses)

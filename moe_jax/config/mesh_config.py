@@ -1,8 +1,8 @@
 """What every field of `mesh` means and the rules between them that need no devices.
 
 The rows of a batch are split over all axes but `sequence` and `tensor`; the other axes say what is
-split besides: `fsdp` the parameters, `expert` the experts. How sizes must divide each other is
-checked against the devices, by `partitioning.check`.
+split besides: `stage` the layers, `fsdp` the parameters, `expert` the experts. How sizes must
+divide each other is checked against the devices, by `partitioning.check`.
 """
 
 import dataclasses
@@ -15,6 +15,9 @@ from moe_jax import errors
 class MeshConfig:
   """Sizes of the device mesh's axes; -1, for one of them, takes the devices that are left."""
 
+  # Stages of a pipeline, each with its part of the MoE layers (of all layers of a dense model).
+  # Outside of these layers its devices share the rows.
+  stage: int
   dcn_data: int  # slices (or nodes) with a slow network between them, each with all parameters
   dcn_fsdp: int  # slices that share the parameters
   data: int  # copies of the model
@@ -22,10 +25,14 @@ class MeshConfig:
   expert: int  # experts split; tokens travel to them, see model.moe.exchange
   sequence: int  # the tokens of a row split (context parallelism)
   tensor: int  # heads, FFN widths and vocabulary split
+  # Parts of the rows of a forward pass that follow each other through the stages, a multiple of
+  # their number; 0 = four times as many as stages, or what the rows allow. Of no effect without.
+  stage_micro_batches: int
   zero1: bool  # optimizer state split over all axes that split rows, also where weights are not
 
 
-AXES = tuple(field.name for field in dataclasses.fields(MeshConfig) if field.type is int)
+_NO_AXES = ('stage_micro_batches', 'zero1')
+AXES = tuple(f.name for f in dataclasses.fields(MeshConfig) if f.name not in _NO_AXES)
 
 
 def sizes(mesh: MeshConfig) -> dict[str, int]:
@@ -44,6 +51,7 @@ def validate(mesh: MeshConfig):
       size == -1 or size >= 1,
       f'config.mesh.{name}={size} must be a number of devices, or -1 for all that are left',
     )
+  errors.at_least(mesh, 'mesh', 0, 'stage_micro_batches')
   free = [name for name, size in sizes(mesh).items() if size == -1]
   errors.require(
     len(free) <= 1,

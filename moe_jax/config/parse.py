@@ -14,6 +14,7 @@ ADDED: dict[str, dict[str, Any]] = {
   'model': {'tie_embeddings': False},
   'train': {'max_skipped_steps': 0, 'stall_seconds': 0.0},
   'optim': {'spike_sigma': 0.0, 'spike_window': 128},
+  'mesh': {'stage': 1, 'stage_micro_batches': 0},
   'data': {'skip_null_text': False, 'chat_format': 'deepseek_llm', 'chat_template': ''},
   'objective': {
     'kind': 'next_token',

@@ -7,7 +7,8 @@ activations alike. Every mesh has all of `MESH_AXES`, most of them of size 1; th
 `config.mesh`.
 
 Rows of a batch are split over every axis that does not split a row or a layer (`ROW_AXES`): outside
-of the MoE layers the expert axis is one more axis of data parallelism.
+of the MoE layers the expert axis is one more axis of data parallelism, and outside of a pipeline
+so is the axis of its stages. Inside of it (`per_stage`) no rule names that axis.
 """
 
 import contextlib
@@ -22,22 +23,28 @@ from flax.linen import spmd
 from jax.experimental import mesh_utils
 
 from moe_jax import errors, trees
-from moe_jax.config import mesh_config, schema
+from moe_jax.config import mesh_config, schema, stage_rules
 
 MESH_AXES = mesh_config.AXES
 DCN_AXES = ('dcn_data', 'dcn_fsdp')  # between slices: the slow network
-ROW_AXES = (*DCN_AXES, 'data', 'fsdp', 'expert')
+STAGE = 'stage'
+STAGE_ROW_AXES = (*DCN_AXES, 'data', 'fsdp', 'expert')  # inside of a pipeline
+ROW_AXES = (STAGE, *STAGE_ROW_AXES)
 FSDP_AXES = ('dcn_fsdp', 'fsdp')
+COPIES = ('dcn_data', 'data')  # which split no weight
 
 # Logical axis -> mesh axes. Activations carry the prefix act_, so that sharding parameters (FSDP)
 # never decides the layout of activations. () = replicated.
 LOGICAL_AXIS_RULES = (
   ('act_batch', ROW_AXES),
   ('act_len', ('sequence',)),
+  ('act_parts', (STAGE,)),
+  ('act_part_batch', STAGE_ROW_AXES),
   ('act_embed', ()),
   ('act_heads', ('tensor',)),
   ('act_mlp', ('tensor',)),
   ('layers', ()),
+  ('stage_layers', (STAGE,)),
   ('vocab', ('tensor',)),
   ('embed', FSDP_AXES),
   ('heads', ('tensor',)),
@@ -124,6 +131,7 @@ def check(cfg: schema.Config, mesh: Mesh):
   batches |= {f'train.batch_ramp[{i}]': size for i, (_, size) in enumerate(train.batch_ramp)}
   for name, size in batches.items():
     _divides(mesh, name, size, ROW_AXES)
+  stage_rules.check(cfg, mesh.shape, STAGE_ROW_AXES)
   _divides(mesh, 'model.max_seq_len', model.max_seq_len, ('sequence',))
   _divides(mesh, 'model.embed_dim', model.embed_dim, FSDP_AXES)
   _divides(mesh, 'model.vocab_size', model.vocab_size, ('tensor',))
@@ -161,13 +169,22 @@ def _divides(mesh: Mesh, name: str, size: int, axes: Sequence[str]):
 
 
 def rules(mesh: Mesh) -> tuple[tuple[str, str | tuple[str, ...] | None], ...]:
-  """The table for one mesh: axes of size 1 left out, None where nothing is left."""
-  shape = dict(mesh.shape)
+  """The table for one mesh: axes of size 1 left out, None where nothing is left.
+
+  Inside of `per_stage` so is the axis of the stages.
+  """
+  shape = _free(mesh)
   table = []
   for name, axes in LOGICAL_AXIS_RULES:
     axes = tuple(axis for axis in axes if shape.get(axis, 1) > 1)
     table.append((name, (axes[0] if len(axes) == 1 else axes) or None))
   return tuple(table)
+
+
+def _free(mesh: Mesh) -> dict[str, int]:
+  """The axes and their sizes, without those over which a function is mapped already."""
+  mapped = getattr(mesh, 'manual_axes', ())
+  return {axis: size for axis, size in mesh.shape.items() if axis not in mapped}
 
 
 def spec(*names: str | None) -> jax.P:
@@ -185,7 +202,28 @@ def shardings(boxed: trees.Tree, mesh: Mesh) -> trees.Tree:
   """NamedSharding of every leaf of an (abstract) tree whose parameters carry axis names."""
   specs = nn.get_partition_spec(boxed)
   # Flax states a mesh of devices, but builds NamedShardings only, which take either.
-  return spmd.logical_to_mesh_sharding(specs, cast(jax.sharding.Mesh, mesh), rules(mesh))
+  found = spmd.logical_to_mesh_sharding(specs, cast(jax.sharding.Mesh, mesh), rules(mesh))
+  return jax.tree.map(_evened, found, unbox(boxed))
+
+
+def _evened(sharding: jax.NamedSharding, leaf: Any) -> jax.NamedSharding:
+  """The sharding of a weight whose layers the stages of a pipeline cannot share evenly.
+
+  They share another axis, in front of the mesh axes that split it already; where that does not
+  divide, every stage keeps all.
+  """
+  spec, mesh = list(sharding.spec), sharding.mesh
+  if not spec or spec[0] != STAGE:
+    return sharding
+  axis = stage_rules.shared_axis(leaf.shape, mesh.shape[STAGE])
+  if axis == 0:
+    return sharding
+  spec[0] = None
+  if axis != stage_rules.WHOLE:
+    old = spec[axis] or ()
+    new = (STAGE, *((old,) if isinstance(old, str) else old))
+    spec[axis] = new if leaf.shape[axis] % _ways(mesh, new) == 0 else spec[axis]
+  return jax.NamedSharding(mesh, jax.P(*spec))
 
 
 def split_further(sharding: jax.NamedSharding, shape: Sequence[int]) -> jax.NamedSharding:
@@ -289,12 +327,44 @@ def per_shard(fn: Callable[..., _T], in_axes: tuple[Any, ...], out_axes: Any) ->
   Returns:
     The function of whole arrays; `fn` itself without a mesh, or with a single device.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
+  axes = _free(jax.sharding.get_abstract_mesh())
+  if math.prod(axes.values()) == 1:
     return fn
   # check_vma would need every custom VJP below to cast its weights to device-varying by hand.
   return jax.shard_map(
-    fn, in_specs=tuple(map(_specs, in_axes)), out_specs=_specs(out_axes), check_vma=False
+    fn,
+    in_specs=tuple(map(_specs, in_axes)),
+    out_specs=_specs(out_axes),
+    axis_names=set(axes),
+    check_vma=False,
+  )
+
+
+def per_stage(fn: Callable[..., _T], in_specs: Any, out_specs: Any) -> Callable[..., _T]:
+  """Runs `fn` in every stage of a pipeline, and there on every copy of its weights.
+
+  How the other devices of a stage share the work stays with the partitioner, and with `per_shard`.
+
+  Args:
+    fn: called with the parts of its arguments; may use collectives over `STAGE` and `COPIES`.
+    in_specs: for each argument the layout over these axes of (all arrays in) it, or a tree of such.
+      Gradients are summed over those that do not split an argument, once, after all of `fn`.
+    out_specs: the same for the result.
+
+  Returns:
+    The function of whole arrays, under the mesh in force at tracing time.
+  """
+
+  def in_stage(*args: Any) -> _T:
+    with nn.logical_axis_rules(rules(jax.sharding.get_abstract_mesh())):
+      return fn(*args)
+
+  return jax.shard_map(
+    in_stage,
+    in_specs=in_specs,
+    out_specs=out_specs,
+    axis_names={STAGE, *COPIES},
+    check_vma=False,
   )
 
 

@@ -51,6 +51,11 @@ def stacks(cfg: schema.ModelConfig) -> list[Stack]:
   return [kind for kind in kinds if kind.length]
 
 
+def staged(cfg: schema.ModelConfig) -> Stack:
+  """The layers that the stages of a pipeline share: the MoE layers, or all of a dense model."""
+  return stacks(cfg)[-1]
+
+
 class LayerTypes(NamedTuple):
   """The classes of a block's layers; decoding has its own, with weights in another layout."""
 
@@ -120,3 +125,12 @@ class Block(nn.Module):
     return stats.replace(
       losses={**stats.losses, name: loss}, attention=router_stats.add_up(mixture)
     )
+
+
+class PaddedBlock(Block):
+  """A layer, or nothing where its number is negative: stages of unequal length have such places."""
+
+  def __call__(self, x: Array, own: LayerInputs, ctx: multi_head.Context, tokens: routing.Tokens):
+    """As `Block`; without a layer x is handed on, and the statistics are of no layer."""
+    out, found = super().__call__(x, own, ctx, tokens)
+    return jnp.where(own.number < 0, x, out), found

@@ -6,6 +6,7 @@ Pre-norm residual blocks, x + attention(norm(x)), then x + ffn(norm(x)). Blocks 
 A layer is `decoder_block.Block`, multi-token prediction is in `token_prediction`.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -14,10 +15,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from moe_jax import trees
-from moe_jax.balance import router_stats
-from moe_jax.config import schema
+from moe_jax.balance import loss_scopes, router_stats
+from moe_jax.config import schema, stage_rules
 from moe_jax.devices import partitioning
-from moe_jax.models import decoder_block, layers, moe_layer, token_prediction
+from moe_jax.models import decoder_block, layers, moe_layer, stages, token_prediction
 from moe_jax.models.attention import multi_head, observed
 from moe_jax.models.routers import routing
 
@@ -44,6 +45,10 @@ class Output(NamedTuple):
   stats: router_stats.RouterStats | None
   hidden: Array  # [B, L, D], what the last layer returns, before the final norm
   mtp: token_prediction.Predicted | None  # None without targets, or without modules
+
+
+# What is scanned over the layers of a block's arguments.
+_BLOCK_AXES = (0, nn.broadcast, nn.broadcast)
 
 
 def _policy(remat: str) -> Callable[..., Any]:
@@ -97,6 +102,7 @@ class Transformer(nn.Module):
     seed: Array | None = None,
     slopes: Mapping[str, Any] | None = None,
     experts: Array | None = None,
+    stage_micro_batches: int = 0,
   ) -> Output:
     """Applies the model.
 
@@ -111,6 +117,7 @@ class Transformer(nn.Module):
         prediction last; None without accumulation.
       experts: [MoE layers, B, L, K] int32, recorded choices that every MoE layer takes over, see
         `decision.replayed`; None: the routers'.
+      stage_micro_batches: into how many parts a pipeline cuts the rows, see `stages.apply`.
 
     Returns:
       Output; logits [B, L, V] float32.
@@ -135,11 +142,15 @@ class Transformer(nn.Module):
     ctx = multi_head.Context(positions, segment_ids)
     found = {}
     for kind in decoder_block.stacks(cfg):
-      stack = _over_layers(cfg, decoder_block.Block, kind.length, (0, nn.broadcast, nn.broadcast))
-      stack = stack(cfg, kind.is_moe, self.train, types=self.types, name=kind.name)
       number = kind.first + jnp.arange(kind.length, dtype=jnp.int32)
       own = jax.tree.map(lambda a: a[: cfg.num_moe_layers], slopes or {}) if kind.is_moe else {}
       own = decoder_block.LayerInputs(None, number, own, experts if kind.is_moe else None)
+      if stages.number() > 1 and kind == decoder_block.staged(cfg):
+        micros = stage_micro_batches
+        x, found[kind.name] = self._in_stages(kind, x, own, ctx, routed, micros)
+        continue
+      stack = _over_layers(cfg, decoder_block.Block, kind.length, _BLOCK_AXES)
+      stack = stack(cfg, kind.is_moe, self.train, types=self.types, name=kind.name)
       x, (_, found[kind.name]) = stack(x, own, ctx, routed)
     hidden = x
     x = layers.RMSNorm(cfg.norm_eps, dtype, name='final_norm')(x)
@@ -156,6 +167,32 @@ class Transformer(nn.Module):
       mtp_logits = jax.vmap(logits_of, (0, None))(normed, head)
       mtp = token_prediction.Predicted(mtp_logits, normed, aims, mtp_stats)
     return Output(logits, x, stats, hidden, mtp)
+
+  def _in_stages(self, kind, x, own, ctx, routed, micro_batches):
+    """(x, stats) of a stack of layers that are shared by the stages of a pipeline.
+
+    Remat 'full' keeps the inputs of stages rather than of layers.
+    """
+    cfg, whole = self.cfg, self.cfg.remat == 'full'
+    inner = dataclasses.replace(cfg, remat='none') if whole else cfg
+    length = stage_rules.layers_of_a_stage(kind.length, stages.number())
+    padded = length * stages.number() > kind.length
+    block = decoder_block.PaddedBlock if padded else decoder_block.Block
+    stack = _over_layers(inner, block, length, _BLOCK_AXES)
+    stack = stack(cfg, kind.is_moe, self.train, types=self.types, parent=None)
+
+    def apply_stage(variables, *inputs):
+      x, (_, stats) = stack.apply(variables, *inputs)
+      return x, stats
+
+    if whole:
+      apply_stage = jax.checkpoint(apply_stage, policy=_policy('full'), prevent_cse=False)
+    variables = stages.variables_of(self, kind.name)
+    options = dict(train=self.train, micro_batches=micro_batches)
+    x, stats = stages.apply(cfg, apply_stage, variables, own, x, ctx, routed, **options)
+    if stats is not None:
+      stats = loss_scopes.added_up(cfg.moe, stats, own.slopes)
+    return x, stats
 
   def _predict_ahead(self, hidden, embed, targets, ctx, routed, slopes):
     """(normed hidden [M, B, L, D], stats, targets [M, B, L]) of multi-token prediction."""

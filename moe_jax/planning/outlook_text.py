@@ -50,8 +50,8 @@ def _goodput(found: outlook.Outlook) -> list[str]:
 def _pipelines(found: outlook.Outlook) -> list[str]:
   plan, alone = found.step_seconds_bound, found.step_seconds_one_by_one
   lines = [
-    f'PIPELINE of {found.pipelines[0].stages} stages (an estimate that favours it; not built), '
-    'against the plan above',
+    f'PIPELINE of {found.pipelines[0].stages} stages (an estimate that favours it; only gpipe is '
+    'built), against the plan above',
     '  schedule     bound s  of plan  one by one  of plan  bubble     GiB  of a stage',
     f'  {"none":<11} {plan:>8.2f}           {alone:>10.2f}',
   ]
@@ -63,5 +63,6 @@ def _pipelines(found: outlook.Outlook) -> list[str]:
       f'{serial / alone:>7.2f}  {100 * one.bubble_share:>4.1f} %  '
       f'{one.hbm_bytes / plan_text.GIB:>6.1f}  {mesh}; {one.remat}, '
       f'{one.micro_batches} x {one.micro_batch_size}'
+      f'{f" in {one.passes} passes" if one.passes > 1 else ""}'
     )
   return lines

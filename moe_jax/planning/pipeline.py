@@ -1,4 +1,6 @@
-"""Would pipeline parallelism be faster? An estimate of what it could reach; it is not built.
+"""Would pipeline parallelism be faster? An estimate of what it could reach with each schedule.
+
+`gpipe` is built, as the mesh axis `stage` (`moe_jax.models.stages`); the others are not.
 
 The layers are cut into p stages of neighbouring layers, each on its own D / p of the D devices, and
 a batch passes through them in m micro-batches. Weights stay where they are, so that less of them is
@@ -7,6 +9,9 @@ to the next stage. The seconds that a device waits per step ("bubble"), with F, 
 and micro-batch for the forward pass, the whole backward pass, and its part that makes the gradients
 of weights:
 
+  gpipe        (p - 1) (F + B) per pass       Huang et al., arXiv 1811.06965. A pass has all of its
+                                              micro-batches in flight; a batch may be several
+                                              passes, whose gradients add up
   1f1b         (p - 1) (F + B)                PipeDream-Flush; Narayanan et al., arXiv 2104.04473:
                                               the share (p - 1) / (m + p - 1) of the time
   zb1p         (p - 1) (F + B - 2 W)          Qi et al., arXiv 2401.10241
@@ -20,17 +25,25 @@ The rest is `estimate`'s count of a middle stage, and on purpose too good, so th
 and a gain is not: stages are balanced to the mean, or to whole layers where these are more;
 vocabulary and multi-token prediction need no memory; gradients are reduced once per step over
 copies of a stage; a stage that is a part of a torus has its own rings; waiting is for arithmetic
-alone. Every schedule takes as many micro-batches as stages at least, DualPipe twice as many.
+alone. Every schedule takes as many micro-batches as stages at least, DualPipe twice as many, and
+GPipe a multiple.
+
+What is built is counted as it is: a stage that waits repeats its work, with all that travels;
+gradients are reduced over copies of a stage once per pass, and over the devices of its experts in
+every tick; and where stages have unequal numbers of
+layers, weights and gradients are swapped once per pass, with room for a second copy of the weights.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 
+import jax
 import jax.numpy as jnp
 
 from moe_jax import errors
-from moe_jax.config import schema
+from moe_jax.config import schema, stage_rules
 from moe_jax.devices import partitioning
 from moe_jax.planning import chips, planner, planner_search, roofline
 from moe_jax.planning import estimate as estimate_lib
@@ -58,22 +71,26 @@ class Chunk:
 class Schedule:
   """In which order the chunks of a stage run; the source is named above."""
 
-  bubble: Callable[[int, Chunk], float]  # (p, chunk) -> seconds per step
-  in_flight: Callable[[int], int]  # p -> micro-batches whose activations a stage keeps, at most
+  bubble: Callable[[int, Chunk], float]  # (p, chunk) -> seconds per pass
+  # (p, micro-batches of a pass) -> those whose activations a stage keeps, at most.
+  in_flight: Callable[[int, int], int]
   least: int = 1  # micro-batches per stage that it takes
   copies: int = 1  # of the weights
+  built: bool = False  # otherwise a batch is one pass, and what is built has no part in it
 
 
 SCHEDULES = {
-  '1f1b': Schedule(lambda p, c: (p - 1) * c.both, lambda p: p),
-  'zb1p': Schedule(lambda p, c: (p - 1) * (c.both - 2 * c.weights), lambda p: p),
+  # While a stage waits it computes on something, and keeps that too.
+  'gpipe': Schedule(lambda p, c: (p - 1) * c.both, lambda p, m: m + p - 1, built=True),
+  '1f1b': Schedule(lambda p, c: (p - 1) * c.both, lambda p, m: min(p, m)),
+  'zb1p': Schedule(lambda p, c: (p - 1) * (c.both - 2 * c.weights), lambda p, m: min(p, m)),
   'dualpipe': Schedule(
     lambda p, c: (p / 2 - 1) * (c.both + c.backward - 3 * c.weights),
-    lambda p: p + 1,
+    lambda p, m: min(p + 1, m),
     least=2,
     copies=2,
   ),
-  'zero_bubble': Schedule(lambda p, c: 0.0, lambda p: 2 * p - 1),
+  'zero_bubble': Schedule(lambda p, c: 0.0, lambda p, m: min(2 * p - 1, m)),
 }
 
 
@@ -86,7 +103,8 @@ class Pipelined:
   mesh: dict[str, int]  # of a stage
   remat: str
   micro_batch_size: int
-  micro_batches: int
+  micro_batches: int  # of the batch
+  passes: int  # that it is cut into
   hbm_bytes: int
   hbm_capacity_bytes: int
   activation_bytes: int  # kept, of all micro-batches in flight
@@ -187,58 +205,106 @@ class _Stage:
 
   def pipelined(self) -> Iterator[Pipelined]:
     """Its step with each schedule; nothing where sizes do not divide or micro-batches are few."""
-    names = [n for n, rule in SCHEDULES.items() if self.micros >= rule.least * self.stages]
+    ways = [(n, g) for n, rule in SCHEDULES.items() for g in self._passes(rule)]
     mesh = estimate_lib.abstract_mesh(self.cfg.mesh, self.topology.num_devices)
     try:
       planner.check_slices(self.topology, mesh)
       partitioning.check(self.cfg, mesh)
     except errors.InputError:
       return
-    if names:
+    if ways:
       way = planner.exchange_kind(self.cfg, self.topology)
       counted = estimate_lib.estimate(self.cfg, mesh, self.request.max_vio or 0.0, way)
-      seconds = self._seconds(counted, dict(mesh.shape))
-      for name in names:
-        yield self._with(name, counted, dict(mesh.shape), seconds)
+      shape = dict(mesh.shape)
+      seconds = functools.cache(functools.partial(self._seconds, counted, shape))
+      kept = functools.cache(functools.partial(self._kept, counted, mesh, way))
+      for name, passes in ways:
+        rule = SCHEDULES[name]
+        yield self._with(name, passes, counted, shape, seconds(rule.built, passes), kept)
+
+  def _passes(self, rule: Schedule) -> list[int]:
+    """Into how many passes a schedule may cut the batch; empty if it cannot run it."""
+    micros, p = self.micros, self.stages
+    if not rule.built:
+      return [1] if micros >= rule.least * p else []
+    return [g for g in range(1, micros // p + 1) if micros % g == 0 and micros // g % p == 0]
+
+  def _kept(
+    self,
+    counted: estimate_lib.Estimate,
+    mesh: jax.sharding.AbstractMesh,
+    way: str,
+    built: bool,
+  ) -> tuple[int, int]:
+    """(bytes of activations that a micro-batch in flight keeps, of those there are once)."""
+    kept = counted.temporaries[_KEPT]
+    model = self.cfg.model
+    if not built or model.remat != 'full':
+      return kept, 0
+    # The inputs of stages, not of layers; a stage is recomputed as a whole.
+    whole = dataclasses.replace(self.cfg, model=dataclasses.replace(model, remat='none'))
+    again = estimate_lib.estimate(whole, mesh, self.request.max_vio or 0.0, way)
+    return kept // model.num_layers, again.temporaries[_KEPT]
 
   def _model_work(self) -> schema.Config:
     model = dataclasses.replace(self.whole.model, remat=self.cfg.model.remat)
     return dataclasses.replace(self.whole, model=model)
 
-  def _seconds(self, counted: estimate_lib.Estimate, shape: dict[str, int]) -> dict[str, float]:
+  def _seconds(
+    self, counted: estimate_lib.Estimate, shape: dict[str, int], built: bool, passes: int
+  ) -> dict[str, float]:
     """Of each resource, waiting left out."""
     vio, train = self.request.max_vio or 0.0, self.cfg.train
     tokens = train.batch_size * self.cfg.model.max_seq_len / self.request.topology.num_devices
     mean = estimate_lib.busiest_flops_per_token(self._model_work(), shape, vio) * tokens
-    once = [
-      dataclasses.replace(one, count=1)
+    transfers = [
+      dataclasses.replace(one, count=passes)
       if (one.kind, one.op_name) == ('all-reduce', 'gradients')
+      and (not built or set(one.axes) <= set(partitioning.COPIES))
       else one
       for one in counted.collectives
     ]
     extents = planner.laid_out(self.topology, shape)
     flops = max(counted.flops, mean)
-    line = roofline.roofline(self.topology, flops, counted.hbm_bytes, once, shape, extents)
+    line = roofline.roofline(self.topology, flops, counted.hbm_bytes, transfers, shape, extents)
     name, bandwidth = _link(self.request.topology)
     seconds = dict(line.seconds)
-    seconds[name] += sent_bytes(self.cfg, shape) / bandwidth
+    seconds[name] += self._sent(shape, built) / bandwidth
     return seconds
+
+  def _sent(self, shape: dict[str, int], built: bool) -> float:
+    """Bytes to the stages before and after; what is built also moves a queue of rows."""
+    return sent_bytes(self.cfg, shape) * (2 if built else 1)
 
   def _with(
     self,
     name: str,
+    passes: int,
     counted: estimate_lib.Estimate,
     shape: dict[str, int],
     seconds: dict[str, float],
+    kept_by: Callable[[bool], tuple[int, int]],
   ) -> Pipelined:
     """The step under a schedule."""
     rule, chip = SCHEDULES[name], self.topology.chip
-    kept = counted.temporaries[_KEPT] * min(self.micros, rule.in_flight(self.stages))
+    each, once = kept_by(rule.built)
+    kept = each * rule.in_flight(self.stages, self.micros // passes) + once
     sizes = counted.arguments | counted.temporaries | {_KEPT: kept}
     copies = {part: rule.copies if part in _COPIED else 1 for part in sizes}
-    time = chunk(seconds['compute'] / self.micros, estimate_lib.work(self._model_work()))
-    bubble = rule.bubble(self.stages, time)
-    bound = max(seconds.values()) + bubble
+    if rule.built and stage_rules.num_layers(self.whole.model) % self.stages:
+      copies['parameters'] += 1
+      link, bandwidth = _link(self.request.topology)
+      swapped = 2 * passes * counted.arguments['parameters'] / bandwidth
+      seconds = seconds | {link: seconds[link] + swapped}
+    most, total = max(seconds.values()), sum(seconds.values())
+
+    def waiting(of: float) -> float:
+      time = chunk(of / self.micros, estimate_lib.work(self._model_work()))
+      return passes * rule.bubble(self.stages, time)
+
+    bubble = waiting(most if rule.built else seconds['compute'])
+    bound = most + bubble
+    serial = total + (waiting(total) if rule.built else bubble)
     return Pipelined(
       schedule=name,
       stages=self.stages,
@@ -246,15 +312,16 @@ class _Stage:
       remat=self.cfg.model.remat,
       micro_batch_size=self.cfg.train.micro_batch_size,
       micro_batches=self.micros,
+      passes=passes,
       hbm_bytes=sum(size * copies[part] for part, size in sizes.items()),
       hbm_capacity_bytes=chip.hbm_bytes,
       activation_bytes=kept,
-      sent_bytes=sent_bytes(self.cfg, shape),
+      sent_bytes=self._sent(shape, rule.built),
       seconds=seconds,
       bubble_seconds=bubble,
       bubble_share=bubble / bound,
       step_seconds_bound=bound,
-      step_seconds_one_by_one=sum(seconds.values()) + bubble,
+      step_seconds_one_by_one=serial,
     )
 
 

@@ -109,6 +109,11 @@ def plan(request: Request, *, progress: bool = False) -> Plan:
   cfg, notes = prepared(request)
   mesh = estimate_lib.abstract_mesh(cfg.mesh, request.topology.num_devices)
   check_slices(request.topology, mesh)
+  errors.require(
+    mesh.shape[partitioning.STAGE] == 1,
+    f'config.mesh.stage={mesh.shape[partitioning.STAGE]}: a step in stages is not planned as a '
+    'mesh; leave stage out of --mesh, and compare with --pipeline=STAGES',
+  )
   partitioning.check(cfg, mesh)
   rows = request.rows or partitioning.row_ways(mesh)
   way = exchange_kind(cfg, request.topology)

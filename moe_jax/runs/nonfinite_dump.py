@@ -115,7 +115,13 @@ def texts(workdir: pathlib.Path, dump: Dump, rows: Sequence[int]) -> dict[int, s
 
 
 def _placed(cfg: schema.Config) -> tuple[schema.Config, jax.sharding.Mesh]:
-  """The mesh that the run had, where as many devices are here; else its first device alone."""
+  """The mesh that the run had, where as many devices are here; else its first device alone.
+
+  Stages of a pipeline become copies, in which single layers can be observed.
+  """
+  sizes = cfg.mesh.stage, cfg.mesh.data
+  merged = dict(stage=1, data=-1 if -1 in sizes else math.prod(sizes))
+  cfg = dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, **merged))
   rows = cfg.train.micro_batch_size or cfg.train.batch_size
   with contextlib.suppress(errors.InputError):  # of another number of devices
     mesh = partitioning.make_mesh(cfg.mesh)

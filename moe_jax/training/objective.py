@@ -97,6 +97,7 @@ def batch_loss(
     seed=seed,
     slopes=slopes,
     experts=recorded_experts(batch),
+    stage_micro_batches=cfg.mesh.stage_micro_batches,
   )
   head = transformer.head_of(cfg.model, params)
   head_loss = functools.partial(cross_entropy_lib.head_loss, head=head, chunk=cfg.train.loss_chunk)

@@ -9,13 +9,13 @@ from tests import tiny
 
 def mesh_of(**axes) -> mesh_config.MeshConfig:
   """All axes 1 but these."""
-  ones = dict.fromkeys(mesh_config.AXES, 1) | {'zero1': False}
+  ones = dict.fromkeys(mesh_config.AXES, 1) | {'stage_micro_batches': 0, 'zero1': False}
   return mesh_config.MeshConfig(**(ones | axes))
 
 
 def test_axes_are_the_fields_that_are_sizes_in_order():
   assert (
-    *('dcn_data', 'dcn_fsdp', 'data', 'fsdp', 'expert', 'sequence', 'tensor'),
+    *('stage', 'dcn_data', 'dcn_fsdp', 'data', 'fsdp', 'expert', 'sequence', 'tensor'),
   ) == mesh_config.AXES
   assert mesh_config.sizes(mesh_of(fsdp=2, expert=-1)) == {
     **dict.fromkeys(mesh_config.AXES, 1),

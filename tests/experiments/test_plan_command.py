@@ -103,6 +103,7 @@ def test_decode(capsys):
     ((*H200, '--max_vio=-1'), 'must not be negative'),
     ((*H200, '--mfu=1.5'), "at most the plan's bound"),
     ((*H200, '--mtbf_hours=-1'), '--mtbf_hours=-1.0 must be'),
+    ((*LITE, '--topology=h200:8', '--mesh=stage=2,data=4'), 'compare with --pipeline=STAGES'),
     ((*H200, '--pipeline=3'), '--pipeline=3 must be a power of two'),
     ((*H200, '--decode', '--pipeline=2'), 'are about training'),
     ((*H200, '--decode', '--search'), 'leave out --decode'),

@@ -62,6 +62,11 @@ CASES = {
     dict(data=2, sequence=2, tensor=2),
     {f'{PREFIX}dispatch': 'dense', 'train__micro_batch_size': 4},
   ),
+  'stage_data_expert': (
+    'gqa',
+    dict(stage=2, data=2, expert=2),
+    exchange('all_to_all', model__remat='full', mesh__zero1=True),
+  ),
   'expert_tensor': ('mla', dict(expert=4, tensor=2), exchange('ragged_all_to_all')),
   'fsdp_tensor': (
     'mla',

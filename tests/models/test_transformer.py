@@ -193,9 +193,10 @@ def test_every_parameter_names_its_axes(overrides):
     assert isinstance(box, nn.LogicallyPartitioned), where
     assert len(box.names) == box.value.ndim, where
     assert set(box.names) <= set(rules), where
-    assert ('layers' in box.names) == ('layers' in where.split('.')[0]), where
+    stack = {'moe_layers': 'stage_layers', 'dense_layers': 'layers', 'mtp_layers': 'layers'}
+    assert (box.names[:1] == (stack.get(path[0].key),)) == (path[0].key in stack), where
   stacked = boxed['moe_layers']['moe']['gate_up']
-  assert stacked.names == ('layers', 'expert', 'expert_embed', 'gate_up', 'expert_mlp')
+  assert stacked.names == ('stage_layers', 'expert', 'expert_embed', 'gate_up', 'expert_mlp')
 
 
 @pytest.mark.parametrize('axes', [{'tensor': 2}, {'fsdp': 2}])

@@ -19,6 +19,7 @@ PIPELINE = pipeline.Pipelined(
   remat='full',
   micro_batch_size=16,
   micro_batches=12,
+  passes=1,
   hbm_bytes=3 * 2**30,
   hbm_capacity_bytes=4 * 2**30,
   activation_bytes=2**30,
@@ -52,7 +53,7 @@ GOODPUT, saving as often as is best
   lost to failures                         4.00 %
   goodput                                 90.00 %
 
-PIPELINE of 4 stages (an estimate that favours it; not built), against the plan above
+PIPELINE of 4 stages (an estimate that favours it; only gpipe is built), against the plan above
   schedule     bound s  of plan  one by one  of plan  bubble     GiB  of a stage
   none            8.00                20.00
   1f1b           10.00     1.25       14.00     0.70  20.0 %     3.0  data=2; full, 12 x 16"""

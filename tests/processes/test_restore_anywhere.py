@@ -24,11 +24,13 @@ MESHES = {
   'fsdp': {'fsdp': 8},
   'zero1': {'data': 4, 'fsdp': 2, 'zero1': True},
   'tensor': {'data': 2, 'sequence': 2, 'tensor': 2},
+  'stage': {'stage': 2, 'fsdp': 2},
 }
 SETTINGS = launch.SETTINGS | {
   'train.num_steps': 4,
   'checkpoint.save_every': 2,
   'model.attention.num_kv_heads': 2,
+  'model.num_layers': 4,  # 3 of them with experts, which 2 stages share unequally
 }
 # Float32 sums over devices in another order, after two optimizer steps at a rate of 0.01.
 RTOL = 2e-5
@@ -86,6 +88,8 @@ def restored(workdir: pathlib.Path, cfg: schema.Config) -> checkpointer.Restored
     ('fsdp', 'expert'),
     ('zero1', 'tensor'),
     ('tensor', 'one'),
+    ('one', 'stage'),
+    ('stage', 'tensor'),
   ],
 )
 def test_a_checkpoint_goes_on_on_another_mesh(finished, cache, tmp_path, source, target):

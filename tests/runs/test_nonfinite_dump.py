@@ -48,6 +48,13 @@ def test_weights_batch_and_figures_are_read_back_as_they_were(dumped):
   assert dump.mesh.size == 1
 
 
+def test_stages_become_copies():
+  cfg, mesh = nonfinite_dump._placed(tiny.make(mesh__stage=2, mesh__data=4))
+  assert (cfg.mesh.stage, cfg.mesh.data) == (1, 8) and dict(mesh.shape)['data'] == 8
+  _, mesh = nonfinite_dump._placed(tiny.make(mesh__stage=2, mesh__data=-1))
+  assert dict(mesh.shape)['data'] == 8
+
+
 def test_the_text_of_a_row_leaves_out_what_is_no_token(dumped):
   workdir, _, batch = dumped
   dump = nonfinite_dump.read(workdir, 4)
