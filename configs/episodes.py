@@ -4,7 +4,7 @@ Run:    python -m experiments.train --config=configs/episodes.py --workdir=runs/
         python -m experiments.train --config=configs/episodes.py:repeated \
           --config.init_from=runs/pairs --workdir=runs/repeated
         python -m experiments.train --config=configs/episodes.py:marked \
-          --config.init_from=runs/repeated --config.train.num_steps=400 --workdir=runs/episodes
+          --config.init_from=runs/repeated --workdir=runs/episodes
         python -m experiments.anchors --workdir=runs/episodes --task=episodes
 Takes:  25 and 70 seconds for two stages of `dense` on one shared CPU core, start included; about a
         minute and five for fine-grained experts on a busier one.
@@ -14,9 +14,10 @@ Expect: 0.97 to 1 of 384 queries right with one demonstration per class (chance 
         chance so with one seed of three.
 
 The first stage is pairs of a word and its label word with nothing between them, each class always
-the same word (`cat gate rice lamp rice lamp`). A model that begins with the second stage, items of
-two words with marks around them (`> cat wolf= gate`), chooses at random among the label words of
-the episode for as long as we have looked; behind the first it has all it needs but the marks.
+the same word (`cat gate rice lamp rice lamp`). The second puts marks around items of two words
+(`> cat wolf= gate`), which are again the same for a class; in the third they are drawn anew. A
+model that begins with the third chooses at random among the label words of the episode for as long
+as we have looked, one that leaves out the second does so with one of five seeds.
 """
 
 from configs import base, recipes, sizes
@@ -31,22 +32,21 @@ def _gshard(config):
 
 
 def _marked(config):
-  """The second stage, of whichever model `init_from` is."""
+  """The third stage, of whichever model `init_from` is: items drawn anew."""
   config.objective.inherit = True
   config.data.path = '?classes=4&queries=8&words=2&episodes=40000'
   config.data.tokenizer = ''  # that of init_from
   config.data.chat_format = 'marks'
   config.optim.schedule = 'cosine'
-  config.train.num_steps = 800
+  config.train.num_steps = 400
   config.train.batch_size = 32
 
 
 def _repeated(config):
-  """Between the stages, for a model that stays at chance in the second: items that repeat."""
+  """The second stage: marks around items that repeat."""
   _marked(config)
   config.data.path = '?classes=4&queries=8&words=2&repeat=1&episodes=40000'
   config.optim.schedule = 'constant'
-  config.train.num_steps = 400
 
 
 VARIANTS = {

@@ -20,7 +20,6 @@ from moe_jax.runs import trained_run
 START, END = '<!-- table: written by the command -->', '<!-- end of table -->'
 VARIANTS = ('dense', 'gshard', 'fine')
 PICTURES = ('flow', 'blocking', 'correlation', 'compression', 'experts')
-BEHIND_REPEATED = 400  # steps, so that every variant has as many with marks
 Key = tables.Key
 
 
@@ -70,15 +69,11 @@ def _one(workdir: pathlib.Path, key: Key):
 
 
 def _stages(workdir: pathlib.Path, variant: str, seed: int):
-  """Trains pairs, then with marks; `fine`, which else stays at chance at times, by way of three."""
+  """Trains the three stages of the page."""
   first, between = workdir / 'pairs', workdir / 'repeated'
   _train('episodes' if variant == 'fine' else f'episodes:{variant}', first, seed)
-  if variant != 'fine':
-    _train('episodes:marked', workdir, seed, init_from=str(first))
-    return
   _train('episodes:repeated', between, seed, init_from=str(first))
-  rest = {'train.num_steps': BEHIND_REPEATED}
-  _train('episodes:marked', workdir, seed, init_from=str(between), **rest)
+  _train('episodes:marked', workdir, seed, init_from=str(between))
 
 
 def _train(page: str, workdir: pathlib.Path, seed: int, **changes: Any):

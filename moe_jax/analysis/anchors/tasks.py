@@ -94,7 +94,7 @@ def of(
       chat_format == 'marks',
       f"--task={name} asks with marks around an item, and this run's config.data.chat_format="
       f'{chat_format!r} has none: it is the first stage; go on from it with '
-      '--config=configs/episodes.py:marked --config.init_from=WORKDIR',
+      '--config=configs/episodes.py:repeated --config.init_from=WORKDIR, then so with :marked',
     )
     task, count = errors.present(trained, 'trained')
     task = episodes.changed(task, changes, f'--task={name}')
