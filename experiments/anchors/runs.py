@@ -116,7 +116,8 @@ def write(
     'runs': {f'{variant}/{seed}': tables.compact(one) for (variant, seed), one in found.items()},
   }
   atomic_files.write_text(out / 'results.json', json.dumps(_rounded(record), indent=1) + '\n')
-  own = {v: [record for (name, _), record in found.items() if name == v] for v in variants}
+  own = {v: tables.who_learned(one) for v, one in tables.by_variant(variants, found).items()}
+  own = {v: records for v, records in own.items() if records}
   together = {v: tables.merged(records) for v, records in own.items()}
   pictures.draw_side_by_side(together, PICTURES, out)
   harder = {v: tables.merged_harder(records) for v, records in own.items()}

@@ -96,28 +96,47 @@ def compact(record: Record) -> dict[str, Any]:
   }
 
 
+def by_variant(variants: Sequence[str], found: Mapping[Key, Record]) -> dict[str, list[Record]]:
+  """The records of every variant, by seed."""
+  return {v: [record for (name, _), record in found.items() if name == v] for v in variants}
+
+
+def who_learned(records: Sequence[Record]) -> list[Record]:
+  """Those of models that use their demonstrations: the others have nothing to show."""
+  return [record for record in records if claims.learned(record)]
+
+
 def write(variants: Sequence[str], found: Mapping[Key, Record]) -> str:
-  """Markdown: a table of the claims, and one of those on harder episodes; a variant per column."""
-  records = {v: [r for (name, _), r in found.items() if name == v] for v in variants}
+  """Markdown: a table of the claims, and one of those on harder episodes; a variant per column.
+
+  Both are of the runs that learned, and say how many these are.
+  """
+  everything = by_variant(variants, found)
+  records = {v: own for v, runs in everything.items() if (own := who_learned(runs))}
   harder = {v: [r['harder'] for r in own] for v, own in records.items()}
   values = {v: by_seed(own) for v, own in records.items()}
   texts = dict.fromkeys(text for own in values.values() for text in own)
   asked = {text for own in harder.values() for one in own for text in claims.differences(one)}
-  plain = {'*accuracy, one shot per class*': {v: _accuracy(own) for v, own in records.items()}}
-  plain['*runs whose label words are anchors*'] = {v: _share(own) for v, own in records.items()}
+  plain = {
+    '*runs that learn from their context*': {v: _learned(own) for v, own in everything.items()}
+  }
+  plain['*accuracy, one shot per class*'] = {v: _accuracy(own) for v, own in records.items()}
+  plain['*runs whose label words are anchors*'] = {v: _anchors(own) for v, own in records.items()}
   for text in (text for text in texts if text not in asked):
     plain[text] = _cells(text, values, records)
+  first = _markdown('above 0 as the paper has it', variants, plain)
+  if not records:
+    return first
   rows = _harder_accuracies(harder)
   for text in (text for text in texts if text in asked):
     rows[text] = _cells(text, values, harder)
   task = next(iter(harder.values()))[0]['task']
-  first = _markdown('above 0 as the paper has it', variants, plain)
   return f'{first}\n\n{_markdown(f"harder episodes, `--task={task}`", variants, rows)}'
 
 
 def _markdown(title: str, columns: Sequence[str], rows: Mapping[str, Mapping[str, str]]) -> str:
   lines = [[title, *columns], ['---'] * (1 + len(columns))]
-  lines += [[text, *(cells[column] for column in columns)] for text, cells in rows.items()]
+  lines += [[text, *(cells.get(column, '-') for column in columns)] for text, cells in rows.items()]
   return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
@@ -126,14 +145,18 @@ def _accuracy(records: Sequence[Record]) -> str:
   return paired.interval(means).text(3, sign=False)
 
 
-def _share(records: Sequence[Record]) -> str:
-  """How many of the runs that learned have label words as anchors, with Wilson's interval."""
-  learned = [record for record in records if claims.learned(record)]
-  if not learned:
-    return 'none learned'
-  own = sum(claims.are_anchors(record) for record in learned)
-  low, high = answers.wilson(own, len(learned))
-  return f'{own} of {len(learned)} [{low:.2f}, {high:.2f}]'
+def _learned(records: Sequence[Record]) -> str:
+  return _share(len(who_learned(records)), len(records))
+
+
+def _anchors(records: Sequence[Record]) -> str:
+  return _share(sum(map(claims.are_anchors, records)), len(records))
+
+
+def _share(count: int, total: int) -> str:
+  """A share with Wilson's interval."""
+  low, high = answers.wilson(count, total)
+  return f'{count} of {total} [{low:.2f}, {high:.2f}]'
 
 
 def _harder_accuracies(harder: Mapping[str, Sequence[Record]]) -> dict[str, dict[str, str]]:

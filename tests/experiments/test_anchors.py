@@ -101,7 +101,10 @@ def test_harder_episodes_have_a_table_of_their_own():
   assert values['accuracy: re-weighting at rate 0.01, less 3 shots per class'] == pytest.approx(
     [0.2, 0.3]
   )
-  plain, second = tables.write(['fine'], {('fine', 0): one, ('fine', 1): two}).split('\n\n')
+  lost = record(accuracy=(0.2, 0.3, 0.25)) | {'harder': harder([0.2, 0.3], [0.9, 0.9], [0.1, 0.2])}
+  found = {('fine', 0): one, ('fine', 1): two, ('fine', 2): lost, ('dense', 0): lost}
+  plain, second = tables.write(['fine'], found).split('\n\n')
+  assert '| *runs that learn from their context* | 2 of 3 [0.21, 0.94] |' in plain
   assert '| *runs whose label words are anchors* | 1 of 2 [0.09, 0.91] |' in plain
   assert 're-weighting' not in plain and 'label loyalty' not in second
   assert second.startswith('| harder episodes, `--task=episodes?noise=20` | fine |')
@@ -109,3 +112,7 @@ def test_harder_episodes_have_a_table_of_their_own():
   assert rows['*accuracy, one shot per class*'].startswith('0.600')
   assert rows['*accuracy, re-weighting at rate 0.01*'].startswith('0.750')
   assert rows['*accuracy, 3 shots per class*'].startswith('0.500')
+  both = tables.write(['dense', 'fine'], found)
+  assert '| *runs that learn from their context* | 0 of 1 [0.00, 0.79] | 2 of 3' in both
+  assert '| *accuracy, one shot per class* | - | 0.600' in both
+  assert '1 [0.00, 0.79] |' in tables.write(['dense'], {('dense', 0): lost})
