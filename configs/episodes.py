@@ -8,16 +8,15 @@ Run:    python -m experiments.train --config=configs/episodes.py --workdir=runs/
         python -m experiments.anchors --workdir=runs/episodes --task=episodes
 Takes:  25 and 70 seconds for two stages of `dense` on one shared CPU core, start included; about a
         minute and five for fine-grained experts on a busier one.
-Expect: 0.97 to 1 of 384 queries right with one demonstration per class (chance 0.25), with three of
-        three seeds; the loss leaves ln 4 within some 300 steps of the first two stages. `dense` and
-        `gshard` get there without `:repeated`, in all 800 steps of `:marked`; this page stays at
-        chance so with one seed of three.
+Expect: 0.95 to 1 of 384 queries right with one demonstration per class (chance 0.25), with four of
+        five seeds (`gshard` too; `dense` with three); the loss leaves ln 4 within some 300 steps of
+        each of the first two stages. Seed 4 stays at chance in the second with all of them.
 
 The first stage is pairs of a word and its label word with nothing between them, each class always
 the same word (`cat gate rice lamp rice lamp`). The second puts marks around items of two words
 (`> cat wolf= gate`), which are again the same for a class; in the third they are drawn anew. A
 model that begins with the third chooses at random among the label words of the episode for as long
-as we have looked, one that leaves out the second does so with one of five seeds.
+as we have looked; one that leaves out the second does so with about as many seeds.
 """
 
 from configs import base, recipes, sizes
