@@ -209,7 +209,7 @@ def test_flash_attention_at_the_head_sizes_of_mla(kernel, targets):
   made = compile_for_h100(flash=(kernel, rows, length, heads))['flash']
   assert made['kernels'] == targets  # forward and backward
   square = [a for a in made['arrays'] if math.prod(n for n in sizes(a) if n >= length) > 2 * 2048]
-  assert all(sizes(a)[:2] == [rows, 1] for a in square)  # never one for every head
+  assert all(math.prod(sizes(a)) <= rows * 2048**2 for a in square)  # never one for every head
   assert not square or kernel == 'triton'  # whose backward makes a mask of the bounds
   assert made['temporaries'] < 5 * rows * length * heads * 128 * 2
 
