@@ -170,6 +170,14 @@ def test_a_three_dimensional_torus_sends_what_is_needed():
 
 @pytest.mark.slow
 @needs_libtpu
+def test_stages_hand_their_states_on():
+  found = compile_step({'mesh.data': 1, 'mesh.stage': 2, 'mesh.expert': 2}, 'v5e:2x2')
+  assert 'collective-permute' in found['along']['stage']
+  assert 'all-to-all' in found['along']['expert'] and found['shared_meanwhile'] > 0
+
+
+@pytest.mark.slow
+@needs_libtpu
 def test_experts_hold_at_most_three_times_the_rows_that_are_routed():
   """Forward and backward of a layer, in bytes of [T K, D]; no expert has a copy of the rows."""
   for program in run_script(LAYER):
