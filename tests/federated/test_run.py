@@ -20,6 +20,11 @@ def train(path, cfg=CFG, seeds=(3, 5), **more):
   return run.run(cfg, seeds, path, every=2, quiet=True, **more)
 
 
+def test_a_run_with_more_rounds_is_measured_where_it_ended_and_then_as_ever(tmp_path):
+  assert train(tmp_path, dataclasses.replace(CFG, rounds=3)).rounds.tolist() == [2, 3]
+  assert train(tmp_path, dataclasses.replace(CFG, rounds=6)).rounds.tolist() == [2, 3, 4, 6]
+
+
 def test_a_run_goes_on_where_it_was_cut_off(tmp_path):
   whole = train(tmp_path / 'whole')
   assert whole.rounds.tolist() == [2, 4] and whole.right.shape == (2, 2, 10)
