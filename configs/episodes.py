@@ -10,7 +10,8 @@ Takes:  25 and 70 seconds for two stages of `dense` on one shared CPU core, star
         minute and five for fine-grained experts on a busier one.
 Expect: 0.95 to 1 of 384 queries right with one demonstration per class (chance 0.25), with four of
         five seeds (`gshard` too; `dense` with three); the loss leaves ln 4 within some 300 steps of
-        each of the first two stages. Seed 4 stays at chance in the second with all of them.
+        each of the first two stages. Seed 4 stays at chance with all of them; a
+        second stage of 1200 steps is enough for it on this page.
 
 The first stage is pairs of a word and its label word with nothing between them, each class always
 the same word (`cat gate rice lamp rice lamp`). The second puts marks around items of two words
