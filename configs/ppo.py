@@ -3,8 +3,9 @@
 Run:    python -m experiments.train --config=configs/reasoner.py --workdir=runs/reasoner
         python -m experiments.rl --config=configs/ppo.py --config.init_from=runs/reasoner \
           --workdir=runs/ppo
-Takes:  not measured; an iteration writes and learns from 256 answers, as configs/grpo.py does.
-Expect: not known.
+Takes:  30 iterations of `:small` or `:small_process`, of 256 answers each, 90 s of an idle core.
+Expect: of these, over five seeds, drawn answers right by outcome +0.2 points [-1.2, +1.7], step by
+        step +2.9 [-0.7, +6.6] (experiments/reinforcement).
 Step by step, with a judge: --config=configs/ppo.py:process \
           --config.objective.policy.reward_model=runs/prm (experiments.process_reward train)
 

@@ -5,7 +5,8 @@ Run:    python -m experiments.process_reward label --workdir=runs/reasoner --out
           --config.init_from=runs/reasoner \
           --config.objective.process_reward.labels=runs/labels.jsonl --workdir=runs/prm
 Takes:  minutes on 2 CPU cores that do other work too.
-Expect: not measured yet.
+Expect: `:small`, five seeds: area under the curve 0.73 for labels of held-out steps, 0.59 for true
+        steps, 0.55 for solutions (`:small_outcome`); worse than votes (experiments/reinforcement).
 
 The model is that of `init_from`. `:outcome` judges the whole solution (ORM).
 """
