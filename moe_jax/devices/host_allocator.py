@@ -2,16 +2,16 @@
 
 XLA's programs on a CPU allocate their temporaries at each call, and glibc hands blocks of that size
 back to the kernel at once: a step of the quickstart then meets 32,000 page faults, a fifth of its
-time. What was freed can stay with the process instead (mallopt), which then asks for nothing more;
-its memory never shrinks. Both ways to do it are of glibc alone, with the same numbers as without:
-  'huge': in pages of 2 MiB (GLIBC_TUNABLES=glibc.malloc.hugetlb=1), whose addresses a CPU finds
-    faster. It must stand in the environment when a process starts, so a command starts itself once
-    more.
-  'keep': in pages of 4 KiB. It works in a process that runs already, which is what the public API
-    needs; some of what it had before is asked for again.
+time. Two ways out, both of glibc alone and with the same numbers as without:
+  'huge': pages of 2 MiB (GLIBC_TUNABLES=glibc.malloc.hugetlb=1), 250 faults, no more memory. It
+    must stand in the environment when a process starts, so a command starts itself once more.
+  'keep': what was freed stays with the process (mallopt), no faults, but memory never shrinks, and
+    with several threads its parts do not join: a third more on the quickstart. All threads share
+    one heap and wait for each other, so that tokenising and compiling take twice the time: for long
+    runs that compile little. It works in a process that runs already.
 
 MOE_JAX_MALLOC=huge|keep|default chooses; unset, commands use 'huge' where the kernel has such
-pages, and `moe_jax.train` and `moe_jax.load` 'keep'.
+pages, and `moe_jax.train` and `moe_jax.load` leave the process as it is.
 """
 
 import ctypes
@@ -50,25 +50,22 @@ def wanted() -> str:
 
 def in_use() -> str:
   """What holds for this process: 'huge', 'keep' or 'default', for the record of a run."""
-  if _is_huge(os.environ) and _glibc() >= _FIRST_WITH_TUNABLE:
-    return 'huge'
-  return 'keep' if _state['kept'] else 'default'
+  if _state['kept']:
+    return 'keep'
+  return 'huge' if _is_huge(os.environ) and _glibc() >= _FIRST_WITH_TUNABLE else 'default'
 
 
 def start_again_with_huge_pages():
-  """Replaces this process by one of the same command line whose allocator keeps huge pages.
+  """Replaces this process by one of the same command line whose allocator uses huge pages.
 
-  The new one calls this again, and keeps what it frees from then on. Does nothing where another
-  choice was made, the C library or the kernel has no such thing, or Python does not know its
-  command line. To be called before anything large is imported: the command begins again.
+  Does nothing where that is so already, another choice was made, the C library or the kernel has
+  no such thing, or Python does not know its command line. To be called before anything large is
+  imported: the command begins again.
 
   Raises:
     errors.InputError: see `wanted`.
   """
-  if wanted() not in ('', 'huge'):
-    return
-  if _is_huge(os.environ):
-    keep_freed_memory()
+  if wanted() not in ('', 'huge') or _is_huge(os.environ):
     return
   if _glibc() < _FIRST_WITH_TUNABLE or not _has_huge_pages() or not sys.executable:
     return
@@ -84,16 +81,14 @@ def start_again_with_huge_pages():
 
 
 def keep_freed_memory() -> bool:
-  """Lets this process keep what it frees from now on; returns whether it does.
+  """Lets this process keep what it frees from now on, if it was asked to; returns whether it does.
 
-  Does nothing where another choice was made (huge pages are found here, not asked for), or the C
-  library is not glibc.
+  Does nothing where huge pages are in use or the C library is not glibc.
 
   Raises:
     errors.InputError: see `wanted`.
   """
-  asked_for_others = wanted() == 'huge' and in_use() != 'huge'
-  if wanted() == 'default' or asked_for_others or not _glibc():
+  if wanted() != 'keep' or in_use() != 'default' or not _glibc():
     return _state['kept']
   libc = ctypes.CDLL(None)
   done = [libc.mallopt(parameter, value) for parameter, value in _KEEP.values()]

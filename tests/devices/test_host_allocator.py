@@ -57,22 +57,15 @@ def test_without_it_every_step_meets_all_its_pages_anew():
 
 @GLIBC
 def test_memory_that_is_kept_is_met_once():
-  faults, used, _ = steps('assert host_allocator.keep_freed_memory()')
+  faults, used, _ = steps('assert host_allocator.keep_freed_memory()', MOE_JAX_MALLOC='keep')
   assert (faults, used) == (0, 'keep')
 
 
 @HUGE
 def test_a_command_starts_itself_again_with_its_arguments_and_pages_of_2_mib():
   faults, used, arguments = steps('host_allocator.start_again_with_huge_pages()')
-  # Met once: 20 pages in every step are what huge pages cost that are handed back.
-  assert (faults, used, arguments) == (0, 'huge', ['one', '--two'])
-
-
-@HUGE
-def test_a_process_that_was_given_huge_pages_keeps_them():
-  keep = 'assert host_allocator.keep_freed_memory()'
-  faults, used, _ = steps(keep, GLIBC_TUNABLES='glibc.malloc.hugetlb=1')
-  assert (faults, used) == (0, 'huge')
+  assert (used, arguments) == ('huge', ['one', '--two'])
+  assert faults < 1_024  # 20 pages if the kernel finds them all, a tenth of the others at most
 
 
 @HUGE
@@ -90,7 +83,7 @@ def test_another_choice_starts_nothing_again(choice):
 
 
 @GLIBC
-@pytest.mark.parametrize('choice', ['default', 'huge'])
+@pytest.mark.parametrize('choice', ['', 'default', 'huge'])
 def test_another_choice_keeps_nothing(choice):
   before = 'assert not host_allocator.keep_freed_memory()'
   assert steps(before, MOE_JAX_MALLOC=choice)[1] == 'default'
