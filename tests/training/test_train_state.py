@@ -72,7 +72,7 @@ def reports(num_steps):
 
 
 def test_a_state_that_is_compiled_in_haste_has_the_usual_bits(monkeypatch):
-  cfg = tiny.make(**steps.DENSE, train__seed=3, model__num_layers=1)
+  cfg = tiny.make(**steps.DENSE | {'train__seed': 3, 'model__num_layers': 1})
   mesh = partitioning.make_mesh(cfg.mesh)
 
   def bits(level):
