@@ -3,7 +3,7 @@
 python -m experiments.anchors.study --workdir=runs/anchors [--variants=fine,gshard,dense]
   [--seeds=5] [--steps=N] [--sets=24] [--noise=20] [--jobs=2] [--out=experiments/anchors]
 
-Every variant of configs/episodes.py is trained with every seed, in the page's two stages, and
+Every variant of configs/episodes.py is trained with every seed, in the page's three stages, and
 measured by experiments.anchors, its re-weighting and confusion on harder episodes, some words of
 which come from other classes; a killed command goes on. Intervals are over seeds, of each run's
 means. results.json, the tables in README.md and the figures go to --out.

@@ -65,6 +65,8 @@ def _check_finished(
   workdir: pathlib.Path, found: Mapping[str, schema.Config], numbers: Sequence[int]
 ):
   """Refuses a workdir whose finished runs had other settings, before anything is trained."""
+  if not numbers:  # all of them are of an earlier report
+    return
   for name, cfg in found.items():
     for one in seeds.configs(cfg, numbers):
       where = workdir / name / str(one.train.seed)

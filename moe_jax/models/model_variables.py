@@ -57,7 +57,7 @@ def _init_stack(cfg: schema.ModelConfig, kind: decoder_block.Stack, rng: Array) 
     return decoder_block.Block(cfg, kind.is_moe, True).init(key, x, own, ctx, tokens)
 
   stacked = jax.vmap(init_layer)(kind.first + jnp.arange(kind.length))
-  is_staged = kind in decoder_block.stacks(cfg) and kind == decoder_block.staged(cfg)
+  is_staged = kind == decoder_block.staged(cfg)
   axis = {nn.PARTITION_NAME: 'stage_layers' if is_staged else 'layers'}
   return {k: meta.add_axis(v, 0, axis) for k, v in stacked.items()}
 

@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 
 from experiments.common import html_report, local_jobs
+from experiments.routing_ablation import __main__ as command
 from experiments.routing_ablation import arms, earlier, matching, measure, over_tokens, report
+from experiments.routing_ablation import study as study_lib
 from moe_jax import errors
 from moe_jax.analysis import difference_curves, paired
+from tests import in_process
 
 ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures('quick_processes')
@@ -214,6 +217,22 @@ def test_runs_of_an_earlier_report_say_the_same(published):
     if one.curve is not None:
       np.testing.assert_allclose(one.curve.differences, other.curve.differences, rtol=1e-5)
   assert measure.hours_text(again) == '7.0 hours' and measure.commits(again) == ['0123456789']
+
+
+def test_a_published_report_gives_its_verdicts_again(tmp_path, monkeypatch):
+  """All seeds are there, so nothing is trained: the tables hold what the report says."""
+  published = ROOT / 'experiments/routing_ablation/tiny_3000'
+  monkeypatch.setattr(study_lib, '_train', lambda *_: pytest.fail('nothing is to be trained'))
+  monkeypatch.setattr(measure, 'rates', lambda _, configs: dict.fromkeys(configs, 1.0))
+  given = ('--steps=3000', '--arms=gshard,deepseekmoe', '--seeds=5', '--together=1')
+  given += (f'--earlier={published}', f'--workdir={tmp_path}', f'--out={tmp_path / "out"}')
+  in_process.run(command, *given)
+
+  def verdicts(directory):
+    text = (directory / 'report.md').read_text()
+    return [line for line in text.splitlines() if line.startswith('- **')]
+
+  assert len(verdicts(published)) == 3 and verdicts(tmp_path / 'out') == verdicts(published)
 
 
 def test_seeds_of_an_earlier_report_stand_beside_new_ones_in_order(published):
