@@ -74,14 +74,20 @@ def test_equal_answers_are_judged_once_and_counted_all(scripted, monkeypatch, to
   assert one.counts == {'right': 5}
 
 
-def test_a_failure_is_not_shared_with_later_items_and_little_is_remembered(scripted, monkeypatch):
-  monkeypatch.setattr(pool, 'REMEMBERED', 1)
+def test_a_failure_is_not_shared_with_later_items(scripted):
   with pool.RewardPool('answer', 1) as one:
     one.score([item('a'), item('hangs')])
     assert scripted.started == 1
     one.score([item('a'), item('hangs')])
   assert scripted.started == 2  # it was asked again, by a new worker
-  assert one.counts == {'right': 2, 'time': 2} and len(one._known) == 1
+  assert one.counts == {'right': 2, 'time': 2}
+
+
+def test_few_items_are_remembered(scripted, monkeypatch):
+  monkeypatch.setattr(pool, 'REMEMBERED', 2)
+  with pool.RewardPool('answer', 1) as one:
+    found = one.score([item(text) for text in ('a', 'bb', 'ccc', 'a')])
+  assert [r.value for r in found] == [1, 2, 3, 1] and len(one._known) == 2
 
 
 def test_an_item_whose_worker_died_is_tried_again(scripted):
