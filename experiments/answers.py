@@ -28,8 +28,6 @@ if TYPE_CHECKING:
   from moe_jax.post_training import answers as answers_lib
   from moe_jax.rewards import pool as pool_lib
 
-MOST_TOKENS = 64  # of an answer, if not told otherwise
-
 
 def define_flags():
   """Flags of this command."""
@@ -43,7 +41,7 @@ def define_flags():
   flags.DEFINE_integer(
     'max_new_tokens',
     None,
-    f'tokens of an answer at most; {MOST_TOKENS}, or what a row has room for',
+    'tokens of an answer at most; 64, or what a row has room for',
   )
   flags.DEFINE_integer('show', 0, 'questions that are shown with their answers')
   flags.DEFINE_integer('workers', 2, 'processes that run programs')
@@ -79,7 +77,9 @@ def main(unused_argv: Sequence[str]):
   questions = answers.questions(data, values.n)
   other = load.load(values.against, flag='--against') if values.against else None
   most = values.max_new_tokens or min(
-    _room(run, questions, data) for run in (loaded, other) if run is not None
+    answers.room(run.config.model, run.tokenizer, questions, data)
+    for run in (loaded, other)
+    if run is not None
   )
   shown: list[str] = []
 
@@ -100,18 +100,6 @@ def main(unused_argv: Sequence[str]):
         record[f'{name}_gain'] = [gained.mean, gained.low, gained.high]
         shown.append(f'share right against {values.against}, {name}: {gained.text()}')
   print(json.dumps(record) if values.json else '\n'.join(shown))
-
-
-def _room(
-  run: 'run_lib.Run', questions: 'Sequence[answers_lib.Question]', data: 'schema.DataConfig'
-) -> int:
-  """Tokens of an answer: `MOST_TOKENS`, or what the longest question leaves of a row, if less."""
-  from moe_jax.data import chat_formats
-
-  prompts = chat_formats.prompts(data, [q.prompt for q in questions], run.tokenizer)
-  longest = max(len(prompt) for prompt in prompts)
-  # A question that fills a row is refused when it is asked.
-  return max(1, min(MOST_TOKENS, run.config.model.max_seq_len - longest))
 
 
 def _ask(

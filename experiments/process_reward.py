@@ -34,7 +34,11 @@ def define_flags():
   flags.DEFINE_integer('completions', 8, 'label: completions of each beginning of a solution')
   flags.DEFINE_integer('candidates', 16, 'verify: answers of each question; a power of two')
   flags.DEFINE_float('temperature', 1.0, 'label, verify: of sampling')
-  flags.DEFINE_integer('max_new_tokens', 64, 'label, verify: tokens of an answer at most')
+  flags.DEFINE_integer(
+    'max_new_tokens',
+    None,
+    'label, verify: tokens of an answer at most; 64, or what a row has room for',
+  )
   flags.DEFINE_integer('seed', 0, 'label, verify: decides all draws')
   cli.path_flag('prm', '', 'verify: run that judges steps')
   cli.path_flag('orm', '', 'verify: run that judges solutions')
@@ -54,7 +58,8 @@ def main(unused_argv: Sequence[str], action: str) -> None:
     return
   values = flags.FLAGS
   for name in ('questions', 'solutions', 'completions', 'candidates', 'max_new_tokens'):
-    errors.require(values[name].value > 0, f'--{name}={values[name].value} must be positive')
+    given = values[name].value
+    errors.require(given is None or given > 0, f'--{name}={given} must be positive')
   errors.require(
     values.temperature > 0, f'--temperature={values.temperature} must be positive; 1 is usual'
   )
@@ -65,23 +70,25 @@ def main(unused_argv: Sequence[str], action: str) -> None:
     _verify(out)
 
 
-def _opened(workdir: str) -> tuple[Any, Any]:
-  """(a writer of answers, the data that its run was tuned on)."""
-  from moe_jax.post_training import solutions
+def _opened(workdir: str, heldout: bool) -> tuple[Any, Any]:
+  """(a writer of answers, questions of the data that its run was tuned on)."""
+  from moe_jax.post_training import answers, solutions
   from moe_jax.runs import trained_run, working_directory
   from moe_jax.storage import fetch
 
   values = flags.FLAGS
   run = trained_run.load(workdir)
   data = working_directory.resolved(run.cfg, fetch.local(workdir, '--workdir')).data
+  questions = answers.questions(data, values.questions, heldout=heldout)
+  room = answers.room(run.cfg.model, run.tokenizer, questions, data)
   writer = solutions.Writer(
     run,
     data,
     temperature=values.temperature,
-    max_new_tokens=values.max_new_tokens,
+    max_new_tokens=values.max_new_tokens or room,
     seed=values.seed,
   )
-  return writer, data
+  return writer, questions
 
 
 def _bar(what: str, total: int) -> Any:
@@ -91,11 +98,10 @@ def _bar(what: str, total: int) -> Any:
 
 
 def _label(out: pathlib.Path):
-  from moe_jax.post_training import answers, solutions, step_labels, verification
+  from moe_jax.post_training import solutions, step_labels, verification
 
   values = flags.FLAGS
-  writer, data = _opened(cli.required('workdir'))
-  questions = answers.questions(data, values.questions, heldout=False)
+  writer, questions = _opened(cli.required('workdir'), heldout=False)
   with _bar('questions', len(questions)) as bar:
     groups = writer.sample(questions, values.solutions, tell=lambda n: bar.update(n - bar.n))
   found = solutions.distinct(groups)
@@ -104,7 +110,7 @@ def _label(out: pathlib.Path):
   errors.require(
     bool(labelled),
     f'--questions={values.questions}: no solution has a step and ends within '
-    f'--max_new_tokens={values.max_new_tokens}; allow more, or tune the run on solutions first',
+    f'--max_new_tokens; allow more, or tune the run on solutions first',
   )
   out.parent.mkdir(parents=True, exist_ok=True)
   step_labels.write(out, labelled)
@@ -142,8 +148,7 @@ def _verify(out: pathlib.Path):
       f'--{kind}={values[kind].value} was trained with objective.process_reward.outcome='
       f'{process.outcome}; give a judge of {"solutions" if kind == "orm" else "steps"}',
     )
-  writer, data = _opened(cli.required('workdir'))
-  questions = answers.questions(data, values.questions)
+  writer, questions = _opened(cli.required('workdir'), heldout=True)
   with _bar('questions', len(questions)) as bar:
     groups = writer.sample(questions, values.candidates, tell=lambda n: bar.update(n - bar.n))
   greedy = sum(one[0].right for one in writer.sample(questions, 1, greedy=True))

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
+from absl import logging
 
 from configs import base
 from experiments.bench import torch_threads
@@ -256,7 +257,7 @@ def torch_program(
 
 def _applies(case: Case, variant: str) -> bool:
   if variant in LOW_PRECISION:
-    return case in (TARGET, GPU_CASES[0])
+    return case in (TARGET, GPU_CASES[0]) and importlib.util.find_spec('qwix') is not None
   return variant != 'dense' or case.experts <= MOST_DENSE_EXPERTS
 
 
@@ -283,6 +284,8 @@ def run(options: harness.Options, peaks: harness.Peaks) -> list[harness.Result]:
   with_torch = options.transformers and all(
     importlib.util.find_spec(name) for name in ('torch', 'transformers')
   )
+  if not importlib.util.find_spec('qwix'):
+    logging.warning(f'no {" or ".join(LOW_PRECISION)}: qwix is not installed (extra quant)')
   cases = GPU_CASES if jax.default_backend() == 'gpu' else CASES
   found = []
   for case in tqdm.tqdm(cases, desc='cases', leave=False, disable=None):

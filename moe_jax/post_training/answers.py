@@ -17,6 +17,7 @@ from moe_jax.rewards import pool, reward
 _Z = 1.959964  # of a two-sided interval of 95 %
 BATCH = 32  # prompts that are continued together
 GREEDY = sampling.Sampling(temperature=0.0)
+MOST_TOKENS = 64  # of an answer, if not told otherwise
 
 
 class Question(NamedTuple):
@@ -24,6 +25,26 @@ class Question(NamedTuple):
 
   prompt: conversations.Conversation  # ends with the user
   answer: str
+
+
+def room(
+  model: schema.ModelConfig,
+  tokenizer: tokenizer_lib.Tokenizer,
+  questions: Sequence[Question],
+  data: schema.DataConfig,
+) -> int:
+  """Tokens of an answer: `MOST_TOKENS`, or what the longest question leaves of a row, if less.
+
+  Args:
+    model: which answers.
+    tokenizer: its own.
+    questions: what is asked.
+    data: how conversations are written.
+  """
+  prompts = chat_formats.prompts(data, [q.prompt for q in questions], tokenizer)
+  longest = max(len(prompt) for prompt in prompts)
+  # A question that fills a row is refused when it is asked.
+  return max(1, min(MOST_TOKENS, model.max_seq_len - longest))
 
 
 class Model(Protocol):

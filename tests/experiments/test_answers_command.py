@@ -9,6 +9,7 @@ from moe_jax.api import load
 from moe_jax.config import schema
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.inference import generate
+from moe_jax.post_training import answers as answers_lib
 from moe_jax.rewards import pool, reward
 from tests import in_process
 
@@ -122,6 +123,6 @@ def test_without_a_limit_an_answer_may_fill_the_shorter_row(tmp_path, monkeypatc
   in_process.run(answers, '--n=8', '--against=short')
   in_process.run(answers, '--n=8', '--against=short', '--max_new_tokens=30')
   (alone, here, there, *given) = limits
-  assert alone[1] == answers.MOST_TOKENS
+  assert alone[1] == answers_lib.MOST_TOKENS
   assert here == there and here[0] + here[1] == 60
   assert [limit for _, limit in given] == [30, 30]
