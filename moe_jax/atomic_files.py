@@ -17,6 +17,7 @@ from absl import logging
 from moe_jax import errors
 
 LOCK = '.lock'  # in a workdir, while a run writes there
+_OWNER = '.owner'  # beside it, where the file system has no locks
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
 _TEMPORARY = re.compile(r'\..+\.\d+\.tmp')  # of `write_bytes`
@@ -125,22 +126,23 @@ def lock(workdir: pathlib.Path, enabled: bool = True) -> Iterator[None]:
     return
   made = [path for path in (workdir, *workdir.parents) if not path.exists()]
   workdir.mkdir(parents=True, exist_ok=True)
-  try:
-    with (workdir / LOCK).open('w') as handle, _held(handle, workdir):
+  with (workdir / LOCK).open('w') as handle, _held(handle, workdir):
+    try:
       for pattern in ('.*.tmp', '*/.*.tmp'):
         for path in workdir.glob(pattern):
           if _TEMPORARY.fullmatch(path.name):
             path.unlink(missing_ok=True)
       yield
-  except BaseException:
-    with contextlib.suppress(OSError):  # checkpoints, or a parent, holds something
-      if made and {path.name for path in workdir.iterdir()} <= {LOCK, 'checkpoints'}:
-        if (workdir / 'checkpoints').exists():
-          (workdir / 'checkpoints').rmdir()
-        (workdir / LOCK).unlink()
-        for path in made:
-          path.rmdir()
-    raise
+    except BaseException:
+      with contextlib.suppress(OSError):  # checkpoints, or a parent, holds something
+        if made and {path.name for path in workdir.iterdir()} <= {LOCK, _OWNER, 'checkpoints'}:
+          if (workdir / 'checkpoints').exists():
+            (workdir / 'checkpoints').rmdir()
+          for name in (LOCK, _OWNER):
+            (workdir / name).unlink(missing_ok=True)
+          for path in made:
+            path.rmdir()
+      raise
 
 
 @contextlib.contextmanager
@@ -158,7 +160,7 @@ def _held(handle: IO[str], workdir: pathlib.Path) -> Iterator[None]:
     if e.errno not in _NO_LOCKS:
       raise
     logging.warning(f'{workdir} cannot be locked ({e.strerror}): a file names its owner instead.')
-    with _owned(workdir / '.owner'):
+    with _owned(workdir / _OWNER):
       yield
     return
   yield

@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import fcntl
 import os
@@ -86,6 +87,22 @@ def test_one_writer_per_directory(tmp_path):
     pass
 
 
+def test_a_second_writer_that_began_at_the_same_time_takes_nothing_away(tmp_path, monkeypatch):
+  """Both saw no directory; the second is refused, and it is the first's by now."""
+  workdir, mkdir = tmp_path / 'run', pathlib.Path.mkdir
+  with contextlib.ExitStack() as first:
+
+    def after_the_first(path, *args, **kwargs):
+      monkeypatch.undo()
+      first.enter_context(atomic_files.lock(workdir))
+      mkdir(path, *args, **kwargs)
+
+    monkeypatch.setattr(pathlib.Path, 'mkdir', after_the_first)
+    with pytest.raises(errors.InputError, match='is being written'), atomic_files.lock(workdir):
+      pass
+    assert (workdir / '.lock').is_file()
+
+
 def test_what_killed_writers_left_is_deleted_and_nothing_else(tmp_path):
   (tmp_path / 'routing').mkdir()
   keep = ['.hidden', 'a.tmp', '.b.tmp', 'routing/.c.12x.tmp']
@@ -111,6 +128,16 @@ def test_a_directory_in_which_nothing_was_written_is_taken_away_by_an_error(tmp_
   assert (tmp_path / 'run/checkpoints/5').is_dir()
   fail(tmp_path / 'other', ['routing'])
   assert (tmp_path / 'other/routing').is_dir()
+
+
+def test_without_locks_too_an_error_takes_the_empty_directory_away(tmp_path, monkeypatch):
+  def no_locks(*unused):
+    raise OSError(errno.ENOLCK, 'No locks available')
+
+  monkeypatch.setattr(fcntl, 'flock', no_locks)
+  with pytest.raises(errors.InputError, match='refused'), atomic_files.lock(tmp_path / 'run'):
+    raise errors.InputError('refused')
+  assert not list(tmp_path.iterdir())
 
 
 def test_without_locks_in_the_file_system_a_file_names_the_owner(tmp_path, monkeypatch, caplog):

@@ -47,12 +47,15 @@ def _make(target: pathlib.Path) -> tuple[pathlib.Path, int]:
   while True:
     temporary = target.parent / f'.{target.name}.{uuid.uuid4().hex}'
     temporary.mkdir(parents=True)
-    handle = os.open(temporary, os.O_RDONLY)
+    try:
+      handle = os.open(temporary, os.O_RDONLY)
+    except FileNotFoundError:  # another process, which also begins to build, has cleared it already
+      continue
     with contextlib.suppress(OSError):  # a file system without locks: nobody clears it either
       fcntl.flock(handle, fcntl.LOCK_EX)
     if temporary.exists():
       return temporary, handle
-    os.close(handle)  # another process cleared it before it was locked
+    os.close(handle)  # it was cleared between being opened and being locked
 
 
 def _clear(target: pathlib.Path):

@@ -1,3 +1,5 @@
+import fcntl
+import os
 import pathlib
 
 import pytest
@@ -85,3 +87,23 @@ def test_what_a_killed_builder_left_is_deleted_and_what_is_being_built_is_not(tm
 
   cache.get_or_build(tmp_path / 'x', build, is_whole)
   assert sorted(p.name for p in tmp_path.iterdir()) == ['.xy.other', 'x']
+
+
+@pytest.mark.parametrize('moment', ['open', 'flock'])
+def test_a_directory_that_another_builder_clears_before_it_is_locked_is_made_anew(
+  tmp_path, monkeypatch, moment
+):
+  """Between being made and being locked it looks like what a killed builder has left."""
+  module = {'open': os, 'flock': fcntl}[moment]
+  ordinary, cleared = getattr(module, moment), []
+
+  def interrupted(first, *args):
+    if not cleared:
+      cleared.extend(path.name for path in tmp_path.iterdir())
+      monkeypatch.setattr(module, moment, ordinary)
+      cache._clear(tmp_path / 'x')
+    return ordinary(first, *args)
+
+  monkeypatch.setattr(module, moment, interrupted)
+  assert is_whole(cache.get_or_build(tmp_path / 'x', fill, is_whole))
+  assert len(cleared) == 1 and [p.name for p in tmp_path.iterdir()] == ['x']
