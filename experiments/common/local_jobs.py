@@ -30,6 +30,11 @@ def is_shard() -> bool:
   return flags.FLAGS.shard >= 0
 
 
+def jobs() -> int:
+  """How many processes share the runs."""
+  return flags.FLAGS.jobs
+
+
 def run(
   module: str,
   pending: Sequence[Any],
@@ -69,7 +74,7 @@ def run(
 
 
 def seeds(words: Sequence[str]) -> list[int]:
-  """The seeds of `--seeds=0,1,2`, or of a single number N: 0, 1, ..., N - 1.
+  """The seeds of `--seeds=0,1,2`, or of a single number N: 0, 1, ..., N - 1; `7,7` is seed 7.
 
   Raises:
     errors.InputError: a word is no whole number, or there is none.
@@ -80,7 +85,7 @@ def seeds(words: Sequence[str]) -> list[int]:
     raise errors.InputError(
       f'--seeds={",".join(words)} must be whole numbers, as in --seeds=0,1,2, or how many'
     ) from error
-  found = list(range(found[0])) if len(found) == 1 else found
+  found = list(range(found[0])) if len(found) == 1 else list(dict.fromkeys(found))
   errors.require(bool(found), f'--seeds={",".join(words)} must be at least one seed')
   return found
 

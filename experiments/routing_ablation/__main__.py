@@ -2,11 +2,12 @@
 
 python -m experiments.routing_ablation --scale=tiny|small|2b --workdir=W [--arms=a,b] [--seeds=5]
   [--steps=N] [--jobs=2] [--together=N] [--data_source=S --data_path=P] [--dry_run] [--out=DIR]
-  [--earlier=DIR]
+  [--learning_rates=A,B,C --rate_seeds=2] [--budget_hours=H] [--earlier=DIR]
 
 Prints what the arms cost and refuses pairs that do not match; trains each arm with all seeds, as an
 axis of one compiled step where they fit; evaluates, probes, times; writes the report. The same
-command again goes on where it stopped, and computes no finished arm again.
+command again goes on where it stopped, and computes no finished arm again. WORKDIR/progress says
+what is done and how long the rest takes; an arm that fails does not stop the others.
 """
 
 from collections.abc import Sequence
@@ -30,8 +31,16 @@ def define_flags():
   flags.DEFINE_bool(
     'dry_run', False, 'print what the arms cost and whether they match; no training'
   )
-  cli.path_flag('earlier', '', 'directory of a report whose seeds are added, not trained again')
+  flags.DEFINE_list(
+    'learning_rates', [], 'peak rates to try for each family of arms; the best is taken'
+  )
+  flags.DEFINE_list('rate_seeds', ['2'], 'values of train.seed, or how many, that try them')
+  flags.DEFINE_float(
+    'budget_hours', 0.0, 'decide what can be decided in so long; 0 = all of --seeds', lower_bound=0
+  )
+  cli.path_flag('earlier', '', 'directory of a report whose runs are added, not trained again')
   cli.path_flag('out', '', 'directory of the report; WORKDIR/report without')
+  flags.DEFINE_enum('part', '', ['', 'rates'], 'internal: what a process of --jobs trains')
   local_jobs.define_flags()
 
 

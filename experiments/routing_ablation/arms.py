@@ -32,6 +32,8 @@ SCALES = {
   # Loss-free balancing as its paper trained it.
   '2b': Scale('deepseekmoe_2b.py', '1b', 640, together=1),
 }
+# Arms whose experts are as wide as a whole FFN; their rate is GShard's.
+COARSE = ('gshard', 'switch', 'hash', 'gshard_x1.5', 'dense', 'dense_x16')
 SEGMENTS = (1, 2, 4, 8, 16)  # m: parts that a conventional expert is cut into
 EXPERTS = (15, 31, 63, 127)  # routed, 7 of them active
 
@@ -43,6 +45,7 @@ class Arm:
   name: str
   label: str  # what it is, for people
   values: Callable[[str], ml_collections.ConfigDict]  # of a scale
+  family: str  # arm whose best learning rate is this one's too, see `learning_rates`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,18 +130,27 @@ def _arms() -> dict[str, Arm]:
     'shared_4': ('shared_4', '4 shared + 4 of 60'),
     'half': ('half', '1 shared + 3 of 63: half of it active'),
   }
-  found = {name: Arm(name, label, _variant(v)) for name, (v, label) in ladder.items()}
+  found = {
+    name: Arm(name, label, _variant(v), 'gshard' if name in COARSE else 'deepseekmoe')
+    for name, (v, label) in ladder.items()
+  }
   others = (
-    Arm('aux', '2 shared + 6 of 64, sigmoid, balanced by a loss', _loss_free('aux')),
-    Arm('loss_free', '2 shared + 6 of 64, sigmoid, balanced by a bias', _loss_free('loss_free')),
-    Arm('mha', 'DeepSeekMoE with multi-head attention', _mha),
-    Arm('mla', 'DeepSeekMoE with latent attention', _mla),
+    Arm('aux', '2 shared + 6 of 64, sigmoid, balanced by a loss', _loss_free('aux'), 'loss_free'),
+    Arm(
+      'loss_free',
+      '2 shared + 6 of 64, sigmoid, balanced by a bias',
+      _loss_free('loss_free'),
+      'loss_free',
+    ),
+    Arm('mha', 'DeepSeekMoE with multi-head attention', _mha, 'deepseekmoe'),
+    Arm('mla', 'DeepSeekMoE with latent attention', _mla, 'deepseekmoe'),
     *(
       Arm(
         f'm{m}',
         f'1 shared + {2 * m - 1} of {16 * m - 1}, 1/{m} as wide as a whole FFN, gates divided by '
         'their sum',
         _normalised(16 * m - 1, 2 * m - 1, m),
+        'm4',
       )
       for m in SEGMENTS
     ),
@@ -147,6 +159,7 @@ def _arms() -> dict[str, Arm]:
         f'e{n}',
         f'1 shared + 7 of {n}, a quarter as wide, gates divided by their sum',
         _normalised(n, 7, 4),
+        'm4',
       )
       for n in EXPERTS
       if n != 63  # that is m4

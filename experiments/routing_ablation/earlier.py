@@ -1,9 +1,12 @@
 """Runs of an earlier report, read from its tables: their workdirs may be elsewhere, or gone.
 
-A report's `results.csv` and `runs.csv` hold what every later one needs of a run.
+A report's `results.csv` and `runs.csv` hold what every later one needs of a run. A run is decided
+by its config and seed; elsewhere, at another commit, it comes out the same but for rounding, which
+training makes another draw of the same experiment. So runs of several places make one study.
 """
 
 import csv
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,54 +15,79 @@ from experiments.routing_ablation import arms, measure
 from moe_jax import errors
 from moe_jax.config import schema
 
-# Columns of results.csv beside the figures of claims; 'seconds' and 'commit' are of newer reports.
-KEPT = ('loss', 'train_drop_rate', 'step', 'seconds', 'commit')
+# Columns of results.csv beside the figures of claims; the last three are of newer reports.
+KEPT = ('loss', 'train_drop_rate', 'step', 'seconds', 'commit', 'peak_lr')
 
 
-def read(
-  directory: pathlib.Path, configs: Mapping[str, schema.Config], seeds: Sequence[int]
-) -> measure.Results:
-  """The runs of a report that are asked for; empty for seeds that it has not.
+def read(directory: pathlib.Path, pages: Mapping[str, schema.Config]) -> measure.Results:
+  """All runs of a report.
 
   Args:
     directory: of results.csv and runs.csv.
-    configs: the arms that are asked for.
-    seeds: that are asked for.
+    pages: every arm as its page has it; older reports do not say their learning rates.
 
   Raises:
-    errors.InputError: there is no such report, its runs have another length, or it has a seed with
-      some of the arms only: both sides of a pair are to come from one place.
+    errors.InputError: there is no such report, or an arm of it is known no more.
   """
   curves = _curves(_rows(directory / 'runs.csv'))
-  found: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in configs}
+  found: dict[str, dict[int, dict[str, Any]]] = {}
   for row in _rows(directory / 'results.csv'):
     arm, seed = row['arm'], int(row['seed'])
-    if arm in configs and seed in seeds:
-      found[arm][seed] = _figures(row) | {'curve': curves[arm, seed]}
-  known = sorted({seed for runs in found.values() for seed in runs})
-  for name, cfg in configs.items():
-    for seed in known:
-      errors.require(
-        seed in found[name],
-        f'--earlier={directory} has seed {seed} of some arms, but not of {name}: pairs of runs are '
-        'to come from one place; ask for other --seeds, or for the arms that it has',
-      )
-      steps = found[name][seed]['step']
-      errors.require(
-        steps == cfg.train.num_steps,
-        f'--earlier={directory} has runs of {steps} steps, where {name} is to have '
-        f'{cfg.train.num_steps}; give --steps={steps}',
-      )
+    errors.require(
+      arm in arms.ARMS,
+      f'--earlier={directory}: {arm!r} in results.csv is none of the arms {", ".join(arms.ARMS)}; '
+      'take its lines out of results.csv and runs.csv',
+    )
+    figures = _figures(row) | {'curve': curves[arm, seed]}
+    figures['peak_lr'] = figures['peak_lr'] or pages[arm].optim.peak_lr
+    found.setdefault(arm, {})[seed] = figures
   return found
 
 
+def check(directory: pathlib.Path, runs: measure.Results, configs: Mapping[str, schema.Config]):
+  """Refuses runs that were trained otherwise than these configs say.
+
+  Args:
+    directory: of the report, for the message.
+    runs: of the report.
+    configs: by arm.
+
+  Raises:
+    errors.InputError: they have another length, or another learning rate.
+  """
+  for name, cfg in configs.items():
+    for run in runs.get(name, {}).values():
+      errors.require(
+        run['step'] == cfg.train.num_steps,
+        f'--earlier={directory} has runs of {run["step"]} steps, where {name} is to have '
+        f'{cfg.train.num_steps}; give --steps={run["step"]}',
+      )
+      errors.require(
+        _is_at(run, cfg),
+        f'--earlier={directory} has runs of {name} at a peak rate of {run["peak_lr"]:g}, where it '
+        f'is to have {cfg.optim.peak_lr:g}; give its --learning_rates, if it had any',
+      )
+
+
+def at_rate(
+  runs: Mapping[int, Mapping[str, Any]], cfg: schema.Config
+) -> dict[int, Mapping[str, Any]]:
+  """Those of an arm's runs that were trained at the peak rate of `cfg`."""
+  return {seed: run for seed, run in runs.items() if _is_at(run, cfg)}
+
+
+def _is_at(run: Mapping[str, Any], cfg: schema.Config) -> bool:
+  return math.isclose(run['peak_lr'], cfg.optim.peak_lr, rel_tol=1e-6)
+
+
 def joined(
-  first: measure.Results, others: measure.Results, seeds: Sequence[int]
-) -> measure.Results:
-  """All runs of each arm in the order of the seeds."""
+  first: measure.Results, others: measure.Results
+) -> dict[str, dict[int, Mapping[str, Any]]]:
+  """All runs of each arm of either, arms as `arms.ARMS` has them, seeds rising."""
   return {
-    name: {seed: (first[name] if seed in first[name] else others[name])[seed] for seed in seeds}
-    for name in first
+    name: dict(sorted({**others.get(name, {}), **first.get(name, {})}.items()))
+    for name in arms.ARMS
+    if name in first or name in others
   }
 
 

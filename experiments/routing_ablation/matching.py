@@ -99,6 +99,7 @@ def text(
   tokens = {
     name: cfg.train.num_steps * cfg.train.batch_size * cfg.model.max_seq_len
     for name, cfg in configs.items()
+    if name in described
   }
   flops = num_seeds * sum(d.train_flops_per_token * tokens[name] for name, d in described.items())
   total = (

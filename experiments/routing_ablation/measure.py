@@ -108,16 +108,26 @@ def probe(workdir: pathlib.Path, arm: str, seed: int):
   atomic_files.write_text(where, json.dumps(result) + '\n')
 
 
-def read(workdir: pathlib.Path, names: Sequence[str], seeds: Sequence[int]) -> Results:
-  """The figures of all runs, and the commit at which each was trained."""
-  return {name: {seed: _read(workdir, name, seed) for seed in seeds} for name in names}
+def read(workdirs: Mapping[str, pathlib.Path], seeds: Sequence[int]) -> Results:
+  """The figures of the finished runs among these, and the commit at which each was trained.
+
+  Args:
+    workdirs: by arm, the directory in which its runs lie.
+    seeds: that are asked for.
+  """
+  return {
+    name: {seed: _read(workdir, name, seed) for seed in seeds if finished(workdir, name, seed)}
+    for name, workdir in workdirs.items()
+  }
 
 
 def _read(workdir: pathlib.Path, arm: str, seed: int) -> dict[str, Any]:
   where = path(workdir, arm, seed)
-  git = json.loads((where.parent / 'config.json').read_text())['git']
+  record = json.loads((where.parent / 'config.json').read_text())
+  git = record['git']
   commit = 'unknown' if git is None else git['commit'][:10] + '+' * git['dirty']
-  return json.loads(where.read_text()) | {'commit': commit}
+  peak_lr = record['config']['optim']['peak_lr']
+  return json.loads(where.read_text()) | {'commit': commit, 'peak_lr': peak_lr}
 
 
 def rates(workdir: pathlib.Path, configs: Mapping[str, schema.Config]) -> dict[str, float]:
@@ -143,16 +153,50 @@ def commits(results: Results) -> list[str]:
   return sorted({run['commit'] for runs in results.values() for run in runs.values()})
 
 
-def column(results: Results, arm: str, figure: str) -> list[float] | None:
-  """A figure of an arm, one per seed in order; None where the arm has no such figure."""
-  values = [run.get(figure) for run in results.get(arm, {}).values()]
+def common(results: Results, *names: str) -> list[int]:
+  """The seeds that every one of these arms has, in the order of the first."""
+  return [seed for seed in results[names[0]] if all(seed in results[name] for name in names)]
+
+
+def column(
+  results: Results, arm: str, figure: str, seeds: Sequence[int] | None = None
+) -> list[float] | None:
+  """A figure of an arm, one per seed in order; None where the arm has no such figure, or no seed.
+
+  Args:
+    results: of all runs.
+    arm: its name; one that was not trained has no figure.
+    figure: a key of the results.
+    seeds: some of the arm's; all of them for None.
+  """
+  runs = results.get(arm, {})
+  values = [runs[seed].get(figure) for seed in (runs if seeds is None else seeds)]
   return None if not values or None in values else values
 
 
-def curves(results: Results, arm: str, key: str) -> tuple[np.ndarray, np.ndarray] | None:
+def against(
+  results: Results, arm: str, baseline: str, figure: str
+) -> tuple[list[float], list[float]] | None:
+  """(values, baseline) of a figure over the seeds that both arms have; None without any.
+
+  The baseline '' is zero.
+  """
+  if not baseline:
+    values = column(results, arm, figure)
+    return None if values is None else (values, [0.0] * len(values))
+  if arm not in results or baseline not in results:
+    return None
+  seeds = common(results, arm, baseline)
+  first, second = (column(results, name, figure, seeds) for name in (arm, baseline))
+  return None if first is None or second is None else (first, second)
+
+
+def curves(
+  results: Results, arm: str, key: str, seeds: Sequence[int] | None = None
+) -> tuple[np.ndarray, np.ndarray] | None:
   """(steps [N], values [S, N]) of a quantity of training; None for a dense arm's routing."""
-  runs = [run['curve'] for run in results[arm].values()]
+  runs = [results[arm][seed]['curve'] for seed in (results[arm] if seeds is None else seeds)]
   values = [run[key] for run in runs]
-  if any(None in value for value in values):
+  if not runs or any(None in value for value in values):
     return None
   return np.asarray(runs[0]['step']), np.asarray(values, np.float64)

@@ -27,8 +27,9 @@ def curve(
   """Differences of a claim's two arms in training loss; None for claims about other figures."""
   if claim.figure != arms.BITS or not claim.baseline:
     return None
-  cfg = configs[claim.arm]
-  values, baseline = (measure.curves(results, name, 'loss') for name in (claim.arm, claim.baseline))
+  cfg, names = configs[claim.arm], (claim.arm, claim.baseline)
+  seeds = measure.common(results, *names)
+  values, baseline = (measure.curves(results, name, 'loss', seeds) for name in names)
   if values is None or baseline is None:
     return None
   tokens = optim.tokens_at(cfg.train, cfg.model.max_seq_len, values[0].tolist())
@@ -47,7 +48,8 @@ def moves(
   """
   if found is None or len(found.tokens) < difference_curves.MIN_POINTS:
     return False
-  bits, nats = (measure.column(results, claim.baseline, key) for key in (arms.BITS, 'loss'))
+  seeds = measure.common(results, claim.arm, claim.baseline)
+  bits, nats = (measure.column(results, claim.baseline, key, seeds) for key in (arms.BITS, 'loss'))
   if bits is None or nats is None:
     return False
   slope = difference_curves.outcome(found, claim.direction).slope

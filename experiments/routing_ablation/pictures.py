@@ -1,5 +1,6 @@
 """The pictures of the report: verdicts, loss curves with bands, balance over time, sweeps."""
 
+import operator
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -115,11 +116,12 @@ def _curves(
   fig = figure.Figure(figsize=(9, 4.5), layout='constrained')
   left, right = fig.subplots(1, 2)
   base = 'gshard' if 'gshard' in names else names[0]
-  baseline = measure.curves(results, base, 'loss')[1]
   for name, colour in _palette(names).items():
     steps, loss = measure.curves(results, name, 'loss')
     _band(left, steps, loss, name, colour)
-    _band(right, steps, loss - baseline, name, colour)
+    if seeds := measure.common(results, name, base):
+      both = (measure.curves(results, one, 'loss', seeds)[1] for one in (name, base))
+      _band(right, steps, operator.sub(*both), name, colour)
   left.set_title('training loss, nats per token')
   right.set_title(f'minus {base}, same seed and batch')
   for axes in (left, right):

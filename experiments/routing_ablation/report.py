@@ -13,7 +13,15 @@ import jax
 import numpy as np
 
 from experiments.common import html_report, spread
-from experiments.routing_ablation import arms, earlier, matching, measure, over_tokens, pictures
+from experiments.routing_ablation import (
+  arms,
+  earlier,
+  learning_rates,
+  matching,
+  measure,
+  over_tokens,
+  pictures,
+)
 from moe_jax import atomic_files
 from moe_jax.analysis import difference_curves, paired
 from moe_jax.config import schema
@@ -28,11 +36,10 @@ class Study(NamedTuple):
 
   scale: str
   configs: Mapping[str, schema.Config]  # by arm
-  seeds: Sequence[int]
   results: measure.Results
   rates: Mapping[str, float]  # training tokens per second, by arm
   described: Mapping[str, describe.Description]
-  commits: Sequence[str]  # at which the runs were trained
+  swept: learning_rates.Bits  # what each learning rate came to, {} where none was swept
 
 
 class Graded(NamedTuple):
@@ -53,22 +60,42 @@ class Graded(NamedTuple):
     return difference_curves.NOT_YET if self.moves else self.plain
 
 
-def command_of(argv: Sequence[str]) -> str:
-  """The command of this call, without the machine's own paths."""
-  words = [word for word in argv if not word.startswith(('--out=', '--workdir=', '--shard='))]
-  return shlex.join(['python', '-m', MODULE, '--workdir=W', *words])
+def commands_of(argv: Sequence[str], results: measure.Results) -> list[str]:
+  """The commands that train all runs of a report, without the machine's own paths.
+
+  One for the arms of each set of seeds; those that came from earlier reports are among them.
+  """
+  own = ('--out=', '--workdir=', '--shard=', '--part=', '--earlier=', '--jobs=', '--budget_hours=')
+  own += ('--arms=', '--seeds=')
+  words = [word for word in argv if not word.startswith(own)]
+  lines = []
+  for seeds, names in _by_seeds(results).items():
+    some = [] if len(names) == len(arms.ARMS) else [f'--arms={",".join(names)}']
+    first = seeds == tuple(range(len(seeds)))
+    # A single number says how many.
+    given = (
+      str(len(seeds)) if first else ','.join(map(str, seeds * 2 if len(seeds) == 1 else seeds))
+    )
+    words_of_it = [*words, *some, f'--seeds={given}']
+    lines.append(shlex.join(['python', '-m', MODULE, '--workdir=W', *words_of_it]))
+  return lines
+
+
+def _by_seeds(results: measure.Results) -> dict[tuple[int, ...], list[str]]:
+  """The arms that have each set of seeds."""
+  found: dict[tuple[int, ...], list[str]] = {}
+  for name, runs in results.items():
+    found.setdefault(tuple(sorted(runs)), []).append(name)
+  return found
 
 
 def grade(results: measure.Results, configs: Mapping[str, schema.Config]) -> list[Graded]:
   """All claims whose two arms were trained and have the figure."""
   found = []
   for claim in arms.CLAIMS:
-    values = measure.column(results, claim.arm, claim.figure)
-    baseline = measure.column(results, claim.baseline, claim.figure)
-    if values is not None and not claim.baseline:
-      baseline = [0.0] * len(values)
-    if values is None or baseline is None:
+    if (both := measure.against(results, claim.arm, claim.baseline, claim.figure)) is None:
       continue
+    values, baseline = both
     scale = baseline if claim.baseline else measure.column(results, claim.arm, arms.BITS)
     base = abs(float(np.mean(scale)))
     margin = arms.EQUAL_MARGIN * base
@@ -93,29 +120,33 @@ def sentence(graded: Graded) -> str:
   return (
     f'**{graded.verdict.capitalize()}**{note}: '
     f'`{claim.arm}`{f" against `{claim.baseline}`" if claim.baseline else ""}, {what}: '
-    f'{found.text(digits)}. The paper: {claim.paper}.'
+    f'{found.text(digits)}, {_seeds(found.num_seeds)}. The paper: {claim.paper}.'
   )
+
+
+def _seeds(*numbers: int) -> str:
+  """`5 seeds`, `5 to 15 seeds`."""
+  low, high = min(numbers), max(numbers)
+  return f'{low} to {high} seeds' if low < high else f'{low} seed{"s" if low > 1 else ""}'
 
 
 def slope(results: measure.Results, sweep: arms.Sweep) -> tuple[paired.Interval, np.ndarray] | None:
   """(bits per byte per doubling, coefficients of the parabola through the means) of a sweep.
 
-  The slope is fitted seed by seed, on the logarithm to base 2 of the axis. None with fewer than
-  three arms.
+  The slope is fitted seed by seed, over the seeds that all its arms have, on the logarithm to base
+  2 of the axis. None with fewer than three arms, or no such seed.
   """
-  points = {
-    x: bits
-    for name, x in sweep.points.items()
-    if (bits := measure.column(results, name, arms.BITS)) is not None
-  }
-  if len(points) < 3:
+  names = [name for name in sweep.points if results.get(name)]
+  seeds = measure.common(results, *names) if len(names) >= 3 else []
+  if not seeds:
     return None
+  points = {sweep.points[name]: measure.column(results, name, arms.BITS, seeds) for name in names}
   x, bits = np.log2(list(points)), np.asarray(list(points.values()))  # [P], [P, S]
   slopes = np.polyfit(x, bits, 1)[0]
   return paired.interval(slopes.tolist()), np.polyfit(x, bits.mean(axis=1), 2)
 
 
-def write(out: pathlib.Path, study: Study, command: str) -> list[pathlib.Path]:
+def write(out: pathlib.Path, study: Study, commands: Sequence[str]) -> list[pathlib.Path]:
   """Writes report.md, report.html, the tables and the pictures; returns the paths."""
   out.mkdir(parents=True, exist_ok=True)
   graded = grade(study.results, study.configs)
@@ -130,11 +161,14 @@ def write(out: pathlib.Path, study: Study, command: str) -> list[pathlib.Path]:
       *_verdicts(study, graded),
       *over_tokens.blocks(graded),
       *_figures(drawn),
-      *_tables(study, command),
+      *_tables(study, commands),
     ],
     out,
   )
   tables = [out / name for name in ('results.csv', 'differences.csv', 'runs.csv')]
+  if study.swept:
+    tables.append(out / learning_rates.FILE)
+    atomic_files.write_text(tables[-1], learning_rates.csv_text(study.swept))
   return [*written, *tables, *(p.path for p in drawn)]
 
 
@@ -160,8 +194,8 @@ def _verdicts(study: Study, graded: Sequence[Graded]) -> list[html_report.Block]
     blocks.append(
       html_report.Text(
         f'Of {len(graded)} claims of the papers, runs of {tokens:,} tokens with '
-        f'{len(study.seeds)} seed(s) give: **{parts}**. This is what runs of this size show, not '
-        "what the papers' do."
+        f'{_seeds(*(g.difference.num_seeds for g in graded))} give: **{parts}**. This is what runs '
+        "of this size show, not what the papers' do."
       )
     )
   blocks.append(html_report.Bullets(lines or ['No two arms of a claim were trained.']))
@@ -199,7 +233,7 @@ def _figures(drawn: Sequence[html_report.Picture]) -> list[html_report.Block]:
   return [html_report.Heading('Figures'), *drawn] if drawn else []
 
 
-def _tables(study: Study, command: str) -> list[html_report.Block]:
+def _tables(study: Study, commands: Sequence[str]) -> list[html_report.Block]:
   first = study.rates.get('gshard') or next(iter(study.rates.values()))
   base = 'gshard' if 'gshard' in study.rates else next(iter(study.rates))
   cfg = next(iter(study.configs.values()))
@@ -207,13 +241,16 @@ def _tables(study: Study, command: str) -> list[html_report.Block]:
     html_report.Heading('Arms'),
     html_report.Table(
       [
-        *('arm', 'what', 'bits per byte', 'MaxVio', 'dropped in training, %', 'tokens/s'),
+        *('arm', 'what', 'seeds', 'peak rate'),
+        *('bits per byte', 'MaxVio', 'dropped in training, %', 'tokens/s'),
         f'x {base}',
       ],
       [
         [
           f'`{name}`',
           arms.ARMS[name].label,
+          str(len(study.results[name])),
+          f'{study.configs[name].optim.peak_lr:g}',
           _mean(study.results, name, arms.BITS, 4),
           _mean(study.results, name, arms.VIO, 2),
           _mean(study.results, name, 'train_drop_rate', 1, 100.0),
@@ -228,21 +265,30 @@ def _tables(study: Study, command: str) -> list[html_report.Block]:
       'text, mean over layers; dropped is over the last fifth of training; tokens/s is the '
       'training step of one seed, all arms timed in turns on the machine below.'
     ),
+    *learning_rates.blocks(study.swept),
     html_report.Heading('Do the arms match?'),
     html_report.Table(matching.HEADER, matching.rows(study.described)),
     html_report.Bullets(matching.check(study.described)),
     html_report.Heading('Do it again'),
-    html_report.Code([command]),
+    html_report.Code(commands),
     html_report.Bullets(
       [
-        f'seeds {", ".join(map(str, study.seeds))}; {cfg.train.num_steps} steps of '
+        f'{_whose_seeds(study.results)}; {cfg.train.num_steps} steps of '
         f'{cfg.train.batch_size} x {cfg.model.max_seq_len} tokens; data `{cfg.data.source}`',
         f'{measure.hours_text(study.results)} of one process on {_hardware()}',
         ', '.join(f'{k} {v}' for k, v in run_record.versions().items() if v),
-        f'trained at commit {", ".join(study.commits)} (+ = with changes)',
+        f'trained at commit {", ".join(measure.commits(study.results))} (+ = with changes)',
       ]
     ),
   ]
+
+
+def _whose_seeds(results: measure.Results) -> str:
+  """`seeds 0, 1, 2`, or which arms have which."""
+  groups = {', '.join(map(str, seeds)): names for seeds, names in _by_seeds(results).items()}
+  if len(groups) == 1:
+    return f'seeds {next(iter(groups))}'
+  return '; '.join(f'seeds {seeds} of {", ".join(names)}' for seeds, names in groups.items())
 
 
 def _sort_key(results: measure.Results, name: str) -> float:

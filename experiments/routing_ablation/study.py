@@ -4,95 +4,250 @@ import pathlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 from absl import flags
 
 from experiments.common import cli, local_jobs
-from experiments.routing_ablation import arms, matching, measure, report
-from experiments.routing_ablation import earlier as earlier_lib
+from experiments.routing_ablation import (
+  arms,
+  budget,
+  earlier,
+  learning_rates,
+  matching,
+  measure,
+  progress,
+  report,
+)
 from moe_jax import errors
 from moe_jax.config import schema
+from moe_jax.planning import describe
 from moe_jax.runs import run_record, seeds, train_run
 
 MODULE = 'experiments.routing_ablation'
+_SWEEP = 'rates'  # value of the internal flag --part
+
+
+class Unit(NamedTuple):
+  """Runs that one call trains."""
+
+  arm: str
+  cfg: schema.Config
+  workdir: pathlib.Path  # that holds a directory for the arm
+  seeds: tuple[int, ...]
+
+  def finished(self) -> bool:
+    """Whether every run of it has all its figures."""
+    return all(measure.finished(self.workdir, self.arm, seed) for seed in self.seeds)
 
 
 def main(unused_argv: Sequence[str]):
   """Checks, trains, measures, reports."""
   values = flags.FLAGS
-  found = {
-    arm.name: arms.resolve(arm, values.scale, values.steps, values.data_path, values.data_source)
-    for arm in arms.choose(values.arms)
-  }
-  numbers = local_jobs.seeds(values.seeds)
-  described = matching.describe(found)
+  given = (values.scale, values.steps, values.data_path, values.data_source)
+  pages = {arm.name: arms.resolve(arm, *given) for arm in arms.choose([])}
+  asked, numbers = [arm.name for arm in arms.choose(values.arms)], local_jobs.seeds(values.seeds)
+  directory = pathlib.Path(values.earlier) if values.earlier else None
+  known = earlier.read(directory, pages) if directory else {}
+  names = [name for name in arms.ARMS if name in asked or name in known]
+  described = matching.describe({name: pages[name] for name in names})
   lines = matching.check(described)
   if not local_jobs.is_shard():
-    print(matching.text(described, found, len(numbers)), *lines, sep='\n', flush=True)
+    new = {name: described[name] for name in asked}
+    print(matching.text(new, pages, len(numbers)), *lines, sep='\n', flush=True)
+  root = pathlib.Path(values.workdir or '.' if values.dry_run else cli.required('workdir'))
+  swept = learning_rates.from_csv(directory / learning_rates.FILE) if directory else {}
+  if values.learning_rates:
+    swept = {**swept, **_sweep(root, asked, pages, known)}
+  if values.part == _SWEEP:
+    return
+  found = learning_rates.applied({name: pages[name] for name in names}, learning_rates.best(swept))
+  if values.learning_rates:
+    kept = {name: earlier.at_rate(known[name], found[name]) for name in known}
+    known = {name: runs for name, runs in kept.items() if runs}
+  if directory:
+    earlier.check(directory, known, found)
+  workdirs = {
+    name: learning_rates.workdir(root, found[name].optim.peak_lr) if values.learning_rates else root
+    for name in names
+  }
+  wanted = {name: [n for n in numbers if n not in known.get(name, {})] for name in asked}
+  if values.budget_hours:
+    wanted = _affordable(asked, found, known, workdirs, len(numbers))
   if values.dry_run:
     return
-  workdir = pathlib.Path(cli.required('workdir'))
-  known: measure.Results = {name: {} for name in found}
-  if values.earlier:
-    known = earlier_lib.read(pathlib.Path(values.earlier), found, numbers)
-  every, numbers = numbers, [n for n in numbers if n not in next(iter(known.values()))]
-  _check_finished(workdir, found, numbers)
-  size = values.together or max(1, min(arms.SCALES[values.scale].together, len(numbers)))
-  errors.require(size >= 1, f'--together={values.together} must be at least 1')
-  groups = [numbers[i : i + size] for i in range(0, len(numbers), size)]
-  units = [(name, group) for name in found for group in groups]
-  pending = [
-    (name, group)
-    for name, group in units
-    if not all(measure.finished(workdir, name, seed) for seed in group)
-  ]
-  local_jobs.run(MODULE, pending, lambda unit: _train(found[unit[0]], unit[0], unit[1], workdir))
-  if local_jobs.is_shard():
+  units = _units(found, workdirs, wanted)
+  _check_finished(units)
+  _train_all(root, units)
+  if not local_jobs.is_shard():
+    new = {n: measure.read({n: workdirs[n]}, wanted[n])[n] for n in asked}
+    results = earlier.joined(known, {name: runs for name, runs in new.items() if runs})
+    _report(root, {name: found[name] for name in results}, results, described, swept)
+    _name_failures(units)
+
+
+def _report(
+  root: pathlib.Path,
+  configs: Mapping[str, schema.Config],
+  results: measure.Results,
+  described: Mapping[str, describe.Description],
+  swept: learning_rates.Bits,
+):
+  """Writes the report of the arms that have runs."""
+  if not configs:
     return
-  rates = measure.rates(workdir, found)
-  out = pathlib.Path(values.out) if values.out else workdir / 'report'
-  results = earlier_lib.joined(known, measure.read(workdir, list(found), numbers), every)
+  values = flags.FLAGS
   written = report.write(
-    out,
-    report.Study(values.scale, found, every, results, rates, described, measure.commits(results)),
-    command=report.command_of(sys.argv[1:]),
+    pathlib.Path(values.out) if values.out else root / 'report',
+    report.Study(
+      values.scale,
+      configs,
+      results,
+      measure.rates(root, configs),
+      {name: described[name] for name in configs},
+      swept,
+    ),
+    commands=report.commands_of(sys.argv[1:], results),
   )
   print('wrote: ' + ' '.join(str(path) for path in written))
 
 
-def _check_finished(
-  workdir: pathlib.Path, found: Mapping[str, schema.Config], numbers: Sequence[int]
-):
+def _name_failures(units: Sequence[Unit]):
+  missing = [f'{u.arm} seed {",".join(map(str, u.seeds))}' for u in units if not u.finished()]
+  errors.require(
+    not missing,
+    f'{len(missing)} of {len(units)} did not end, and are in no figure: {"; ".join(missing)}. '
+    f'See above for why, and {progress.FAILURE} in their workdirs; the same command tries them '
+    'again',
+  )
+
+
+def _units(
+  configs: Mapping[str, schema.Config],
+  workdirs: Mapping[str, pathlib.Path],
+  wanted: Mapping[str, Sequence[int]],
+) -> list[Unit]:
+  """Groups of seeds, those of all arms in turn: a study that is stopped has whole pairs."""
+  most = max(map(len, wanted.values()), default=0)
+  size = flags.FLAGS.together or max(1, min(arms.SCALES[flags.FLAGS.scale].together, most))
+  errors.require(size >= 1, f'--together={flags.FLAGS.together} must be at least 1')
+  return [
+    Unit(name, configs[name], workdirs[name], tuple(numbers[i : i + size]))
+    for i in range(0, most, size)
+    for name, numbers in wanted.items()
+    if numbers[i : i + size]
+  ]
+
+
+def _sweep(
+  root: pathlib.Path,
+  asked: Sequence[str],
+  pages: Mapping[str, schema.Config],
+  known: measure.Results,
+) -> learning_rates.Bits:
+  """Trains the first arm of each family at every rate that it lacks; what came of it."""
+  values = flags.FLAGS
+  tried = learning_rates.rates(values.learning_rates)
+  numbers = local_jobs.seeds(values.rate_seeds)
+  families = list(dict.fromkeys(arms.ARMS[name].family for name in asked))
+  units = [
+    Unit(name, cfg, learning_rates.workdir(root, rate), (seed,))
+    for seed in numbers
+    for rate in tried
+    for name in families
+    for cfg in [learning_rates.with_rate(pages[name], rate)]
+    if seed not in earlier.at_rate(known.get(name, {}), cfg)
+  ]
+  if values.dry_run:
+    print(f'--learning_rates: {len(units)} runs of {", ".join(families)} come first')
+    return {}
+  _check_finished(units)
+  _train_all(root, units, [f'--part={_SWEEP}'])
+  if values.part == _SWEEP:
+    return {}
+  missing = [f'{u.arm} at {u.cfg.optim.peak_lr:g}' for u in units if not u.finished()]
+  errors.require(
+    not missing,
+    f'--learning_rates: {", ".join(missing)} did not end, see above for why; the same command '
+    'tries again, or leave out a rate at which training fails',
+  )
+  return learning_rates.read(root, families, tried, numbers, known)
+
+
+def _affordable(
+  asked: Sequence[str],
+  configs: Mapping[str, schema.Config],
+  known: measure.Results,
+  workdirs: Mapping[str, pathlib.Path],
+  first: int,
+) -> dict[str, list[int]]:
+  """The seeds of each arm that decide most within --budget_hours; prints the plan."""
+  values = flags.FLAGS
+  done = measure.read({name: workdirs[name] for name in asked}, range(budget.MOST_SEEDS))
+  results = earlier.joined(known, {name: runs for name, runs in done.items() if runs})
+  seconds = budget.seconds_per_run(configs, results)
+  plan = budget.plan(
+    asked, results, seconds, values.budget_hours * 3600 * max(1, values.jobs), first
+  )
+  if not local_jobs.is_shard():
+    print(*budget.lines(plan, values.budget_hours, values.jobs), sep='\n', flush=True)
+  return {
+    name: [n for n in range(plan.seeds[name]) if n not in known.get(name, {})] for name in asked
+  }
+
+
+def _check_finished(units: Sequence[Unit]):
   """Refuses a workdir whose finished runs had other settings, before anything is trained."""
-  if not numbers:  # all of them are of an earlier report
-    return
-  for name, cfg in found.items():
-    for one in seeds.configs(cfg, numbers):
-      where = workdir / name / str(one.train.seed)
+  for unit in units:
+    for one in seeds.configs(unit.cfg, unit.seeds):
+      where = unit.workdir / unit.arm / str(one.train.seed)
       if (where / 'config.json').exists():
         run_record.check_workdir(where, one, allow_change=False, allow_longer=False)
 
 
-def _train(cfg: schema.Config, name: str, group: Sequence[int], workdir: pathlib.Path):
+def _train_all(root: pathlib.Path, units: Sequence[Unit], more_flags: Sequence[str] = ()):
+  """Trains those that are left; one that fails is left for the next call."""
+  page, ended = progress.Page(root, units), []
+  page.write()
+
+  def train(unit: Unit):
+    try:
+      _train(unit, page)
+      ended.append(unit)
+    except Exception as error:  # whatever it is, it is one arm's; the caller names it at the end
+      if isinstance(error, errors.InputError) and not ended:
+        raise  # what was asked for cannot be had, by the other arms as little
+      progress.failed(unit.workdir / unit.arm / str(unit.seeds[0]), error)
+      print(f'{unit.arm} seed {unit.seeds[0]} failed: {error}', file=sys.stderr, flush=True)
+    page.write()
+    jax.clear_caches()  # dozens of compiled models would fill the memory
+
+  local_jobs.run(MODULE, [u for u in units if not u.finished()], train, more_flags)
+
+
+def _train(unit: Unit, page: progress.Page):
   """Trains one arm with some seeds, if they are not, and writes what is measured of each."""
-  if not all(measure.path(workdir, name, seed).exists() for seed in group):
-    _train_and_evaluate(cfg, name, group, workdir)
-  for seed in group:
-    measure.probe(workdir, name, seed)
-  jax.clear_caches()  # dozens of compiled models would fill the memory
+  if not all(measure.path(unit.workdir, unit.arm, seed).exists() for seed in unit.seeds):
+    _train_and_evaluate(unit, page)
+  for seed in unit.seeds:
+    measure.probe(unit.workdir, unit.arm, seed)
+    (measure.path(unit.workdir, unit.arm, seed).parent / progress.FAILURE).unlink(missing_ok=True)
 
 
-def _train_and_evaluate(cfg: schema.Config, name: str, group: Sequence[int], workdir: pathlib.Path):
-  say, start = (lambda line: None), time.perf_counter()
-  if len(group) > 1:
-    runs, corpora = seeds.run_training(cfg, group, workdir / name, argv=sys.argv, say=say)
-  else:
-    (one,) = seeds.configs(cfg, group)
-    trained = train_run.run_training(one, workdir / name / str(group[0]), argv=sys.argv, say=say)
+def _train_and_evaluate(unit: Unit, page: progress.Page):
+  def say(unused_line: str):
+    page.write_now_and_then()
+
+  start, where = time.perf_counter(), unit.workdir / unit.arm
+  if len(unit.seeds) == 1:
+    (one,) = seeds.configs(unit.cfg, unit.seeds)
+    trained = train_run.run_training(one, where / str(one.train.seed), argv=sys.argv, say=say)
     runs, corpora = [trained[0]], [trained[1]]
+  else:
+    runs, corpora = seeds.run_training(unit.cfg, unit.seeds, where, argv=sys.argv, say=say)
   if runs[0].interrupted_by:
     raise KeyboardInterrupt
-  seconds = (time.perf_counter() - start) / len(group)
+  seconds = (time.perf_counter() - start) / len(unit.seeds)
   for trained, corpus in zip(runs, corpora):
-    print(measure.write(workdir, name, trained, corpus, seconds), flush=True)
+    print(measure.write(unit.workdir, unit.arm, trained, corpus, seconds), flush=True)

@@ -12,7 +12,15 @@ import pytest
 
 from experiments.common import html_report, local_jobs
 from experiments.routing_ablation import __main__ as command
-from experiments.routing_ablation import arms, earlier, matching, measure, over_tokens, report
+from experiments.routing_ablation import (
+  arms,
+  earlier,
+  learning_rates,
+  matching,
+  measure,
+  over_tokens,
+  report,
+)
 from experiments.routing_ablation import study as study_lib
 from moe_jax import errors
 from moe_jax.analysis import difference_curves, paired
@@ -79,6 +87,7 @@ def test_a_shorter_run_keeps_the_share_of_its_warm_up():
 
 def test_seeds():
   assert local_jobs.seeds(['3']) == [0, 1, 2] and local_jobs.seeds(['4', '2']) == [4, 2]
+  assert local_jobs.seeds(['7', '7']) == [7]
   for wrong in (['a'], ['0']):
     with pytest.raises(errors.InputError, match='--seeds'):
       local_jobs.seeds(wrong)
@@ -88,7 +97,7 @@ def run_of(bits, vio=0.5, dropped=0.0, **more):
   curve = {'step': [1, 2, 3], 'loss': [3.0 + bits, 3.0 + bits, 3.0 + 2 * bits]}
   curve |= {'max_vio': [vio] * 3, 'drop_rate': [None if vio is None else dropped] * 3}
   result = {'bits_per_byte': bits, 'loss': bits, 'step': 3, 'max_vio': vio, 'curve': curve}
-  result['commit'] = '0123456789'
+  result |= {'commit': '0123456789', 'peak_lr': 0.006}
   return result | {'train_drop_rate': None if vio is None else dropped, 'seconds': 1800} | more
 
 
@@ -110,7 +119,8 @@ def study():
   configs = resolved('tiny', results)
   rates = dict.fromkeys(results, 1000.0) | {'dense': 1500.0}
   described = matching.describe(configs)
-  return report.Study('tiny', configs, [0, 1], results, rates, described, ['0123456789'])
+  swept = {'gshard': {0.003: {0: 2.1}, 0.006: {0: 2.0}, 0.012: {0: 2.2}}}
+  return report.Study('tiny', configs, results, rates, described, swept)
 
 
 def test_verdicts(study):
@@ -159,7 +169,7 @@ def test_slope_of_a_sweep(study):
 
 
 def test_report_is_whole(study, tmp_path):
-  written = report.write(tmp_path / 'out', study, 'python -m this')
+  written = report.write(tmp_path / 'out', study, ['python -m this'])
   names = {path.name for path in written}
   pictures = {'claims.png', 'curves.png', 'balance.png', 'granularity.png'}
   pictures |= {'difference.png', 'differences.png'}
@@ -169,6 +179,7 @@ def test_report_is_whole(study, tmp_path):
     'results.csv',
     'differences.csv',
     'runs.csv',
+    'rates.csv',
   }
   text = (tmp_path / 'out' / 'report.md').read_text()
   assert (
@@ -201,22 +212,22 @@ def published(study, tmp_path):
     for name, cfg in study.configs.items()
   }
   study = study._replace(configs=configs)
-  report.write(tmp_path, study, 'python -m this')
+  report.write(tmp_path, study, ['python -m this'])
   return study, tmp_path
 
 
 def test_runs_of_an_earlier_report_say_the_same(published):
   study, directory = published
-  read = earlier.read(directory, study.configs, [1, 0])
-  assert {name: set(runs) for name, runs in read.items()} == dict.fromkeys(study.configs, {0, 1})
-  again = earlier.joined(read, {}, study.seeds)
+  again = earlier.joined(earlier.read(directory, study.configs), {})
+  assert {name: list(runs) for name, runs in again.items()} == dict.fromkeys(study.configs, [0, 1])
   for one, other in zip(
-    report.grade(study.results, study.configs), report.grade(again, study.configs)
+    report.grade(study.results, study.configs), report.grade(again, study.configs), strict=True
   ):
     assert one._replace(curve=None) == other._replace(curve=None)
     if one.curve is not None:
       np.testing.assert_allclose(one.curve.differences, other.curve.differences, rtol=1e-5)
   assert measure.hours_text(again) == '7.0 hours' and measure.commits(again) == ['0123456789']
+  assert learning_rates.from_csv(directory / learning_rates.FILE) == study.swept
 
 
 def test_a_published_report_gives_its_verdicts_again(tmp_path, monkeypatch):
@@ -235,31 +246,74 @@ def test_a_published_report_gives_its_verdicts_again(tmp_path, monkeypatch):
   assert len(verdicts(published)) == 3 and verdicts(tmp_path / 'out') == verdicts(published)
 
 
-def test_seeds_of_an_earlier_report_stand_beside_new_ones_in_order(published):
+def test_an_older_report_was_trained_at_the_rates_of_the_pages(published):
   study, directory = published
-  read = earlier.read(directory, study.configs, [0, 5])
-  new = {name: {5: run_of(1.5, seconds=None)} for name in study.configs}
-  both = earlier.joined(read, new, [5, 0])
-  assert measure.column(both, 'gshard', arms.BITS) == [1.5, 2.0]
-  assert measure.hours_text(both) == '3.5 hours for 7 of 14 runs'
+  path = directory / 'results.csv'
+  header, *lines = path.read_text().splitlines()
+  at = header.split(',').index('peak_lr')
+  without = [
+    ','.join(c for i, c in enumerate(row.split(',')) if i != at) for row in (header, *lines)
+  ]
+  path.write_text('\n'.join(without) + '\n')
+  read = earlier.read(directory, study.configs)
+  assert read['gshard'][0]['peak_lr'] == study.configs['gshard'].optim.peak_lr == 0.006
+
+
+def test_runs_of_an_earlier_report_stand_beside_new_ones(published):
+  """New seeds, new arms, arms of the report that are not asked for; its own runs come first."""
+  study, directory = published
+  read = earlier.read(directory, study.configs)
+  new = {'gshard': {5: run_of(1.5, seconds=None), 1: run_of(9.9)}, 'switch': {0: run_of(2.1)}}
+  both = earlier.joined(read, new)
+  assert list(both) == [name for name in arms.ARMS if name in study.configs or name == 'switch']
+  assert measure.column(both, 'gshard', arms.BITS) == [2.0, 2.2, 1.5]
+  assert measure.hours_text(both) == '7.5 hours for 15 of 16 runs'
 
 
 def test_an_earlier_report_that_does_not_fit_is_refused(published):
   study, directory = published
-  more = study.configs | resolved('tiny', ['switch'])
-  with pytest.raises(errors.InputError, match='has seed 0 of some arms, but not of switch'):
-    earlier.read(directory, more, [0])
-  longer = resolved('tiny', ['gshard'])
+  read = earlier.read(directory, study.configs)
+  earlier.check(directory, read, study.configs)
   with pytest.raises(errors.InputError, match='runs of 3 steps, where gshard is to have 300; give'):
-    earlier.read(directory, longer, [0])
+    earlier.check(directory, read, resolved('tiny', ['gshard']))
+  faster = {'m4': learning_rates.with_rate(study.configs['m4'], 0.012)}
+  with pytest.raises(errors.InputError, match='m4 at a peak rate of 0.006, .*have 0.012; give'):
+    earlier.check(directory, read, faster)
   with pytest.raises(errors.InputError, match='results.csv is missing there|runs.csv is missing'):
-    earlier.read(directory / 'no', study.configs, [0])
-  assert earlier.read(directory, more, [7]) == dict.fromkeys(more, {})
+    earlier.read(directory / 'no', study.configs)
+  path = directory / 'results.csv'
+  path.write_text(path.read_text().replace('gshard,', 'gshart,'))
+  with pytest.raises(errors.InputError, match="'gshart' in results.csv is none of the arms"):
+    earlier.read(directory, study.configs)
 
 
-def test_command_of_hides_the_machine():
-  got = report.command_of(['--scale=tiny', '--workdir=/some/where', '--out=/else', '--seeds=5'])
-  assert got == 'python -m experiments.routing_ablation --workdir=W --scale=tiny --seeds=5'
+def test_claims_are_graded_over_the_seeds_that_both_arms_have(study):
+  study.results['gshard'] |= {2: run_of(9.0), 7: run_of(2.4)}
+  study.results['deepseekmoe'] |= {3: run_of(9.0), 7: run_of(2.2)}
+  graded = {g.claim.name: g for g in report.grade(study.results, study.configs)}
+  main = graded['deepseekmoe against gshard: bits_per_byte']
+  assert main.difference.num_seeds == 3 == len(main.curve.differences)
+  assert main.difference.mean == pytest.approx((-0.1 - 0.0999 - 0.2) / 3)
+  assert ', 3 seeds. The paper' in report.sentence(main)
+  del study.results['dense'][0], study.results['hash'][1]
+  names = [g.claim.name for g in report.grade(study.results, study.configs)]
+  assert not any(name.startswith('hash against dense') for name in names)
+
+
+def test_the_commands_train_all_runs_and_hide_the_machine():
+  results = {
+    'gshard': dict.fromkeys(range(5)),
+    'hash': {3: None, 7: None},
+    'dense': dict.fromkeys(range(5)),
+    'm4': {7: None},
+  }
+  given = ['--scale=tiny', '--workdir=/some/where', '--out=/else', '--earlier=there', '--seeds=9']
+  common = 'python -m experiments.routing_ablation --workdir=W --scale=tiny'
+  assert report.commands_of(given, results) == [
+    f'{common} --arms=gshard,dense --seeds=5',
+    f'{common} --arms=hash --seeds=3,7',
+    f'{common} --arms=m4 --seeds=7,7',  # a single number says how many
+  ]
 
 
 def test_a_page_in_both_languages(tmp_path):
@@ -301,7 +355,8 @@ def test_nothing_finished_is_computed_again(finished):
   assert not re.search(r'/(tmp|home|root)/', first)
   kept = json.loads(results[0].read_text())
   assert {'rise_without_shared', 'rise_without_top_experts'} <= set(kept)
-  assert measure.column(measure.read(workdir, ['gshard'], [0, 1]), 'gshard', 'max_vio')
+  read = measure.read({'gshard': workdir}, [0, 1, 2])
+  assert list(read['gshard']) == [0, 1] and measure.column(read, 'gshard', 'max_vio')
 
 
 @pytest.mark.slow
