@@ -2,12 +2,13 @@
 
 python -m experiments.scaling_laws --scale=tiny|small --workdir=W [--jobs=2] [--dry_run]
   [--phases=hyper,noise,isoflop,heldout] [--kinds=dense,moe] [--data_source=text --data_path=...]
-  [--out=experiments/scaling_laws/results/SCALE]
+  [--out=experiments/scaling_laws/results/SCALE] [--points=CSV]
 
 Trains the points of `study.py` phase by phase, fits (`moe_jax/analysis/scaling_laws.py`), and
 writes report.md, CSV and figures into --out. A finished point is a file in the workdir and never
 trained again; a point that was interrupted goes on from its checkpoint. --dry_run prints the points
-with their FLOPs, tokens and expected time, and trains nothing.
+with their FLOPs, tokens and expected time, and trains nothing. --points=.../points.csv writes the
+report of runs that lie elsewhere.
 """
 
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ def define_flags():
   flags.DEFINE_list('kinds', ['dense', 'moe'], 'families to train')
   flags.DEFINE_string('data_source', '', "data.source in place of the page's")
   flags.DEFINE_string('data_path', '', "data.path in place of the page's")
+  cli.path_flag('points', '', 'points.csv from which the report is written; trains nothing')
   cli.path_flag('out', '', 'directory of the report; default: results/SCALE beside this file')
   local_jobs.define_flags()
 

@@ -30,6 +30,9 @@ def main(unused_argv: Sequence[str]):
     points = [point for phase in values.phases for point in _points(scale, phase, study.PAPER)]
     print(report.plan(scale, [(point, _page(scale, point)) for point in points]))
     return
+  if values.points:
+    _write(scale, report.read_points(pathlib.Path(values.points)))
+    return
   workdir = pathlib.Path(cli.required('workdir'))
   given = {'scale': scale.name, 'data_source': values.data_source, 'data_path': values.data_path}
   check_study(workdir, given)
@@ -87,7 +90,10 @@ def _report(scale: study.Scale, workdir: pathlib.Path):
   if missing:
     print(f'{missing} of {len(points)} points are not trained yet; the report needs all of them')
     return
-  rows = [_row(point, _page(scale, point), workdir) for point in points]
+  _write(scale, [_row(point, _page(scale, point), workdir) for point in points])
+
+
+def _write(scale: study.Scale, rows: Sequence[Mapping[str, Any]]):
   out = flags.FLAGS.out or str(pathlib.Path(__file__).parent / 'results' / scale.name)
   written = report.write(pathlib.Path(out), scale, rows)
   print('wrote: ' + ' '.join(str(path) for path in written))

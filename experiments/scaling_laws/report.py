@@ -1,5 +1,6 @@
 """The report: verdict first, then tables and figures; and what --dry_run prints."""
 
+import contextlib
 import csv
 import io
 import pathlib
@@ -10,12 +11,13 @@ from typing import Any
 import jax
 
 from experiments.scaling_laws import analyse, figures, study
-from moe_jax import atomic_files
-from moe_jax.analysis import scaling_laws
+from moe_jax import atomic_files, errors
+from moe_jax.analysis import scaling_laws, scaling_power
 from moe_jax.config import schema
 from moe_jax.planning import flops
 from moe_jax.runs import run_record
 
+_DECADES, _BANDS = (0.6, 1.5, 3.0), (scaling_laws.NEAR_OPTIMAL, 0.01)
 _PERCENT = round(100 * (scaling_laws.QUANTILES[1] - scaling_laws.QUANTILES[0]))
 
 
@@ -65,6 +67,33 @@ def write(out: pathlib.Path, scale: study.Scale, rows: Sequence[Mapping[str, Any
   drawn = figures.draw(out, found)
   atomic_files.write_text(out / 'report.md', markdown(scale, rows, found))
   return [out / 'report.md', *(out / name for name in tables), *drawn]
+
+
+def read_points(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The rows of a points.csv, numbers as numbers.
+
+  Raises:
+    errors.InputError: it cannot be read, or is no such table.
+  """
+  try:
+    with path.open(newline='', encoding='utf-8') as file:
+      rows = list(csv.DictReader(file))
+  except (OSError, UnicodeDecodeError) as e:
+    raise errors.InputError(f'--points={path} cannot be read ({e}); name a points.csv') from e
+  needed = {'phase', 'kind', 'budget', 'rate', 'batch_tokens', 'tokens', 'bits_per_byte'}
+  errors.require(
+    bool(rows) and needed <= set(rows[0]),
+    f'--points={path} must be a table with the columns {", ".join(sorted(needed))}, as this '
+    'command writes it; name another one',
+  )
+  return [{key: _number(value) for key, value in row.items()} for row in rows]
+
+
+def _number(text: str) -> int | float | str:
+  for kind in (int, float):
+    with contextlib.suppress(ValueError):
+      return kind(text)
+  return text
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -122,6 +151,8 @@ def markdown(scale: study.Scale, rows: Sequence[Mapping[str, Any]], found: analy
     '![Loss over rate and batch, in per cent above the best; near-optimal points in orange, the '
     "surface's minimum as a cross](hyper_surfaces.png)",
     '![eta_opt and B_opt against C](hyper_laws.png)',
+    '### What would decide the exponents',
+    _power_text(found.hyper),
     '## IsoFLOP profiles',
     _profile_text(found),
     '![Loss against M at each budget; stars are minima that count](isoflop.png)',
@@ -256,6 +287,49 @@ def _hyper_text(hyper: analyse.Hyper) -> str:
     'intervals come from losses redrawn with this scatter, near-optimal points chosen anew. '
     f'{edges} of {len(hyper.grids)} optima lie at an edge of the grid and are bounds, not values.'
   )
+
+
+def _power_text(hyper: analyse.Hyper) -> str:
+  """How many runs would tell the paper's exponents from 0, with this scatter and these surfaces."""
+  surfaces = [grid.surface for grid in hyper.grids if grid.surface is not None]
+  try:
+    curvature = scaling_power.curvature(surfaces)
+  except ValueError:
+    return 'Not known: no grid has a surface with a minimum, which would say how losses rise.'
+  rows = hyper.grids[0].rows
+  grid = (len({row['rate'] for row in rows}), len({row['batch_tokens'] for row in rows}))
+  paper = study.PAPER
+  truth = scaling_power.Truth(
+    paper.rate.exponent, paper.batch.exponent, curvature, hyper.noise, grid
+  )
+  table = _table(
+    ['exponent', 'decades of C', *(f'band {100 * band:g} %' for band in _BANDS)],
+    [
+      [
+        f'{name}, {exponent}',
+        f'{decades:g}',
+        *(_decides(truth, which, decades, band) for band in _BANDS),
+      ]
+      for which, name, exponent in (
+        ('rate', 'eta_opt', paper.rate.exponent),
+        ('batch', 'B_opt', paper.batch.exponent),
+      )
+      for decades in _DECADES
+    ],
+  )
+  return (
+    f'{table}\n\nThe fewest seeds per point of the grid whose {_PERCENT} % interval leaves out 0 '
+    f"in {100 * scaling_power.POWER:.0f} of 100 drawn studies, if the exponent is the paper's, "
+    'with the scatter and the mean curvature found above, budgets a factor of 2 apart and one grid '
+    f'that holds all optima; at most {scaling_power.REPEATS[-1]} seeds are tried.'
+  )
+
+
+def _decides(truth: scaling_power.Truth, which: str, decades: float, band: float) -> str:
+  found = scaling_power.least(truth, which, decades, band=band)
+  if found is None:
+    return '-'
+  return f'{found.repeats} ({found.runs:,} runs, power {found.power:.2f})'
 
 
 def _profile_text(found: analyse.Analysis) -> str:

@@ -126,7 +126,26 @@ def test_noise_wider_than_the_band_widens_the_interval():
   assert spread[0] < 0.2 * spread[1]
 
 
+def test_every_redrawn_law_is_the_fit_of_its_near_optimal_points():
+  """All samples at once, beside one after the other."""
+  rng = np.random.default_rng(1)
+  budgets = np.repeat([1e10, 3e10, 2e11], [6, 4, 7])
+  values, losses = rng.uniform(0.01, 0.1, 17), 2 + 0.02 * rng.standard_normal(17)
+  losses[3] = np.nan  # a run that diverged
+  found = scaling_laws.bootstrap_near_optimal(budgets, values, losses, 0.004, samples=30, seed=5)
+  draws = np.random.default_rng(5)
+  for got in found:
+    redrawn = losses * (1 + 0.004 * draws.standard_normal(17))
+    chosen = np.concatenate(
+      [scaling_laws.near_optimal(redrawn[budgets == budget]) for budget in (1e10, 3e10, 2e11)]
+    )
+    law = scaling_laws.fit_power_law(budgets[chosen], values[chosen])
+    np.testing.assert_allclose(got, [np.log(law.coefficient), law.exponent], rtol=1e-8)
+
+
 def test_an_exponent_needs_two_budgets():
+  with pytest.raises(ValueError, match='two different budgets'):
+    scaling_laws.bootstrap_near_optimal([1e17, 1e17], [1.0, 2.0], [3.0, 3.0], 0.01)
   with pytest.raises(ValueError, match='two different x'):
     scaling_laws.fit_power_law([1e17, 1e17], [1.0, 2.0])
 

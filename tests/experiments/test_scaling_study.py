@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from configs import deepseek_llm_7b
+from experiments.scaling_laws import __main__ as command
 from experiments.scaling_laws import analyse, phases, report, study, trainer
 from moe_jax import errors
 from moe_jax.config import parse
@@ -18,7 +19,7 @@ from moe_jax.data import corpus as corpus_lib
 from moe_jax.devices import partitioning
 from moe_jax.planning import flops
 from moe_jax.training import optimizer_step, train_state
-from tests import tiny
+from tests import in_process, tiny
 
 ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures('quick_processes')
@@ -127,6 +128,22 @@ def test_report_says_what_the_rows_hold(rows, tmp_path):
   assert 'eta_opt(C): exponent' in text and 'dense, held-out C = 3.2e+11' in text
   lines = (tmp_path / 'points.csv').read_text().splitlines()
   assert len(lines) == 1 + len(rows)
+
+
+def test_a_published_report_says_the_same_from_its_points(tmp_path):
+  published = ROOT / 'experiments/scaling_laws/results/tiny'
+  given = ('--scale=tiny', f'--points={published / "points.csv"}', f'--out={tmp_path}')
+  in_process.run(command, *given)
+  old, new = (((where / 'report.md').read_text()) for where in (published, tmp_path))
+  assert new.split('## How it was made')[0] == old.split('## How it was made')[0]
+  decides = [line for line in new.splitlines() if line.startswith('| B_opt, 0.3271 | 1.5 |')]
+  assert decides and decides == [
+    line for line in old.splitlines() if line.startswith('| B_opt, 0.3271 | 1.5 |')
+  ]
+  (tmp_path / 'wrong.csv').write_text('a,b\n1,2\n')
+  for wrong in ('wrong.csv', 'none.csv'):
+    with pytest.raises(errors.InputError, match=f'--points=.*{wrong} '):
+      in_process.run(command, '--scale=tiny', f'--points={tmp_path / wrong}')
 
 
 def run(*arguments):
