@@ -2,8 +2,8 @@
 
 Run:    python -m experiments.train --config=configs/routing.py:<name> --workdir=W
           (without a name: deepseekmoe)
-Takes:  minutes on 2 CPU cores; measured in experiments/routing_zoo/README.md.
-Expect: the losses, loads and drops of experiments/routing_zoo/README.md.
+Takes:  minutes on 2 CPU cores; measured in experiments/routing_ablation/README.md.
+Expect: the losses, loads and drops of experiments/routing_ablation/tiny/report.md.
 
 What each name is, and the paper it comes from: `SUMMARY` at the end of this page.
 

@@ -10,7 +10,7 @@ The dial counts query heads: embed_dim = head_dim x dial, and the depth grows wi
 8/3 D wide, so that a dense model has N1 = 12 num_layers D^2. `moe` replaces each by 1 shared + 3 of
 15 routed experts of a quarter of its width: the same activated quantities M, N1 and N2, four times
 the FFN's parameters. Sigmoid gates, divided by their sum, since short runs do not teach raw softmax
-gates to count (experiments/routing_zoo).
+gates to count (experiments/routing_ablation).
 
   scale   head dim   vocabulary   context   dial       embed_dim    layers
   tiny    8          512          64        1 ... 12   8 ... 96     2 ... 4

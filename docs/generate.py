@@ -182,7 +182,7 @@ def routers() -> str:
     'Routers',
     'Each of these is a variant of one tiny model, `--config=configs/routing.py:NAME`, with the '
     'same data and the same start; their losses and loads are in '
-    '[the comparison of all](../../experiments/routing_zoo/README.md).',
+    '[the comparison of all](../../experiments/routing_ablation/tiny/report.md).',
     table(('name', 'what', 'model.moe.router', 'dispatch', 'arXiv'), rows),
     '## What selects',
     'The values of `model.moe.router`, with their traits (`moe_jax/config/router_traits.py`). '

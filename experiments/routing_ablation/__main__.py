@@ -22,7 +22,9 @@ def define_flags():
   """Flags of this command."""
   flags.DEFINE_enum('scale', 'tiny', list(arms.SCALES), 'size of the arms')
   cli.workdir_flag('directory that holds a workdir per arm and seed, and the report')
-  flags.DEFINE_list('arms', [], f'some of {", ".join(arms.ARMS)}; all without')
+  flags.DEFINE_list(
+    'arms', [], f'some of {", ".join(arms.ARMS)}; without, all but {", ".join(arms.ASIDE)}'
+  )
   flags.DEFINE_list('seeds', ['5'], 'values of train.seed, or how many')
   flags.DEFINE_integer('steps', 0, 'training steps; 0 = as the config pages say')
   flags.DEFINE_integer('together', 0, 'seeds that train as one; 0 = what suits the scale')

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from configs import base, recipes
+from configs import base, recipes, routing
 from experiments.common import cli
 from moe_jax import errors
 from moe_jax.config import pages, schema
@@ -35,6 +35,23 @@ SCALES = {
 # Arms whose experts are as wide as a whole FFN; their rate is GShard's.
 COARSE = ('gshard', 'switch', 'hash', 'gshard_x1.5', 'dense', 'dense_x16')
 SEGMENTS = (1, 2, 4, 8, 16)  # m: parts that a conventional expert is cut into
+# Variants of `configs/routing.py` are arms under their own names, but for these: what is an arm of
+# the ladder or of a sweep already, and what has a name that means another arm here.
+SAME = {'deepseekmoe': 'deepseekmoe', 'deepseekmoe_norm': 'm4', 'gshard_dropless': 'gshard'}
+SAME |= {'hash': 'hash'}
+RENAMED = {'gshard': 'gshard_whole', 'switch': 'switch_whole', 'dense': 'dense_x2'}
+RENAMED |= {'loss_free': 'loss_free_63'}
+FAMILIES = {  # of those whose rate is not that of raw softmax gates
+  **dict.fromkeys(('sigmoid', 'loss_free', 'loss_free_multiplicative'), 'loss_free'),
+  'loss_free_proportional': 'loss_free',
+  **dict.fromkeys(('group_limited_v3', 'v3', 'ds_moe'), 'm4'),
+  **dict.fromkeys(('gshard', 'switch', 'skywork', 'hash_balanced', 'dense'), 'gshard'),
+  **dict.fromkeys(('expert_choice', 'expert_choice_shuffled'), 'gshard'),
+  **dict.fromkeys(('capacity_score', 'capacity_batch_priority'), 'gshard'),
+}
+# Trained only if they are named: ablations of a variant, and loads that are forced.
+ASIDE = ('capacity_score', 'capacity_batch_priority', 'v2_dropping', 'loss_free_proportional')
+ASIDE += ('balanced', 'skewed')
 EXPERTS = (15, 31, 63, 127)  # routed, 7 of them active
 
 
@@ -46,6 +63,8 @@ class Arm:
   label: str  # what it is, for people
   values: Callable[[str], ml_collections.ConfigDict]  # of a scale
   family: str  # arm whose best learning rate is this one's too, see `learning_rates`
+  scales: tuple[str, ...] = tuple(SCALES)  # at which there is such a page
+  aside: bool = False  # trained only if it is named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +184,20 @@ def _arms() -> dict[str, Arm]:
       if n != 63  # that is m4
     ),
   )
-  return found | {arm.name: arm for arm in others}
+  variants = [_routing_variant(name) for name in routing.VARIANTS if name not in SAME]
+  return found | {arm.name: arm for arm in (*others, *variants)}
+
+
+def _routing_variant(name: str) -> Arm:
+  """A variant of `configs/routing.py`, which has them on the tiny model alone."""
+  return Arm(
+    RENAMED.get(name, name),
+    routing.SUMMARY[name][0],
+    lambda unused_scale: _page('routing.py', name),
+    FAMILIES.get(name, 'deepseekmoe'),
+    scales=('tiny',),
+    aside=name in ASIDE,
+  )
 
 
 ARMS = _arms()
@@ -197,6 +229,15 @@ CLAIMS = (
   Claim('shared_4', 'deepseekmoe', BITS, 'equal', '1.811 and 1.808', SIZES),
   Claim('loss_free', 'aux', BITS, 'lower', 'perplexity 9.50 against 9.56 (2408.15664)', SIZES),
   Claim('loss_free', 'aux', VIO, 'lower', 'MaxVio 0.04 against 0.72 (2408.15664)', SIZES),
+  Claim('sigmoid', 'deepseekmoe', BITS, 'lower', 'sigmoid gates beat softmax (2408.15664)', SIZES),
+  Claim(
+    'expert_choice',
+    'expert_choice_shuffled',
+    BITS,
+    'lower',
+    'choosing among later tokens leaks them: 10 % of the loss (2408.15664)',
+    SIZES,
+  ),
   Claim('mla', 'mha', BITS, 'lower', 'MLA is better than MHA (2405.04434)', SIZES, 0.03),
   Claim('deepseekmoe', 'gshard_x1.5', DISABLED, 'higher', 'less redundant experts (Figure 4)'),
   Claim('deepseekmoe', '', UNSHARED, 'higher', 'the shared expert is irreplaceable (4.4)'),
@@ -220,16 +261,26 @@ SWEEPS = (
 )
 
 
-def choose(names: list[str]) -> list[Arm]:
-  """The arms of these names; all of them for an empty list.
+def choose(names: list[str], scale: str) -> list[Arm]:
+  """The arms of these names; all of the scale, but for those aside, for an empty list.
 
   Raises:
-    errors.InputError: an unknown name.
+    errors.InputError: an unknown name, or one that the scale has not.
   """
+  there = [arm.name for arm in of_scale(scale)]
   for name in names:
-    hint = errors.did_you_mean(name, ARMS)
-    errors.require(name in ARMS, f'--arms: {name!r} is none of the arms {", ".join(ARMS)}{hint}')
-  return [ARMS[name] for name in dict.fromkeys(names or ARMS)]
+    hint = errors.did_you_mean(name, there)
+    errors.require(
+      name in there,
+      f'--arms: {name!r} is none of the arms of --scale={scale}: {", ".join(there)}{hint}',
+    )
+  usual = [name for name in there if not ARMS[name].aside]
+  return [ARMS[name] for name in dict.fromkeys(names or usual)]
+
+
+def of_scale(scale: str) -> list[Arm]:
+  """All arms that a scale has."""
+  return [arm for arm in ARMS.values() if scale in arm.scales]
 
 
 def resolve(

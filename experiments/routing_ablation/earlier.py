@@ -23,22 +23,24 @@ def read(directory: pathlib.Path, pages: Mapping[str, schema.Config]) -> measure
   """All runs of a report.
 
   Args:
-    directory: of results.csv and runs.csv.
+    directory: of results.csv and runs.csv; without the latter, as older reports are, the runs have
+      no curves.
     pages: every arm as its page has it; older reports do not say their learning rates.
 
   Raises:
     errors.InputError: there is no such report, or an arm of it is known no more.
   """
-  curves = _curves(_rows(directory / 'runs.csv'))
+  path = directory / 'runs.csv'
+  curves = _curves(_rows(path)) if path.exists() else {}
   found: dict[str, dict[int, dict[str, Any]]] = {}
   for row in _rows(directory / 'results.csv'):
     arm, seed = row['arm'], int(row['seed'])
     errors.require(
-      arm in arms.ARMS,
-      f'--earlier={directory}: {arm!r} in results.csv is none of the arms {", ".join(arms.ARMS)}; '
+      arm in pages,
+      f'--earlier={directory}: {arm!r} in results.csv is none of the arms {", ".join(pages)}; '
       'take its lines out of results.csv and runs.csv',
     )
-    figures = _figures(row) | {'curve': curves[arm, seed]}
+    figures = _figures(row) | {'curve': curves.get((arm, seed))}
     figures['peak_lr'] = figures['peak_lr'] or pages[arm].optim.peak_lr
     found.setdefault(arm, {})[seed] = figures
   return found

@@ -194,9 +194,14 @@ def against(
 def curves(
   results: Results, arm: str, key: str, seeds: Sequence[int] | None = None
 ) -> tuple[np.ndarray, np.ndarray] | None:
-  """(steps [N], values [S, N]) of a quantity of training; None for a dense arm's routing."""
+  """(steps [N], values [S, N]) of a quantity of training.
+
+  None for a dense arm's routing, and where a run's curve is not known, see `earlier`.
+  """
   runs = [results[arm][seed]['curve'] for seed in (results[arm] if seeds is None else seeds)]
+  if not runs or None in runs:
+    return None
   values = [run[key] for run in runs]
-  if not runs or any(None in value for value in values):
+  if any(None in value for value in values):
     return None
   return np.asarray(runs[0]['step']), np.asarray(values, np.float64)

@@ -131,7 +131,7 @@ def runs_text(results: measure.Results) -> str:
   writer.writerow(['arm', 'seed', 'step', 'loss', 'max_vio'])
   for arm, runs in results.items():
     for seed, run in runs.items():
-      curve = run['curve']
+      curve = run['curve'] or {'step': [], 'loss': [], 'max_vio': []}
       for step, loss, max_vio in zip(curve['step'], curve['loss'], curve['max_vio']):
         vio = '' if max_vio is None else f'{max_vio:.4g}'
         writer.writerow([arm, seed, step, f'{loss:.6g}', vio])

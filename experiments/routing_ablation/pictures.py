@@ -39,10 +39,11 @@ def draw(
     if graded:
       drawn.append(_claims(out / 'claims.png', graded))
       drawn += over_tokens.draw(out, graded)
-    names = [name for name in LADDER if name in results]
+    drawn.append(_arms(out / 'arms.png', results))
+    names = [n for n in LADDER if n in results and measure.curves(results, n, 'loss') is not None]
     if names:
       drawn.append(_curves(out / 'curves.png', results, names))
-    names = [name for name in BALANCE if name in results]
+    names = [n for n in BALANCE if n in results and measure.curves(results, n, 'loss') is not None]
     if names:
       drawn.append(_balance(out / 'balance.png', results, names))
     for sweep, found in fits:
@@ -77,6 +78,26 @@ def _claims(path: pathlib.Path, graded: Sequence[Any]) -> html_report.Picture:
   axes.grid(True, axis='x')
   plots.save(fig, path)
   return html_report.Picture(path, 'Every claim: paired difference over seeds, and its verdict')
+
+
+def _arms(path: pathlib.Path, results: measure.Results) -> html_report.Picture:
+  """Held-out bits per byte and MaxVio of every run, a dot per seed, the best arm on top."""
+  columns = {name: measure.column(results, name, arms.BITS) for name in results}
+  names = sorted(results, key=lambda name: -np.mean(columns[name]))
+  fig = figure.Figure(figsize=(9, 1.2 + 0.27 * len(names)), layout='constrained')
+  left, right = fig.subplots(1, 2, sharey=True)
+  for y, name in enumerate(names):
+    left.plot(columns[name], [y] * len(columns[name]), 'o', color=plots.BLUE, ms=4)
+    if (found := measure.column(results, name, arms.VIO)) is not None:
+      right.plot(found, [y] * len(found), 'o', color=plots.ORANGE, ms=4)
+  left.set_yticks(range(len(names)), names)
+  left.set_xlabel('held-out bits per byte')
+  right.set_xlabel('MaxVio over the held-out text (0 = balanced)')
+  right.set_xlim(left=-0.1)
+  for axes in (left, right):
+    axes.grid(True, axis='both')
+  plots.save(fig, path)
+  return html_report.Picture(path, 'Every run: held-out bits per byte and balance, a dot per seed')
 
 
 def _pair(claim: arms.Claim) -> str:

@@ -153,9 +153,6 @@ def write(out: pathlib.Path, study: Study, commands: Sequence[str]) -> list[path
   drawn = pictures.draw(
     out, study.results, graded, [(s, slope(study.results, s)) for s in arms.SWEEPS]
   )
-  atomic_files.write_text(out / 'results.csv', csv_text(study))
-  atomic_files.write_text(out / 'differences.csv', over_tokens.csv_text(graded))
-  atomic_files.write_text(out / 'runs.csv', over_tokens.runs_text(study.results))
   written = html_report.write(
     [
       *_verdicts(study, graded),
@@ -165,10 +162,16 @@ def write(out: pathlib.Path, study: Study, commands: Sequence[str]) -> list[path
     ],
     out,
   )
-  tables = [out / name for name in ('results.csv', 'differences.csv', 'runs.csv')]
+  texts = {'results.csv': csv_text(study)}
+  if any(one.curve is not None for one in graded):
+    texts['differences.csv'] = over_tokens.csv_text(graded)
+  if any(run['curve'] for runs in study.results.values() for run in runs.values()):
+    texts['runs.csv'] = over_tokens.runs_text(study.results)
   if study.swept:
-    tables.append(out / learning_rates.FILE)
-    atomic_files.write_text(tables[-1], learning_rates.csv_text(study.swept))
+    texts[learning_rates.FILE] = learning_rates.csv_text(study.swept)
+  tables = [out / name for name in texts]
+  for path, text in zip(tables, texts.values()):
+    atomic_files.write_text(path, text)
   return [*written, *tables, *(p.path for p in drawn)]
 
 
@@ -234,7 +237,6 @@ def _figures(drawn: Sequence[html_report.Picture]) -> list[html_report.Block]:
 
 
 def _tables(study: Study, commands: Sequence[str]) -> list[html_report.Block]:
-  first = study.rates.get('gshard') or next(iter(study.rates.values()))
   base = 'gshard' if 'gshard' in study.rates else next(iter(study.rates))
   cfg = next(iter(study.configs.values()))
   return [
@@ -242,7 +244,8 @@ def _tables(study: Study, commands: Sequence[str]) -> list[html_report.Block]:
     html_report.Table(
       [
         *('arm', 'what', 'seeds', 'peak rate'),
-        *('bits per byte', 'MaxVio', 'dropped in training, %', 'tokens/s'),
+        *('bits per byte', f'minus {base}, by seed'),
+        *('MaxVio', 'dropped in training, %', 'tokens/s'),
         f'x {base}',
       ],
       [
@@ -252,10 +255,11 @@ def _tables(study: Study, commands: Sequence[str]) -> list[html_report.Block]:
           str(len(study.results[name])),
           f'{study.configs[name].optim.peak_lr:g}',
           _mean(study.results, name, arms.BITS, 4),
+          _minus(study.results, name, base),
           _mean(study.results, name, arms.VIO, 2),
           _mean(study.results, name, 'train_drop_rate', 1, 100.0),
           f'{study.rates[name]:,.0f}',
-          f'{study.rates[name] / first:.2f}',
+          f'{study.rates[name] / study.rates[base]:.2f}',
         ]
         for name in sorted(study.configs, key=lambda n: _sort_key(study.results, n))
       ],
@@ -297,6 +301,14 @@ def _sort_key(results: measure.Results, name: str) -> float:
 
 def _mean(results: measure.Results, name: str, figure: str, digits: int, scale: float = 1.0) -> str:
   return spread.spread(measure.column(results, name, figure), digits, scale)
+
+
+def _minus(results: measure.Results, name: str, base: str) -> str:
+  """Difference of bits per byte over the seeds that both have."""
+  both = measure.against(results, name, base, arms.BITS)
+  if name == base or both is None:
+    return '0' if name == base else '-'
+  return spread.spread([a - b for a, b in zip(*both)], 4)
 
 
 def _hardware() -> str:

@@ -46,11 +46,12 @@ def main(unused_argv: Sequence[str]):
   """Checks, trains, measures, reports."""
   values = flags.FLAGS
   given = (values.scale, values.steps, values.data_path, values.data_source)
-  pages = {arm.name: arms.resolve(arm, *given) for arm in arms.choose([])}
-  asked, numbers = [arm.name for arm in arms.choose(values.arms)], local_jobs.seeds(values.seeds)
+  pages = {arm.name: arms.resolve(arm, *given) for arm in arms.of_scale(values.scale)}
+  asked = [arm.name for arm in arms.choose(values.arms, values.scale)]
+  numbers = local_jobs.seeds(values.seeds)
   directory = pathlib.Path(values.earlier) if values.earlier else None
   known = earlier.read(directory, pages) if directory else {}
-  names = [name for name in arms.ARMS if name in asked or name in known]
+  names = [name for name in pages if name in asked or name in known]
   described = matching.describe({name: pages[name] for name in names})
   lines = matching.check(described)
   if not local_jobs.is_shard():

@@ -10,7 +10,8 @@ import sys
 import numpy as np
 import pytest
 
-from experiments.common import html_report, local_jobs
+from configs import routing
+from experiments.common import cli, html_report, local_jobs, spread, step_rates
 from experiments.routing_ablation import __main__ as command
 from experiments.routing_ablation import (
   arms,
@@ -24,14 +25,15 @@ from experiments.routing_ablation import (
 from experiments.routing_ablation import study as study_lib
 from moe_jax import errors
 from moe_jax.analysis import difference_curves, paired
-from tests import in_process
+from moe_jax.config import pages
+from tests import in_process, tiny
 
 ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures('quick_processes')
 
 
 def resolved(scale, names=()):
-  return {arm.name: arms.resolve(arm, scale) for arm in arms.choose(list(names))}
+  return {arm.name: arms.resolve(arm, scale) for arm in arms.choose(list(names), scale)}
 
 
 @pytest.mark.parametrize('scale', arms.SCALES)
@@ -41,7 +43,26 @@ def test_arms_match_at_every_scale(scale):
   assert 'shared_4 against deepseekmoe: activated parameters without routers: equal' in lines
   assert len(lines) == len(set(lines)) > 25
   needed = {name for c in arms.CLAIMS for name in (c.arm, c.baseline) if name}
-  assert needed | {name for s in arms.SWEEPS for name in s.points} == set(arms.ARMS)
+  needed |= {name for s in arms.SWEEPS for name in s.points}
+  assert needed >= {arm.name for arm in arms.of_scale('2b')}
+
+
+def test_every_router_is_an_arm_once():
+  """What `configs/routing.py` has is among the arms of its size, and none is there twice."""
+  configs = {arm.name: arms.resolve(arm, 'tiny') for arm in arms.of_scale('tiny')}
+  assert len({repr(cfg) for cfg in configs.values()}) == len(configs)
+  for name in routing.VARIANTS:
+    arm = arms.SAME.get(name) or arms.RENAMED.get(name, name)
+    assert configs[arm] == _resolved_variant(name), name
+  usual = {arm.name for arm in arms.choose([], 'tiny')}
+  assert set(configs) - usual == set(arms.ASIDE)
+  assert [arm.name for arm in arms.choose(['skewed', 'gshard'], 'tiny')] == ['skewed', 'gshard']
+  with pytest.raises(errors.InputError, match="'sigmoid' is none of the arms of --scale=small"):
+    arms.choose(['sigmoid'], 'small')
+
+
+def _resolved_variant(name):
+  return cli.resolve(pages.values(f'{ROOT}/configs/routing.py:{name}'))
 
 
 def test_the_ladder_is_the_papers():
@@ -77,7 +98,7 @@ def test_unmatched_arms_are_refused_and_named():
 
 def test_unknown_arm():
   with pytest.raises(errors.InputError, match="did you mean 'gshard'"):
-    arms.choose(['gshart'])
+    arms.choose(['gshart'], 'tiny')
 
 
 def test_a_shorter_run_keeps_the_share_of_its_warm_up():
@@ -91,6 +112,21 @@ def test_seeds():
   for wrong in (['a'], ['0']):
     with pytest.raises(errors.InputError, match='--seeds'):
       local_jobs.seeds(wrong)
+
+
+def test_spread_of_one_value_and_of_none():
+  assert spread.spread([1.25], 2) == '1.25'
+  assert spread.spread([None], 2) == '-' and spread.spread([], 2) == '-'
+
+
+def test_speed_counts_the_tokens_of_the_steps(monkeypatch):
+  monkeypatch.setattr(step_rates, 'ROUNDS', 1)
+  monkeypatch.setattr(step_rates, 'STEPS', 2)
+  clock = iter([10.0, 10.5])
+  monkeypatch.setattr(step_rates.time, 'perf_counter', lambda: next(clock))
+  dense = tiny.make(model__moe__num_experts=0, model__num_layers=1, mesh__data=8)
+  # 2 steps of 8 rows of 16 tokens in half a second.
+  assert step_rates.tokens_per_second({'dense': dense}) == {'dense': 512.0}
 
 
 def run_of(bits, vio=0.5, dropped=0.0, **more):
@@ -171,7 +207,7 @@ def test_slope_of_a_sweep(study):
 def test_report_is_whole(study, tmp_path):
   written = report.write(tmp_path / 'out', study, ['python -m this'])
   names = {path.name for path in written}
-  pictures = {'claims.png', 'curves.png', 'balance.png', 'granularity.png'}
+  pictures = {'arms.png', 'claims.png', 'curves.png', 'balance.png', 'granularity.png'}
   pictures |= {'difference.png', 'differences.png'}
   assert names == pictures | {
     'report.md',
@@ -191,7 +227,7 @@ def test_report_is_whole(study, tmp_path):
   assert '**Confirmed**: `deepseekmoe` against `gshard`' in text
   assert '1 not distinguishable' in text and '    python -m this' in text
   rows = [line for line in text.splitlines() if line.startswith('| `')]
-  assert rows[0].startswith('| `m4` ') and '| 1.9000 ± 0.1414 |' in rows[0]
+  assert rows[0].startswith('| `m4` ') and '| 1.9000 ± 0.1414 | -0.2000 ± 0.0000 |' in rows[0]
   assert '| 1,500 | 1.50 |' in next(row for row in rows if row.startswith('| `dense` '))
   html = (tmp_path / 'out' / 'report.html').read_text()
   assert html.count('src="data:image/png;base64,') == len(pictures) == html.count('src=')
@@ -259,6 +295,23 @@ def test_an_older_report_was_trained_at_the_rates_of_the_pages(published):
   assert read['gshard'][0]['peak_lr'] == study.configs['gshard'].optim.peak_lr == 0.006
 
 
+def test_a_report_without_curves_gives_its_figures(published):
+  study, directory = published
+  (directory / 'runs.csv').unlink()
+  results = earlier.read(directory, study.configs)
+  results['gshard'][7] = study.results['gshard'][0]
+  graded = report.grade(results, study.configs)
+  assert [g.verdict for g in graded] == [
+    g.plain for g in report.grade(study.results, study.configs)
+  ]
+  assert not any(g.curve for g in graded)
+  written = report.write(directory / 'again', study._replace(results=results), ['this'])
+  names = {path.name for path in written}
+  assert {'arms.png', 'claims.png'} <= names and not {'curves.png', 'difference.png'} & names
+  rows = (directory / 'again' / 'runs.csv').read_text().splitlines()
+  assert len(rows) == 1 + 3 and rows[1].startswith('gshard,7,1,')
+
+
 def test_runs_of_an_earlier_report_stand_beside_new_ones(published):
   """New seeds, new arms, arms of the report that are not asked for; its own runs come first."""
   study, directory = published
@@ -279,7 +332,7 @@ def test_an_earlier_report_that_does_not_fit_is_refused(published):
   faster = {'m4': learning_rates.with_rate(study.configs['m4'], 0.012)}
   with pytest.raises(errors.InputError, match='m4 at a peak rate of 0.006, .*have 0.012; give'):
     earlier.check(directory, read, faster)
-  with pytest.raises(errors.InputError, match='results.csv is missing there|runs.csv is missing'):
+  with pytest.raises(errors.InputError, match='results.csv is missing there'):
     earlier.read(directory / 'no', study.configs)
   path = directory / 'results.csv'
   path.write_text(path.read_text().replace('gshard,', 'gshart,'))

@@ -41,14 +41,14 @@ def test_every_family_is_that_of_its_first_arm():
   families = {arm.family for arm in arms.ARMS.values()}
   assert families == {'gshard', 'deepseekmoe', 'm4', 'loss_free'}
   assert all(arms.ARMS[family].family == family for family in families)
-  coarse = {name for name, arm in arms.ARMS.items() if arm.family == 'gshard'}
-  whole = {
-    name
-    for name in arms.ARMS
-    if not (moe := arms.resolve(arms.ARMS[name], 'tiny').model.moe).num_shared_experts
-    or not moe.num_experts
+  models = {name: arms.resolve(arm, 'tiny').model.moe for name, arm in arms.ARMS.items()}
+  raw_sigmoid = {
+    name for name, moe in models.items() if moe.score_func == 'sigmoid' and not moe.norm_topk_prob
   }
-  assert coarse == whole  # arms without shared experts
+  assert raw_sigmoid == {name for name, arm in arms.ARMS.items() if arm.family == 'loss_free'}
+  coarse = {name for name, arm in arms.ARMS.items() if arm.family == 'gshard'}
+  whole = {n for n, moe in models.items() if not (moe.num_shared_experts and moe.num_experts)}
+  assert coarse == whole - {'ds_moe'}  # arms without shared experts
 
 
 def test_the_table_of_rates_says_what_is_at_an_edge():
