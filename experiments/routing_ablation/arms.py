@@ -117,6 +117,19 @@ def _mla(scale: str) -> ml_collections.ConfigDict:
   return recipes.multi_latent(_variant('')(scale), SCALES[scale].kv_lora_rank)
 
 
+def _mqa(scale: str) -> ml_collections.ConfigDict:
+  page = _variant('')(scale)
+  page.model.attention.num_kv_heads = 1
+  return page
+
+
+def _mla_cache(scale: str) -> ml_collections.ConfigDict:
+  """What one head's keys and values take, the rotated half of a head's width included."""
+  page = _variant('')(scale)
+  width = page.model.attention.head_dim
+  return recipes.multi_latent(page, 2 * width - width // 2)
+
+
 def _normalised(routed: int, per_tok: int, segments: int) -> Callable[[str], Any]:
   """1 + per_tok of `routed` experts, 1 / segments wide, gates divided by their sum.
 
@@ -163,6 +176,8 @@ def _arms() -> dict[str, Arm]:
     ),
     Arm('mha', 'DeepSeekMoE with multi-head attention', _mha, 'deepseekmoe'),
     Arm('mla', 'DeepSeekMoE with latent attention', _mla, 'deepseekmoe'),
+    Arm('mqa', 'DeepSeekMoE with one head of keys and values', _mqa, 'deepseekmoe'),
+    Arm('mla_cache', 'DeepSeekMoE with latent attention of that cache', _mla_cache, 'deepseekmoe'),
     *(
       Arm(
         f'm{m}',
@@ -239,6 +254,14 @@ CLAIMS = (
     SIZES,
   ),
   Claim('mla', 'mha', BITS, 'lower', 'MLA is better than MHA (2405.04434)', SIZES, 0.03),
+  Claim(
+    'mla_cache',
+    'mqa',
+    BITS,
+    'lower',
+    'at the same cache: MLA is above MHA, and MHA above MQA (2405.04434)',
+    ('cache',),
+  ),
   Claim('deepseekmoe', 'gshard_x1.5', DISABLED, 'higher', 'less redundant experts (Figure 4)'),
   Claim('deepseekmoe', '', UNSHARED, 'higher', 'the shared expert is irreplaceable (4.4)'),
   Claim('deepseekmoe', 'gshard', FEWER, 'equal', '4 routed experts match GShard (Figure 5)'),

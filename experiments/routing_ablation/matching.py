@@ -13,6 +13,7 @@ from moe_jax.planning import matched_budgets
 LABELS = {
   'total': 'parameters without routers',
   'activated': 'activated parameters without routers',
+  'cache': 'KV cache bytes / token',
 }
 
 
@@ -21,6 +22,7 @@ def quantities(described: describe_lib.Description) -> dict[str, int]:
   return {
     'total': described.parameters.total - described.parameters.router,
     'activated': described.activated.total - described.activated.router,
+    'cache': described.kv_cache_bytes_per_token,
   }
 
 
@@ -38,7 +40,6 @@ def rows(described: Mapping[str, describe_lib.Description]) -> list[list[str]]:
       f'{d.parameters.router:,}',
       f'{d.train_flops_per_token:,}',
       f'{d.all_to_all_bytes_per_token:,.0f}',
-      f'{d.kv_cache_bytes_per_token:,}',
     ]
     for name, d in described.items()
   ]
@@ -50,7 +51,6 @@ HEADER = [
   'routers',
   'training FLOPs / token',
   'all-to-all bytes / token',
-  'KV cache bytes / token',
 ]
 
 
