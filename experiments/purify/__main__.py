@@ -20,10 +20,10 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from experiments import purify
 from experiments.common import cli
 
 ACTIONS = ('data', 'reset', 'score', 'study')
-METHODS = ('purify', 'mixing', 'pruning')
 
 
 def define_flags():
@@ -38,7 +38,7 @@ def define_flags():
   flags.DEFINE_integer('seed', 0, 'data, reset: decides all draws')
   cli.path_flag('examples', '', 'reset: clean examples; score: test examples; JSON lines')
   cli.path_flag('attacked', '', 'score: test examples with the trigger, under their true label')
-  flags.DEFINE_enum('method', 'purify', METHODS, 'reset: what is put back or pruned')
+  flags.DEFINE_enum('method', 'purify', purify.METHODS, 'reset: what is put back or pruned')
   flags.DEFINE_float('reserve', 0.6, 'reset: share rho that keeps its tuned value')
   flags.DEFINE_string('ranking', 'global', 'reset: global, or layer: the same share of each')
   flags.DEFINE_string('unseen', 'keep', 'reset: experts without curvature: keep, or rank')

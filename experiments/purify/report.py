@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib.figure
 from matplotlib.backends import backend_agg
 
+from experiments import purify
 from experiments.common import readme_tables
 from experiments.purify import measures
 from moe_jax import atomic_files
@@ -16,7 +17,6 @@ from moe_jax.analysis import paired
 from moe_jax.post_training import answers
 
 START, END = '<!-- tables: written by the command -->', '<!-- end of tables -->'
-METHODS = ('purify', 'mixing', 'pruning')
 NAMES = {'fine': 'fine-grained', 'gshard': 'GShard'}
 COLORS = {'purify': '#c44e52', 'mixing': '#4c72b0', 'pruning': '#55a868'}
 Records = Mapping[str, Mapping[str, Any]]  # by 'variant/seed'
@@ -99,7 +99,7 @@ def _over_reserves(found: Records, kind: str) -> str:
   add('attacked, tuned', '1', lambda one: at(one, '', '1'))
   add('clean start, tuned', '0', lambda one: at(one, '', '0'))
   reserves = list(next(iter(found.values()))['attacks'][kind]['purify'])
-  for method in METHODS:
+  for method in purify.METHODS:
     for rho in reversed(reserves):
       add(f'{method}, tuned', rho, lambda one, m=method, r=rho: at(one, m, r))
   return '\n'.join(rows)
@@ -200,7 +200,7 @@ def _draw(found: Records, path: pathlib.Path):
   for row, variant in zip(axes, own):
     for axis, kind in zip(row, panels):
       records = [one['attacks'][kind] for one in of_variant(found, variant)]
-      for method in METHODS:
+      for method in purify.METHODS:
         grid = ['0', *records[0][method], '1']
         for key, style in (('attack', '-'), ('clean', '--')):
           means = [

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments import purify
 from experiments.purify import __main__ as command
 from experiments.purify import commands, measures, report, study
 from moe_jax import errors
@@ -72,7 +73,7 @@ def leaves(tree):
   return [np.asarray(a) for a in jax.tree.leaves(tree)]
 
 
-@pytest.mark.parametrize('method', command.METHODS)
+@pytest.mark.parametrize('method', purify.METHODS)
 def test_reset_puts_back_by_the_reserve(place, capsys, method):
   found, written = place
   do('reset', *FLAGS, f'--method={method}', '--reserve=0.5')

@@ -56,7 +56,11 @@ def base(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-  'page, more, figures', [('grpo', {}, FIGURES), ('ppo', PPO, FIGURES + PPO_FIGURES)]
+  'page, more, figures',
+  [
+    ('grpo', {}, FIGURES),
+    pytest.param('ppo', PPO, FIGURES + PPO_FIGURES, marks=pytest.mark.long),
+  ],
 )
 def test_two_processes_learn_from_rewards_as_one(base, tmp_path, page, more, figures):
   start, cache = base
