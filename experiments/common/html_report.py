@@ -82,7 +82,7 @@ def write(blocks: Sequence[Block], directory: pathlib.Path) -> list[pathlib.Path
     The two paths.
   """
   paths = [directory / 'report.md', directory / 'report.html']
-  atomic_files.write_text(paths[0], '\n\n'.join(map(_markdown, blocks)) + '\n')
+  atomic_files.write_text(paths[0], '\n\n'.join(map(markdown, blocks)) + '\n')
   title = next((block.text for block in blocks if isinstance(block, Heading)), directory.name)
   body = '\n'.join(map(_html, blocks))
   head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
@@ -92,7 +92,8 @@ def write(blocks: Sequence[Block], directory: pathlib.Path) -> list[pathlib.Path
   return paths
 
 
-def _markdown(block: Block) -> str:
+def markdown(block: Block) -> str:
+  """A block as `report.md` has it."""
   match block:
     case Heading(text, level):
       return f'{"#" * level} {text}'

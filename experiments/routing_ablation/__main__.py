@@ -2,7 +2,7 @@
 
 python -m experiments.routing_ablation --scale=tiny|small|2b --workdir=W [--arms=a,b] [--seeds=5]
   [--steps=N] [--jobs=2] [--together=N] [--data_source=S --data_path=P] [--dry_run] [--out=DIR]
-  [--learning_rates=A,B,C --rate_seeds=2] [--budget_hours=H] [--earlier=DIR]
+  [--learning_rates=A,B,C --rate_seeds=2 | --rates_from=DIR] [--budget_hours=H] [--earlier=DIR]
 
 Prints what the arms cost and refuses pairs that do not match; trains each arm with all seeds, as an
 axis of one compiled step where they fit; evaluates, probes, times; writes the report. The same
@@ -37,6 +37,7 @@ def define_flags():
     'learning_rates', [], 'peak rates to try for each family of arms; the best is taken'
   )
   flags.DEFINE_list('rate_seeds', ['2'], 'values of train.seed, or how many, that try them')
+  cli.path_flag('rates_from', '', 'directory of a report whose best learning rates are used')
   flags.DEFINE_float(
     'budget_hours', 0.0, 'decide what can be decided in so long; 0 = all of --seeds', lower_bound=0
   )

@@ -121,6 +121,21 @@ def from_csv(path: pathlib.Path) -> dict[str, dict[float, dict[int, float]]]:
   return found
 
 
+def of_report(directory: pathlib.Path) -> dict[str, dict[float, dict[int, float]]]:
+  """The sweep of a report, whose best rates are to be used.
+
+  Raises:
+    errors.InputError: there is none.
+  """
+  found = from_csv(directory / FILE)
+  errors.require(
+    bool(found),
+    f'--rates_from={directory} must be the directory of a report with a sweep, and has no {FILE}; '
+    'name another one, or sweep with --learning_rates',
+  )
+  return found
+
+
 def blocks(bits: Bits) -> list[html_report.Block]:
   """The table of the sweep for the report; nothing without a sweep."""
   if not bits:
@@ -134,9 +149,10 @@ def blocks(bits: Bits) -> list[html_report.Block]:
       edges.append(f'`{family}`')
   seeds = sorted({s for by_rate in bits.values() for runs in by_rate.values() for s in runs})
   words = (
-    'Held-out bits per byte by peak learning rate, at the full length, mean ± sample standard '
-    f'deviation over seeds {", ".join(map(str, seeds))}; the rate in bold is that of every arm of '
-    'the family. Choosing by seeds that are also compared favours each arm by about as much.'
+    'Held-out bits per byte by peak learning rate, at the length of the sweep, mean ± sample '
+    f'standard deviation over seeds {", ".join(map(str, seeds))}; the rate in bold is that of '
+    'every arm of the family. Choosing by seeds that are also compared favours each arm by about '
+    'as much.'
   )
   if edges:
     words += f' The best of {", ".join(edges)} is at an edge: its optimum may lie outside.'

@@ -101,7 +101,9 @@ def blocks(graded: Sequence[Any]) -> list[html_report.Block]:
     return []
   words = (
     'Verdicts are those above, on the held-out text; differences and crossovers are of the '
-    'training loss, in nats per token. Negative: the arm is better than its baseline.'
+    'training loss, in nats per token. Negative: the arm is better than its baseline. Within a run '
+    'a difference also moves as the learning rate falls, most where the rates of the arms differ; '
+    '`experiments.routing_ablation.lengths` compares whole runs of several lengths.'
   )
   heading = html_report.Heading('Against tokens')
   return [heading, html_report.Text(words), html_report.Bullets(lines)]

@@ -59,18 +59,26 @@ def main(unused_argv: Sequence[str]):
     print(matching.text(new, pages, len(numbers)), *lines, sep='\n', flush=True)
   root = pathlib.Path(values.workdir or '.' if values.dry_run else cli.required('workdir'))
   swept = learning_rates.from_csv(directory / learning_rates.FILE) if directory else {}
-  if values.learning_rates:
+  errors.require(
+    not (values.rates_from and values.learning_rates),
+    '--rates_from and --learning_rates cannot both be given: one takes the rates of a sweep, the '
+    'other one sweeps; leave one out',
+  )
+  if values.rates_from:
+    swept = learning_rates.of_report(pathlib.Path(values.rates_from))
+  elif values.learning_rates:
     swept = {**swept, **_sweep(root, asked, pages, known)}
   if values.part == _SWEEP:
     return
   found = learning_rates.applied({name: pages[name] for name in names}, learning_rates.best(swept))
-  if values.learning_rates:
+  by_rate = bool(values.learning_rates or values.rates_from)
+  if by_rate:
     kept = {name: earlier.at_rate(known[name], found[name]) for name in known}
     known = {name: runs for name, runs in kept.items() if runs}
   if directory:
     earlier.check(directory, known, found)
   workdirs = {
-    name: learning_rates.workdir(root, found[name].optim.peak_lr) if values.learning_rates else root
+    name: learning_rates.workdir(root, found[name].optim.peak_lr) if by_rate else root
     for name in names
   }
   wanted = {name: [n for n in numbers if n not in known.get(name, {})] for name in asked}

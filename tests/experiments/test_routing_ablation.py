@@ -17,6 +17,7 @@ from experiments.routing_ablation import (
   arms,
   earlier,
   learning_rates,
+  lengths,
   matching,
   measure,
   over_tokens,
@@ -367,6 +368,35 @@ def test_the_commands_train_all_runs_and_hide_the_machine():
     f'{common} --arms=hash --seeds=3,7',
     f'{common} --arms=m4 --seeds=7,7',  # a single number says how many
   ]
+
+
+def test_claims_against_the_length_of_training(study, tmp_path):
+  """Reports of two lengths, one of them in two directories; differences by hand."""
+  for steps, gain, seeds in ((100, 0.0, (0, 1)), (300, 0.3, (0, 1)), (300, 0.3, (2,))):
+    results = {
+      name: {
+        seed: run_of(2.0 - (gain + 0.01 * seed if name == 'deepseekmoe' else 0)) | {'step': steps}
+        for seed in seeds
+      }
+      for name in ('gshard', 'deepseekmoe', 'hash')
+    }
+    one = study._replace(results=results, configs=resolved('tiny', results))
+    report.write(tmp_path / f'{steps}_{seeds[0]}', one, ['python -m this'])
+  given = [str(tmp_path / name) for name in ('300_0', '100_0', '300_2')]
+  found = lengths.points([pathlib.Path(one) for one in given], 'tiny')
+  assert [claim.name for claim in found] == ['deepseekmoe against gshard: bits_per_byte']
+  (some,) = found.values()
+  assert [point.tokens for point in some] == [102_400, 307_200]
+  assert some[1].graded.difference.mean == pytest.approx(-0.31)
+  assert [point.graded.difference.num_seeds for point in some] == [2, 3]
+  in_process.run(lengths, f'--reports={",".join(given)}', f'--out={tmp_path / "out"}')
+  text = (tmp_path / 'out' / 'lengths.md').read_text()
+  assert '| 0.307M | -0.3100 [-0.3348, -0.2852] | 3 | 0.006, 0.006 | confirmed |' in text
+  assert (tmp_path / 'out' / 'lengths.png').stat().st_size > 1000
+  with pytest.raises(errors.InputError, match='two directories of reports or more'):
+    in_process.run(lengths, f'--reports={given[0]}', f'--out={tmp_path / "out"}')
+  with pytest.raises(errors.InputError, match='no claim was graded at two lengths'):
+    in_process.run(lengths, f'--reports={given[0]},{given[2]}', f'--out={tmp_path / "out"}')
 
 
 def test_a_page_in_both_languages(tmp_path):

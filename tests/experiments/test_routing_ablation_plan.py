@@ -192,6 +192,17 @@ def test_runs_of_an_earlier_report_are_tried_rates_too(study, tmp_path):
   assert '| 3 | 0.012 | 2.1000 ± 0.1000 |' in text and '`hash`' not in text
 
 
+def test_the_best_rates_of_another_report_are_used(study, tmp_path):
+  study('--arms=gshard', '--seeds=1', '--learning_rates=0.003,0.012,0.024', '--rate_seeds=1')
+  given = (f'--rates_from={tmp_path / "report"}', f'--workdir={tmp_path / "other"}')
+  trained = study('--arms=gshard,hash,m4', '--seeds=1', '--steps=600', *given)
+  assert trained == [('gshard', 0.012, 0), ('hash', 0.012, 0), ('m4', 0.006, 0)]
+  with pytest.raises(errors.InputError, match='--rates_from=.*has no rates.csv'):
+    study('--arms=gshard', '--seeds=1', f'--rates_from={tmp_path / "rates"}')
+  with pytest.raises(errors.InputError, match='cannot both be given'):
+    study('--arms=gshard', '--learning_rates=1,2,3', f'--rates_from={tmp_path / "report"}')
+
+
 def test_a_dry_run_counts_the_runs_of_the_rates(study, capsys):
   trained = study('--arms=gshard,hash,m4', '--learning_rates=0.003,0.006,0.012', '--dry_run')
   assert trained == [] and '12 runs of gshard, m4 come first' in capsys.readouterr().out

@@ -1,0 +1,132 @@
+"""Each claim against the length of training, from reports of several lengths.
+
+python -m experiments.routing_ablation.lengths --reports=DIR,DIR,... --out=DIR [--scale=tiny]
+
+Within a run a difference moves with the tokens and with the learning rate, which falls; arms with
+different rates part in the middle and come together as both fall. Here every point is the end of
+whole runs, each with the schedule of its length. Writes lengths.md and lengths.png; trains nothing.
+"""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from absl import flags
+
+from experiments.common import cli
+from experiments.routing_ablation import arms
+
+
+class Point(NamedTuple):
+  """A claim at one length."""
+
+  tokens: int
+  graded: Any  # report.Graded
+  rates: tuple[float, ...]  # peak rates of the arm and its baseline
+
+
+def define_flags():
+  """Flags of this command."""
+  flags.DEFINE_list('reports', [], 'directories of reports, one or more per length')
+  flags.DEFINE_enum('scale', 'tiny', list(arms.SCALES), 'size of their arms')
+  cli.path_flag('out', '', 'directory of lengths.md and lengths.png')
+
+
+def main(unused_argv: Sequence[str]):
+  """Reads, grades, writes."""
+  from experiments.common import html_report
+  from experiments.routing_ablation import length_pictures
+  from moe_jax import atomic_files, errors
+
+  values = flags.FLAGS
+  errors.require(
+    len(values.reports) >= 2, '--reports must be two directories of reports or more, of other steps'
+  )
+  out = pathlib.Path(cli.required('out'))
+  found = points([pathlib.Path(one) for one in values.reports], values.scale)
+  errors.require(
+    bool(found), '--reports: no claim was graded at two lengths; name reports that share two arms'
+  )
+  out.mkdir(parents=True, exist_ok=True)
+  picture = length_pictures.draw(out / 'lengths.png', found)
+  texts = [html_report.markdown(block) for block in blocks(found, picture)]
+  atomic_files.write_text(out / 'lengths.md', '\n\n'.join(texts) + '\n')
+  print(f'wrote: {out / "lengths.md"} {picture.path}')
+
+
+def points(directories: Sequence[pathlib.Path], scale: str) -> dict[arms.Claim, list[Point]]:
+  """Every claim that was graded at two lengths or more, shortest first.
+
+  Args:
+    directories: of reports; those of one length are joined, the first one's runs first.
+    scale: of all of them.
+
+  Raises:
+    errors.InputError: a report cannot be read, or has runs of several lengths.
+  """
+  from experiments.routing_ablation import earlier, report
+  from moe_jax import errors
+
+  by_steps: dict[int, Any] = {}
+  for directory in directories:
+    pages = {arm.name: arms.resolve(arm, scale) for arm in arms.of_scale(scale)}
+    runs = earlier.read(directory, pages)
+    steps = sorted({run['step'] for by_seed in runs.values() for run in by_seed.values()})
+    errors.require(
+      len(steps) == 1, f'--reports={directory} must have runs of one length, and has {steps} steps'
+    )
+    by_steps[steps[0]] = earlier.joined(by_steps.get(steps[0], {}), runs)
+  found: dict[arms.Claim, list[Point]] = {}
+  for steps, results in sorted(by_steps.items()):
+    configs = {name: arms.resolve(arms.ARMS[name], scale, steps) for name in results}
+    for graded in report.grade(results, configs):
+      claim = graded.claim
+      cfg = configs[claim.arm]
+      tokens = steps * cfg.train.batch_size * cfg.model.max_seq_len
+      rates = [_rate(results[name]) for name in (claim.arm, claim.baseline) if name]
+      found.setdefault(claim, []).append(Point(tokens, graded, tuple(rates)))
+  return {claim: some for claim, some in found.items() if len(some) >= 2}
+
+
+def _rate(runs: Mapping[int, Mapping[str, Any]]) -> float:
+  return next(iter(runs.values()))['peak_lr']
+
+
+def blocks(found: Mapping[arms.Claim, Sequence[Point]], picture: Any) -> list[Any]:
+  """The page: the picture, then a table per claim."""
+  from experiments.common import html_report
+  from moe_jax.analysis import difference_curves
+
+  made = [
+    html_report.Heading('Claims against the length of training', 1),
+    html_report.Text(
+      'Every point is the end of whole runs, each with the learning-rate schedule of its length; '
+      'differences are paired by seed, with 95 % intervals.'
+    ),
+    picture,
+  ]
+  for claim, some in found.items():
+    what, digits = arms.FIGURES[claim.figure]
+    against = f' against `{claim.baseline}`' if claim.baseline else ''
+    made += [
+      html_report.Heading(f'`{claim.arm}`{against}: {what}'),
+      html_report.Text(f'The paper: {claim.paper}.'),
+      html_report.Table(
+        ['tokens', 'difference', 'seeds', 'peak rates', 'verdict'],
+        [
+          [
+            difference_curves.millions(point.tokens),
+            point.graded.difference.text(digits),
+            str(point.graded.difference.num_seeds),
+            ', '.join(f'{rate:g}' for rate in point.rates),
+            point.graded.plain,
+          ]
+          for point in some
+        ],
+      ),
+    ]
+  return made
+
+
+if __name__ == '__main__':
+  cli.run(main, define_flags)
