@@ -81,18 +81,18 @@ def test_a_budget_is_spent_on_claims_in_their_order():
   )
   asked = [*found, 'hash']
   seconds = dict.fromkeys(asked, 100.0) | {'hash': 1000.0}
-  plan = budget.plan(asked, found, seconds, available=5000.0, first=3)
+  plan = budget.plan(asked, found, seconds, available=5000.0, first=6)
   parts = {part.claim.name: part for part in plan.parts}
   main = parts['deepseekmoe against gshard: bits_per_byte']
   assert (main.have, main.need, main.chosen) == (4, 25, True) and main.seconds == 2 * 21 * 100
   m4 = parts['m4 against gshard: bits_per_byte']
-  assert (m4.have, m4.need, m4.first_look, m4.seconds) == (1, 3, True, 200.0)  # gshard has 25
+  assert (m4.have, m4.need, m4.first_look, m4.seconds) == (1, 6, True, 500.0)  # gshard has 25
   switch = parts['gshard against switch: bits_per_byte']
   assert (switch.need, switch.seconds, switch.chosen) == (4, 0.0, True)
   left_out = parts['switch against hash: bits_per_byte']
-  assert (left_out.need, left_out.chosen) == (3, False)
-  assert plan.seeds == {'gshard': 25, 'deepseekmoe': 25, 'switch': 4, 'm4': 3, 'hash': 0}
-  assert plan.seconds == 4400.0
+  assert (left_out.need, left_out.chosen) == (6, False)
+  assert plan.seeds == {'gshard': 25, 'deepseekmoe': 25, 'switch': 4, 'm4': 6, 'hash': 0}
+  assert plan.seconds == 4700.0
   said = '\n'.join(budget.lines(plan, 1.5, 1))
   assert 'decided:  gshard against switch' in said and 'left out: switch against hash' in said
   assert 'train:    deepseekmoe against gshard, bits_per_byte: 4 -> 25 seeds' in said
