@@ -39,6 +39,14 @@ def test_more_seeds_and_more_decades_tell_more():
   assert few < many and short < long
 
 
+def test_a_mean_of_four_seeds_scatters_half_as_much():
+  loud = TRUTH._replace(noise=0.04)
+  of_four = scaling_power.power(loud, 'rate', 1.0, 4)
+  alone = scaling_power.power(loud._replace(noise=0.02), 'rate', 1.0, 1)
+  assert of_four.power == alone.power and of_four.runs == 4 * alone.runs
+  assert 0 < alone.power < 1 and of_four.power != scaling_power.power(loud, 'rate', 1.0, 1).power
+
+
 def test_the_least_study_is_the_first_with_enough_power():
   found = scaling_power.least(TRUTH, 'rate', 2.0, band=0.01)
   assert found is not None and found.power >= scaling_power.POWER
