@@ -56,6 +56,7 @@ def read(
   tried: Sequence[float],
   seeds: Sequence[int],
   known: measure.Results,
+  swept: Bits,
 ) -> Bits:
   """What the finished runs of a sweep came to.
 
@@ -65,6 +66,7 @@ def read(
     tried: rates.
     seeds: of each.
     known: runs of an earlier report, which were not trained again.
+    swept: its sweep, likewise.
   """
   found: dict[str, dict[float, dict[int, float]]] = {}
   for family in families:
@@ -75,9 +77,11 @@ def read(
         for seed, run in known.get(family, {}).items()
         if seed in seeds and math.isclose(run['peak_lr'], rate, rel_tol=1e-6)
       }
-      if runs:
-        by_seed = {seed: run[arms.BITS] for seed, run in sorted(runs.items())}
-        found.setdefault(family, {})[rate] = by_seed
+      by_seed = {seed: run[arms.BITS] for seed, run in runs.items()}
+      before = swept.get(family, {}).get(rate, {})
+      by_seed |= {seed: bits for seed, bits in before.items() if seed in seeds}
+      if by_seed:
+        found.setdefault(family, {})[rate] = dict(sorted(by_seed.items()))
   return found
 
 

@@ -41,12 +41,15 @@ def moves(
   found: difference_curves.Curve | None,
   difference: paired.Interval,
   results: measure.Results,
+  configs: Mapping[str, schema.Config],
 ) -> bool:
   """Whether the verdict on held-out bits per byte waits, see `difference_curves.RULE`.
 
   The slope is that of the training loss, in bits per byte as the held-out text has them per nat.
   """
   if found is None or len(found.tokens) < difference_curves.MIN_POINTS:
+    return False
+  if not difference_curves.same_rates(*(configs[n].optim for n in (claim.arm, claim.baseline))):
     return False
   seeds = measure.common(results, claim.arm, claim.baseline)
   bits, nats = (measure.column(results, claim.baseline, key, seeds) for key in (arms.BITS, 'loss'))

@@ -103,7 +103,7 @@ def grade(results: measure.Results, configs: Mapping[str, schema.Config]) -> lis
     verdict = paired.verdict(difference, claim.direction, margin)
     p_value = paired.p_value([a - b for a, b in zip(values, baseline)], claim.direction, margin)
     curve = over_tokens.curve(claim, results, configs)
-    moves = over_tokens.moves(claim, curve, difference, results)
+    moves = over_tokens.moves(claim, curve, difference, results, configs)
     found.append(Graded(claim, difference, verdict, base, p_value, curve, moves))
   corrected = paired.corrected([g.plain for g in found], [g.p_value for g in found])
   return [g._replace(holm=verdict) for g, verdict in zip(found, corrected)]

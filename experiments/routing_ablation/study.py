@@ -67,7 +67,7 @@ def main(unused_argv: Sequence[str]):
   if values.rates_from:
     swept = learning_rates.of_report(pathlib.Path(values.rates_from))
   elif values.learning_rates:
-    swept = {**swept, **_sweep(root, asked, pages, known)}
+    swept = {**swept, **_sweep(root, asked, pages, known, swept)}
   if values.part == _SWEEP:
     return
   found = learning_rates.applied({name: pages[name] for name in names}, learning_rates.best(swept))
@@ -154,6 +154,7 @@ def _sweep(
   asked: Sequence[str],
   pages: Mapping[str, schema.Config],
   known: measure.Results,
+  swept: learning_rates.Bits,
 ) -> learning_rates.Bits:
   """Trains the first arm of each family at every rate that it lacks; what came of it."""
   values = flags.FLAGS
@@ -167,6 +168,7 @@ def _sweep(
     for name in families
     for cfg in [learning_rates.with_rate(pages[name], rate)]
     if seed not in earlier.at_rate(known.get(name, {}), cfg)
+    and seed not in swept.get(name, {}).get(rate, {})
   ]
   if values.dry_run:
     print(f'--learning_rates: {len(units)} runs of {", ".join(families)} come first')
@@ -181,7 +183,7 @@ def _sweep(
     f'--learning_rates: {", ".join(missing)} did not end, see above for why; the same command '
     'tries again, or leave out a rate at which training fails',
   )
-  return learning_rates.read(root, families, tried, numbers, known)
+  return learning_rates.read(root, families, tried, numbers, known, swept)
 
 
 def _affordable(

@@ -4,6 +4,10 @@ The verdict at the end of a run says nothing about a longer one where the differ
 The rule here: over the last third of the tokens, a line in the logarithm of the tokens is fitted
 seed by seed. If the interval of its slope excludes zero, and the claim would be graded otherwise
 once the tokens have doubled at that slope, the verdict is 'not yet decided'.
+
+Arms whose learning rates differ part in the middle of a run and come together as both fall: such a
+slope is one of the schedule, and says nothing of a longer run, which has its own. For them the rule
+does not hold (`same_rates`); whole runs of several lengths tell.
 """
 
 import math
@@ -14,15 +18,19 @@ import numpy.typing as npt
 
 from moe_jax import errors
 from moe_jax.analysis import paired
+from moe_jax.config import schema
 
 NOT_YET = 'not yet decided'
 TAIL = 1 / 3  # share of the tokens, at the end, over which the slope is fitted
 MIN_POINTS = 3  # of such a fit; a run with fewer in its last third lends earlier ones
 NUM_WINDOWS = 30
+_OF_RATES = ('peak_lr', 'schedule', 'warmup_steps', 'final_lr_fraction')
+_OF_RATES += ('multi_step_boundaries', 'multi_step_factor', 'stages')
 RULE = (
   f'A verdict is "{NOT_YET}" where a line in log2(tokens), fitted seed by seed to the training '
   'loss over the last third of the tokens, has a slope whose 95 % interval excludes zero, and the '
-  'verdict would be another one if the difference moved at that slope until the tokens have doubled'
+  'verdict would be another one if the difference moved at that slope until the tokens have '
+  'doubled; never where the learning rates of the two differ, whose slope is one of the schedule'
 )
 
 
@@ -184,6 +192,11 @@ def still_moves(
   later = paired.Interval(now.mean + by, now.low + by, now.high + by, now.num_seeds)
   verdicts = (paired.verdict(one, direction, margin) for one in (now, later))
   return not slope.covers_zero and len(set(verdicts)) == 2
+
+
+def same_rates(first: schema.OptimConfig, second: schema.OptimConfig) -> bool:
+  """Whether two runs of one length have the same learning rate at every step."""
+  return all(getattr(first, name) == getattr(second, name) for name in _OF_RATES)
 
 
 def scaled(found: paired.Interval, by: float) -> paired.Interval:

@@ -1,5 +1,6 @@
 """Difference against tokens: windows, bands, crossovers and verdicts of constructed curves."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from moe_jax import errors
 from moe_jax.analysis import difference_curves, paired
+from tests import tiny
 
 SPREAD = np.asarray([-1.0, 0.0, 1.0])[:, None]  # three seeds; the interval is +- 2.484 of a unit
 
@@ -142,3 +144,18 @@ def test_in_words():
     made([0.1, 0.2]), 'contradicted'
   )
   assert difference_curves.millions(307_200) == '0.307M'
+
+
+def test_rates_are_the_same_if_every_step_has_the_same():
+  first = tiny.make().optim
+  assert difference_curves.same_rates(first, dataclasses.replace(first, weight_decay=0.5))
+  for changed in (
+    {'peak_lr': 2 * first.peak_lr},
+    {'schedule': 'cosine'},
+    {'warmup_steps': first.warmup_steps + 1},
+    {'final_lr_fraction': 0.5},
+    {'multi_step_factor': 0.9},
+    {'multi_step_boundaries': (0.5,)},
+    {'stages': ((1.0, 1.0, 'constant'),)},
+  ):
+    assert not difference_curves.same_rates(first, dataclasses.replace(first, **changed)), changed

@@ -183,6 +183,10 @@ def test_a_verdict_waits_where_the_training_loss_still_moves(study):
   lines = over_tokens.blocks(list(graded.values()))[2].items
   assert lines[0].startswith('`deepseekmoe` against `gshard`: not yet decided at 0.003M tokens')
   assert 'below zero after 0.003M tokens' in lines[0]
+  # At another peak rate the slope is one of the schedule as well.
+  faster = learning_rates.with_rate(study.configs['deepseekmoe'], 0.012)
+  graded = report.grade(study.results, study.configs | {'deepseekmoe': faster})
+  assert [g.verdict for g in graded if g.claim == main.claim] == [paired.UNDECIDED]
 
 
 def test_holm_reads_all_claims_together(study):

@@ -190,6 +190,11 @@ def test_runs_of_an_earlier_report_are_tried_rates_too(study, tmp_path):
   text = report_of(tmp_path / 'other')
   assert '| `gshard` | 2.0590 ± 0.0707 | 2.0560 ± 0.0707 | **2.0500 ± 0.0707** |' in text
   assert '| 3 | 0.012 | 2.1000 ± 0.1000 |' in text and '`hash`' not in text
+  # That report again gives its sweep, of which the runs at the other rates are no more.
+  again = (f'--earlier={tmp_path / "other" / "report"}', f'--workdir={tmp_path / "third"}')
+  words = ('--arms=gshard', '--seeds=4', '--learning_rates=0.003,0.006,0.012', '--rate_seeds=2')
+  assert study(*words, *again) == [('gshard', 0.012, 3)]
+  assert text.split('## Learning rates')[1].split('## Do')[0] in report_of(tmp_path / 'third')
 
 
 def test_the_best_rates_of_another_report_are_used(study, tmp_path):

@@ -109,7 +109,7 @@ def _claim(
   differences = [values[seed] - base[seed] for seed in seeds]
   found = paired.interval(differences)
   plain = in_words(paired.verdict(found, 'lower'))
-  moves = figure == BITS and _moves(found, curve, baseline, seeds)
+  moves = figure == BITS and _moves(found, curve, arm, baseline, seeds)
   verdict = difference_curves.NOT_YET if moves else plain
   p_value = paired.p_value(differences, 'lower')
   return Claim(arm.name, baseline.name, figure, seeds, [], found, verdict, plain, plain, p_value)
@@ -118,11 +118,14 @@ def _claim(
 def _moves(
   found: paired.Interval,
   curve: difference_curves.Curve | None,
+  arm: groups_lib.Group,
   baseline: groups_lib.Group,
   seeds: Sequence[int],
 ) -> bool:
   """Whether bits per byte wait for longer runs, by the slope of the training loss."""
   if curve is None or len(curve.tokens) < difference_curves.MIN_POINTS:
+    return False
+  if not difference_curves.same_rates(arm.cfg.optim, baseline.cfg.optim):
     return False
   bits, nats = (held_out(baseline, key) for key in (BITS, 'loss'))
   if not nats:

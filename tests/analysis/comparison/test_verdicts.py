@@ -57,6 +57,9 @@ def test_a_difference_that_moves_is_not_yet_decided(tmp_path):
   assert '(at this length lower)' in verdicts.sentence(found)
   again = claims(tmp_path / 'away', loss=0.95, slope=-0.2)['bits_per_byte']
   assert again.verdict == verdicts.LOWER
+  # With another learning rate the slope is one of the schedule, and nothing waits for it.
+  faster = claims(tmp_path / 'faster', loss=0.95, slope=0.2, optim__peak_lr=0.5)['bits_per_byte']
+  assert faster.verdict == verdicts.LOWER
 
 
 def test_holm_reads_both_figures_together(tmp_path, monkeypatch):
