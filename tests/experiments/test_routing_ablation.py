@@ -403,6 +403,19 @@ def test_claims_against_the_length_of_training(study, tmp_path):
     in_process.run(lengths, f'--reports={given[0]},{given[2]}', f'--out={tmp_path / "out"}')
 
 
+def test_the_published_lengths_are_those_of_the_published_reports(tmp_path):
+  top = ROOT / 'experiments/routing_ablation'
+  names = ('tiny', 'tiny_1000', 'tiny_3000', 'tiny_6000')
+  given = ','.join(str(top / name) for name in names)
+  in_process.run(lengths, f'--reports={given}', f'--out={tmp_path}')
+  published = (top / 'lengths' / 'lengths.md').read_text()
+  assert (tmp_path / 'lengths.md').read_text() == published
+  for page in ('README.md', 'experiments/routing_ablation/README.md'):
+    assert 'routing_ablation/lengths/lengths.png' in (ROOT / page).read_text() or (
+      '(lengths/lengths.png)' in (ROOT / page).read_text()
+    )
+
+
 def test_a_page_in_both_languages(tmp_path):
   blocks = [
     html_report.Heading('A < B', 1),
