@@ -5,7 +5,14 @@ import pathlib
 import pytest
 
 from experiments.routing_ablation import __main__ as command
-from experiments.routing_ablation import arms, budget, learning_rates, measure, progress
+from experiments.routing_ablation import (
+  arms,
+  budget,
+  learning_rates,
+  measure,
+  pictures,
+  progress,
+)
 from experiments.routing_ablation import study as study_lib
 from moe_jax import errors
 from tests import in_process
@@ -150,6 +157,7 @@ def study(tmp_path, monkeypatch):
     measure, 'finished', lambda workdir, arm, seed: bool(read({arm: workdir}, [seed])[arm])
   )
   monkeypatch.setattr(measure, 'rates', lambda _, configs: dict.fromkeys(configs, 1.0))
+  monkeypatch.setattr(pictures, 'draw', lambda *_: [])  # test_routing_ablation.py draws them
 
   def call(*words, failing=None):
     trained.clear()
