@@ -70,7 +70,7 @@ def read(
   """
   found: dict[str, dict[float, dict[int, float]]] = {}
   for family in families:
-    for rate in tried:
+    for rate in sorted({*tried, *swept.get(family, {})}):  # no rate of an earlier sweep is lost
       runs = measure.read({family: workdir(root, rate)}, seeds)[family]
       runs |= {
         seed: run

@@ -202,6 +202,11 @@ def test_runs_of_an_earlier_report_are_tried_rates_too(study, tmp_path):
   again = (f'--earlier={tmp_path / "other" / "report"}', f'--workdir={tmp_path / "third"}')
   words = ('--arms=gshard', '--seeds=4', '--learning_rates=0.003,0.006,0.012', '--rate_seeds=2')
   assert study(*words, *again) == [('gshard', 0.012, 3)]
+  # Other rates beside it leave those that were tried in the table.
+  more = [word.replace('0.003,0.006,0.012', '0.012,0.024,0.048') for word in words]
+  study(*more, *again)
+  assert '| family | 0.003 | 0.006 | 0.012 | 0.024 | 0.048 |' in report_of(tmp_path / 'third')
+  study(*words, *again)
   assert text.split('## Learning rates')[1].split('## Do')[0] in report_of(tmp_path / 'third')
 
 
