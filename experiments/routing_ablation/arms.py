@@ -65,6 +65,7 @@ class Arm:
   family: str  # arm whose best learning rate is this one's too, see `learning_rates`
   scales: tuple[str, ...] = tuple(SCALES)  # at which there is such a page
   aside: bool = False  # trained only if it is named
+  start: str = ''  # dense arm out of whose run, of the same seed and rate, it is made; '' = none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +175,13 @@ def _arms() -> dict[str, Arm]:
       _loss_free('loss_free'),
       'loss_free',
     ),
+    Arm(
+      'upcycled',
+      'GShard, made of the trained `dense`: 16 copies of its FFN',
+      _variant('gshard'),
+      'gshard',
+      start='dense',
+    ),
     Arm('mha', 'DeepSeekMoE with multi-head attention', _mha, 'deepseekmoe'),
     Arm('mla', 'DeepSeekMoE with latent attention', _mla, 'deepseekmoe'),
     Arm('mqa', 'DeepSeekMoE with one head of keys and values', _mqa, 'deepseekmoe'),
@@ -239,6 +247,14 @@ CLAIMS = (
   Claim('gshard', 'switch', BITS, 'lower', '1.867 against 1.881', ('total',)),
   Claim('switch', 'hash', BITS, 'lower', '1.881 against 1.932', SIZES),
   Claim('hash', 'dense', BITS, 'lower', '1.932 against 2.060', ('activated',)),
+  Claim(
+    'upcycled',
+    'gshard',
+    BITS,
+    'lower',
+    'below twice the budget of the dense run upcycling is better than training anew (2406.06563)',
+    SIZES,
+  ),
   Claim('half', 'gshard', BITS, 'lower', 'better with half the experts active', ('total',)),
   Claim('shared_2', 'deepseekmoe', BITS, 'equal', '1.806 and 1.808', SIZES),
   Claim('shared_4', 'deepseekmoe', BITS, 'equal', '1.811 and 1.808', SIZES),

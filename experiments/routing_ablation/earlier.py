@@ -15,8 +15,8 @@ from experiments.routing_ablation import arms, measure
 from moe_jax import errors
 from moe_jax.config import schema
 
-# Columns of results.csv beside the figures of claims; the last three are of newer reports.
-KEPT = ('loss', 'train_drop_rate', 'step', 'seconds', 'commit', 'peak_lr')
+# Columns of results.csv beside the figures of claims; those from `seconds` on are of newer reports.
+KEPT = ('loss', 'train_drop_rate', 'step', 'seconds', 'commit', 'peak_lr', *measure.GATES)
 
 
 def read(directory: pathlib.Path, pages: Mapping[str, schema.Config]) -> measure.Results:

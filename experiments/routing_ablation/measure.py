@@ -14,10 +14,10 @@ import numpy as np
 from experiments.common import step_rates
 from experiments.routing_ablation import arms
 from moe_jax import atomic_files
-from moe_jax.analysis import interventions
+from moe_jax.analysis import interventions, observations
 from moe_jax.config import schema
 from moe_jax.data import corpus as corpus_lib
-from moe_jax.runs import metric_log, trained_run
+from moe_jax.runs import first_state, metric_log, trained_run
 from moe_jax.training import evaluate
 
 Results = Mapping[str, Mapping[int, Mapping[str, Any]]]  # arm -> seed -> figures
@@ -62,7 +62,7 @@ def write(
 def finished(workdir: pathlib.Path, arm: str, seed: int) -> bool:
   """Whether a run has every figure that it is to have."""
   where = path(workdir, arm, seed)
-  return where.exists() and set(PROBES.get(arm, {})) <= set(json.loads(where.read_text()))
+  return where.exists() and {*GATES, *PROBES.get(arm, {})} <= set(json.loads(where.read_text()))
 
 
 def _rise_without_top(subject: interventions.Subject, bits: float) -> float:
@@ -81,6 +81,26 @@ def _bits(unused_subject: interventions.Subject, bits: float) -> float:
   return bits
 
 
+GATES = ('gates_at_start', 'gates_at_end')  # None for a dense arm
+GATE_TOKENS = 4096  # that they are averaged over
+
+
+def _gates(subject: interventions.Subject) -> dict[str, float | None]:
+  """What a token's routed gates add up to before and after training.
+
+  The mean over MoE layers and the tokens of some held-out rows; for an arm that starts from a dense
+  run, whose router is new, the start is that of random weights.
+  """
+  cfg = subject.cfg
+  if not cfg.model.is_moe:
+    return dict.fromkeys(GATES)
+  start = first_state.random(cfg, subject.mesh, subject.corpus).variables
+  seen = [
+    observations.collect(one, GATE_TOKENS) for one in (subject._replace(variables=start), subject)
+  ]
+  return {key: float(one.of_tokens(one.gates).sum(-1).mean()) for key, one in zip(GATES, seen)}
+
+
 # What claims need beyond the held-out figures: arm -> key of `arms.FIGURES` -> how to measure it.
 PROBES = {
   'deepseekmoe': {
@@ -94,7 +114,7 @@ PROBES = {
 
 
 def probe(workdir: pathlib.Path, arm: str, seed: int):
-  """Adds the figures of `PROBES` to those of a trained run, from its checkpoint."""
+  """Adds its gates and the figures of `PROBES` to those of a trained run, from its checkpoint."""
   if finished(workdir, arm, seed):
     return
   where, start = path(workdir, arm, seed), time.perf_counter()
@@ -102,8 +122,10 @@ def probe(workdir: pathlib.Path, arm: str, seed: int):
   corpus = trained_run.heldout_corpus(loaded, where.parent, warn=print)
   subject = interventions.Subject(loaded.cfg, loaded.variables, corpus, loaded.mesh)
   result = json.loads(where.read_text())
-  for key, figure in PROBES[arm].items():
-    result[key] = figure(subject, result[arms.BITS])
+  result |= _gates(subject)
+  for key, figure in PROBES.get(arm, {}).items():
+    if key not in result:
+      result[key] = figure(subject, result[arms.BITS])
   result['seconds'] += time.perf_counter() - start
   atomic_files.write_text(where, json.dumps(result) + '\n')
 

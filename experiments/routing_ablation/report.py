@@ -245,7 +245,7 @@ def _tables(study: Study, commands: Sequence[str]) -> list[html_report.Block]:
       [
         *('arm', 'what', 'seeds', 'peak rate'),
         *('bits per byte', f'minus {base}, by seed'),
-        *('MaxVio', 'dropped in training, %', 'tokens/s'),
+        *('MaxVio', 'sum of gates', 'dropped in training, %', 'tokens/s'),
         f'x {base}',
       ],
       [
@@ -257,6 +257,7 @@ def _tables(study: Study, commands: Sequence[str]) -> list[html_report.Block]:
           _mean(study.results, name, arms.BITS, 4),
           _minus(study.results, name, base),
           _mean(study.results, name, arms.VIO, 2),
+          _gates(study.results, name),
           _mean(study.results, name, 'train_drop_rate', 1, 100.0),
           f'{study.rates[name]:,.0f}',
           f'{study.rates[name] / study.rates[base]:.2f}',
@@ -266,8 +267,9 @@ def _tables(study: Study, commands: Sequence[str]) -> list[html_report.Block]:
     ),
     html_report.Text(
       'Mean ± sample standard deviation over seeds, best first; MaxVio is of the whole held-out '
-      'text, mean over layers; dropped is over the last fifth of training; tokens/s is the '
-      'training step of one seed, all arms timed in turns on the machine below.'
+      'text, mean over layers; the gates of a token are added up before and after training, mean '
+      'over layers and held-out tokens; dropped is over the last fifth of training; tokens/s is '
+      'the training step of one seed, all arms timed in turns on the machine below.'
     ),
     *learning_rates.blocks(study.swept),
     html_report.Heading('Do the arms match?'),
@@ -301,6 +303,15 @@ def _sort_key(results: measure.Results, name: str) -> float:
 
 def _mean(results: measure.Results, name: str, figure: str, digits: int, scale: float = 1.0) -> str:
   return spread.spread(measure.column(results, name, figure), digits, scale)
+
+
+def _gates(results: measure.Results, name: str) -> str:
+  """`0.13 -> 0.52` before and after training, over the runs that say so."""
+  ends = [
+    [run[key] for run in results[name].values() if run.get(key) is not None]
+    for key in measure.GATES
+  ]
+  return ' -> '.join(f'{np.mean(values):.2f}' for values in ends) if all(ends) else '-'
 
 
 def _minus(results: measure.Results, name: str, base: str) -> str:

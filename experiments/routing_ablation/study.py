@@ -23,7 +23,7 @@ from experiments.routing_ablation import (
 from moe_jax import errors
 from moe_jax.config import schema
 from moe_jax.planning import describe
-from moe_jax.runs import run_record, seeds, train_run
+from moe_jax.runs import run_record, seeds, train_run, upcycle_run
 
 MODULE = 'experiments.routing_ablation'
 _SWEEP = 'rates'  # value of the internal flag --part
@@ -142,11 +142,33 @@ def _units(
   size = flags.FLAGS.together or max(1, min(arms.SCALES[flags.FLAGS.scale].together, most))
   errors.require(size >= 1, f'--together={flags.FLAGS.together} must be at least 1')
   return [
-    Unit(name, configs[name], workdirs[name], tuple(numbers[i : i + size]))
+    Unit(name, configs[name], workdirs[name], tuple(group))
     for i in range(0, most, size)
     for name, numbers in wanted.items()
-    if numbers[i : i + size]
+    for group in _groups(name, numbers[i : i + size])
   ]
+
+
+def _groups(name: str, numbers: Sequence[int]) -> list[Sequence[int]]:
+  """Seeds of an arm that train as one; of one that starts from other runs, each by itself."""
+  return [[n] for n in numbers] if arms.ARMS[name].start else [numbers] if numbers else []
+
+
+def _chains(units: Sequence[Unit]) -> list[list[Unit]]:
+  """What one process trains in this order: a unit, and those that start from its runs."""
+  chains: list[list[Unit]] = []
+  for unit in sorted(units, key=lambda unit: bool(arms.ARMS[unit.arm].start)):
+    base = arms.ARMS[unit.arm].start, unit.workdir
+    of_base = (
+      chain
+      for chain in chains
+      if (chain[0].arm, chain[0].workdir) == base and unit.seeds[0] in chain[0].seeds
+    )
+    if (chain := next(of_base, None)) is None:
+      chains.append([unit])
+    else:
+      chain.append(unit)
+  return chains
 
 
 def _sweep(
@@ -222,6 +244,10 @@ def _train_all(root: pathlib.Path, units: Sequence[Unit], more_flags: Sequence[s
   page, ended = progress.Page(root, units), []
   page.write()
 
+  def train_chain(chain: Sequence[Unit]):
+    for unit in chain:
+      train(unit)
+
   def train(unit: Unit):
     try:
       _train(unit, page)
@@ -234,7 +260,8 @@ def _train_all(root: pathlib.Path, units: Sequence[Unit], more_flags: Sequence[s
     page.write()
     jax.clear_caches()  # dozens of compiled models would fill the memory
 
-  local_jobs.run(MODULE, [u for u in units if not u.finished()], train, more_flags)
+  left = [unit for unit in units if not unit.finished()]
+  local_jobs.run(MODULE, _chains(left), train_chain, more_flags)
 
 
 def _train(unit: Unit, page: progress.Page):
@@ -253,6 +280,8 @@ def _train_and_evaluate(unit: Unit, page: progress.Page):
   start, where = time.perf_counter(), unit.workdir / unit.arm
   if len(unit.seeds) == 1:
     (one,) = seeds.configs(unit.cfg, unit.seeds)
+    if arms.ARMS[unit.arm].start:
+      _make_of_start(unit, one)
     trained = train_run.run_training(one, where / str(one.train.seed), argv=sys.argv, say=say)
     runs, corpora = [trained[0]], [trained[1]]
   else:
@@ -262,3 +291,18 @@ def _train_and_evaluate(unit: Unit, page: progress.Page):
   seconds = (time.perf_counter() - start) / len(unit.seeds)
   for trained, corpus in zip(runs, corpora):
     print(measure.write(unit.workdir, unit.arm, trained, corpus, seconds), flush=True)
+
+
+def _make_of_start(unit: Unit, cfg: schema.Config):
+  """Gives a run that has no checkpoint yet the weights of the run that its arm starts from."""
+  start, seed = arms.ARMS[unit.arm].start, cfg.train.seed
+  where = unit.workdir / unit.arm / str(seed)
+  if upcycle_run.checkpoints(where):
+    return
+  base = measure.path(unit.workdir, start, seed)
+  errors.require(
+    base.exists(),
+    f'--arms: {unit.arm} starts from {start}, whose run of seed {seed} is not in {base.parent}; '
+    f'name both, as in --arms={start},{unit.arm}, or leave {unit.arm} out',
+  )
+  upcycle_run.create(base.parent, None, cfg, where, argv=sys.argv)

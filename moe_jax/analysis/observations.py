@@ -26,6 +26,7 @@ class Observations(NamedTuple):
   mask: np.ndarray  # [B, L] bool, False = padding
   expert_idx: np.ndarray  # [layers, B, L, K] int32, before drops; E = no expert
   scores: np.ndarray  # [layers, B, L, E] float32, what the balance losses average
+  gates: np.ndarray  # [layers, B, L, K] float32, weights of the outputs of `expert_idx`
 
   @property
   def num_experts(self) -> int:
@@ -51,7 +52,7 @@ def _routing(model: schema.ModelConfig, variables: trees.Variables, batch: trees
     mutable=['intermediates'],
   )
   routing = sown['intermediates']['moe_layers']['moe']
-  return routing['expert_idx'][0], routing['scores'][0]
+  return tuple(routing[key][0] for key in ('expert_idx', 'scores', 'gates'))
 
 
 def collect(subject: interventions.Subject, num_tokens: int) -> Observations:
@@ -84,7 +85,7 @@ def _observe(subject: interventions.Subject, batch: trees.HostBatch, size: int) 
   with partitioning.activate(subject.mesh):
     put = partitioning.put_global_batch(inputs, subject.mesh)
     routed = jax.device_get(_routing(subject.cfg.model, subject.variables, put))
-  expert_idx, scores = (np.asarray(a)[:, :num_rows] for a in routed)
+  expert_idx, scores, gates = (np.asarray(a)[:, :num_rows] for a in routed)
   return Observations(
     batch['tokens'],
     batch['positions'],
@@ -92,4 +93,5 @@ def _observe(subject: interventions.Subject, batch: trees.HostBatch, size: int) 
     batch['segment_ids'] > 0,
     expert_idx,
     scores.astype(np.float32),
+    gates.astype(np.float32),
   )

@@ -101,8 +101,13 @@ def _create(
   say(summary)
 
 
+def checkpoints(workdir: pathlib.Path) -> list[pathlib.Path]:
+  """Checkpoints of any step in a workdir, whole or not; [] where `create` can write."""
+  return sorted((workdir / 'checkpoints').glob('[0-9]*'))
+
+
 def _check_no_checkpoints(workdir: pathlib.Path):
-  found = sorted((workdir / 'checkpoints').glob('[0-9]*'))
+  found = checkpoints(workdir)
   errors.require(
     not found,
     f'--workdir={workdir} already holds checkpoints ({", ".join(p.name for p in found)}); choose '

@@ -17,17 +17,21 @@ pytestmark = pytest.mark.usefixtures('quick_processes')
 PAGES = sorted((ROOT / 'colab').glob('*.ipynb'))
 OURS = ('moe_jax', 'configs', 'experiments')
 MAX_CELL_LINES, MAX_BYTES = 22, 700_000
-# What is said in notebooks that take minutes, and what is run of it here.
+# What is said in notebooks that take minutes, and what is run of it here: fewer steps on less text,
+# since most of the time of a short run goes to its held-out figures.
+TEXT = str(ROOT / 'moe_jax')
 SIZES = {
   '1_first_moe': {
-    'num_steps = 150': 'num_steps = 30',
+    'page.train.num_steps = 150': f'page.train.num_steps = 30; page.data.path = {TEXT!r}',
     'routing_every = 25': 'routing_every = 5',
     'log_every = 25': 'log_every = 5',
     'save_every = 50': 'save_every = 10',
     'for step in (50, 100)': 'for step in (10, 20)',
   },
-  '2_gshard_against_fine_grained': {'steps=100': 'steps=12'},
-  '4_your_own_router': {'num_steps = 100': 'num_steps = 25'},
+  '2_gshard_against_fine_grained': {'steps=100': f'steps=12, data_path={TEXT!r}'},
+  '4_your_own_router': {
+    'page.train.num_steps = 100': f'page.train.num_steps = 25; page.data.path = {TEXT!r}'
+  },
   '5_reinforcement': {
     'base_steps, reward_steps, questions = 800, 120, 512': (
       'base_steps, reward_steps, questions = 24, 6, 16'

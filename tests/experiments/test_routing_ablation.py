@@ -27,6 +27,7 @@ from experiments.routing_ablation import study as study_lib
 from moe_jax import errors
 from moe_jax.analysis import difference_curves, paired
 from moe_jax.config import pages
+from moe_jax.runs import metric_log
 from tests import in_process, tiny
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -51,7 +52,7 @@ def test_arms_match_at_every_scale(scale):
 def test_every_router_is_an_arm_once():
   """What `configs/routing.py` has is among the arms of its size, and none is there twice."""
   configs = {arm.name: arms.resolve(arm, 'tiny') for arm in arms.of_scale('tiny')}
-  assert len({repr(cfg) for cfg in configs.values()}) == len(configs)
+  assert len({(arms.ARMS[name].start, repr(cfg)) for name, cfg in configs.items()}) == len(configs)
   for name in routing.VARIANTS:
     arm = arms.SAME.get(name) or arms.RENAMED.get(name, name)
     assert configs[arm] == _resolved_variant(name), name
@@ -432,10 +433,11 @@ def test_a_page_in_both_languages(tmp_path):
 
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
-  """(workdir, the command) of two arms and two seeds on synthetic text."""
+  """(workdir, the command) of four arms and two seeds on synthetic text."""
   workdir = tmp_path_factory.mktemp('ablation')
   command = [sys.executable, '-m', 'experiments.routing_ablation', f'--workdir={workdir}']
-  command += ['--arms=gshard,deepseekmoe', '--seeds=2', '--steps=21', '--data_source=synthetic']
+  command += ['--arms=gshard,deepseekmoe,upcycled,dense', '--seeds=2']
+  command += ['--steps=21', '--data_source=synthetic']
   subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
   return workdir, command
 
@@ -444,7 +446,7 @@ def finished(tmp_path_factory):
 def test_nothing_finished_is_computed_again(finished):
   workdir, command = finished
   results = sorted(workdir.glob('*/*/result.json'))
-  assert len(results) == 4
+  assert len(results) == 8
   before = [path.stat().st_mtime_ns for path in results]
   first = (workdir / 'report' / 'report.md').read_text()
   done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
@@ -456,6 +458,29 @@ def test_nothing_finished_is_computed_again(finished):
   assert {'rise_without_shared', 'rise_without_top_experts'} <= set(kept)
   read = measure.read({'gshard': workdir}, [0, 1, 2])
   assert list(read['gshard']) == [0, 1] and measure.column(read, 'gshard', 'max_vio')
+
+
+@pytest.mark.slow
+def test_gates_are_added_up_before_and_after(finished):
+  workdir, _ = finished
+  read = measure.read(dict.fromkeys(('gshard', 'deepseekmoe', 'dense'), workdir), [0])
+  first, second, none = ([read[name][0][key] for key in measure.GATES] for name in read)
+  assert first == pytest.approx([1.0, 1.0], abs=1e-6)  # divided by their sum
+  assert 7 / 63 < second[0] < 0.3 and second[0] != second[1] < 1.0  # of 63 alike, the largest 7
+  assert none == [None, None]
+  text = (workdir / 'report' / 'report.md').read_text()
+  assert '| 1.00 -> 1.00 |' in text and f'| {second[0]:.2f} -> ' in text
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_the_dense_one_of_its_seed(finished):
+  workdir, _ = finished
+  losses = {}
+  for name in ('dense', 'gshard', 'upcycled'):
+    losses[name] = [metric_log.read_metrics(workdir / name / str(seed)) for seed in (0, 1)]
+  for seed in (0, 1):  # after the first twenty steps
+    anew, ended = losses['gshard'][seed][0]['loss'], losses['dense'][seed][-1]['loss']
+    assert losses['upcycled'][seed][0]['loss'] < min(anew, ended) - 0.5
 
 
 @pytest.mark.slow

@@ -240,6 +240,29 @@ def test_an_arm_that_fails_does_not_stop_the_others_and_is_named(study, tmp_path
   assert '| `switch` |' in report_of(tmp_path)
 
 
+def test_an_arm_that_starts_from_another_one_follows_it_in_one_process(study, tmp_path):
+  trained = study('--arms=upcycled,gshard,dense', '--seeds=2')
+  starts = [(arm, seed) for arm, _, seed in trained if arm != 'gshard']
+  assert starts == [('dense', 0), ('upcycled', 0), ('dense', 1), ('upcycled', 1)]
+  page = arms.resolve(arms.ARMS['upcycled'], 'tiny')
+
+  def unit(arm, *seeds, workdir=tmp_path):
+    return study_lib.Unit(arm, page, workdir, seeds)
+
+  dense, other = unit('dense', 0, 1), unit('upcycled', 2)
+  rate = unit('upcycled', 1, workdir=tmp_path / 'rates')
+  found = study_lib._chains([unit('upcycled', 1), other, rate, dense, unit('gshard', 1)])
+  assert found == [[dense, unit('upcycled', 1)], [unit('gshard', 1)], [other], [rate]]
+
+
+def test_an_arm_without_the_run_that_it_starts_from_says_what_to_name(tmp_path):
+  cfg = arms.resolve(arms.ARMS['upcycled'], 'tiny')
+  with pytest.raises(
+    errors.InputError, match='seed 0 is not in .*; name both, as in --arms=dense,upcy'
+  ):
+    study_lib._make_of_start(study_lib.Unit('upcycled', cfg, tmp_path, (0,)), cfg)
+
+
 def test_input_that_no_arm_can_use_stops_at_the_first(study):
   with pytest.raises(errors.InputError, match='no such text'):
     study('--arms=gshard,hash', '--seeds=2', failing={'gshard': errors.InputError('no such text')})
