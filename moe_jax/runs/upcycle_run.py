@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import math
 import os
 import pathlib
@@ -25,6 +26,7 @@ from moe_jax.training import cross_entropy, objective, optim, train_state
 
 Array = jax.Array
 
+RECORD = 'upcycled.json'  # in the workdir, see `create`
 _SAME_LOGITS = 1e-4  # of the largest logit, in float32
 
 
@@ -40,7 +42,9 @@ def create(
 ):
   """Writes a workdir in which `train_run.run_training(cfg, workdir)` goes on from upcycled weights.
 
-  It holds config.json, tokenizer.json and a checkpoint of step 0 with a fresh optimizer.
+  It holds config.json, tokenizer.json and a checkpoint of step 0 with a fresh optimizer; and
+  upcycled.json, which tells it from a run of the same config that began anew: `from`, the dense
+  run as it was named, `step`, its checkpoint, and `noise`.
 
   Args:
     source: workdir of a dense run.
@@ -96,6 +100,8 @@ def _create(
     if first:
       run_record.write(workdir, cfg, argv=argv, data_fingerprint=corpus.fingerprint)
       corpus.tokenizer.save(workdir / 'tokenizer.json')
+      made_of = {'from': os.fspath(source), 'step': dense.step, 'noise': noise}
+      atomic_files.write_text(workdir / RECORD, json.dumps(made_of, indent=2) + '\n')
     checkpointer.save(0, state, trained_run.meta(cfg, corpus), force=True)
     checkpointer.wait()
   say(summary)

@@ -12,6 +12,7 @@ import pytest
 from configs import smoke
 from experiments import upcycle
 from moe_jax import atomic_files, errors
+from moe_jax.analysis.comparison import workdirs
 from moe_jax.balance import expert_similarity, routing_figures
 from moe_jax.config import parse, schema
 from moe_jax.data import pipeline
@@ -273,6 +274,8 @@ def test_training_goes_on_from_the_dense_models_loss(cache, dense, tmp_path):
   assert loss == dense_loss
   train_run.run_training(cfg, tmp_path, say=lines.append)
   assert 'resuming after step 0 of 2' in lines
+  made_of = {'from': str(dense), 'step': 8, 'noise': 0.0}
+  assert workdirs.read(tmp_path).upcycled == made_of and workdirs.read(dense).upcycled == {}
   points = metric_log.read_metrics(tmp_path)
   assert [p['step'] for p in points] == [1, 2]
   want = first_loss(trained_run.load(dense), cfg)

@@ -96,6 +96,11 @@ class Comparison:
         lines.append(f'{one.name}: {len(behind)} of {len(runs)} runs at step {min(behind)} of {of}')
       elif not all(run.held_out for run in runs):
         lines.append(f'{one.name}: runs without evaluation.json, and so without held-out figures')
+      steps = sorted({run.upcycled['step'] for run in runs if run.upcycled})
+      if steps:
+        lines.append(
+          f'{one.name}: upcycled from a dense run of {steps[0]} steps, which no budget counts'
+        )
     unequal = fairness.unmatched(self.budgets)
     if unequal:
       lines.append(f'not matched to 0.5 %: {", ".join(unequal)}')

@@ -31,7 +31,7 @@ ABSENT = '-'  # of a setting that a group does not have
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-  """Runs of one config with different seeds."""
+  """Runs of one config and one kind of start, with different seeds."""
 
   name: str
   cfg: schema.Config  # of its first run
@@ -51,14 +51,14 @@ def flat(values: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
 
 
 def group(runs: Sequence[workdirs.RunFiles]) -> list[Group]:
-  """Groups of runs with equal configs, seeds apart, in the order in which they are met.
+  """Groups of runs with equal configs and starts, seeds apart, in the order in which they are met.
 
   Raises:
     errors.InputError: two runs are of one config and one seed.
   """
   found: dict[str, dict[int, workdirs.RunFiles]] = {}
   for run in runs:
-    key = json.dumps(flat(parse.to_dict(run.cfg)), sort_keys=True)
+    key = json.dumps(_settings(run), sort_keys=True)
     members = found.setdefault(key, {})
     errors.require(
       run.seed not in members,
@@ -74,11 +74,17 @@ def group(runs: Sequence[workdirs.RunFiles]) -> list[Group]:
 
 
 def settings(groups: Sequence[Group]) -> dict[str, list[str]]:
-  """In what the configs differ: {key: the value of each group as text}."""
-  columns = [flat(parse.to_dict(one.cfg)) for one in groups]
+  """In what the configs and starts differ: {key: the value of each group as text}."""
+  columns = [_settings(next(iter(one.runs.values()))) for one in groups]
   keys = dict.fromkeys(key for column in columns for key in column)
   rows = {key: [_text(column.get(key)) for column in columns] for key in keys}
   return {key: values for key, values in rows.items() if len(set(values)) > 1}
+
+
+def _settings(run: workdirs.RunFiles) -> dict[str, Any]:
+  """What makes it another run: its config, and out of what it was upcycled, if it was."""
+  made_of = {f'upcycled.{key}': value for key, value in run.upcycled.items() if key != 'from'}
+  return flat(parse.to_dict(run.cfg)) | made_of
 
 
 def _text(value: Any) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from moe_jax import errors
 from moe_jax.balance import routing_figures
 from moe_jax.config import parse, paths, schema
-from moe_jax.runs import metric_log
+from moe_jax.runs import metric_log, upcycle_run
 
 # Held-out figures under the keys of `evaluate --json`: of a run of its own, and of a study's.
 HELD_OUT = ('evaluation.json', 'result.json')
@@ -31,6 +31,7 @@ class RunFiles:
   tokenizer: str  # digest of the file; '' where there is none
   metrics: list[dict[str, Any]]  # objects of metrics.jsonl
   held_out: dict[str, Any]  # empty where the run was not evaluated
+  upcycled: dict[str, Any]  # of `upcycle_run.RECORD`; empty where the run began anew
 
   @property
   def seed(self) -> int:
@@ -110,6 +111,7 @@ def read(path: pathlib.Path) -> RunFiles:
     hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.is_file() else '',
     metric_log.read_metrics(path),
     next((_json(path / name) for name in HELD_OUT if (path / name).is_file()), {}),
+    _json(path / upcycle_run.RECORD) if (path / upcycle_run.RECORD).is_file() else {},
   )
 
 

@@ -5,7 +5,7 @@ import pathlib
 import pytest
 
 from moe_jax import errors
-from moe_jax.analysis.comparison import groups, workdirs
+from moe_jax.analysis.comparison import comparison, groups, workdirs
 from tests.analysis.comparison import written
 
 
@@ -34,6 +34,23 @@ def test_the_same_run_twice_is_refused(tmp_path):
   a, b = (written.run(tmp_path / name) for name in 'ab')
   with pytest.raises(errors.InputError, match=r'b and .*a have one config and one seed'):
     grouped([a, b])
+
+
+def test_an_upcycled_run_is_no_run_that_began_anew(tmp_path):
+  def made(seed, step):
+    made_of = {'from': f'runs/dense/{seed}', 'step': step, 'noise': 0.0}
+    return written.run(tmp_path / f'from{step}_s{seed}', seed=seed, upcycled=made_of)
+
+  anew = [written.run(tmp_path / f'anew{seed}', seed=seed) for seed in (0, 1)]
+  paths = [*anew, made(0, 8), made(1, 8), made(0, 16)]
+  found = grouped(paths)
+  assert [list(one.runs) for one in found] == [[0, 1], [0, 1], [0]]
+  assert groups.settings(found) == {
+    'upcycled.step': ['-', '8', '16'],
+    'upcycled.noise': ['-', '0', '0'],
+  }
+  said = comparison.compare(paths).remarks()
+  assert said[0] == 'from8: upcycled from a dense run of 8 steps, which no budget counts'
 
 
 @pytest.mark.parametrize(

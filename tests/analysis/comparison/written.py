@@ -23,6 +23,7 @@ def run(
   steps: int = 2 * POINTS,
   held_out: bool = True,
   routing: bool = True,
+  upcycled: dict | None = None,
   **overrides,
 ) -> pathlib.Path:
   """Writes a workdir; its loss falls to `loss` and moves by `slope` with log2 of the tokens.
@@ -47,6 +48,8 @@ def run(
     for step in range(2, steps + 1, 2)
   ]
   (path / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  if upcycled:
+    (path / 'upcycled.json').write_text(json.dumps(upcycled))
   if held_out:
     found = {'step': steps, 'loss': loss + own, 'bits_per_byte': loss + own, 'max_vio': 0.5}
     (path / 'evaluation.json').write_text(json.dumps(found))
