@@ -6,7 +6,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from experiments.common import html_report, local_jobs
 from experiments.routing_ablation import arms, measure
@@ -52,6 +52,18 @@ def failed(workdir: pathlib.Path, error: BaseException):
     atomic_files.write_text(path, ''.join(traceback.format_exception(error)))
 
 
+class _Run(NamedTuple):
+  """How far a run is."""
+
+  arm: str
+  peak_lr: float
+  seed: int
+  state: str  # done, running, failed or left
+  share: float = 0.0  # of its steps
+  bits: float | None = None  # held-out, per byte, of one that is done
+  seconds: float | None = None  # that one took
+
+
 def blocks(units: Sequence[Any], jobs: int) -> list[html_report.Block]:
   """The page.
 
@@ -59,16 +71,14 @@ def blocks(units: Sequence[Any], jobs: int) -> list[html_report.Block]:
     units: `study.Unit`s.
     jobs: processes that share what is left.
   """
-  runs = [
-    _state(unit.workdir / unit.arm / str(seed), unit, seed) for unit in units for seed in unit.seeds
-  ]
-  done = sum(state == 'done' for _, _, state, _, _ in runs)
-  rows: dict[tuple[str, float], list[Any]] = {}
-  for unit, seed, *rest in runs:
-    rows.setdefault((unit.arm, unit.cfg.optim.peak_lr), []).append((seed, *rest))
+  runs = [_look(unit, seed) for unit in units for seed in unit.seeds]
+  rows: dict[tuple[str, float], list[_Run]] = {}
+  for run in runs:
+    rows.setdefault((run.arm, run.peak_lr), []).append(run)
   table = [
     [f'`{arm}`', f'{rate:g}', _ended(found), *_others(found)] for (arm, rate), found in rows.items()
   ]
+  done = sum(run.state == 'done' for run in runs)
   now = datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%d %H:%M UTC')
   return [
     html_report.Heading(f'{done} of {len(runs)} runs done', 1),
@@ -83,43 +93,45 @@ def blocks(units: Sequence[Any], jobs: int) -> list[html_report.Block]:
   ]
 
 
-def _state(where: pathlib.Path, unit: Any, seed: int) -> tuple[Any, int, str, float, float | None]:
-  """(unit, seed, state, share done, bits per byte) of a run."""
-  if measure.finished(unit.workdir, unit.arm, seed):
-    run = measure.read({unit.arm: unit.workdir}, [seed])[unit.arm][seed]
-    return unit, seed, 'done', 1.0, run[arms.BITS]
+def _look(unit: Any, seed: int) -> _Run:
+  """What lies in the workdir of a run."""
+  where = unit.workdir / unit.arm / str(seed)
+  which = unit.arm, unit.cfg.optim.peak_lr, seed
+  ended = measure.read({unit.arm: unit.workdir}, [seed])[unit.arm].get(seed)
+  if ended is not None:
+    return _Run(*which, 'done', 1.0, ended[arms.BITS], ended['seconds'])
   if (where / FAILURE).exists():
-    return unit, seed, 'failed', 0.0, None
+    return _Run(*which, 'failed')
   logged = metric_log.read_metrics(where)
   share = logged[-1]['step'] / unit.cfg.train.num_steps if logged else 0.0
-  return unit, seed, 'running' if logged else 'left', share, None
+  return _Run(*which, 'running' if logged else 'left', share)
 
 
-def _ended(found: Sequence[Any]) -> str:
-  return ', '.join(f'{seed}: {bits:.4f}' for seed, _, _, bits in found if bits is not None)
+def _ended(found: Sequence[_Run]) -> str:
+  return ', '.join(f'{run.seed}: {run.bits:.4f}' for run in found if run.bits is not None)
 
 
-def _others(found: Sequence[Any]) -> list[str]:
+def _others(found: Sequence[_Run]) -> list[str]:
   cells = []
   for wanted in ('running', 'failed', 'left'):
-    of_it = [(seed, share) for seed, state, share, _ in found if state == wanted]
-    shares = [f'{seed}' + (f' ({share:.0%})' if share else '') for seed, share in of_it]
-    cells.append(', '.join(shares))
+    of_it = [run for run in found if run.state == wanted]
+    cells.append(
+      ', '.join(f'{run.seed}' + (f' ({run.share:.0%})' if run.share else '') for run in of_it)
+    )
   return cells
 
 
-def _time_left(runs: Sequence[Any], jobs: int) -> str:
+def _time_left(runs: Sequence[_Run], jobs: int) -> str:
   """What the runs that ended took says how long the rest will."""
   seconds: dict[str, list[float]] = {}
-  for unit, seed, state, _, _ in runs:
-    if state == 'done':
-      run = measure.read({unit.arm: unit.workdir}, [seed])[unit.arm][seed]
-      seconds.setdefault(unit.arm, []).append(run['seconds'])
+  for run in runs:
+    if run.seconds is not None:
+      seconds.setdefault(run.arm, []).append(run.seconds)
   if not seconds:
     return 'How long the rest takes is known once a run has ended.'
   known = {arm: statistics.fmean(found) for arm, found in seconds.items()}
   usual = statistics.fmean(known.values())
-  left = sum((1 - share) * known.get(unit.arm, usual) for unit, _, _, share, _ in runs)
+  left = sum((1 - run.share) * known.get(run.arm, usual) for run in runs)
   return (
     f'About {left / jobs / 3600:.1f} hours are left with {jobs} process(es), failures included.'
   )

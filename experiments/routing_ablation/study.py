@@ -49,36 +49,18 @@ def main(unused_argv: Sequence[str]):
   pages = {arm.name: arms.resolve(arm, *given) for arm in arms.of_scale(values.scale)}
   asked = [arm.name for arm in arms.choose(values.arms, values.scale)]
   numbers = local_jobs.seeds(values.seeds)
-  directory = pathlib.Path(values.earlier) if values.earlier else None
-  known = earlier.read(directory, pages) if directory else {}
+  known = earlier.read(pathlib.Path(values.earlier), pages) if values.earlier else {}
   names = [name for name in pages if name in asked or name in known]
   described = matching.describe({name: pages[name] for name in names})
-  lines = matching.check(described)
-  if not local_jobs.is_shard():
-    new = {name: described[name] for name in asked}
-    print(matching.text(new, pages, len(numbers)), *lines, sep='\n', flush=True)
+  _say_costs({name: described[name] for name in asked}, matching.check(described), pages, numbers)
   root = pathlib.Path(values.workdir or '.' if values.dry_run else cli.required('workdir'))
-  swept = learning_rates.from_csv(directory / learning_rates.FILE) if directory else {}
-  errors.require(
-    not (values.rates_from and values.learning_rates),
-    '--rates_from and --learning_rates cannot both be given: one takes the rates of a sweep, the '
-    'other one sweeps; leave one out',
-  )
-  if values.rates_from:
-    swept = learning_rates.of_report(pathlib.Path(values.rates_from))
-  elif values.learning_rates:
-    swept = {**swept, **_sweep(root, asked, pages, known, swept)}
+  swept = _rates(root, asked, pages, known)
   if values.part == _SWEEP:
     return
   found = learning_rates.applied({name: pages[name] for name in names}, learning_rates.best(swept))
-  by_rate = bool(values.learning_rates or values.rates_from)
-  if by_rate:
-    kept = {name: earlier.at_rate(known[name], found[name]) for name in known}
-    known = {name: runs for name, runs in kept.items() if runs}
-  if directory:
-    earlier.check(directory, known, found)
+  known = _at_these_rates(known, found)
   workdirs = {
-    name: learning_rates.workdir(root, found[name].optim.peak_lr) if by_rate else root
+    name: learning_rates.workdir(root, found[name].optim.peak_lr) if _by_rate() else root
     for name in names
   }
   wanted = {name: [n for n in numbers if n not in known.get(name, {})] for name in asked}
@@ -94,6 +76,57 @@ def main(unused_argv: Sequence[str]):
     results = earlier.joined(known, {name: runs for name, runs in new.items() if runs})
     _report(root, {name: found[name] for name in results}, results, described, swept)
     _name_failures(units)
+
+
+def _say_costs(
+  asked: Mapping[str, describe.Description],
+  matches: Sequence[str],
+  pages: Mapping[str, schema.Config],
+  numbers: Sequence[int],
+):
+  """Prints what the arms that are asked for cost, and what matches."""
+  if not local_jobs.is_shard():
+    print(matching.text(asked, pages, len(numbers)), *matches, sep='\n', flush=True)
+
+
+def _by_rate() -> bool:
+  """Whether arms are trained at rates of a sweep, each rate in a directory of its own."""
+  return bool(flags.FLAGS.learning_rates or flags.FLAGS.rates_from)
+
+
+def _rates(
+  root: pathlib.Path,
+  asked: Sequence[str],
+  pages: Mapping[str, schema.Config],
+  known: measure.Results,
+) -> learning_rates.Bits:
+  """What learning rates came to, in a sweep that is trained here and in the reports that are given."""
+  values = flags.FLAGS
+  errors.require(
+    not (values.rates_from and values.learning_rates),
+    '--rates_from and --learning_rates cannot both be given: one takes the rates of a sweep, the '
+    'other one sweeps; leave one out',
+  )
+  if values.rates_from:
+    return learning_rates.of_report(pathlib.Path(values.rates_from))
+  swept: learning_rates.Bits = {}
+  if values.earlier:
+    swept = learning_rates.from_csv(pathlib.Path(values.earlier) / learning_rates.FILE)
+  return {**swept, **_sweep(root, asked, pages, known, swept)} if values.learning_rates else swept
+
+
+def _at_these_rates(known: measure.Results, found: Mapping[str, schema.Config]) -> measure.Results:
+  """The runs of `--earlier` that these configs would train.
+
+  Raises:
+    errors.InputError: some are of another length; or of another rate, where no rate is chosen here.
+  """
+  if _by_rate():
+    kept = {name: earlier.at_rate(known[name], found[name]) for name in known}
+    known = {name: runs for name, runs in kept.items() if runs}
+  if flags.FLAGS.earlier:
+    earlier.check(pathlib.Path(flags.FLAGS.earlier), known, found)
+  return known
 
 
 def _report(
