@@ -100,7 +100,7 @@ def _rates(
   pages: Mapping[str, schema.Config],
   known: measure.Results,
 ) -> learning_rates.Bits:
-  """What learning rates came to, in a sweep that is trained here and in the reports that are given."""
+  """What learning rates came to, in a sweep that is trained here and in reports that are given."""
   values = flags.FLAGS
   errors.require(
     not (values.rates_from and values.learning_rates),
