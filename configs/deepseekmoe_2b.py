@@ -19,9 +19,9 @@ Expect: the Pile loss below (the paper's; not yet reproduced here).
   shared_2, shared_4    2 + 6 of 62, 4 + 4 of 60, 1/4 size   1.806, 1.811
   half                  1 shared + 3 of 63, 1/4 size         not printed (Figure 6)
 
-Figure 3 climbs gshard, 1_15, 1_31, (none). deepseekmoe_tiny and deepseekmoe_small are the same
-ladder for 2 CPU cores and for one GPU. The paper's corpus is not public, and the default source
-only proves that the page runs: point config.data at a real one.
+Figure 3 climbs gshard, 1_15, 1_31, (none). deepseekmoe_tiny, _mini and _small are the same ladder
+for minutes and hours of a CPU core and for one GPU. The paper's corpus is not public, and the
+default source only proves that the page runs: point config.data at a real one.
 
 Widths: a whole FFN is 8/3 D = 3413.33 wide and a quarter of it 853.33; every printed parameter and
 FLOPs figure comes from these. 3413, 1707 and 853 are the nearest integers (1.8867B expert

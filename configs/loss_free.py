@@ -1,13 +1,15 @@
-"""Loss-free balancing against balance losses (arXiv 2408.15664, sections 3-4) at four sizes.
+"""Loss-free balancing against balance losses (arXiv 2408.15664, sections 3-4) at five sizes.
 
 Run:    python -m experiments.train --config=configs/loss_free.py:SIZE_METHOD --workdir=W
           (without a variant: tiny_loss_free)
 Count:  python -m experiments.describe --config=configs/loss_free.py:1b_loss_free
-Takes:  tiny minutes on 2 CPU cores, small one GPU; 1b and 3b 1.2e20 and 5.4e20 FLOPs; not measured.
+Takes:  tiny minutes, mini hours of a CPU core; small one GPU; 1b and 3b 1.2e20 and 5.4e20 FLOPs;
+        not measured.
 Expect: a lower perplexity and a far lower MaxVio than aux, as below (not yet reproduced here).
 
   size    experts                                      parameters   tokens
   tiny    2 shared + 6 of 64, 3 layers, D = 64         1.0M         0.3M     ours
+  mini    2 shared + 6 of 64, 4 layers, D = 160        8.9M         20.5M    ours
   small   2 shared + 6 of 64, 8 layers, D = 384        149M         131M     ours
   1b      2 shared + 6 of 64, 10 layers, D = 1024      1.05B        94.4B    the paper's
   3b      2 shared + 6 of 64, 12 layers, D = 1280      2.55B        200.0B   the paper's
@@ -49,6 +51,11 @@ def _experts(config: base.Page, ffn: float, width: float):
 def _tiny(config: base.Page):
   sizes.tiny(config)
   _experts(config, ffn=sizes.TINY_FFN, width=sizes.TINY_FFN / 4)
+
+
+def _mini(config: base.Page):
+  sizes.mini(config)
+  _experts(config, ffn=sizes.MINI_FFN, width=sizes.MINI_FFN / 4)
 
 
 def _small(config: base.Page):
@@ -107,7 +114,7 @@ def _bias(config: base.Page, score_func: str, update_rule: str, form: str = 'add
   config.model.moe.expert_bias.update_rate = UPDATE_RATE
 
 
-SIZES: base.Variants = {'tiny': _tiny, 'small': _small, '1b': _1b, '3b': _3b}
+SIZES: base.Variants = {'tiny': _tiny, 'mini': _mini, 'small': _small, '1b': _1b, '3b': _3b}
 METHODS: base.Variants = {
   'aux': lambda config: _auxiliary(config, 'sigmoid', 1e-3),
   'loss_free': lambda config: _bias(config, 'sigmoid', 'sign'),

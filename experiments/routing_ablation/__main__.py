@@ -1,8 +1,9 @@
 """GShard against fine-grained routing, and the other claims of the papers, on matched arms.
 
-python -m experiments.routing_ablation --scale=tiny|small|2b --workdir=W [--arms=a,b] [--seeds=5]
-  [--steps=N] [--jobs=2] [--together=N] [--data_source=S --data_path=P] [--dry_run] [--out=DIR]
-  [--learning_rates=A,B,C --rate_seeds=2 | --rates_from=DIR] [--budget_hours=H] [--earlier=DIR]
+python -m experiments.routing_ablation --scale=tiny|mini|small|2b --workdir=W [--arms=a,b]
+  [--seeds=5] [--steps=N] [--jobs=2] [--together=N] [--data_source=S --data_path=P] [--dry_run]
+  [--out=DIR] [--learning_rates=A,B,C --rate_seeds=2 | --rates_from=DIR] [--budget_hours=H]
+  [--earlier=DIR]
 
 Prints what the arms cost and refuses pairs that do not match; trains each arm with all seeds, as an
 axis of one compiled step where they fit; evaluates, probes, times; writes the report. The same

@@ -28,6 +28,7 @@ class Scale(NamedTuple):
 
 SCALES = {
   'tiny': Scale('deepseekmoe_tiny.py', 'tiny', 32, together=8),
+  'mini': Scale('deepseekmoe_mini.py', 'mini', 80, together=1),
   'small': Scale('deepseekmoe_small.py', 'small', 192, together=1),
   # Loss-free balancing as its paper trained it.
   '2b': Scale('deepseekmoe_2b.py', '1b', 640, together=1),
