@@ -4,7 +4,7 @@ import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from moe_jax import errors
@@ -26,6 +26,7 @@ IGNORED = (
   'train.sample_tokens',
   'train.seed',
 )
+SEED = '*'  # in a start that differs by the run's own seed
 ABSENT = '-'  # of a setting that a group does not have
 
 
@@ -53,29 +54,59 @@ def flat(values: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
 def group(runs: Sequence[workdirs.RunFiles]) -> list[Group]:
   """Groups of runs with equal configs and starts, seeds apart, in the order in which they are met.
 
+  Runs whose `init_from` differs by their own seed alone, `base/0` of seed 0 and `base/1` of seed 1,
+  have equal starts, unless one such start has runs of several seeds.
+
   Raises:
     errors.InputError: two runs are of one config and one seed.
   """
-  found: dict[str, dict[int, workdirs.RunFiles]] = {}
-  for run in runs:
-    key = json.dumps(_settings(run), sort_keys=True)
-    members = found.setdefault(key, {})
-    errors.require(
-      run.seed not in members,
-      f'{run.path} and {members.get(run.seed, run).path} have one config and one seed '
-      f'(train.seed={run.seed}), so they say nothing about each other; leave one of them out',
-    )
-    members[run.seed] = run
-  ordered = [dict(sorted(members.items())) for members in found.values()]
+  by_start = _grouped(runs, _settings)
+  shared = {
+    _key(_settings(members[0])) for members in by_start if len({run.seed for run in members}) > 1
+  }
+
+  def settings_of(run: workdirs.RunFiles) -> dict[str, Any]:
+    found = _settings(run)
+    return found if _key(found) in shared else _by_seed(run, found)
+
+  ordered = [
+    dict(sorted((run.seed, run) for run in members)) for members in _grouped(runs, settings_of)
+  ]
   names = _names([[run.path for run in members.values()] for members in ordered])
   return [
     Group(name, next(iter(members.values())).cfg, members) for name, members in zip(names, ordered)
   ]
 
 
+def _key(values: Mapping[str, Any]) -> str:
+  return json.dumps(values, sort_keys=True)
+
+
+def _grouped(
+  runs: Sequence[workdirs.RunFiles], settings_of: Callable[[workdirs.RunFiles], dict[str, Any]]
+) -> list[list[workdirs.RunFiles]]:
+  found: dict[str, list[workdirs.RunFiles]] = {}
+  for run in runs:
+    members = found.setdefault(_key(settings_of(run)), [])
+    twin = next((one for one in members if one.seed == run.seed), run)
+    errors.require(
+      twin is run,
+      f'{run.path} and {twin.path} have one config and one seed (train.seed={run.seed}), so they '
+      'say nothing about each other; leave one of them out',
+    )
+    members.append(run)
+  return list(found.values())
+
+
+def _by_seed(run: workdirs.RunFiles, found: Mapping[str, Any]) -> dict[str, Any]:
+  """Settings with the run's own seed, where `init_from` ends with it, as SEED."""
+  start = re.sub(rf'(?<!\d){run.seed}(?=/*$)', SEED, found.get('init_from', ''))
+  return {**found, 'init_from': start}
+
+
 def settings(groups: Sequence[Group]) -> dict[str, list[str]]:
   """In what the configs and starts differ: {key: the value of each group as text}."""
-  columns = [_settings(next(iter(one.runs.values()))) for one in groups]
+  columns = [_settings_of_all(list(one.runs.values())) for one in groups]
   keys = dict.fromkeys(key for column in columns for key in column)
   rows = {key: [_text(column.get(key)) for column in columns] for key in keys}
   return {key: values for key, values in rows.items() if len(set(values)) > 1}
@@ -85,6 +116,12 @@ def _settings(run: workdirs.RunFiles) -> dict[str, Any]:
   """What makes it another run: its config, and out of what it was upcycled, if it was."""
   made_of = {f'upcycled.{key}': value for key, value in run.upcycled.items() if key != 'from'}
   return flat(parse.to_dict(run.cfg)) | made_of
+
+
+def _settings_of_all(runs: Sequence[workdirs.RunFiles]) -> dict[str, Any]:
+  """What the runs of a group share."""
+  first, *others = [_settings(run) for run in runs]
+  return first if all(one == first for one in others) else _by_seed(runs[0], first)
 
 
 def _text(value: Any) -> str:

@@ -53,6 +53,22 @@ def test_an_upcycled_run_is_no_run_that_began_anew(tmp_path):
   assert said[0] == 'from8: upcycled from a dense run of 8 steps, which no budget counts'
 
 
+def test_starts_that_differ_by_the_seed_alone_are_one(tmp_path):
+  def tuned(name, seed, start, **more):
+    return written.run(tmp_path / f'{name}_s{seed}', seed=seed, init_from=start, **more)
+
+  paths = [tuned('all', seed, f'runs/base{seed}') for seed in (0, 1, 10)]
+  paths += [tuned('few', s, f'runs/base{s}', optim__peak_lr=0.1) for s in (0, 1)]
+  found = grouped(paths)
+  assert [(one.name, list(one.runs)) for one in found] == [('all', [0, 1, 10]), ('few', [0, 1])]
+  assert list(groups.settings(found)) == ['optim.peak_lr']
+  # One base of all seeds is another start, though its name ends with one of them; so is base10.
+  paths = [tuned('one', seed, 'runs/base0') for seed in (0, 1)]
+  found = grouped([*paths, tuned('other', 2, 'runs/base2'), tuned('far', 0, 'runs/base10')])
+  assert [list(one.runs) for one in found] == [[0, 1], [2], [0]]
+  assert groups.settings(found) == {'init_from': ['runs/base0', 'runs/base2', 'runs/base10']}
+
+
 @pytest.mark.parametrize(
   'paths, want',
   [
