@@ -71,6 +71,7 @@ def reports(num_steps):
   return (loop_lib.StepReport(step, f'state {step}', None) for step in range(1, num_steps + 1))
 
 
+@pytest.mark.slow  # it compiles as runs do
 def test_a_state_that_is_compiled_in_haste_has_the_usual_bits(monkeypatch):
   cfg = tiny.make(**steps.DENSE | {'train__seed': 3, 'model__num_layers': 1})
   mesh = partitioning.make_mesh(cfg.mesh)
