@@ -111,6 +111,12 @@ def _loss_free(method: str) -> Callable[[str], ml_collections.ConfigDict]:
   return lambda scale: _page('loss_free.py', f'{SCALES[scale].loss_free}_{method}')
 
 
+def _strong_loss(scale: str) -> ml_collections.ConfigDict:
+  page = _loss_free('aux')(scale)
+  page.model.moe.balance['expert_level'].weight *= 10
+  return page
+
+
 def _mha(scale: str) -> ml_collections.ConfigDict:
   return recipes.multi_head(_variant('')(scale))
 
@@ -170,6 +176,7 @@ def _arms() -> dict[str, Arm]:
   }
   others = (
     Arm('aux', '2 shared + 6 of 64, sigmoid, balanced by a loss', _loss_free('aux'), 'loss_free'),
+    Arm('aux_x10', '`aux` with ten times that loss', _strong_loss, 'loss_free'),
     Arm(
       'loss_free',
       '2 shared + 6 of 64, sigmoid, balanced by a bias',
@@ -184,9 +191,9 @@ def _arms() -> dict[str, Arm]:
       start='dense',
     ),
     Arm('mha', 'DeepSeekMoE with multi-head attention', _mha, 'deepseekmoe'),
-    Arm('mla', 'DeepSeekMoE with latent attention', _mla, 'deepseekmoe'),
+    Arm('mla', 'DeepSeekMoE with latent attention', _mla, 'mla'),
     Arm('mqa', 'DeepSeekMoE with one head of keys and values', _mqa, 'deepseekmoe'),
-    Arm('mla_cache', 'DeepSeekMoE with latent attention of that cache', _mla_cache, 'deepseekmoe'),
+    Arm('mla_cache', 'DeepSeekMoE with latent attention of that cache', _mla_cache, 'mla'),
     *(
       Arm(
         f'm{m}',
@@ -261,6 +268,14 @@ CLAIMS = (
   Claim('shared_4', 'deepseekmoe', BITS, 'equal', '1.811 and 1.808', SIZES),
   Claim('loss_free', 'aux', BITS, 'lower', 'perplexity 9.50 against 9.56 (2408.15664)', SIZES),
   Claim('loss_free', 'aux', VIO, 'lower', 'MaxVio 0.04 against 0.72 (2408.15664)', SIZES),
+  Claim(
+    'loss_free',
+    'aux_x10',
+    BITS,
+    'lower',
+    'a loss strong enough to balance costs perplexity (2408.15664, Figure 2)',
+    SIZES,
+  ),
   Claim('sigmoid', 'deepseekmoe', BITS, 'lower', 'sigmoid gates beat softmax (2408.15664)', SIZES),
   Claim(
     'expert_choice',

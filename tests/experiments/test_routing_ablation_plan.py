@@ -39,16 +39,19 @@ def test_rates_are_at_least_three_positive_numbers():
 def test_the_rate_of_the_lowest_mean_is_that_of_the_family():
   chosen = learning_rates.best(BITS)
   assert chosen == {'gshard': 0.006, 'deepseekmoe': 0.003}
-  pages = {name: arms.resolve(arms.ARMS[name], 'tiny') for name in ('gshard', 'hash', 'mla', 'm4')}
+  pages = {name: arms.resolve(arms.ARMS[name], 'tiny') for name in ('gshard', 'hash', 'mha', 'm4')}
   rates = {name: cfg.optim.peak_lr for name, cfg in learning_rates.applied(pages, chosen).items()}
-  assert rates == {'gshard': 0.006, 'hash': 0.006, 'mla': 0.003, 'm4': 0.006}  # m4: not swept
+  assert rates == {'gshard': 0.006, 'hash': 0.006, 'mha': 0.003, 'm4': 0.006}  # m4: not swept
 
 
 def test_every_family_is_that_of_its_first_arm():
   families = {arm.family for arm in arms.ARMS.values()}
-  assert families == {'gshard', 'deepseekmoe', 'm4', 'loss_free'}
+  assert families == {'gshard', 'deepseekmoe', 'm4', 'loss_free', 'mla'}
   assert all(arms.ARMS[family].family == family for family in families)
-  models = {name: arms.resolve(arm, 'tiny').model.moe for name, arm in arms.ARMS.items()}
+  whole_models = {name: arms.resolve(arm, 'tiny').model for name, arm in arms.ARMS.items()}
+  latent = {name for name, model in whole_models.items() if model.attention.kind == 'mla'}
+  assert latent == {name for name, arm in arms.ARMS.items() if arm.family == 'mla'}
+  models = {name: model.moe for name, model in whole_models.items()}
   raw_sigmoid = {
     name for name, moe in models.items() if moe.score_func == 'sigmoid' and not moe.norm_topk_prob
   }
