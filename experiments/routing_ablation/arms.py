@@ -273,7 +273,7 @@ CLAIMS = (
     'aux_x10',
     BITS,
     'lower',
-    'a loss strong enough to balance costs perplexity (2408.15664, Figure 2)',
+    'a stronger balance loss costs perplexity (2408.15664, Figure 2)',
     SIZES,
   ),
   Claim('sigmoid', 'deepseekmoe', BITS, 'lower', 'sigmoid gates beat softmax (2408.15664)', SIZES),

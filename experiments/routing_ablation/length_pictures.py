@@ -16,14 +16,24 @@ from moe_jax.runs import plots
 COLUMNS = 3
 
 
-def draw(path: pathlib.Path, found: Mapping[arms.Claim, Sequence[Any]]) -> html_report.Picture:
-  """Draws the claims about held-out bits per byte, or all if none is about them.
+def draw(out: pathlib.Path, found: Mapping[arms.Claim, Sequence[Any]]) -> list[html_report.Picture]:
+  """Draws the claim that is known at most lengths, and all of them if there are others.
+
+  Those about held-out bits per byte, or any if none is about them.
 
   Args:
-    path: PNG to write.
+    out: directory of lengths.png and claims.png.
     found: `lengths.points`.
   """
   shown = {claim: some for claim, some in found.items() if claim.figure == arms.BITS} or dict(found)
+  main = max(shown, key=lambda claim: len(shown[claim]))
+  pictures = [_draw(out / 'lengths.png', {main: shown[main]})]
+  if len(shown) > 1:
+    pictures.append(_draw(out / 'claims.png', shown))
+  return pictures
+
+
+def _draw(path: pathlib.Path, shown: Mapping[arms.Claim, Sequence[Any]]) -> html_report.Picture:
   columns = min(COLUMNS, len(shown))
   rows = math.ceil(len(shown) / columns)
   width, height = (6.4, 4.0) if len(shown) == 1 else (1.2 + 3.3 * columns, 2.7 * rows)

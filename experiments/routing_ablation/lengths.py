@@ -4,7 +4,8 @@ python -m experiments.routing_ablation.lengths --reports=DIR,DIR,... --out=DIR [
 
 Within a run a difference moves with the tokens and with the learning rate, which falls; arms with
 different rates part in the middle and come together as both fall. Here every point is the end of
-whole runs, each with the schedule of its length. Writes lengths.md and lengths.png; trains nothing.
+whole runs, each with the schedule of its length. Writes lengths.md, lengths.png of the claim that
+is known at most lengths, and claims.png of all. Trains nothing.
 """
 
 import pathlib
@@ -29,7 +30,7 @@ def define_flags():
   """Flags of this command."""
   flags.DEFINE_list('reports', [], 'directories of reports, one or more per length')
   flags.DEFINE_enum('scale', 'tiny', list(arms.SCALES), 'size of their arms')
-  cli.path_flag('out', '', 'directory of lengths.md and lengths.png')
+  cli.path_flag('out', '', 'directory of the page and its pictures')
 
 
 def main(unused_argv: Sequence[str]):
@@ -48,10 +49,10 @@ def main(unused_argv: Sequence[str]):
     bool(found), '--reports: no claim was graded at two lengths; name reports that share two arms'
   )
   out.mkdir(parents=True, exist_ok=True)
-  picture = length_pictures.draw(out / 'lengths.png', found)
-  texts = [html_report.markdown(block) for block in blocks(found, picture)]
+  drawn = length_pictures.draw(out, found)
+  texts = [html_report.markdown(block) for block in blocks(found, drawn)]
   atomic_files.write_text(out / 'lengths.md', '\n\n'.join(texts) + '\n')
-  print(f'wrote: {out / "lengths.md"} {picture.path}')
+  print('wrote: ' + ' '.join(str(path) for path in (out / 'lengths.md', *(p.path for p in drawn))))
 
 
 def points(directories: Sequence[pathlib.Path], scale: str) -> dict[arms.Claim, list[Point]]:
@@ -92,8 +93,8 @@ def _rate(runs: Mapping[int, Mapping[str, Any]]) -> float:
   return next(iter(runs.values()))['peak_lr']
 
 
-def blocks(found: Mapping[arms.Claim, Sequence[Point]], picture: Any) -> list[Any]:
-  """The page: the picture, then a table per claim."""
+def blocks(found: Mapping[arms.Claim, Sequence[Point]], drawn: Sequence[Any]) -> list[Any]:
+  """The page: the pictures, then a table per claim."""
   from experiments.common import html_report
   from moe_jax.analysis import difference_curves
 
@@ -103,7 +104,7 @@ def blocks(found: Mapping[arms.Claim, Sequence[Point]], picture: Any) -> list[An
       'Every point is the end of whole runs, each with the learning-rate schedule of its length; '
       'differences are paired by seed, with 95 % intervals.'
     ),
-    picture,
+    *drawn,
   ]
   for claim, some in found.items():
     what, digits = arms.FIGURES[claim.figure]

@@ -399,7 +399,8 @@ def test_claims_against_the_length_of_training(study, tmp_path):
   in_process.run(lengths, f'--reports={",".join(given)}', f'--out={tmp_path / "out"}')
   text = (tmp_path / 'out' / 'lengths.md').read_text()
   assert '| 0.307M | -0.3100 [-0.3348, -0.2852] | 3 | 0.006, 0.006 | confirmed |' in text
-  assert (tmp_path / 'out' / 'lengths.png').stat().st_size > 1000
+  drawn = [path.name for path in (tmp_path / 'out').glob('*.png')]
+  assert drawn == ['lengths.png'] and text.count('](lengths.png)') == 1
   with pytest.raises(errors.InputError, match='two directories of reports or more'):
     in_process.run(lengths, f'--reports={given[0]}', f'--out={tmp_path / "out"}')
   with pytest.raises(errors.InputError, match='no claim was graded at two lengths'):
@@ -413,6 +414,7 @@ def test_the_published_lengths_are_those_of_the_published_reports(tmp_path):
   in_process.run(lengths, f'--reports={given}', f'--out={tmp_path}')
   published = (top / 'lengths' / 'lengths.md').read_text()
   assert (tmp_path / 'lengths.md').read_text() == published
+  assert sorted(path.name for path in tmp_path.glob('*.png')) == ['claims.png', 'lengths.png']
   assert 'routing_ablation/lengths/lengths.png' in (ROOT / 'README.md').read_text()
 
 
