@@ -266,6 +266,15 @@ def test_an_arm_without_the_run_that_it_starts_from_says_what_to_name(tmp_path):
     study_lib._make_of_start(study_lib.Unit('upcycled', cfg, tmp_path, (0,)), cfg)
 
 
+def test_the_time_that_is_left_is_that_of_the_steps_that_are_left():
+  done = progress._Run('gshard', 0.006, 0, 'done', 1.0, 2.0, 7200.0)
+  half = progress._Run('gshard', 0.006, 1, 'running', 0.25)
+  other = progress._Run('hash', 0.006, 0, 'left')
+  assert progress._time_left([done, half, other], 1).startswith('About 3.5 hours are left')
+  assert progress._time_left([done, half, other], 2).startswith('About 1.8 hours are left')
+  assert 'once a run has ended' in progress._time_left([half], 1)
+
+
 def test_input_that_no_arm_can_use_stops_at_the_first(study):
   with pytest.raises(errors.InputError, match='no such text'):
     study('--arms=gshard,hash', '--seeds=2', failing={'gshard': errors.InputError('no such text')})

@@ -67,6 +67,7 @@ def test_starts_that_differ_by_the_seed_alone_are_one(tmp_path):
   found = grouped([*paths, tuned('other', 2, 'runs/base2'), tuned('far', 0, 'runs/base10')])
   assert [list(one.runs) for one in found] == [[0, 1], [2], [0]]
   assert groups.settings(found) == {'init_from': ['runs/base0', 'runs/base2', 'runs/base10']}
+  assert len(grouped([tuned('ten', 0, 'runs/base10'), tuned('ten', 1, 'runs/base11')])) == 2
 
 
 @pytest.mark.parametrize(
