@@ -4,10 +4,12 @@ python -m experiments.routing_ablation.lengths --reports=DIR,DIR,... --out=DIR [
 
 Within a run a difference moves with the tokens and with the learning rate, which falls; arms with
 different rates part in the middle and come together as both fall. Here every point is the end of
-whole runs, each with the schedule of its length. Writes lengths.md, lengths.png of the claim that
-is known at most lengths, and claims.png of all. Trains nothing.
+whole runs, each with the schedule of its length. An arm that starts from another one's run is also
+compared at equal tokens altogether. Writes lengths.md, lengths.png of the claim that is known at
+most lengths, and claims.png of all. Trains nothing.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +23,7 @@ from experiments.routing_ablation import arms
 class Point(NamedTuple):
   """A claim at one length."""
 
-  tokens: int
+  tokens: int  # of the arm's own run
   graded: Any  # report.Graded
   rates: tuple[float, ...]  # peak rates of the arm and its baseline
 
@@ -44,19 +46,21 @@ def main(unused_argv: Sequence[str]):
     len(values.reports) >= 2, '--reports must be two directories of reports or more, of other steps'
   )
   out = pathlib.Path(cli.required('out'))
-  found = points([pathlib.Path(one) for one in values.reports], values.scale)
+  runs = read([pathlib.Path(one) for one in values.reports], values.scale)
+  found = points(runs, values.scale)
   errors.require(
     bool(found), '--reports: no claim was graded at two lengths; name reports that share two arms'
   )
   out.mkdir(parents=True, exist_ok=True)
   drawn = length_pictures.draw(out, found)
-  texts = [html_report.markdown(block) for block in blocks(found, drawn)]
+  shown = found | with_their_start(runs, values.scale)
+  texts = [html_report.markdown(block) for block in blocks(shown, drawn)]
   atomic_files.write_text(out / 'lengths.md', '\n\n'.join(texts) + '\n')
   print('wrote: ' + ' '.join(str(path) for path in (out / 'lengths.md', *(p.path for p in drawn))))
 
 
-def points(directories: Sequence[pathlib.Path], scale: str) -> dict[arms.Claim, list[Point]]:
-  """Every claim that was graded at two lengths or more, shortest first.
+def read(directories: Sequence[pathlib.Path], scale: str) -> dict[int, Any]:
+  """The runs of reports as `measure.Results`, by their steps, shortest first.
 
   Args:
     directories: of reports; those of one length are joined, the first one's runs first.
@@ -65,7 +69,7 @@ def points(directories: Sequence[pathlib.Path], scale: str) -> dict[arms.Claim, 
   Raises:
     errors.InputError: a report cannot be read, or has runs of several lengths.
   """
-  from experiments.routing_ablation import earlier, report
+  from experiments.routing_ablation import earlier
   from moe_jax import errors
 
   by_steps: dict[int, Any] = {}
@@ -77,16 +81,66 @@ def points(directories: Sequence[pathlib.Path], scale: str) -> dict[arms.Claim, 
       len(steps) == 1, f'--reports={directory} must have runs of one length, and has {steps} steps'
     )
     by_steps[steps[0]] = earlier.joined(by_steps.get(steps[0], {}), runs)
+  return dict(sorted(by_steps.items()))
+
+
+def points(by_steps: Mapping[int, Any], scale: str) -> dict[arms.Claim, list[Point]]:
+  """Every claim that was graded at two lengths or more, shortest first.
+
+  Args:
+    by_steps: of `read`.
+    scale: of all runs.
+  """
+  from experiments.routing_ablation import report
+
   found: dict[arms.Claim, list[Point]] = {}
-  for steps, results in sorted(by_steps.items()):
+  for steps, results in by_steps.items():
     configs = {name: arms.resolve(arms.ARMS[name], scale, steps) for name in results}
     for graded in report.grade(results, configs):
       claim = graded.claim
-      cfg = configs[claim.arm]
-      tokens = steps * cfg.train.batch_size * cfg.model.max_seq_len
       rates = [_rate(results[name]) for name in (claim.arm, claim.baseline) if name]
+      tokens = _tokens(configs[claim.arm])
       found.setdefault(claim, []).append(Point(tokens, graded, tuple(rates)))
   return {claim: some for claim, some in found.items() if len(some) >= 2}
+
+
+def with_their_start(by_steps: Mapping[int, Any], scale: str) -> dict[arms.Claim, list[Point]]:
+  """Arms that start from another run against baselines trained for as many tokens altogether.
+
+  The start was trained for as many steps as the arm, so that the baseline has twice its steps.
+
+  Args:
+    by_steps: of `read`.
+    scale: of all runs.
+  """
+  from experiments.routing_ablation import measure, report
+  from moe_jax.analysis import paired
+
+  found: dict[arms.Claim, list[Point]] = {}
+  for claim in (claim for claim in arms.CLAIMS if arms.ARMS[claim.arm].start):
+    for steps, results in by_steps.items():
+      longer = by_steps.get(2 * steps, {})
+      if claim.arm not in results or claim.baseline not in longer:
+        continue
+      both = {claim.arm: results[claim.arm], claim.baseline: longer[claim.baseline]}
+      pair = measure.against(both, claim.arm, claim.baseline, claim.figure)
+      if pair is None:
+        continue
+      start = arms.ARMS[claim.arm].start
+      asked = f'nothing of this; both have as many tokens here, those of `{start}` counted in full'
+      counted = dataclasses.replace(claim, direction='equal', paper=asked, matched=())
+      base = sum(pair[1]) / len(pair[1])
+      difference = paired.difference(*pair)
+      verdict = paired.verdict(difference, 'equal', arms.EQUAL_MARGIN * base)
+      graded = report.Graded(counted, difference, verdict, base, 1.0)
+      tokens = _tokens(arms.resolve(arms.ARMS[claim.arm], scale, steps))
+      rates = tuple(_rate(runs) for runs in both.values())
+      found.setdefault(counted, []).append(Point(tokens, graded, rates))
+  return found
+
+
+def _tokens(cfg: Any) -> int:
+  return cfg.train.num_steps * cfg.train.batch_size * cfg.model.max_seq_len
 
 
 def _rate(runs: Mapping[int, Mapping[str, Any]]) -> float:

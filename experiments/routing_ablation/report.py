@@ -14,6 +14,7 @@ import numpy as np
 
 from experiments.common import html_report, spread
 from experiments.routing_ablation import (
+  all_pairs,
   arms,
   earlier,
   learning_rates,
@@ -114,6 +115,8 @@ def sentence(graded: Graded) -> str:
   claim, found = graded.claim, graded.difference
   what, digits = arms.FIGURES[claim.figure]
   notes = [f'at this length {graded.plain}'] if graded.moves else []
+  if claim.direction == 'equal' and graded.plain == paired.CONTRADICTED:
+    notes.append(f'{"below" if found.mean < 0 else "above"}, not equal')
   if graded.holm != graded.plain:
     notes.append(f'{graded.holm} when all claims are read together')
   note = f' ({"; ".join(notes)})' if notes else ''
@@ -153,6 +156,9 @@ def write(out: pathlib.Path, study: Study, commands: Sequence[str]) -> list[path
   drawn = pictures.draw(
     out, study.results, graded, [(s, slope(study.results, s)) for s in arms.SWEEPS]
   )
+  pairs = all_pairs.pairs(study.results)
+  if pairs:
+    drawn.append(all_pairs.draw(out / 'pairs.png', pairs))
   written = html_report.write(
     [
       *_verdicts(study, graded),
@@ -163,6 +169,8 @@ def write(out: pathlib.Path, study: Study, commands: Sequence[str]) -> list[path
     out,
   )
   texts = {'results.csv': csv_text(study)}
+  if pairs:
+    texts[all_pairs.FILE] = all_pairs.csv_text(pairs)
   if any(one.curve is not None for one in graded):
     texts['differences.csv'] = over_tokens.csv_text(graded)
   if any(run['curve'] for runs in study.results.values() for run in runs.values()):

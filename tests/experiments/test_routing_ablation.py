@@ -14,6 +14,7 @@ from configs import routing
 from experiments.common import cli, html_report, local_jobs, spread, step_rates
 from experiments.routing_ablation import __main__ as command
 from experiments.routing_ablation import (
+  all_pairs,
   arms,
   earlier,
   learning_rates,
@@ -214,7 +215,7 @@ def test_report_is_whole(study, tmp_path):
   written = report.write(tmp_path / 'out', study, ['python -m this'])
   names = {path.name for path in written}
   pictures = {'arms.png', 'claims.png', 'curves.png', 'balance.png', 'granularity.png'}
-  pictures |= {'difference.png', 'differences.png'}
+  pictures |= {'difference.png', 'differences.png', 'pairs.png'}
   assert names == pictures | {
     'report.md',
     'report.html',
@@ -222,6 +223,7 @@ def test_report_is_whole(study, tmp_path):
     'differences.csv',
     'runs.csv',
     'rates.csv',
+    'pairs.csv',
   }
   text = (tmp_path / 'out' / 'report.md').read_text()
   assert (
@@ -390,7 +392,9 @@ def test_claims_against_the_length_of_training(study, tmp_path):
     directory.mkdir()
     (directory / 'results.csv').write_text(report.csv_text(one))
   given = [str(tmp_path / name) for name in ('300_0', '100_0', '300_2')]
-  found = lengths.points([pathlib.Path(one) for one in given], 'tiny')
+  runs = lengths.read([pathlib.Path(one) for one in given], 'tiny')
+  assert list(runs) == [100, 300]
+  found = lengths.points(runs, 'tiny')
   assert [claim.name for claim in found] == ['deepseekmoe against gshard: bits_per_byte']
   (some,) = found.values()
   assert [point.tokens for point in some] == [102_400, 307_200]
@@ -405,6 +409,65 @@ def test_claims_against_the_length_of_training(study, tmp_path):
     in_process.run(lengths, f'--reports={given[0]}', f'--out={tmp_path / "out"}')
   with pytest.raises(errors.InputError, match='no claim was graded at two lengths'):
     in_process.run(lengths, f'--reports={given[0]},{given[2]}', f'--out={tmp_path / "out"}')
+
+
+def test_an_upcycled_arm_against_a_run_as_long_as_its_own_and_its_start():
+  def runs(steps, **bits):
+    made = {
+      name: {seed: run_of(bits[name] + 0.1 * seed) | {'step': steps} for seed in (0, 1, 2)}
+      for name in bits
+    }
+    return made
+
+  by_steps = {
+    100: runs(100, gshard=2.5, upcycled=2.1, dense=2.6),
+    200: runs(200, gshard=2.2, dense=2.4),
+    300: runs(300, gshard=2.0, upcycled=1.9),
+  }
+  by_steps[200]['gshard'][1]['bits_per_byte'] += 0.03
+  ((claim, (point,)),) = lengths.with_their_start(by_steps, 'tiny').items()
+  assert (claim.arm, claim.baseline, claim.direction) == ('upcycled', 'gshard', 'equal')
+  assert '`dense` counted in full' in claim.paper
+  assert point.tokens == 102_400  # its own
+  assert point.graded.difference.mean == pytest.approx(2.1 - 2.2 - 0.03 / 3)
+  assert point.graded.plain == 'contradicted'  # clearly below: no equality
+
+
+def test_any_two_arms_against_each_other(tmp_path):
+  results = {
+    'gshard': {seed: run_of(2.0 + 0.1 * seed) for seed in (0, 1, 2)},
+    'hash': {seed: run_of(1.9 + 0.1 * seed + 0.01 * (seed == 1)) for seed in (0, 1, 2, 3)},
+    'm4': {seed: run_of(1.0) for seed in (0, 7)},
+    'dense': {9: run_of(3.0)},
+  }
+  found = all_pairs.pairs(results)
+  # Two common seeds at least; the arm of the lower mean first.
+  assert [(pair.arm, pair.baseline) for pair in found] == [('hash', 'gshard')]
+  assert found[0].difference.num_seeds == 3
+  assert found[0].difference.mean == pytest.approx(-0.1 + 0.01 / 3)
+  results['m4'][1] = run_of(1.3)
+  found = all_pairs.pairs(results)
+  assert [(pair.arm, pair.baseline) for pair in found] == [
+    ('m4', 'hash'),
+    ('m4', 'gshard'),
+    ('hash', 'gshard'),
+  ]
+  single = paired.p_value([-0.1, -0.09, -0.1], 'lower')
+  assert found[2].holm == pytest.approx(3 * single)  # the smallest of three
+  rows = all_pairs.csv_text(found).splitlines()
+  assert rows[0] == 'arm,baseline,seeds,mean,low,high,p by Holm'
+  assert rows[3].startswith('hash,gshard,3,-0.09667,-0.11101,-0.08232,')
+  picture = all_pairs.draw(tmp_path / 'pairs.png', found)
+  assert picture.path.stat().st_size > 1000
+
+
+def test_a_claim_of_equality_says_on_which_side_it_fails(study):
+  runs = study.results['deepseekmoe']
+  study.results['shared_2'] = {s: run_of(run['bits_per_byte'] - 1) for s, run in runs.items()}
+  study.configs['shared_2'] = study.configs['deepseekmoe']
+  graded = {g.claim.name: g for g in report.grade(study.results, study.configs)}
+  words = report.sentence(graded['shared_2 against deepseekmoe: bits_per_byte'])
+  assert words.startswith('**Contradicted** (below, not equal')
 
 
 def test_the_published_lengths_are_those_of_the_published_reports(tmp_path):
