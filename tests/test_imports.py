@@ -31,7 +31,7 @@ MODEL_FLOORS = (
   ('routed_experts',),
   ('moe_layer',),
   ('decoder_block',),
-  ('stages',),
+  ('pipeline_stages',),
   ('token_prediction',),
   ('transformer',),
   ('model_variables',),

@@ -18,7 +18,7 @@ from moe_jax import trees
 from moe_jax.balance import loss_scopes, router_stats
 from moe_jax.config import schema, stage_rules
 from moe_jax.devices import partitioning
-from moe_jax.models import decoder_block, layers, moe_layer, stages, token_prediction
+from moe_jax.models import decoder_block, layers, moe_layer, pipeline_stages, token_prediction
 from moe_jax.models.attention import multi_head, observed
 from moe_jax.models.routers import routing
 
@@ -117,7 +117,7 @@ class Transformer(nn.Module):
         prediction last; None without accumulation.
       experts: [MoE layers, B, L, K] int32, recorded choices that every MoE layer takes over, see
         `decision.replayed`; None: the routers'.
-      stage_micro_batches: into how many parts a pipeline cuts the rows, see `stages.apply`.
+      stage_micro_batches: parts that a pipeline cuts the rows into, see `pipeline_stages.apply`.
 
     Returns:
       Output; logits [B, L, V] float32.
@@ -145,7 +145,7 @@ class Transformer(nn.Module):
       number = kind.first + jnp.arange(kind.length, dtype=jnp.int32)
       own = jax.tree.map(lambda a: a[: cfg.num_moe_layers], slopes or {}) if kind.is_moe else {}
       own = decoder_block.LayerInputs(None, number, own, experts if kind.is_moe else None)
-      if stages.number() > 1 and kind == decoder_block.staged(cfg):
+      if pipeline_stages.number() > 1 and kind == decoder_block.staged(cfg):
         micros = stage_micro_batches
         x, found[kind.name] = self._in_stages(kind, x, own, ctx, routed, micros)
         continue
@@ -175,8 +175,8 @@ class Transformer(nn.Module):
     """
     cfg, whole = self.cfg, self.cfg.remat == 'full'
     inner = dataclasses.replace(cfg, remat='none') if whole else cfg
-    length = stage_rules.layers_of_a_stage(kind.length, stages.number())
-    padded = length * stages.number() > kind.length
+    length = stage_rules.layers_of_a_stage(kind.length, pipeline_stages.number())
+    padded = length * pipeline_stages.number() > kind.length
     block = decoder_block.PaddedBlock if padded else decoder_block.Block
     stack = _over_layers(inner, block, length, _BLOCK_AXES)
     stack = stack(cfg, kind.is_moe, self.train, types=self.types, parent=None)
@@ -187,9 +187,9 @@ class Transformer(nn.Module):
 
     if whole:
       apply_stage = jax.checkpoint(apply_stage, policy=_policy('full'), prevent_cse=False)
-    variables = stages.variables_of(self, kind.name)
+    variables = pipeline_stages.variables_of(self, kind.name)
     options = dict(train=self.train, micro_batches=micro_batches)
-    x, stats = stages.apply(cfg, apply_stage, variables, own, x, ctx, routed, **options)
+    x, stats = pipeline_stages.apply(cfg, apply_stage, variables, own, x, ctx, routed, **options)
     if stats is not None:
       stats = loss_scopes.added_up(cfg.moe, stats, own.slopes)
     return x, stats

@@ -1,6 +1,6 @@
 """Would pipeline parallelism be faster? An estimate of what it could reach with each schedule.
 
-`gpipe` is built, as the mesh axis `stage` (`moe_jax.models.stages`); the others are not.
+`gpipe` is built, as the mesh axis `stage` (`moe_jax.models.pipeline_stages`); the others are not.
 
 The layers are cut into p stages of neighbouring layers, each on its own D / p of the D devices, and
 a batch passes through them in m micro-batches. Weights stay where they are, so that less of them is

@@ -9,7 +9,7 @@ import pytest
 
 from moe_jax import errors
 from moe_jax.devices import partitioning
-from moe_jax.models import stages, transformer
+from moe_jax.models import pipeline_stages, transformer
 from moe_jax.planning.hlo import collectives
 from moe_jax.training import objective, optimizer_step, train_state
 from tests import tiny
@@ -190,13 +190,13 @@ def test_stages_keep_their_own_weights():
 def test_a_part_is_rows_that_are_neighbours_on_a_device():
   """Row r of 16 lies on stage r // 8, on device r // 4 % 2 of it: a part takes 2 from each."""
   rows = jnp.arange(16)[:, None]
-  parts = stages._cut(rows, None, stages=2, ways=2, parts=4)[..., 0]
+  parts = pipeline_stages._cut(rows, None, stages=2, ways=2, parts=4)[..., 0]
   np.testing.assert_array_equal(
     parts, [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
   )
   activations = jnp.arange(16.0)[:, None, None]
-  cut = stages._cut(activations, 'act_parts', stages=2, ways=2, parts=4)
-  np.testing.assert_array_equal(stages._joined(cut, 2, 2), activations)
+  cut = pipeline_stages._cut(activations, 'act_parts', stages=2, ways=2, parts=4)
+  np.testing.assert_array_equal(pipeline_stages._joined(cut, 2, 2), activations)
 
 
 def test_evaluation_is_that_of_one_device():
