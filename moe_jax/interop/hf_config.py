@@ -242,6 +242,7 @@ def _set_v1(hf: trees.Json, moe: dict[str, Any]):
     f'config.json: routed_scaling_factor={scaling} has no effect in the code of model_type '
     "'deepseek'; set it to 1.0",
   )
+  moe['norm_topk_prob'] &= moe['num_experts_per_tok'] > 1  # the released code divides two or more
   moe |= {'score_func': 'softmax', 'group_score': 'max', 'routed_scaling_factor': 1.0}
   moe['expert_bias'] = moe['expert_bias'] | {'update_rule': 'none'}
 

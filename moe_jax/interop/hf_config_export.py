@@ -59,7 +59,13 @@ def _moe_rules(cfg: schema.ModelConfig, kind: str) -> Iterator[_Rule]:
   yield 'moe.options.logit_norm_scale', norm, norm == 0
   drops = capacity.policy != 'none' and capacity.at_eval
   yield 'moe.capacity.at_eval', capacity.at_eval, not drops
-  yield 'moe.num_expert_groups', moe.num_expert_groups, mla or one_group
+  # Groups are a view of the scores, and a group counts by its best two experts (V3) or one.
+  each, rest = divmod(moe.num_experts, moe.num_expert_groups)
+  groups = mla and not rest and each >= (2 if v3 else 1)
+  yield 'moe.num_expert_groups', moe.num_expert_groups, one_group or groups
+  # A single gate is never divided by its sum, which would make it 1; V3's code in transformers does.
+  divided = moe.norm_topk_prob and moe.num_experts_per_tok == 1
+  yield 'moe.norm_topk_prob', moe.norm_topk_prob, v3 or not divided
   group_score = 'top2_sum' if v3 else 'max'
   yield 'moe.group_score', moe.group_score, one_group or moe.group_score == group_score
   # V2's code divides the gates or scales them; that of DeepSeekMoE never scales.
@@ -70,6 +76,27 @@ def _moe_rules(cfg: schema.ModelConfig, kind: str) -> Iterator[_Rule]:
 def _plain(yarn: attention_config.YarnConfig) -> bool:
   """YaRN as its paper has it, which files say by leaving both scales out."""
   return yarn.mscale == 1 and yarn.mscale_all_dim == 0
+
+
+def caveats(cfg: schema.ModelConfig) -> list[str]:
+  """Where readers of the exported model do not agree with the released code, a line each."""
+  lines = []
+  if family_of(cfg) == 'deepseek_v2' and cfg.is_moe and cfg.moe.norm_topk_prob:
+    lines.append(
+      'gates are divided by their sum (norm_topk_prob=true), as the released code of DeepSeek-V2 '
+      'does; transformers ignores the field there, and would compute another model'
+    )
+  if cfg.is_moe and not cfg.moe.num_shared_experts and cfg.attention.kind == 'mla':
+    lines.append(
+      'there are no shared experts (n_shared_experts=0): transformers makes empty ones, and calls '
+      'their weights missing'
+    )
+  if cfg.embed_dim % cfg.num_heads:
+    lines.append(
+      f'hidden_size={cfg.embed_dim} is no multiple of num_attention_heads={cfg.num_heads}, which '
+      'transformers 5.24 refuses to load, though heads have a width of their own'
+    )
+  return lines
 
 
 def from_config(cfg: schema.Config) -> dict[str, Any]:
@@ -140,11 +167,11 @@ def _from_attention(kind: str, model: schema.ModelConfig) -> dict[str, Any]:
 def _from_moe(kind: str, model: schema.ModelConfig) -> dict[str, Any]:
   moe = model.moe
   if not model.is_moe:
-    return {'n_routed_experts': None, 'n_shared_experts': None}
+    return {'first_k_dense_replace': model.num_layers}  # there is no family of dense MLA
   loss = moe.balance.normalized_expert_level if kind == 'deepseek_v3' else moe.balance.expert_level
   hf = {
     'n_routed_experts': moe.num_experts,
-    'n_shared_experts': moe.num_shared_experts or None,
+    'n_shared_experts': moe.num_shared_experts,
     'num_experts_per_tok': moe.num_experts_per_tok,
     'moe_intermediate_size': moe.moe_mlp_dim,
     'first_k_dense_replace': model.num_dense_layers,

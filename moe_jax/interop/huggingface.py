@@ -269,6 +269,8 @@ def export_checkpoint(
     layout = record or export_plan.own_record(cfg.model, mapping.Layout())
     plan = export_plan.Plan(cfg.model, leaves, layout, dtype)
     content, changed = export_plan.config_json(kept, cfg, plan, record, untied, bool(reader.step))
+    for line in hf_config_export.caveats(cfg.model):
+      say(line)
     same = record is not None and not changed
     with staged(directory, '--to_hf', plan.num_bytes) as staging:
       _copy_small_files(workdir, staging, cfg, record is not None, say)

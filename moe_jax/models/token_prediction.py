@@ -76,17 +76,31 @@ class MTPLayer(nn.Module):
     return x, (norm(name='norm')(x), cache, stats)
 
 
-def tokens_ahead(targets: Array, segment_ids: Array, num: int) -> Array:
-  """[num, B, L] int32: the 1st, 2nd, ... token after each, -1 where its document has ended.
+def tokens_ahead(
+  tokens: Array, targets: Array, segment_ids: Array, num: int
+) -> tuple[Array, Array]:
+  """(seen, aims) of depths 1 to `num`, each [num, B, L] int32, -1 = none.
+
+  Depth k sees the k-th token after each, whether it is learned or not (a prompt has no targets),
+  and aims at the one behind it, if that is learned. None where the document has ended; behind the
+  row's last token only its target is known.
 
   Args:
-    targets: [B, L] int32, the first of them.
-    segment_ids: [B, L] int32, documents.
-    num: how many.
+    tokens: [B, L] int32.
+    targets: [B, L] int32, the token after each, -1 where it is not learned or there is none.
+    segment_ids: [B, L] int32, documents; 0 = padding.
+    num: how many depths.
   """
-  found = [targets]
-  for _ in range(num - 1):
-    later = jnp.pad(found[-1][:, 1:], ((0, 0), (0, 1)), constant_values=-1)
+
+  def behind(values: Array) -> Array:
+    """What stands one place further in the same document, -1 = nothing."""
+    later = jnp.pad(values[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
     same = segment_ids == jnp.pad(segment_ids[:, 1:], ((0, 0), (0, 1)))
-    found.append(jnp.where(same & (targets >= 0), later, -1))
-  return jnp.stack(found)
+    return jnp.where(same & (segment_ids > 0), later, -1)
+
+  seen = [jnp.where(targets >= 0, targets, behind(tokens))]
+  aims = [behind(targets)]
+  for _ in range(num - 1):
+    seen.append(behind(seen[-1]))
+    aims.append(behind(aims[-1]))
+  return jnp.stack(seen), jnp.stack(aims)

@@ -110,7 +110,7 @@ class Transformer(nn.Module):
       tokens: [B, L] int32.
       positions: [B, L] int32, position of each token inside its document.
       segment_ids: [B, L] int32, document of each token within the row; 0 = padding.
-      targets: [B, L] int32, the next token of each, -1 = none: runs multi-token prediction.
+      targets: [B, L] int32, the next token of each, -1 = not learned: runs multi-token prediction.
       row: [B] int32, number of each row in the whole batch; None counts from 0.
       seed: [] uint32, what decides the random choices of routing; None is 0.
       slopes: `loss_scopes.global_slopes`, leaves [MoE layers, ...] with those of multi-token
@@ -198,9 +198,10 @@ class Transformer(nn.Module):
     """(normed hidden [M, B, L, D], stats, targets [M, B, L]) of multi-token prediction."""
     cfg = self.cfg
     depth = jnp.arange(cfg.num_mtp_layers, dtype=jnp.int32)
-    seen = token_prediction.tokens_ahead(targets, ctx.segment_ids, cfg.num_mtp_layers + 1)
-    mask = seen[:-1] >= 0
-    ids = jnp.maximum(seen[:-1], 0)
+    seen, aims = token_prediction.tokens_ahead(
+      routed.ids, targets, ctx.segment_ids, cfg.num_mtp_layers
+    )
+    mask, ids = seen >= 0, jnp.maximum(seen, 0)
     states = jnp.stack([embed(one) for one in ids])
     own = jax.tree.map(lambda a: a[cfg.num_moe_layers :], slopes or {}) if cfg.is_moe else {}
     own = decoder_block.LayerInputs(None, cfg.num_layers + depth, own)
@@ -215,7 +216,7 @@ class Transformer(nn.Module):
       ctx,
       routed,
     )
-    return normed, stats, seen[1:]
+    return normed, stats, aims
 
 
 def apply(

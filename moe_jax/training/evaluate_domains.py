@@ -30,9 +30,13 @@ def by_domain(
 
 
 def subset(split: corpus_lib.TokenSplit, documents: np.ndarray) -> corpus_lib.TokenSplit:
-  """The documents of these numbers, [n] int, end to end."""
+  """The documents of these numbers, [n] int, end to end, with all that is known of them."""
   pieces = [slice(*split.offsets[i : i + 2]) for i in documents]
   lengths = [piece.stop - piece.start for piece in pieces]
+
+  def of_documents(values: np.ndarray | None) -> np.ndarray | None:
+    return None if values is None else values[documents]
+
   learned = split.learned
   return corpus_lib.TokenSplit(
     tokens=np.concatenate([split.tokens[piece] for piece in pieces]),
@@ -40,4 +44,6 @@ def subset(split: corpus_lib.TokenSplit, documents: np.ndarray) -> corpus_lib.To
     doc_bytes=split.doc_bytes[documents],
     doc_domain=split.doc_domain[documents],
     learned=None if learned is None else np.concatenate([learned[piece] for piece in pieces]),
+    doc_chosen=of_documents(split.doc_chosen),
+    reference=of_documents(split.reference),
   )

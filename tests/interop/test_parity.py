@@ -29,7 +29,7 @@ from moe_jax.interop import huggingface
 from moe_jax.models import transformer
 from tests import tiny
 
-# Both sum in float32 but in other orders: a share of the largest logit. 8e-6 is the most that was
+# Both sum in float32 but in other orders: a share of the largest logit. 9e-6 is the most that was
 # seen. A wrong softmax scale, layout, frequency or group rule gives 0.9, another eps 4e-4.
 RTOL = 2e-5
 
@@ -147,6 +147,38 @@ def test_transformers_reads_fused_experts(name, tmp_path):
   assert 'model.layers.1.mlp.experts.gate_up_proj' in fused
   got, want = (hf_models.reference(name, tmp_path / made) for made in ('fused', 'saved'))
   np.testing.assert_array_equal(got.logits, want.logits)
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {'model__moe__num_experts': 0},
+    {'model__moe__num_shared_experts': 0},
+    {
+      'model__moe__num_shared_experts': 0,
+      'model__moe__score_func': 'sigmoid',
+      'model__moe__expert_bias__update_rule': 'sign',
+      'model__moe__norm_topk_prob': True,
+    },
+  ],
+  ids=['dense', 'v2_without_shared_experts', 'v3_without_shared_experts'],
+)
+def test_transformers_reads_structures_that_were_never_released(changes, tmp_path):
+  sizes = {'model__vocab_size': hf_models.VOCAB, 'model__max_seq_len': hf_models.LENGTH}
+  sizes['model__attention__rope__layout'] = 'interleaved'
+  cfg = tiny.make(**tiny.MLA | sizes | changes)
+  variables = {
+    'params': tiny.params(cfg.model),
+    'router_state': tiny.router_state(cfg.model) if cfg.model.is_moe else {},
+  }
+  huggingface.save(cfg, variables, tmp_path / 'made')
+  model, info = transformers.AutoModelForCausalLM.from_pretrained(
+    tmp_path / 'made', attn_implementation='eager', output_loading_info=True
+  )
+  # Where there is no shared expert, its matrices are empty, and files have none.
+  assert all('shared_experts' in key for key in info.pop('missing_keys'))
+  assert not any(info.values())
+  assert_same(hf_models.ours(cfg, variables).logits, hf_models.theirs(model.eval()).logits)
 
 
 def test_transformers_drops_prediction_modules_but_counts_them(tmp_path):

@@ -26,18 +26,49 @@ STATE = tiny.router_state(CFG.model)
 CLOSE = dict(rtol=1e-4, atol=1e-4)  # float32 through three blocks
 
 
+def ahead(tokens, targets, segment_ids, num):
+  """(seen, aims) of a single row, lists by depth."""
+  rows = (jnp.array([one], jnp.int32) for one in (tokens, targets, segment_ids))
+  return [found[:, 0].tolist() for found in token_prediction.tokens_ahead(*rows, num)]
+
+
 def test_tokens_ahead_by_hand():
   # Documents a b c | d e, and padding; the last token of a document has no target.
-  targets = jnp.array([[11, 12, -1, 14, -1, -1]])
-  segment_ids = jnp.array([[1, 1, 1, 2, 2, 0]])
-  want = [[11, 12, -1, 14, -1, -1], [12, -1, -1, -1, -1, -1], [-1] * 6]
-  got = token_prediction.tokens_ahead(targets, segment_ids, 3)
-  np.testing.assert_array_equal(got[:, 0], want)
+  seen, aims = ahead([10, 11, 12, 13, 14, 0], [11, 12, -1, 14, -1, -1], [1, 1, 1, 2, 2, 0], 2)
+  assert seen == [[11, 12, -1, 14, -1, -1], [12, -1, -1, -1, -1, -1]]
+  assert aims == [[12, -1, -1, -1, -1, -1], [-1] * 6]
+
+
+def test_padding_has_nothing_ahead():
+  seen, aims = ahead([10, 11, 0, 0, 0], [11, -1, -1, -1, -1], [1, 1, 0, 0, 0], 2)
+  assert seen == [[11, -1, -1, -1, -1], [-1] * 5] and aims == [[-1] * 5] * 2
 
 
 def test_a_document_that_goes_on_behind_the_row_lends_its_next_token_only():
-  got = token_prediction.tokens_ahead(jnp.array([[5, 6, 7]]), jnp.ones((1, 3), jnp.int32), 3)
-  np.testing.assert_array_equal(got[:, 0], [[5, 6, 7], [6, 7, -1], [7, -1, -1]])
+  seen, aims = ahead([4, 5, 6], [5, 6, 7], [1, 1, 1], 2)
+  assert seen == [[5, 6, 7], [6, 7, -1]]
+  assert aims == [[6, 7, -1], [7, -1, -1]]
+
+
+def test_a_prompt_is_seen_and_not_aimed_at():
+  # A prompt 1 2 3 and its answer 4 5 of which all is learned; a second turn 6 that is not.
+  tokens, targets = [1, 2, 3, 4, 5], [-1, -1, 4, 5, -1]
+  seen, aims = ahead(tokens, targets, [1] * 5, 3)
+  assert seen == [[2, 3, 4, 5, -1], [3, 4, 5, -1, -1], [4, 5, -1, -1, -1]]
+  assert aims == [[-1, 4, 5, -1, -1], [4, 5, -1, -1, -1], [5, -1, -1, -1, -1]]
+
+
+def test_what_is_learned_changes_nothing_of_what_is_computed():
+  """The modules see a prompt as text, as they do when they draft."""
+  variables = {'params': tiny.params(CFG.model), 'router_state': STATE}
+  rows = [ROWS[k] for k in ('tokens', 'positions', 'segment_ids')]
+  places = np.arange(ROWS['targets'].shape[1])
+  targets = jnp.where(places < 6, -1, ROWS['targets'])
+  out = tiny.jit(lambda t: transformer.apply(CFG.model, variables, *rows, targets=t))(targets)
+  np.testing.assert_array_equal(out.mtp.logits, output().mtp.logits)
+  np.testing.assert_array_equal(out.mtp.stats.sums.num_tokens, output().mtp.stats.sums.num_tokens)
+  want = np.stack([np.where(places < 6 - k, -1, output().mtp.targets[k - 1]) for k in (1, 2)])
+  np.testing.assert_array_equal(out.mtp.targets, want)
 
 
 @functools.cache
@@ -142,11 +173,9 @@ def test_gradient_is_linear_in_lambda():
 def test_books_count_the_modules_tokens_and_only_those_with_a_successor():
   loss, _ = gradients()
   k, real = CFG.model.moe.num_experts_per_tok, (ROWS['segment_ids'] > 0).sum()
-  ahead = [
-    (np.asarray(token_prediction.tokens_ahead(ROWS['targets'], ROWS['segment_ids'], 2))[i] >= 0)
-    for i in (0, 1)
-  ]
-  want = [k * real, *(k * mask.sum() for mask in ahead)]
+  rows = (ROWS[key] for key in ('tokens', 'targets', 'segment_ids'))
+  seen, _ = token_prediction.tokens_ahead(*rows, 2)
+  want = [k * real, *(k * (one >= 0).sum() for one in seen)]
   np.testing.assert_array_equal(loss.stats.sums.load.sum(-1), want)
 
 
