@@ -63,7 +63,7 @@ def _moe_rules(cfg: schema.ModelConfig, kind: str) -> Iterator[_Rule]:
   each, rest = divmod(moe.num_experts, moe.num_expert_groups)
   groups = mla and not rest and each >= (2 if v3 else 1)
   yield 'moe.num_expert_groups', moe.num_expert_groups, one_group or groups
-  # A single gate is never divided by its sum, which would make it 1; V3's code in transformers does.
+  # A single gate is not divided by its sum, which would make it 1, but by V3 in transformers.
   divided = moe.norm_topk_prob and moe.num_experts_per_tok == 1
   yield 'moe.norm_topk_prob', moe.norm_topk_prob, v3 or not divided
   group_score = 'top2_sum' if v3 else 'max'
