@@ -39,7 +39,7 @@ def validate(config: schema.Config):
   _validate_dpo(objective.dpo)
   _validate_policy(objective.policy)
   _validate_process_reward(objective.process_reward)
-  if objective.kind in ('dpo', 'policy', 'process_reward'):
+  if objective.kind in schema.WITHOUT_MTP:
     _validate_tuned(config)
   if objective.kind == 'policy':
     _validate_rollouts(config)
@@ -185,20 +185,46 @@ def _validate_tuned(config: schema.Config):
   errors.require(
     not config.model.num_mtp_layers,
     f'config.model.num_mtp_layers={config.model.num_mtp_layers} must be 0 with '
-    'objective.kind={kind!r}: preferences do not train multi-token prediction',
+    f'objective.kind={kind!r}, which does not train multi-token prediction; set it to 0, and the '
+    'run starts without the modules of init_from',
   )
   errors.require(
     not config.train.z_loss_weight,
     f'config.train.z_loss_weight={config.train.z_loss_weight} must be 0 with '
-    'objective.kind={kind!r}, whose loss has no such term',
+    f'objective.kind={kind!r}, whose loss has no such term; set it to 0',
   )
   moe = config.model.moe
   errors.require(
     not config.model.is_moe
     or (moe.capacity.policy == 'none' and router_traits.of(moe).bound is None),
     f'config.model.moe.capacity.policy={moe.capacity.policy!r} with router={moe.router!r} leaves '
-    'tokens out by what else is in the batch, so that objective.kind={kind!r} would compare '
+    f'tokens out by what else is in the batch, so that objective.kind={kind!r} would compare '
     "log-probabilities of other computations; set policy='none' and a router without a bound",
+  )
+  if kind in ('dpo', 'policy') and config.model.is_moe:
+    _validate_one_model(config)
+
+
+def _validate_one_model(config: schema.Config):
+  """What is learned and what it is compared with, or sampled from, must be one model."""
+  kind, moe = config.objective.kind, config.model.moe
+  errors.require(
+    not (moe.options.input_jitter or moe.options.random_second_expert),
+    f'config.model.moe.options.input_jitter={moe.options.input_jitter} and random_second_expert='
+    f'{moe.options.random_second_expert} must be off with objective.kind={kind!r}: training would '
+    'compare with log-probabilities of another model; set 0 and False',
+  )
+  traits = router_traits.of(moe)
+  replayed = kind == 'policy' and config.objective.policy.replay != 'none' and traits.ranked
+  steady = [name for name, one in router_traits.known().items() if one.steady(moe)]
+  ways = f'take router {" or ".join(map(repr, steady))}'
+  if 'inference' in traits.options:
+    ways += ", or model.moe.options.inference='all'"
+  errors.require(
+    replayed or traits.steady(moe),
+    f'config.model.moe.router={moe.router!r} chooses otherwise in training than outside of it, or '
+    f'by what else the batch holds, so that objective.kind={kind!r} would compare '
+    f'log-probabilities of two models; {ways}',
   )
 
 
@@ -242,12 +268,6 @@ def _validate_rollouts(config: schema.Config):
     traits.causal,
     f"config.model.moe.router={moe.router!r} has no causal decoding, and objective.kind='policy' "
     'writes answers token by token; use a router whose tokens choose experts',
-  )
-  errors.require(
-    not (moe.options.input_jitter or moe.options.random_second_expert),
-    f'config.model.moe.options.input_jitter={moe.options.input_jitter} and random_second_expert='
-    f"{moe.options.random_second_expert} must be off with objective.kind='policy': sampler and "
-    'trainer would not be one model; set 0 and False',
   )
   errors.require(
     policy.replay == 'none' or traits.ranked,

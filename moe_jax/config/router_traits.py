@@ -45,6 +45,18 @@ def top_k(moe: MoEConfig, train: bool) -> int:
   return moe.num_experts_per_tok
 
 
+def always(moe: MoEConfig) -> bool:
+  """Whatever the options are."""
+  del moe
+  return True
+
+
+def never(moe: MoEConfig) -> bool:
+  """With none of the options."""
+  del moe
+  return False
+
+
 def no_pruning(moe: MoEConfig) -> float:
   """Attention experts stay in use whatever their score."""
   del moe
@@ -74,6 +86,8 @@ class RouterTraits:
   active_experts: Callable[[MoEConfig, bool], int] = top_k
   # Score below which an expert of a mixture of attention heads is left out, outside of training.
   attention_threshold: Callable[[MoEConfig], float] = no_pruning
+  # Whether a token's experts are the same in training and outside of it, whatever the batch holds.
+  steady: Callable[[MoEConfig], bool] = always
   bound: Bound | None = None  # None: an expert may get any number of tokens
   check: Callable[[MoEConfig], None] | None = None  # raises InputError where cfg breaks a rule
 
@@ -120,6 +134,10 @@ def _dense_training(moe: MoEConfig, train: bool) -> int:
   """All experts in training, and outside of it unless a rule keeps K on average."""
   sparse = not train and moe.options.inference.endswith('topk')
   return moe.num_experts_per_tok if sparse else moe.num_experts
+
+
+def _trains_as_it_runs(moe: MoEConfig) -> bool:
+  return moe.options.inference == 'all'
 
 
 def _pruned_attention(moe: MoEConfig) -> float:
@@ -180,6 +198,7 @@ LIBRARY: dict[str, RouterTraits] = {
     ranked=False,
     ties_stay_together=True,
     options=('chunk_tokens', 'shuffle_chunks'),
+    steady=never,
     bound=Bound(_balanced_room, _chunk_tokens, _not_shuffled, exact=True),
   ),
   'ds_moe': RouterTraits(
@@ -192,6 +211,7 @@ LIBRARY: dict[str, RouterTraits] = {
     options=('inference', 'inference_threshold'),
     active_experts=_dense_training,
     attention_threshold=_pruned_attention,
+    steady=_trains_as_it_runs,
     check=_check_dense_training,
   ),
   'sinkhorn': RouterTraits(
@@ -199,18 +219,21 @@ LIBRARY: dict[str, RouterTraits] = {
     what='balanced assignment by Sinkhorn iterations in training, plain top-K outside of it',
     paper='2202.01169',
     uses_selection=True,
+    steady=never,
   ),
-  'balanced': RouterTraits(causal=True, what='tokens are dealt to experts in turn'),
+  'balanced': RouterTraits(causal=True, what='tokens are dealt to experts in turn', steady=never),
   'skewed': RouterTraits(
     causal=True,
     what='expert 0 is the first choice of a share of the tokens, the others are dealt in turn',
     options=('skew',),
+    steady=never,
     check=_check_skewed,
   ),
   'replay': RouterTraits(
     causal=True,
     what='recorded assignments, read from a file',
     options=('replay_path', 'replay_rows'),
+    steady=never,
     check=_check_replay,
   ),
 }

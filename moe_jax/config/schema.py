@@ -29,6 +29,7 @@ SOURCES = (
   *CHAT_SOURCES,
 )
 OBJECTIVES = ('next_token', 'sft', 'dpo', 'policy', 'process_reward')
+WITHOUT_MTP = ('dpo', 'policy', 'process_reward')  # objectives that train no multi-token prediction
 LABEL_TARGETS = ('hard', 'soft')
 POLICY_ALGORITHMS = ('grpo', 'rft', 'ppo')
 POLICY_SUPERVISION = ('outcome', 'process')

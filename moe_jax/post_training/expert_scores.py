@@ -4,6 +4,7 @@ The model reads text as it stands, prompts and answers, in evaluation mode and w
 token score of an expert is the share of choices that fall on it, 1[g > 0] / K, so a layer's add up
 to 1; its gate score is the mean gate that it gets, so a layer's add up to the gate mass that the K
 best keep: below 1 without `norm_topk_prob`, and p is then an absolute mass, not a share of it.
+`routed_scaling_factor` is left out, which the paper's model has at 1: it would scale p.
 Means are over tokens, as in the released scores; the paper's mean over sequences is the same where
 all are of one length.
 """
@@ -57,7 +58,8 @@ def _sums(
   # Index E, no expert, and padding fall out.
   one_hot = jax.nn.one_hot(jnp.where(real, experts, model.moe.num_experts), model.moe.num_experts)
   chosen = one_hot * (gates > 0)[..., None]
-  return chosen.sum((1, 2, 3)), (one_hot * gates[..., None]).sum((1, 2, 3))
+  mass = (one_hot * gates[..., None]).sum((1, 2, 3))
+  return chosen.sum((1, 2, 3)), mass / model.moe.routed_scaling_factor
 
 
 def score(run: trained_run.Run, cfg: schema.Config, tokens: int) -> expert_selection.ExpertScores:

@@ -11,13 +11,14 @@ import pathlib
 from typing import Any
 
 from moe_jax import errors
-from moe_jax.config import pages, parse
+from moe_jax.config import pages, parse, schema
 from moe_jax.storage import fetch
 
 
 def applied(values: dict[str, Any]) -> dict[str, Any]:
   """The values with model and tokenizer of their `init_from`; the same where nothing is inherited.
 
+  Modules of multi-token prediction are left behind where the objective does not train them.
   Without `objective.balance` the balance losses get weight 0, and an expert bias, which stays in
   the model and keeps its routing, the update rate 0: without its rule it would not be there.
 
@@ -33,6 +34,8 @@ def applied(values: dict[str, Any]) -> dict[str, Any]:
   source = _record(place)
   new = copy.deepcopy(values)
   new['model'] = source['model']
+  if objective.get('kind') in schema.WITHOUT_MTP:
+    new['model']['num_mtp_layers'] = 0
   if not objective.get('balance'):
     _without_balance(new['model']['moe'])
   if not new['data']['tokenizer']:

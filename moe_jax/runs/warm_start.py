@@ -3,8 +3,9 @@
 For a longer context under YaRN, for fine-tuning of an imported checkpoint, for the same weights
 under other routing. Weights are taken over and must fit; the optimizer starts anew. What routing
 remembers is taken over where both runs have it (an expert bias, a hash table), and starts anew
-where only the new one has it; so is a value head of PPO. A recording for router `replay` is always
-the new run's.
+where only the new one has it, or another form of it; so does a value head of PPO. Modules of
+multi-token prediction that the new run has not are left behind. A recording for router `replay` is
+always the new run's.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,6 +20,8 @@ from moe_jax.config import parse, schema
 from moe_jax.models import model_variables
 from moe_jax.training import lora, train_state, value_head
 
+_AHEAD = 'mtp_layers'  # the parameters of multi-token prediction
+
 
 def check(cfg: schema.Config, source: schema.Config):
   """Refuses a source whose weights do not fit the model.
@@ -31,6 +34,8 @@ def check(cfg: schema.Config, source: schema.Config):
     errors.InputError: names the first weight that differs and the settings that do.
   """
   wanted, has = (_shapes(model_variables.abstract_params(c.model)) for c in (cfg, source))
+  if not cfg.model.num_mtp_layers:
+    has = {name: shape for name, shape in has.items() if not name.startswith(f'{_AHEAD}/')}
   for name in [*wanted, *(name for name in has if name not in wanted)]:
     if wanted.get(name) != has.get(name):
       changes = '; '.join(changed_settings(cfg, source))
@@ -104,11 +109,27 @@ def adapted(
     params = jax.jit(lora.merged)(params)
   if value_head.KEY not in fresh.params:
     params = value_head.without(params)
+  if _AHEAD not in fresh.params:
+    params = {name: value for name, value in params.items() if name != _AHEAD}
   anew = {lora.KEY, value_head.KEY} - params.keys()
   base = {name: value for name, value in fresh.params.items() if name not in anew}
   params = jax.tree.map(lambda x, to: x.astype(to.dtype), params, base)
   state = common(found.get('router_state', {}), fresh.router_state)
+  if cfg.model.moe.expert_bias.form != source.model.moe.expert_bias.form:
+    state = _without(state, 'expert_bias')  # neutral is 0 in the one form and 1 in the other
   return {'params': params, 'router_state': state}
+
+
+def _without(tree: trees.Json, name: str) -> dict[str, Any]:
+  """The tree without the leaves of that name; no empty dicts."""
+  found = {}
+  for key, value in tree.items():
+    if isinstance(value, Mapping):
+      inner = _without(value, name)
+      found |= {key: inner} if inner else {}
+    elif key != name:
+      found[key] = value
+  return found
 
 
 def _shapes(tree: trees.Tree) -> dict[str, tuple[int, ...]]:

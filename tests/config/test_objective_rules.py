@@ -39,6 +39,14 @@ def test_values_are_refused_whatever_the_objective(changes, words):
       tiny.make(**changed)
 
 
+NO_REPLAY = {'objective__policy__replay': 'none'}
+DENSE_TRAINING = {
+  'model__moe__router': 'ds_moe',
+  'model__moe__dispatch': 'dense',
+  'model__moe__options__inference': 'topk',
+}
+
+
 @pytest.mark.parametrize(
   'changes, words',
   [
@@ -52,15 +60,28 @@ def test_values_are_refused_whatever_the_objective(changes, words):
     ({'train__batch_ramp': ((2, 16),)}, 'batch_ramp'),
     ({'model__moe__router': 'expert_choice'}, 'router'),
     ({'model__moe__options__input_jitter': 0.1}, 'input_jitter=0.1'),
-    ({'model__moe__capacity__policy': 'expert'}, 'capacity.policy'),
+    ({'model__moe__capacity__policy': 'score'}, "'score' with router='topk' leaves tokens out"),
+    ({'model__moe__options__random_second_expert': True}, 'random_second_expert=True must be off'),
+    (
+      NO_REPLAY | {'model__moe__router': 'sinkhorn'},
+      "router='sinkhorn' chooses otherwise in training",
+    ),
+    (NO_REPLAY | {'model__moe__router': 'balanced'}, "router='balanced' chooses otherwise"),
+    (NO_REPLAY | DENSE_TRAINING, "two models; take router 'topk' or 'hash', or .*inference='all'"),
+    ({'model__num_mtp_layers': 1}, "num_mtp_layers=1 must be 0 with objective.kind='policy'"),
     ({'data__source': 'synthetic'}, 'must name conversations'),
-    ({'train__z_loss_weight': 1e-4}, 'z_loss_weight'),
+    ({'train__z_loss_weight': 1e-4}, "z_loss_weight=0.0001 must be 0 with .*kind='policy'"),
   ],
 )
 def test_a_run_of_rewards_refuses_what_it_cannot_do(changes, words):
   tiny.make(**RUN)
   with pytest.raises(errors.InputError, match=words):
     tiny.make(**(RUN | changes))
+
+
+def test_replayed_choices_make_one_model_of_two():
+  tiny.make(**RUN | {'model__moe__router': 'sinkhorn', 'objective__policy__replay': 'rollout'})
+  tiny.make(**RUN | NO_REPLAY | DENSE_TRAINING | {'model__moe__options__inference': 'all'})
 
 
 def test_ppo_does_with_one_answer_to_a_question_and_warms_up_for_less_than_the_run():

@@ -48,6 +48,16 @@ def test_token_scores_add_up_to_one_and_gate_scores_to_the_mass_that_is_kept(fou
   assert (found.gate.sum(axis=1) < 1).all() and (found.gate.sum(axis=1) > 0.2).all()
 
 
+def test_a_scaling_factor_does_not_scale_the_scores(subject):
+  """A layer of normalised gates adds up to 1 with it too, so p stays a mass."""
+  variables, batch = subject
+  scaled = {'model__moe__norm_topk_prob': True, 'model__moe__routed_scaling_factor': 2.5}
+  model = tiny.make(model__moe__balance__expert_level__weight=0.0, **scaled).model
+  found = expert_scores.measure(model, variables, tiny.mesh(data=1), [batch])
+  np.testing.assert_allclose(found.gate.sum(axis=1), 1, atol=1e-6)
+  np.testing.assert_allclose(found.token.sum(axis=1), 1, atol=1e-6)
+
+
 def test_who_has_no_choices_has_no_scores(subject):
   dense = tiny.make(model__moe__num_experts=0)
   for model in (dense.model, tiny.make(model__moe__router='ds_moe').model):

@@ -49,6 +49,16 @@ def test_nothing_is_inherited_unasked(source):
   assert inherited_model.applied(values | {'init_from': ''})['init_from'] == ''
 
 
+@pytest.mark.parametrize(
+  'kind, left', [('sft', 1), ('next_token', 1), ('dpo', 0), ('policy', 0), ('process_reward', 0)]
+)
+def test_prediction_modules_are_inherited_where_they_are_trained(source, kind, left):
+  record = json.loads((source / 'config.json').read_text())
+  record['config']['model']['num_mtp_layers'] = 1
+  (source / 'config.json').write_text(json.dumps(record))
+  assert inherited_model.applied(page(source, kind=kind))['model']['num_mtp_layers'] == left
+
+
 def test_an_older_record_is_completed(source):
   record = json.loads((source / 'config.json').read_text())
   del record['config']['objective'], record['config']['optim']['spike_sigma']

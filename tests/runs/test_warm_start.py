@@ -116,6 +116,31 @@ def test_other_routing_keeps_the_weights_and_starts_its_memory_anew(cache, sourc
   assert not model_variables.moe_state(state.router_state)
 
 
+def test_a_bias_of_another_form_starts_anew(cache, source):
+  """Near 0 it would switch off every expert where the scores are multiplied by it."""
+  form = {'model__moe__expert_bias__form': 'multiplicative'}
+  state, lines = start(cache, source[0], **form)
+  bias = model_variables.moe_state(state.router_state)['expert_bias']
+  np.testing.assert_array_equal(bias, np.ones_like(bias))
+  assert any('expert_bias.form: ' in line for line in lines)
+
+
+@pytest.mark.parametrize('num', [0, 1])
+def test_prediction_modules_are_taken_over_or_left_behind(cache, source, num, tmp_path):
+  """A run without them starts from one that has them, and says so."""
+  workdir = tmp_path / 'ahead'
+  ahead = make(cache, model__num_mtp_layers=1, train__num_steps=1)
+  trained, _ = train_run.run_training(ahead, workdir, say=lambda line: None)
+  state, lines = start(cache, workdir, model__num_mtp_layers=num)
+  assert ('mtp_layers' in state.params) == ('mtp_layers' in state.router_state) == bool(num)
+  theirs = trained.variables['params']
+  jax.tree.map(
+    np.testing.assert_array_equal, state.params, {name: theirs[name] for name in state.params}
+  )
+  said = [line for line in lines if 'num_mtp_layers: 1 -> 0' in line]
+  assert len(said) == (num == 0)
+
+
 def test_weights_are_cast_to_the_new_runs_dtype(cache, source):
   state, _ = start(cache, source[0], model__param_dtype='bfloat16')
   want = source[1].variables['params']['embedding'].astype('bfloat16')
