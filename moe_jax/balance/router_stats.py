@@ -52,7 +52,7 @@ class RouterStats(struct.PyTreeNode):
   """
 
   sums: Sums
-  dropped: Array  # [E] int32, chosen assignments that no expert computed
+  dropped: Array  # [E] int32, chosen assignments that were dropped for capacity
   tokens_sent: Array  # [P, P] int32, tokens of device i (row modulo P) with a kept expert on j
   margin: Array  # [] float32, sum over tokens of worst chosen - best other selection score
   losses: dict[str, Array]  # [] float32 each, token-weighted, see `layer_losses`

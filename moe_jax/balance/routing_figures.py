@@ -7,7 +7,7 @@ a whole evaluation) into arrays that every router has, whether or not anything b
 | --------------------------------- | ------------ | --- |
 | num_tokens                        | layers       | real tokens |
 | load                              | layers, E    | assignments per expert, before any is dropped |
-| dropped                           | layers, E    | of these, assignments that no expert computed |
+| dropped                           | layers, E    | of these, assignments that were dropped |
 | max_vio                           | layers       | max load / mean load - 1; 0 = balanced |
 | load_entropy                      | layers       | entropy of the load / ln E; 1 = balanced |
 | load_gini                         | layers       | Gini coefficient of the load; 0 = balanced |
@@ -68,7 +68,6 @@ KEYS = (
   *(f'loss_{name}' for name in balance_losses.LOSSES),
 )
 ATTENTION_KEYS = ('attention_active_experts', 'loss_attention_mutual_information')
-# What a missing file, a torn one or a single wrong bit makes NumPy and zipfile raise.
 
 
 def figures(
@@ -88,7 +87,7 @@ def figures(
     embed_dim: numbers that a token has on its way to an expert, and back.
     bytes_per_number: of these.
     expert_bias: [layers, E], None for a router without any.
-    similarity: [layers] of `analysis.similarity`, None where it was not computed.
+    similarity: [layers] of `expert_similarity`, None where it was not computed.
 
   Returns:
     {key: array}: `KEYS`, and `ATTENTION_KEYS` for a mixture of attention heads.

@@ -140,14 +140,19 @@ def _validate_balance(moe: MoEConfig):
     loss = getattr(balance, name)
     errors.at_least(loss, f'model.moe.balance.{name}', 0, 'weight')
     errors.choice(f'model.moe.balance.{name}.scope', loss.scope, moe_config.LOSS_SCOPES)
+  adaptive = balance.adaptive
+  prefix = 'model.moe.balance.adaptive'
   for name in ('device_level', 'communication'):
     errors.require(
       not getattr(balance, name).weight or moe.num_virtual_devices > 1,
       f'config.model.moe.balance.{name}.weight={getattr(balance, name).weight} balances virtual '
       'devices, and model.moe.num_virtual_devices=1; set the weight to 0, or choose more devices',
     )
-  adaptive = balance.adaptive
-  prefix = 'model.moe.balance.adaptive'
+    errors.require(
+      adaptive.loss != name or moe.num_virtual_devices > 1,
+      f'config.{prefix}.loss={name!r} balances virtual devices, and model.moe.num_virtual_devices='
+      '1; choose another loss, or more devices',
+    )
   of_load = [name for name in moe_config.LOSSES if name not in _NOT_OF_LOAD]
   errors.choice(f'{prefix}.loss', adaptive.loss, ('', *of_load))
   errors.at_least(adaptive, prefix, 0, 'slope', 'max_coefficient', 'capacity_factor')

@@ -149,16 +149,18 @@ def _validate_data(data: schema.DataConfig):
 def _validate_trainable(config: schema.Config):
   trainable, model = config.trainable, config.model
   errors.choice('trainable.kind', trainable.kind, schema.TRAINABLE)
-  chosen = (trainable.experts, trainable.shared_experts, trainable.non_expert_modules)
+  chosen = [
+    name for name in ('experts', 'shared_experts', 'non_expert_modules') if getattr(trainable, name)
+  ]
   errors.at_least(trainable, 'trainable', 1, 'lora_rank')
   errors.require(
     trainable.lora_alpha > 0, f'config.trainable.lora_alpha={trainable.lora_alpha} must be positive'
   )
   where = f'config.trainable.kind={trainable.kind!r}'
   errors.require(
-    trainable.kind == 'experts' or not any(chosen),
-    f'config.trainable.expert_config is set but trainable.kind={trainable.kind!r} would ignore it; '
-    "set trainable.kind='experts'",
+    trainable.kind == 'experts' or not chosen,
+    f'{where} would ignore {" and ".join(f"trainable.{name}" for name in chosen)}, which the page, '
+    "an override or trainable.expert_config sets; set trainable.kind='experts'",
   )
   errors.require(
     trainable.kind != 'lora' or bool(config.init_from),
@@ -184,7 +186,7 @@ def _validate_trainable(config: schema.Config):
     'layers; give an expert_cfg.json that experiments.esft has written for this model',
   )
   errors.require(
-    any(trainable.experts) or any(chosen[1:]),
+    any(trainable.experts) or trainable.shared_experts or trainable.non_expert_modules,
     f'{where} with no expert, and with shared_experts and non_expert_modules off, trains nothing; '
     'choose experts with python -m experiments.esft select',
   )

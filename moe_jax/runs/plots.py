@@ -30,7 +30,7 @@ BLUE, ORANGE = '#1f5fa8', '#d9480f'
 _TOP_OF_SCALE = 4.0  # relative load at which the heat map's colour saturates
 _MAX_WRITTEN_DEVICES = 16  # more cells than its square would not hold their figures
 
-# Of `router_metrics`: key -> (what it is, unit). The others go by their key.
+# Of `routing_figures.figures`: key -> (what it is, unit). The others go by their key.
 _ROUTING = {
   'max_vio': ('MaxVio: max load / mean load - 1', 'mean loads'),
   'drop_rate': ('dropped assignments', 'share'),
@@ -149,7 +149,7 @@ def _write_max_vio(axes: Any, max_vio: np.ndarray):
 
 
 def routing_heatmap(history: _History, key: str, path: Path, title: str, first_layer: int = 0):
-  """Heat map of one figure of `router_metrics` over training: steps across, layers down.
+  """Heat map of one figure of `routing_figures.figures` over training: steps across, layers down.
 
   Args:
     history: (step, figures) by rising step, as `routing_figures.read_history` returns them.

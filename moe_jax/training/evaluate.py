@@ -38,7 +38,7 @@ class Evaluation:
 
   loss: float  # mean cross-entropy per target, nats
   bits_per_byte: float
-  routing: dict[str, np.ndarray] | None  # see `router_metrics`; None for a dense model
+  routing: dict[str, np.ndarray] | None  # see `routing_figures.figures`; None for a dense model
   # `preference_loss.Figures.means` over the pairs; None without pairs whose reference is known.
   preference: dict[str, float] | None = None
 
@@ -159,7 +159,7 @@ def _similarity(experts: trees.Tree) -> jax.Array:
 def routing_figures(
   model: schema.ModelConfig, variables: trees.Variables, stats: router_stats.RouterStats
 ) -> dict[str, np.ndarray]:
-  """The arrays of `router_metrics` for the sums `stats` over a batch or a whole evaluation."""
+  """`routing_figures.figures` of the sums `stats` over a batch or a whole evaluation."""
   moe, state = (
     model_variables.moe_params(variables['params']),
     model_variables.moe_state(variables['router_state']),

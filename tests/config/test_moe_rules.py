@@ -14,9 +14,8 @@ def test_choices_are_the_entries_of_their_registries():
   assert set(moe_config.LOSSES) == {*balance_losses.LOSSES, 'attention_mutual_information'}
   # The adaptive coefficient replaces the weight of any loss that evens the experts' load.
   for name in ('', *(loss for loss in balance_losses.LOSSES if loss != 'router_z')):
-    assert (
-      tiny.make(model__moe__balance__adaptive__loss=name).model.moe.balance.adaptive.loss == name
-    )
+    page = tiny.make(model__moe__balance__adaptive__loss=name, model__moe__num_virtual_devices=4)
+    assert page.model.moe.balance.adaptive.loss == name
   for name in ('attention_mutual_information', 'router_z'):
     with pytest.raises(errors.InputError, match=f"adaptive.loss='{name}'"):
       tiny.make(model__moe__balance__adaptive__loss=name)
@@ -27,6 +26,10 @@ def test_losses_over_virtual_devices_need_several(name):
   weight = {f'model__moe__balance__{name}__weight': 0.1}
   changes.assert_refused(weight, (f'{name}.weight=0.1', 'num_virtual_devices=1', 'more devices'))
   assert tiny.make(**weight, model__moe__num_virtual_devices=4)
+  adaptive = {'model__moe__balance__adaptive__loss': name}
+  words = (f"adaptive.loss='{name}'", 'num_virtual_devices=1', 'more devices')
+  changes.assert_refused(adaptive, words)
+  assert tiny.make(**adaptive, model__moe__num_virtual_devices=4)
 
 
 # The tiny model has E = 8 experts and K = 2 of them per token.

@@ -190,7 +190,17 @@ EXPERTS = {'init_from': 'base', 'trainable__kind': 'experts'}
     ({'trainable__kind': 'lora'}, ("config.init_from=''", 'pass --config.init_from=WORKDIR')),
     ({'trainable__lora_rank': 0}, ('trainable.lora_rank=0', 'at least 1')),
     ({'trainable__lora_alpha': 0.0}, ('trainable.lora_alpha=0.0', 'positive')),
-    ({'trainable__shared_experts': True}, ("trainable.kind='all' would ignore", "'experts'")),
+    (
+      {'trainable__shared_experts': True},
+      (
+        "trainable.kind='all' would ignore trainable.shared_experts,",
+        "set trainable.kind='experts'",
+      ),
+    ),
+    (
+      {'trainable__experts': [[1], [2]], 'trainable__non_expert_modules': True},
+      ('would ignore trainable.experts and trainable.non_expert_modules,',),
+    ),
     (EXPERTS | {'init_from': ''}, ("config.init_from=''", 'pass --config.init_from=WORKDIR')),
     (EXPERTS | {'model__moe__num_experts': 0}, ('num_experts=0', "kind='all'")),
     (EXPERTS, ('trainable.expert_config', 'each of the 2 MoE layers', 'experiments.esft')),

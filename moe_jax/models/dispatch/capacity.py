@@ -29,9 +29,9 @@ def dispatch(
   """Sum over each token's K experts of gate * expert(x); arguments as in `dropless.dispatch`.
 
   `backend` names a grouped product, of which this dispatch has none. `room` is C: no expert may be
-  chosen by more tokens. The caller ensures it by dropping before (`models/capacity.py`, whose
-  `slots` and `keep` share their arithmetic); assignments beyond it, in token order, would be left
-  out here.
+  chosen by more tokens. The caller ensures it by dropping before (`models/routers/capacity.py`,
+  whose `slots` and `keep` share their arithmetic); assignments beyond it, in token order, would be
+  left out here.
   """
   del backend
   (num_tokens, d), k = x.shape, gates.shape[1]
