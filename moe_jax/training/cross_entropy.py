@@ -87,7 +87,9 @@ def _with_gradients() -> Callable[..., tuple[Array, Array, Array]]:
   return fn
 
 
-def token_log_probs(x: Array, head: Array, targets: Array, *, chunk: int) -> Array:
+def token_log_probs(
+  x: Array, head: Array, targets: Array, *, chunk: int, temperature: float = 1.0
+) -> Array:
   """Log-probabilities of the targets, [B, L] float32 in nats; 0 where there is none.
 
   As `head_loss`, with any loss of them behind it; so its gradients make each tile's logits a second
@@ -98,45 +100,46 @@ def token_log_probs(x: Array, head: Array, targets: Array, *, chunk: int) -> Arr
     head: [D, V] the parameter; cast to the dtype of x, products accumulate in float32.
     targets: [B, L] int32; -1 where there is nothing to predict.
     chunk: tokens per device whose logits [chunk, V] exist at once.
+    temperature: that the logits, in float32, are divided by.
   """
-  return _log_probs()(chunk, x, head, targets)
+  return _log_probs()(chunk, temperature, x, head, targets)
 
 
 @functools.cache
 def _log_probs() -> Callable[..., Array]:
-  """(chunk, x, head, targets) -> [B, L]."""
+  """(chunk, temperature, x, head, targets) -> [B, L]."""
   tokens, head_axes = ('act_batch', 'act_len'), ('embed', 'vocab')
   operands = ((*tokens, None), head_axes, tokens)
 
-  def values(chunk, x, head, targets):
-    fn = functools.partial(_log_prob_shard, chunk)
+  def values(chunk, temperature, x, head, targets):
+    fn = functools.partial(_log_prob_shard, chunk, temperature)
     return partitioning.per_shard(fn, operands, tokens)(x, head, targets)
 
-  def forward(chunk, x, head, targets):
-    return values(chunk, x, head, targets), (x, head, targets)
+  def forward(chunk, temperature, x, head, targets):
+    return values(chunk, temperature, x, head, targets), (x, head, targets)
 
-  def backward(chunk, residuals, d_log_probs):
+  def backward(chunk, temperature, residuals, d_log_probs):
     x, head, targets = residuals
-    fn = functools.partial(_log_prob_gradient_shard, chunk)
+    fn = functools.partial(_log_prob_gradient_shard, chunk, temperature)
     over_shards = partitioning.per_shard(fn, (*operands, tokens), operands[:2])
     d_x, d_head = over_shards(x, head, targets, d_log_probs)
     return d_x.astype(x.dtype), d_head.astype(head.dtype), None
 
-  fn = jax.custom_vjp(values, nondiff_argnums=(0,))
+  fn = jax.custom_vjp(values, nondiff_argnums=(0, 1))
   fn.defvjp(forward, backward)
   return fn
 
 
-def _log_prob_shard(chunk: int, x: Array, head: Array, targets: Array) -> Array:
+def _log_prob_shard(chunk: int, temperature: float, x: Array, head: Array, targets: Array) -> Array:
   """One device's part of `token_log_probs`."""
   weight = partitioning.gather_shards(head.astype(x.dtype), axis=0)
   tiles, num_tokens = _tiles(x, targets, chunk)
-  found = jax.lax.map(lambda tile: _softmax(weight, *tile).log_prob, tiles)
+  found = jax.lax.map(lambda tile: _softmax(weight, *tile, temperature).log_prob, tiles)
   return found.reshape(-1)[:num_tokens].reshape(targets.shape)
 
 
 def _log_prob_gradient_shard(
-  chunk: int, x: Array, head: Array, targets: Array, d_log_probs: Array
+  chunk: int, temperature: float, x: Array, head: Array, targets: Array, d_log_probs: Array
 ) -> tuple[Array, Array]:
   """One device's part of the gradients of `token_log_probs` in x and head."""
   weight = partitioning.gather_shards(head.astype(x.dtype), axis=0)
@@ -146,9 +149,10 @@ def _log_prob_gradient_shard(
 
   def tile(d_weight, operands):
     x, targets, slope = operands
-    found = _softmax(weight, x, targets)
+    found = _softmax(weight, x, targets, temperature)
     probs = found.weights / found.total[:, None]
-    d_logits = jnp.where(found.real[:, None], slope[:, None] * (found.hit - probs), 0.0)
+    slope = slope[:, None] / temperature
+    d_logits = jnp.where(found.real[:, None], slope * (found.hit - probs), 0.0)
     d_x, d_weight_here = _head_gradients(x, weight, d_logits)
     return d_weight + d_weight_here, d_x.astype(x.dtype)
 
@@ -249,11 +253,12 @@ class _Softmax(NamedTuple):
     return jnp.where(self.real, self.label - self.log_z, 0.0)
 
 
-def _softmax(weight: Array, x: Array, targets: Array) -> _Softmax:
-  """Of x [T, D] against weight [D, V], in float32."""
+def _softmax(weight: Array, x: Array, targets: Array, temperature: float = 1.0) -> _Softmax:
+  """Of x [T, D] against weight [D, V], over temperature, in float32."""
   tensor = _used(('tensor',))
   real = targets >= 0
   logits = jnp.einsum('TD,DV->TV', x, weight, preferred_element_type=jnp.float32)
+  logits = logits / temperature if temperature != 1 else logits
   first = jax.lax.axis_index('tensor') * weight.shape[1] if tensor else 0
   hit = targets[:, None] == first + jnp.arange(weight.shape[1])
 

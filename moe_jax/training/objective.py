@@ -180,8 +180,9 @@ def policy_log_probs(
     temperature: that logits are divided by.
     chunk: see `cross_entropy.token_log_probs`.
   """
-  normed = normed / jnp.asarray(temperature, normed.dtype)
-  return cross_entropy_lib.token_log_probs(normed, head, targets, chunk=chunk)
+  return cross_entropy_lib.token_log_probs(
+    normed, head, targets, chunk=chunk, temperature=temperature
+  )
 
 
 def recorded_experts(batch: Mapping[str, Array]) -> Array | None:

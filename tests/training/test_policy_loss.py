@@ -301,3 +301,14 @@ def test_log_probs_are_those_of_the_tempered_policy():
   want = jax.nn.log_softmax(x @ head / 0.5)
   np.testing.assert_allclose(got[0, [0, 2]], [want[0, 0, 5], want[0, 2, 2]], rtol=1e-5)
   assert got[0, 1] == 0
+
+
+def test_the_temperature_divides_logits_and_rounds_nothing():
+  """In bfloat16 too, as where the tokens were drawn: states over 0.7 would be rounded again."""
+  rng = np.random.default_rng(0)
+  x, head = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((1, 8, 16), (16, 32)))
+  targets = rng.integers(32, size=(1, 8))
+  got = objective.policy_log_probs(x, head, targets, temperature=0.7, chunk=4)
+  logits = jnp.einsum('BLD,DV->BLV', x, head, preferred_element_type=jnp.float32)
+  want = jnp.take_along_axis(jax.nn.log_softmax(logits / 0.7), targets[..., None], -1)[..., 0]
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)

@@ -222,11 +222,11 @@ def test_evaluation_counts_the_nats_of_both_answers_once(model):
 
 
 @pytest.mark.parametrize(
-  'axes',
-  [{}, dict(data=2, fsdp=2, tensor=2), dict(data=2, sequence=2)],
-  ids=['one', 'data x fsdp x tensor', 'sequence'],
+  'axes, temperature',
+  [({}, 1.0), ({}, 0.7), (dict(data=2, fsdp=2, tensor=2), 0.7), (dict(data=2, sequence=2), 1.0)],
+  ids=['one', 'one, colder', 'data x fsdp x tensor', 'sequence'],
 )
-def test_token_log_probs_and_their_gradients(axes):
+def test_token_log_probs_and_their_gradients(axes, temperature):
   """Against log_softmax of all logits; 24 tokens in tiles of 5 per device, which do not divide."""
   from tests.training import test_cross_entropy as head
 
@@ -243,12 +243,12 @@ def test_token_log_probs_and_their_gradients(axes):
     return tiny.jit(run)
 
   def by_hand(x, weight, targets):
-    log_p = jax.nn.log_softmax(x @ weight)
+    log_p = jax.nn.log_softmax(x @ weight / temperature)
     picked = jnp.take_along_axis(log_p, jnp.maximum(targets, 0)[..., None], -1)[..., 0]
     return jnp.where(targets >= 0, picked, 0.0)
 
   def ours(x, weight, targets):
-    return cross_entropy.token_log_probs(x, weight, targets, chunk=5)
+    return cross_entropy.token_log_probs(x, weight, targets, chunk=5, temperature=temperature)
 
   got = head.on_mesh(axes, program(ours), x, weight, targets)
   want = program(by_hand)(x, weight, targets)
