@@ -214,10 +214,11 @@ class Mirror:
         told = ''
       except lease.LostError:
         return
-      except errors.InputError as e:  # until the network is back
-        if str(e) != told:
-          logging.warning(f'nothing is uploaded at the moment: {e}')
-        told = str(e)
+      except Exception as e:  # until the network is back; the last push raises what stays
+        words = str(e) if isinstance(e, errors.InputError) else repr(e)
+        if words != told:
+          logging.warning(f'nothing is uploaded at the moment: {words}')
+        told = words
 
   def push(self):
     """Uploads what has changed here, and deletes what has gone.
@@ -294,7 +295,7 @@ class Mirror:
 def scan(place: pathlib.Path) -> dict[str, Stat]:
   """Name -> state of the files of a run: no temporary ones, and no step in the making."""
   found = {}
-  for path in sorted(place.rglob('*')):
+  for path in sorted(_files(place)):
     name = path.relative_to(place).as_posix()
     step, number = fetch.step_of(name)
     hidden = not step and any(part.startswith('.') for part in name.split('/'))
@@ -305,3 +306,14 @@ def scan(place: pathlib.Path) -> dict[str, Stat]:
         stat = path.stat()
         found[name] = (stat.st_size, stat.st_mtime_ns)
   return found
+
+
+def _files(place: pathlib.Path) -> Iterator[pathlib.Path]:
+  """What lies in directories that are there when they are read: steps are renamed and deleted."""
+
+  def refused(error: OSError):
+    if not isinstance(error, FileNotFoundError):
+      raise error
+
+  for directory, _, names in os.walk(place, onerror=refused):
+    yield from (pathlib.Path(directory, name) for name in names)

@@ -1,4 +1,6 @@
+import os
 import shutil
+import time
 
 import pytest
 
@@ -151,6 +153,53 @@ def test_a_step_that_is_deleted_while_it_is_compared_ends_no_upload(mirror, obje
   monkeypatch.undo()
   mirror.push()
   assert names(objects) == {'metrics.jsonl'}
+
+
+def test_a_step_that_is_renamed_while_the_folder_is_read_is_found_later(tmp_path, monkeypatch):
+  """A save ends with the rename of its folder, which may lie between two looks into it."""
+  write(tmp_path, 'checkpoints/4.orbax-checkpoint-tmp/state/x', 'metrics.jsonl')
+  plain = os.scandir
+
+  def renamed(path):
+    if str(path).endswith('4.orbax-checkpoint-tmp'):
+      (tmp_path / 'checkpoints/4.orbax-checkpoint-tmp').rename(tmp_path / 'checkpoints/4')
+    return plain(path)
+
+  monkeypatch.setattr(os, 'scandir', renamed)
+  assert list(workdir.scan(tmp_path)) == ['metrics.jsonl']
+  assert list(workdir.scan(tmp_path)) == ['checkpoints/4/state/x', 'metrics.jsonl']
+
+
+def test_a_folder_that_cannot_be_read_is_no_empty_one(tmp_path, monkeypatch):
+  write(tmp_path, 'checkpoints/4/x')
+
+  def refused(path):
+    raise PermissionError(path)
+
+  monkeypatch.setattr(os, 'scandir', refused)
+  with pytest.raises(PermissionError):
+    workdir.scan(tmp_path)
+
+
+@pytest.mark.parametrize('error', [errors.InputError('cut'), OSError('disk'), KeyError('x')])
+def test_the_thread_outlives_whatever_an_upload_raises(mirror, objects, monkeypatch, error):
+  plain, failed = mirror.push, []
+
+  def fails_once():
+    if not failed:
+      failed.append(error)
+      raise error
+    plain()
+
+  monkeypatch.setattr(workdir, 'EVERY', 0.001)
+  monkeypatch.setattr(mirror, 'push', fails_once)
+  write(mirror.place, 'metrics.jsonl')
+  mirror.start(lambda line: None)
+  deadline = time.monotonic() + 20
+  while names(objects) != {'metrics.jsonl'} and time.monotonic() < deadline:
+    time.sleep(0.001)
+  assert failed and names(objects) == {'metrics.jsonl'}
+  mirror.finish()
 
 
 def test_a_cut_network_loses_nothing_of_a_folder_that_is_still_the_newest(objects, monkeypatch):
