@@ -96,7 +96,7 @@ def check_corpus(
   largest = max(sizes, default=0)
   for i, (split, weight) in enumerate(zip(corpus.train, corpus.weights)):
     rows = num_rows(split, max_seq_len)
-    needed = int(largest * weight)
+    needed = max(int(largest * weight), 1)  # a member without a row could never be drawn from
     if rows < needed:
       # A mixture's labels are its components' names, in this order.
       part = f' of component {corpus.domains[i]!r}' if len(corpus.train) > 1 else ''
@@ -105,6 +105,32 @@ def check_corpus(
         f'{max_seq_len} tokens, but the training split{part} packs into only {rows} '
         f'({split.num_tokens} tokens); {_way_out(split, max_seq_len, int(rows / weight))}'
       )
+
+
+def check_heldout(corpus: corpus_lib.Corpus, max_seq_len: int):
+  """Checks that there is something to measure on.
+
+  Args:
+    corpus: the text.
+    max_seq_len: L.
+
+  Raises:
+    errors.InputError: the held-out split has no row, or no byte to be predicted.
+  """
+  split = corpus.heldout
+  if num_rows(split, max_seq_len):
+    errors.require(
+      num_bytes(split, max_seq_len) > 0,
+      f'the {split.num_documents} held-out documents have no byte that is learned: all answers are '
+      'empty; correct the data of config.data.path',
+    )
+    return
+  lost = num_left_out(split, max_seq_len)
+  raise errors.InputError(
+    f'the held-out split has no row of config.model.max_seq_len={max_seq_len}: of its '
+    f'{split.num_documents} documents {lost} do not fit, or have nothing to predict; use a longer '
+    'max_seq_len, a larger config.data.heldout_fraction, or other text (config.data.path)'
+  )
 
 
 def _way_out(split: corpus_lib.TokenSplit, max_seq_len: int, largest: int) -> str:

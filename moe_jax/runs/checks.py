@@ -112,6 +112,7 @@ def _check_rows(cfg: schema.Config, corpus: corpus_lib.Corpus, mesh: jax.shardin
     batch_sizes=_batch_sizes(cfg),
     num_shards=partitioning.row_ways(mesh),
   )
+  pipeline.check_heldout(corpus, cfg.model.max_seq_len)
 
 
 def _check_sort_key(cfg: schema.Config, mesh: jax.sharding.Mesh):

@@ -124,7 +124,9 @@ def evaluate(
 
   Raises:
     StoppedError: `stop_requested` named a signal.
+    errors.InputError: there is no held-out row.
   """
+  pipeline.check_heldout(corpus, cfg.model.max_seq_len)
   length, ways = cfg.model.max_seq_len, partitioning.row_ways(mesh)
   batch_size = -(-(cfg.train.micro_batch_size or cfg.train.batch_size) // ways) * ways
   batches = pipeline.heldout_batches(corpus, length, batch_size)

@@ -9,6 +9,7 @@ import numpy as np
 from moe_jax import trees
 from moe_jax.config import schema
 from moe_jax.data import corpus as corpus_lib
+from moe_jax.data import pipeline
 from moe_jax.training import evaluate
 
 
@@ -20,12 +21,16 @@ def by_domain(
 ) -> Iterator[tuple[str, evaluate.Evaluation]]:
   """Yields (label, `evaluate.evaluate` of its held-out documents) for every domain that has some.
 
-  Documents of one domain share rows, so what a figure leaves out is only text of other domains.
+  Documents of one domain share rows, so what a figure leaves out is only text of other domains. A
+  domain none of whose documents fits a row, or is learned, has none.
   """
+  length = cfg.model.max_seq_len
   for number, label in enumerate(corpus.domains):
     chosen = np.flatnonzero(corpus.heldout.doc_domain == number)
-    if len(chosen):
-      part = dataclasses.replace(corpus, heldout=subset(corpus.heldout, chosen))
+    if not len(chosen):
+      continue
+    part = dataclasses.replace(corpus, heldout=subset(corpus.heldout, chosen))
+    if pipeline.num_rows(part.heldout, length) and pipeline.num_bytes(part.heldout, length):
       yield label, evaluate.evaluate(cfg, variables, part, mesh)
 
 

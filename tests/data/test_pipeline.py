@@ -207,6 +207,12 @@ def test_a_component_smaller_than_its_share(make_split, make_corpus):
     pipeline.check_corpus(corpus, max_seq_len=LENGTH, batch_sizes=[30])
 
 
+def test_a_component_without_a_row_is_refused_however_small_its_share(make_split, make_corpus):
+  corpus = make_corpus(make_split([9] * 90), make_split([]), weights=(0.95, 0.05))
+  with pytest.raises(errors.InputError, match=r"component 'part1'.*packs into only 0"):
+    pipeline.check_corpus(corpus, max_seq_len=LENGTH, batch_sizes=[4])
+
+
 def test_a_batch_that_the_devices_cannot_share(corpus):
   with pytest.raises(
     errors.InputError, match=r'batch_size=6 .*divisible by 4, the parts .* choose 8'

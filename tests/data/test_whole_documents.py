@@ -103,3 +103,16 @@ def test_documents_longer_than_a_row_are_told_of_with_the_length_that_they_need(
     pipeline.check_corpus(
       make_corpus(learned_split(make_split, [5, 3])), max_seq_len=LENGTH, batch_sizes=[4]
     )
+
+
+def test_a_held_out_split_without_a_row_is_refused(make_split, make_corpus):
+  corpus = make_corpus(learned_split(make_split, [5, 3]))
+  fits = dataclasses.replace(corpus, heldout=learned_split(make_split, [5, 20]))
+  pipeline.check_heldout(fits, LENGTH)
+  long = dataclasses.replace(corpus, heldout=learned_split(make_split, [12, 20]))
+  words = r'no row of config\.model\.max_seq_len=8: of its 2 documents 2 do not fit'
+  with pytest.raises(errors.InputError, match=words):
+    pipeline.check_heldout(long, LENGTH)
+  empty = dataclasses.replace(fits.heldout, doc_bytes=np.zeros(2, np.int64))
+  with pytest.raises(errors.InputError, match='all answers are empty'):
+    pipeline.check_heldout(dataclasses.replace(corpus, heldout=empty), LENGTH)

@@ -5,6 +5,7 @@ import pytest
 
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.training import evaluate, evaluate_domains
+from tests import tiny
 
 
 @pytest.fixture
@@ -45,11 +46,14 @@ def test_what_is_not_known_of_text_stays_unknown(split):
   assert found.learned is found.doc_chosen is found.reference is None
 
 
-def test_every_domain_with_text_is_measured_on_its_own(split, monkeypatch):
+@pytest.mark.parametrize('learned', [False, True], ids=['text', 'conversations'])
+def test_every_domain_with_something_to_predict_is_measured(split, monkeypatch, learned):
+  split = dataclasses.replace(split, doc_chosen=None, reference=None)
+  split = split if learned else dataclasses.replace(split, learned=None)
   corpus = corpus_lib.Corpus(None, (), (), split, ('a', 'b', 'c'), '', ())
   monkeypatch.setattr(evaluate, 'evaluate', lambda cfg, variables, one, mesh: one.heldout)
-  found = dict(evaluate_domains.by_domain(None, None, corpus, None))
-  assert {label: one.doc_bytes.tolist() for label, one in found.items()} == {
-    'a': [10],
-    'c': [30, 60],
-  }
+  found = evaluate_domains.by_domain(tiny.make(), None, corpus, None)
+  # The only document of 'a' is a single token, which an answer cannot be.
+  assert {label: one.doc_bytes.tolist() for label, one in found} == (
+    {'c': [30, 60]} if learned else {'a': [10], 'c': [30, 60]}
+  )
