@@ -49,11 +49,12 @@ def test_what_is_not_known_of_text_stays_unknown(split):
 @pytest.mark.parametrize('learned', [False, True], ids=['text', 'conversations'])
 def test_every_domain_with_something_to_predict_is_measured(split, monkeypatch, learned):
   split = dataclasses.replace(split, doc_chosen=None, reference=None)
+  split = dataclasses.replace(split, offsets=np.array([0, 3, 5, 10]))
   split = split if learned else dataclasses.replace(split, learned=None)
   corpus = corpus_lib.Corpus(None, (), (), split, ('a', 'b', 'c'), '', ())
   monkeypatch.setattr(evaluate, 'evaluate', lambda cfg, variables, one, mesh: one.heldout)
   found = evaluate_domains.by_domain(tiny.make(), None, corpus, None)
-  # The only document of 'a' is a single token, which an answer cannot be.
+  # Of the only document of 'a' no token behind the first is learned.
   assert {label: one.doc_bytes.tolist() for label, one in found} == (
     {'c': [30, 60]} if learned else {'a': [10], 'c': [30, 60]}
   )
