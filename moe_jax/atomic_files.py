@@ -119,14 +119,14 @@ def lock(workdir: pathlib.Path, enabled: bool = True) -> Iterator[None]:
   deleted. If an error comes before anything is written, the directory is taken away again.
 
   Raises:
-    errors.InputError: another process holds it.
+    errors.InputError: another process holds it, or the lock belongs to another user.
   """
   if not enabled:
     yield
     return
   made = [path for path in (workdir, *workdir.parents) if not path.exists()]
   workdir.mkdir(parents=True, exist_ok=True)
-  with (workdir / LOCK).open('w') as handle, _held(handle, workdir):
+  with _opened(workdir / LOCK) as handle, _held(handle, workdir):
     try:
       for pattern in ('.*.tmp', '*/.*.tmp'):
         for path in workdir.glob(pattern):
@@ -143,6 +143,16 @@ def lock(workdir: pathlib.Path, enabled: bool = True) -> Iterator[None]:
           for path in made:
             path.rmdir()
       raise
+
+
+def _opened(path: pathlib.Path) -> IO[str]:
+  try:
+    return path.open('w')
+  except OSError as e:
+    raise errors.InputError(
+      f'{path} cannot be written: {e.strerror or e}; a run left it behind, perhaps one of another '
+      'user: delete it if none is going on there, or use another directory'
+    ) from e
 
 
 @contextlib.contextmanager

@@ -87,6 +87,15 @@ def test_one_writer_per_directory(tmp_path):
     pass
 
 
+def test_a_lock_that_cannot_be_opened(tmp_path):
+  (tmp_path / '.lock').mkdir()  # as one of another user
+  with (
+    pytest.raises(errors.InputError, match=r'\.lock cannot be written: .*delete it if none'),
+    atomic_files.lock(tmp_path),
+  ):
+    pass
+
+
 def test_a_second_writer_that_began_at_the_same_time_takes_nothing_away(tmp_path, monkeypatch):
   """Both saw no directory; the second is refused, and it is the first's by now."""
   workdir, mkdir = tmp_path / 'run', pathlib.Path.mkdir

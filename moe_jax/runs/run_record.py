@@ -102,18 +102,20 @@ def check_workdir(
       '--workdir, undo the change, or pass --allow_config_change to go on under the new config'
     )
   _check_writable(workdir)
+  if (workdir / 'checkpoints').exists():
+    _check_writable(workdir / 'checkpoints')
   return found
 
 
-def _check_writable(workdir: pathlib.Path):
+def _check_writable(directory: pathlib.Path):
   """Tries the directory, or the nearest that is there; a refused run leaves none behind."""
-  there = next(path for path in (workdir, *workdir.absolute().parents) if os.path.lexists(path))
+  there = next(path for path in (directory, *directory.absolute().parents) if os.path.lexists(path))
   try:
     with tempfile.TemporaryFile(dir=there):
       pass
   except OSError as e:
     raise errors.InputError(
-      f'--workdir={workdir} must be a directory that can be written: {e.strerror or e}; choose '
+      f'--workdir={directory} must be a directory that can be written: {e.strerror or e}; choose '
       'another --workdir, or free this one'
     ) from e
 

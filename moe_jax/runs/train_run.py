@@ -93,7 +93,7 @@ def run_training(
     cfg = working_directory.as_recorded(cfg, workdir)
     changes, moved = run_record.check_workdir(workdir, cfg, allow_config_change)
     reading = working_directory.resolved(cfg, workdir)
-    source = open_weights(reading)
+    source, missing = _start_weights(reading, workdir, open_weights)
     mesh, corpus = checks.prepare(reading)
     checks.check_source(reading, source.meta if source is not None else None, corpus)
     summary = _summary(cfg, corpus, mesh)
@@ -112,6 +112,8 @@ def run_training(
     for line in (summary, *_prefixed('config', changes), *_prefixed('placement', moved)):
       say(line)
     stream = pipeline.START
+    if restored is None and missing is not None:
+      raise missing
     if restored is None:
       state = first_state.make(reading, source, mesh, corpus, say)
     else:
@@ -129,7 +131,7 @@ def run_training(
       workdir,
       corpus,
       mesh,
-      lambda: _reference(reading, source, mesh, corpus, None if restored else state),
+      lambda: _reference(reading, source, missing, mesh, corpus, None if restored else state),
       anew=restored is None,
       write=writes,
     )
@@ -198,14 +200,31 @@ def _fit(
     )
 
 
+def _start_weights(
+  cfg: schema.Config,
+  workdir: pathlib.Path,
+  open_weights: first_state.Open,
+) -> tuple[first_state.Weights | None, errors.InputError | None]:
+  """What `init_from` names, or why it cannot be opened, which a run that resumes need not know."""
+  try:
+    return open_weights(cfg), None
+  except errors.InputError as error:
+    if not any((workdir / 'checkpoints').glob('[0-9]*')):
+      raise
+    return None, error
+
+
 def _reference(
   cfg: schema.Config,
   source: first_state.Weights | None,
+  missing: errors.InputError | None,
   mesh: jax.sharding.Mesh,
   corpus: corpus_lib.Corpus,
   state: train_state.TrainState | None,
 ) -> trees.Variables:
   """The weights that a run has started from: those of its `state` at step 0, or read again."""
+  if state is None and missing is not None:
+    raise missing
   found = state or first_state.make(cfg, source, mesh, corpus, _say_nothing)
   return found.variables
 

@@ -3,6 +3,7 @@ import json
 import pathlib
 import re
 import subprocess
+import tempfile
 
 import pytest
 
@@ -146,6 +147,22 @@ def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
     run_record.check_workdir('/proc/self', CONFIG, allow_change=False)
   assert run_record.check_workdir(tmp_path / 'run', CONFIG, allow_change=False) == NOTHING
   assert names(tmp_path) == ['file'], 'the probe leaves nothing behind'
+
+
+def test_checkpoints_that_cannot_be_written_are_refused_before_the_first_save(
+  tmp_path, monkeypatch
+):
+  (tmp_path / 'checkpoints').mkdir()
+  plain = tempfile.TemporaryFile
+
+  def of_another_user(dir):
+    if pathlib.Path(dir).name == 'checkpoints':
+      raise PermissionError(13, 'Permission denied')
+    return plain(dir=dir)
+
+  monkeypatch.setattr(tempfile, 'TemporaryFile', of_another_user)
+  with pytest.raises(errors.InputError, match='checkpoints must be a directory'):
+    run_record.check_workdir(tmp_path, CONFIG, allow_change=False)
 
 
 def test_the_repository_of_this_package_is_found():

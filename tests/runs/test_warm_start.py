@@ -1,6 +1,7 @@
 """Runs that start from the weights of another run: `config.init_from`."""
 
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -170,6 +171,23 @@ def test_modules_that_the_source_lacks_are_refused(cache, source, tmp_path):
 
 def test_a_directory_without_checkpoints_is_refused(cache, source, tmp_path):
   refused(cache, tmp_path / 'nowhere', tmp_path, 'config.init_from=.* holds no checkpoints')
+
+
+def test_a_run_goes_on_without_the_run_that_it_began_from(cache, source, tmp_path):
+  """Once it has a checkpoint; before that it says what is missing."""
+  base, workdir = tmp_path / 'base', tmp_path / 'tuned'
+  shutil.copytree(source[0], base)
+
+  def train(num_steps):
+    cfg = make(cache, init_from=str(base), train__num_steps=num_steps, train__sample_tokens=0)
+    return train_run.run_training(cfg, workdir, say=lambda line: None)[0]
+
+  train(1)
+  shutil.rmtree(base)
+  assert train(2).step == 2
+  shutil.rmtree(workdir / 'checkpoints')
+  with pytest.raises(errors.InputError, match='init_from=.* holds no checkpoints'):
+    train(2)
 
 
 def test_another_tokenizer_is_refused_with_the_way_out(cache, source, tmp_path):
