@@ -127,6 +127,7 @@ def load_corpus(
   """
   specs = sources.specs(data, progress=progress)
   scans = {k: _scan(spec, data.heldout_fraction, progress) for k, spec in specs.items()}
+  _warn_of_shared_files(specs)
   tokenizer = _tokenizer(data, vocab_size, specs, scans, progress)
   fim.check(tokenizer, data.fim_rate)
   fim_key = (data.fim_rate, seed) if data.fim_rate > 0 else ()
@@ -145,6 +146,23 @@ def load_corpus(
     directories.append(cache.get_or_build(target, build, _is_whole))
     fingerprints.append(key)
   return _assemble(data, tokenizer, list(specs), fingerprints, directories)
+
+
+def _warn_of_shared_files(specs: Mapping[str, sources.Spec]):
+  """Says which files two members of a mixture have under two names, which decide the split."""
+  first: dict[pathlib.Path, tuple[str, str]] = {}
+  shared: dict[tuple[str, str], list[pathlib.Path]] = {}
+  for label, spec in specs.items():
+    for file, name in spec.files.items():
+      other, known = first.setdefault(file, (label, name))
+      if known != name:
+        shared.setdefault((other, label), []).append(file)
+  for (one, other), files in shared.items():
+    logging.warning(
+      f'config.data.mixture.{one} and .{other} both have {len(files)} files, such as {files[0]}, '
+      'under different names: what is held out of the one may be trained on as the other, and '
+      'held-out figures look better than they are; give paths that share no file'
+    )
 
 
 def _assemble(

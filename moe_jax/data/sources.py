@@ -63,6 +63,8 @@ class Spec:
   cache_dir: pathlib.Path
   progress: bool  # show a bar for a download
   skip_null: bool = False  # leave out rows whose text is null
+  # What reading it came upon: file -> its name, which decides whether it is held out.
+  files: dict[pathlib.Path, str] = dataclasses.field(default_factory=dict, compare=False)
 
   @property
   def where(self) -> str:
@@ -133,6 +135,7 @@ def python_source(spec: Spec, warn: Callable[[str], None]) -> Iterator[Document]
       if resolved in seen:
         continue
       seen.add(resolved)
+      spec.files[resolved] = name
       try:
         text = _decode_python((root / name).read_bytes())
       except (OSError, SyntaxError, UnicodeError, LookupError):
@@ -485,7 +488,9 @@ def _record(spec: Spec, row: Any, where: str, domain: str) -> Document:
 
 def _files(spec: Spec, *suffixes: str) -> list[tuple[str, pathlib.Path]]:
   """The files that a source's path names, see `source_files.named`."""
-  return source_files.named(spec.path, spec.where, f'{spec.section}.path', suffixes)
+  found = source_files.named(spec.path, spec.where, f'{spec.section}.path', suffixes)
+  spec.files.update({file.resolve(): name for name, file in found})
+  return found
 
 
 def _read_bytes(spec: Spec, file: pathlib.Path) -> bytes:

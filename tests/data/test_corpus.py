@@ -178,6 +178,26 @@ def test_mixture(make_config, tmp_path):
   assert corpus.heldout_bytes() == code.heldout_bytes() + words.heldout_bytes()
 
 
+def test_files_that_two_members_name_otherwise_are_warned_of(make_config, tmp_path, caplog):
+  """A name decides what is held out: a.md and sub/a.md are one file and two decisions."""
+  (tmp_path / 'sub').mkdir()
+  for i in range(40):
+    (tmp_path / 'sub' / f'{i}.md').write_text(f'text {i}')
+  (tmp_path / 'own.md').write_text('of one member')
+
+  def warnings(**paths):
+    caplog.clear()
+    parts = {label: schema.MixtureComponent('text', path, 1.0) for label, path in paths.items()}
+    load(make_config(source='mixture', mixture=parts))
+    return [r.getMessage() for r in caplog.records if 'different names' in r.getMessage()]
+
+  whole, part = str(tmp_path / '**/*.md'), str(tmp_path / 'sub/*.md')
+  (line,) = warnings(all=whole, again=part)
+  assert 'mixture.again and .all both have 40 files' in line and 'share no file' in line
+  assert not warnings(all=whole, again=whole)  # the same names, and the same split
+  assert not warnings(part=part, own=str(tmp_path / 'sub/1*.md'))
+
+
 def test_new_weights_tokenise_nothing_but_change_the_fingerprint(
   make_config, tmp_path, monkeypatch
 ):
