@@ -24,7 +24,10 @@ MOST_SEEDS = 10_000  # that `seeds_that_decide` counts to
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-  """Mean of a quantity over seeds with its confidence interval; without one for a single seed."""
+  """Mean of a quantity over seeds with its confidence interval; without one for a single seed.
+
+  All three are NaN where a seed has no finite value, as a run that diverged.
+  """
 
   mean: float
   low: float
@@ -37,7 +40,9 @@ class Interval:
     return not (self.low > 0 or self.high < 0)
 
   def text(self, digits: int = 3, *, sign: bool = True) -> str:
-    """`-0.012 [-0.020, -0.004]`; the mean alone for one seed."""
+    """`-0.012 [-0.020, -0.004]`; the mean alone for one seed, words where it is not finite."""
+    if not math.isfinite(self.mean):
+      return 'not finite'
     form = f'{"+" if sign else ""}.{digits}f'
     if self.num_seeds == 1:
       return f'{self.mean:{form}} (one seed)'
@@ -47,6 +52,9 @@ class Interval:
 def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
   """Student's t interval of the mean of independent values; infinitely wide for a single one.
 
+  Values that are not all finite have neither a mean nor an interval: its ends are NaN, and it
+  covers zero.
+
   Args:
     values: one per seed.
     confidence: share of intervals that hold the true mean.
@@ -55,11 +63,18 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     errors.InputError: there is no value.
   """
   errors.require(bool(values), 'an interval needs at least one seed')
-  mean, num = statistics.fmean(values), len(values)
+  num = len(values)
+  if not _finite(values):
+    return Interval(math.nan, math.nan, math.nan, num)
+  mean = statistics.fmean(values)
   if num == 1:
     return Interval(mean, -math.inf, math.inf, 1)
   half = _quantile(confidence, num - 1) * statistics.stdev(values) / math.sqrt(num)
   return Interval(mean, mean - half, mean + half, num)
+
+
+def _finite(values: Sequence[float]) -> bool:
+  return all(map(math.isfinite, values))
 
 
 @functools.cache
@@ -106,7 +121,8 @@ def p_value(values: Sequence[float], direction: str, margin: float = 0.0) -> flo
 
   Two-sided Student's t against 0 for a direction. For 'equal' it is that of the two one-sided tests
   against the margin, or of the difference lying outside of it, whichever is clearer; doubled, since
-  an interval spends half its level on each side. 1 for a single value.
+  an interval spends half its level on each side. 1 for a single value, and for values that are not
+  all finite.
 
   Args:
     values: differences, one per seed.
@@ -114,7 +130,7 @@ def p_value(values: Sequence[float], direction: str, margin: float = 0.0) -> flo
     margin: as of `verdict`.
   """
   num = len(values)
-  if num == 1:
+  if num == 1 or not _finite(values):
     return 1.0
   mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(num)
   distance = abs(mean) if direction != 'equal' else abs(abs(mean) - margin)
@@ -158,9 +174,10 @@ def seeds_that_decide(values: Sequence[float], margin: float | None = None) -> i
     margin: of a claim of equality; n then places the interval within it. None = against 0.
 
   Returns:
-    n, at least 2; None for a single value, or where no number does: the mean is 0 or at the margin.
+    n, at least 2; None for a single value, for values that are not all finite, or where no number
+    does: the mean is 0 or at the margin.
   """
-  if len(values) == 1:
+  if len(values) == 1 or not _finite(values):
     return None
   mean, spread = statistics.fmean(values), statistics.stdev(values)
   distance = abs(mean) if margin is None else abs(margin - abs(mean))

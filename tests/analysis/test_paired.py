@@ -36,6 +36,19 @@ def test_one_seed_decides_nothing():
     paired.interval([])
 
 
+@pytest.mark.parametrize('direction', paired.DIRECTIONS)
+@pytest.mark.parametrize('odd', [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite_decide_nothing(odd, direction):
+  for values in ([odd], [odd, 1.0], [1.0, odd, -odd], [odd, odd]):
+    found = paired.interval(values)
+    assert math.isnan(found.mean) and math.isnan(found.low) and math.isnan(found.high)
+    assert found.num_seeds == len(values) and found.covers_zero
+    assert paired.verdict(found, direction, 0.1) == paired.UNDECIDED
+    assert paired.p_value(values, direction, 0.1) == 1.0
+    assert paired.seeds_that_decide(values, 0.1) is None
+    assert found.text() == found.text(1, sign=False) == 'not finite'
+
+
 @pytest.mark.parametrize(
   'low, high, direction, margin, want',
   [

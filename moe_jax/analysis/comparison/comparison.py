@@ -70,20 +70,24 @@ class Comparison:
       return None
     return verdicts.curve_of(first, second, self.series)
 
+  def curve_reasons(self, arm: str, baseline: str = '') -> list[str]:
+    """Why there is no `curve` of two groups."""
+    reasons = fairness.reasons(self.group(arm), self.group(baseline or self.baseline))
+    return reasons or ['no step was logged with a finite loss in every run of both']
+
   def curve_sentences(self) -> list[str]:
     """For each other group, how its loss moves against the baseline's, in words."""
     claims = self.claims()
-    found = {c.arm: c.verdict for c in claims if c.figure == verdicts.BITS}
+    at_end, said = verdicts.at_end(claims), {c.arm for c in claims if c.figure == verdicts.BITS}
     lines = []
     for one in self.groups:
       pair = f'`{one.name}` against `{self.baseline}`, training loss'
       curve = self.curve(one.name) if one.name != self.baseline else None
       if curve is not None:
-        verdict = found.get(one.name) or verdict_of(curve)
+        verdict = at_end.get(one.name) or verdict_of(curve)
         lines.append(f'{pair}: {difference_curves.sentence(curve, verdict)}')
-      elif one.name != self.baseline and one.name not in found:
-        reasons = fairness.reasons(one, self.group(self.baseline))
-        lines.append(verdicts.no_difference(pair, reasons or ['no step was logged in both']))
+      elif one.name != self.baseline and one.name not in said:
+        lines.append(verdicts.no_difference(pair, self.curve_reasons(one.name)))
     return lines
 
   def remarks(self) -> list[str]:
@@ -96,6 +100,9 @@ class Comparison:
         lines.append(f'{one.name}: {len(behind)} of {len(runs)} runs at step {min(behind)} of {of}')
       elif not all(run.held_out for run in runs):
         lines.append(f'{one.name}: runs without evaluation.json, and so without held-out figures')
+      series = self.series[one.name]
+      if series is not None and (counted := curves.not_finite(series)):
+        lines.append(f'{one.name}: curves leave out logged steps without a finite loss, {counted}')
       steps = sorted({run.upcycled['step'] for run in runs if run.upcycled})
       if steps:
         lines.append(

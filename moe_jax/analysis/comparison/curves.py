@@ -80,6 +80,13 @@ def _seconds(run: workdirs.RunFiles, steps: np.ndarray) -> np.ndarray:
   return spent[np.searchsorted(at, steps)]
 
 
+def not_finite(series: Series) -> str:
+  """`3 of 12 in seed 1`, of the logged losses that are no finite number; '' if all are."""
+  missing = (~np.isfinite(series.values['loss'])).sum(axis=1).tolist()
+  num = len(series.steps)
+  return ', '.join(f'{n} of {num} in seed {s}' for s, n in zip(series.seeds, missing) if n)
+
+
 def thinned(series: Series, num: int = MAX_POINTS) -> Series:
   """A series of at most `num` points, each the mean of neighbours."""
   if len(series.steps) <= num:

@@ -7,7 +7,7 @@ import numpy as np
 
 from moe_jax.analysis import difference_curves, paired
 from moe_jax.analysis.comparison import comparison as comparison_lib
-from moe_jax.analysis.comparison import curves, fairness, verdicts
+from moe_jax.analysis.comparison import curves, verdicts
 
 DIGITS = 6  # significant ones, of numbers that are drawn
 
@@ -62,7 +62,7 @@ def _series(series: curves.Series) -> dict[str, Any]:
 
 
 def _band(values: np.ndarray) -> dict[str, list[float | None]]:
-  """Mean and interval over the seeds of [seeds, points]."""
+  """Mean and interval over the seeds of [seeds, points]; None where a seed has no value."""
   around = [paired.interval(column.tolist()) for column in values.T]
   return {key: _numbers(getattr(one, key) for one in around) for key in ('mean', 'low', 'high')}
 
@@ -88,15 +88,14 @@ def _load(load: curves.Load) -> dict[str, Any]:
 def _against(found: comparison_lib.Comparison, baseline: str) -> dict[str, Any]:
   """Claims and curves of all other groups against one."""
   claims = found.claims(baseline)
-  at_end = {claim.arm: claim.verdict for claim in claims if claim.figure == verdicts.BITS}
+  at_end = verdicts.at_end(claims)
   differences = {}
   for one in found.groups:
     if one.name == baseline:
       continue
     curve = found.curve(one.name, baseline)
     if curve is None:
-      reasons = fairness.reasons(one, found.group(baseline))
-      differences[one.name] = {'reasons': reasons or ['nothing was logged at the same steps']}
+      differences[one.name] = {'reasons': found.curve_reasons(one.name, baseline)}
     else:
       verdict = at_end.get(one.name) or comparison_lib.verdict_of(curve)
       differences[one.name] = _difference(curve, verdict)

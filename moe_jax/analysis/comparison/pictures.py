@@ -50,7 +50,7 @@ def colours(found: comparison_lib.Comparison) -> dict[str, str]:
 
 
 def _differences(found: comparison_lib.Comparison, out: pathlib.Path) -> Drawn | None:
-  at_end = {c.arm: c.verdict for c in found.claims() if c.figure == verdicts.BITS}
+  at_end = verdicts.at_end(found.claims())
   panels = []
   for one in found.groups:
     curve = found.curve(one.name) if one.name != found.baseline else None
@@ -93,7 +93,7 @@ _NOTE = comparison_lib.COST_NOTE
 
 
 def _band(axes: Any, x: np.ndarray, values: np.ndarray, label: str, colour: str):
-  """Mean and interval of values [seeds, points]."""
+  """Mean and interval of values [seeds, points]; a gap where a seed has none."""
   around = [paired.interval(column.tolist()) for column in values.T]
   axes.plot(x, [one.mean for one in around], label=label, color=colour, lw=1.6)
   if len(values) > 1:

@@ -3,6 +3,7 @@
 A difference is called lower or higher only between pairs of runs that saw the same batches.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -75,6 +76,11 @@ def against(
   return [c if c.difference is None else c._replace(holm=next(corrected)) for c in found]
 
 
+def at_end(claims: Sequence[Claim]) -> dict[str, str]:
+  """{arm: verdict} on held-out bits per byte, of the arms that have a difference there."""
+  return {c.arm: c.verdict for c in claims if c.figure == BITS and c.difference is not None}
+
+
 def curve_of(
   arm: groups_lib.Group,
   baseline: groups_lib.Group,
@@ -103,6 +109,8 @@ def _claim(
   if not reasons and len(steps) > 1:
     shown = ', '.join(map(str, sorted(steps)))
     reasons = [f'they were evaluated after different numbers of steps ({shown})']
+  if not reasons:
+    reasons = _not_finite(figure, arm, baseline, seeds)
   if reasons:
     none = NOT_COMPARABLE
     return Claim(arm.name, baseline.name, figure, seeds, reasons, None, none, none, none, 1.0)
@@ -113,6 +121,19 @@ def _claim(
   verdict = difference_curves.NOT_YET if moves else plain
   p_value = paired.p_value(differences, 'lower')
   return Claim(arm.name, baseline.name, figure, seeds, [], found, verdict, plain, plain, p_value)
+
+
+def _not_finite(
+  figure: str, arm: groups_lib.Group, baseline: groups_lib.Group, seeds: Sequence[int]
+) -> list[str]:
+  """The runs whose figure is infinite or NaN, as that of one that diverged is."""
+  found = []
+  for group in (arm, baseline):
+    values = held_out(group, figure)
+    wrong = ', '.join(str(seed) for seed in seeds if not math.isfinite(values[seed]))
+    if wrong:
+      found.append(f'it is not finite in `{group.name}` with seed {wrong}')
+  return found
 
 
 def _moves(
@@ -128,7 +149,7 @@ def _moves(
   if not difference_curves.same_rates(arm.cfg.optim, baseline.cfg.optim):
     return False
   bits, nats = (held_out(baseline, key) for key in (BITS, 'loss'))
-  if not nats:
+  if not all(seed in nats for seed in seeds):
     return False
   ratio = sum(bits[seed] for seed in seeds) / sum(nats[seed] for seed in seeds)
   slope = difference_curves.outcome(curve, 'lower').slope

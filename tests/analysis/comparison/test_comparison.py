@@ -1,10 +1,12 @@
 """A comparison as a whole: baseline, remarks, text."""
 
+import json
+
 import pytest
 
 from moe_jax import errors
 from moe_jax.analysis import paired
-from moe_jax.analysis.comparison import comparison
+from moe_jax.analysis.comparison import comparison, files, page_data, verdicts
 from tests.analysis.comparison import written
 
 
@@ -58,3 +60,48 @@ def test_no_curve_without_pairs(tmp_path):
   assert line.startswith(
     '**Not comparable**: `bias` against `plain`, training loss: the tokenizers'
   )
+
+
+def whole(found, out):
+  """Everything that is written of it, the page's data included."""
+  json.dumps(page_data.data(found), allow_nan=False)
+  return files.write(found, out, with_page=False)
+
+
+def test_a_skipped_step_is_left_out(tmp_path):
+  paths = written.two_groups(tmp_path)
+  written.diverged(paths[1], 8)
+  found = comparison.compare(paths)
+  text = str(found)
+  assert 'Lower: bias against plain, held-out bits per byte: -0.1990 [' in text
+  assert 'plain: curves leave out logged steps without a finite loss, 1 of 12 in seed 1' in text
+  assert found.curve('bias').tokens.tolist() == [128.0 * n for n in range(2, 25, 2) if n != 8]
+  assert len(whole(found, tmp_path / 'out').tables) == 4
+
+
+def test_a_diverged_run_is_named(tmp_path):
+  paths = written.two_groups(tmp_path)
+  written.diverged(paths[4])
+  found = comparison.compare(paths)
+  bits, vio = found.claims()
+  assert bits.verdict == verdicts.NOT_COMPARABLE and vio.verdict == paired.UNDECIDED
+  text = str(found)
+  assert (
+    'Not comparable: bias against plain, held-out bits per byte: it is not finite in bias with '
+    'seed 1. No difference between them is called real' in text
+  )
+  assert 'bias: curves leave out logged steps without a finite loss, 12 of 12 in seed 1' in text
+  assert found.curve('bias') is None and found.curve_sentences() == []
+  whole(found, tmp_path / 'out')
+  without = written.two_groups(tmp_path / 'without', held_out=False)
+  written.diverged(without[0], *range(25))
+  (line,) = comparison.compare(without).curve_sentences()
+  assert 'no step was logged with a finite loss in every run of both' in line
+
+
+def test_a_curve_has_a_verdict_of_its_own_where_the_figures_have_none(tmp_path):
+  found = comparison.compare(written.two_groups(tmp_path, steps=20))
+  assert found.claims()[0].verdict == verdicts.NOT_COMPARABLE  # evaluated after 20 and 24 steps
+  (line,) = found.curve_sentences()
+  assert line.startswith('`bias` against `plain`, training loss: lower at 0.003M tokens')
+  whole(found, tmp_path / 'out')

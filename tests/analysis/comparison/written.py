@@ -67,3 +67,16 @@ def two_groups(top: pathlib.Path, num_seeds: int = 3, **second) -> list[pathlib.
   second = {'loss': 0.8, 'model__moe__expert_bias__update_rule': 'sign'} | second
   plain = [run(top / f'plain{seed}', seed=seed) for seed in range(num_seeds)]
   return plain + [run(top / f'bias{seed}', seed=seed, **second) for seed in range(num_seeds)]
+
+
+def diverged(path: pathlib.Path, *steps: int):
+  """Lets a written run have no finite loss at some logged steps; at the end too without any."""
+  lines = [json.loads(line) for line in (path / 'metrics.jsonl').read_text().splitlines()]
+  for line in lines:
+    if line['step'] in steps or not steps:
+      line['loss'] = None
+  (path / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  if not steps:
+    found = json.loads((path / 'evaluation.json').read_text())
+    found |= {'loss': float('nan'), 'bits_per_byte': float('nan')}
+    (path / 'evaluation.json').write_text(json.dumps(found))
