@@ -30,8 +30,12 @@ class Pair(NamedTuple):
 
 
 def pairs(results: measure.Results) -> list[Pair]:
-  """All pairs of arms with two common seeds or more, the better arm first, best arms first."""
-  ranked = _ranked(results)
+  """All pairs of arms with two common seeds or more, the better arm first, best arms first.
+
+  Without arms that have a seed whose figure is not finite: nothing is so much better.
+  """
+  ranked = sorted(results, key=lambda name: measure.rank(results, name))
+  ranked = [name for name in ranked if np.isfinite(measure.rank(results, name))]
   found, p_values = [], []
   for one, other in itertools.combinations(ranked, 2):
     both = measure.against(results, one, other, arms.BITS)
@@ -40,10 +44,6 @@ def pairs(results: measure.Results) -> list[Pair]:
     found.append(Pair(one, other, paired.difference(*both), 1.0))
     p_values.append(paired.p_value([a - b for a, b in zip(*both)], 'lower'))
   return [pair._replace(holm=p) for pair, p in zip(found, paired.holm(p_values))]
-
-
-def _ranked(results: measure.Results) -> list[str]:
-  return sorted(results, key=lambda name: np.mean(measure.column(results, name, arms.BITS)))
 
 
 def csv_text(found: Sequence[Pair]) -> str:

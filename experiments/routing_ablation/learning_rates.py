@@ -86,9 +86,13 @@ def read(
 
 
 def best(bits: Bits) -> dict[str, float]:
-  """The rate of the lowest mean, by family."""
+  """The rate of the lowest mean, by family; a rate at which a seed diverged is worst."""
+
+  def mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values) if all(map(math.isfinite, values)) else math.inf
+
   return {
-    family: min(by_rate, key=lambda rate: statistics.fmean(by_rate[rate].values()))
+    family: min(by_rate, key=lambda rate: mean(list(by_rate[rate].values())))
     for family, by_rate in bits.items()
   }
 

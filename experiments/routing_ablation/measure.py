@@ -196,6 +196,12 @@ def column(
   return None if not values or None in values else values
 
 
+def rank(results: Results, arm: str) -> float:
+  """Mean held-out bits per byte of an arm, by which arms are ordered: one that diverged is last."""
+  mean = float(np.mean(column(results, arm, arms.BITS)))
+  return mean if np.isfinite(mean) else np.inf
+
+
 def against(
   results: Results, arm: str, baseline: str, figure: str
 ) -> tuple[list[float], list[float]] | None:
@@ -216,14 +222,12 @@ def against(
 def curves(
   results: Results, arm: str, key: str, seeds: Sequence[int] | None = None
 ) -> tuple[np.ndarray, np.ndarray] | None:
-  """(steps [N], values [S, N]) of a quantity of training.
+  """(steps [N], values [S, N]) of a quantity of training; NaN at steps at which it was not finite.
 
   None for a dense arm's routing, and where a run's curve is not known, see `earlier`.
   """
   runs = [results[arm][seed]['curve'] for seed in (results[arm] if seeds is None else seeds)]
   if not runs or None in runs:
     return None
-  values = [run[key] for run in runs]
-  if any(None in value for value in values):
-    return None
-  return np.asarray(runs[0]['step']), np.asarray(values, np.float64)
+  values = np.asarray([run[key] for run in runs], np.float64)  # None becomes NaN
+  return None if np.isnan(values).all() else (np.asarray(runs[0]['step']), values)

@@ -24,13 +24,18 @@ CAPTION = (
 def curve(
   claim: arms.Claim, results: measure.Results, configs: Mapping[str, schema.Config]
 ) -> difference_curves.Curve | None:
-  """Differences of a claim's two arms in training loss; None for claims about other figures."""
+  """Differences of a claim's two arms in training loss.
+
+  None for claims about other figures, and where no logged loss is finite in every run.
+  """
   if claim.figure != arms.BITS or not claim.baseline:
     return None
   cfg, names = configs[claim.arm], (claim.arm, claim.baseline)
   seeds = measure.common(results, *names)
   values, baseline = (measure.curves(results, name, 'loss', seeds) for name in names)
   if values is None or baseline is None:
+    return None
+  if not np.isfinite(values[1] - baseline[1]).all(axis=0).any():
     return None
   tokens = optim.tokens_at(cfg.train, cfg.model.max_seq_len, values[0].tolist())
   return difference_curves.curve(tokens, values[1], baseline[1])
@@ -138,6 +143,9 @@ def runs_text(results: measure.Results) -> str:
     for seed, run in runs.items():
       curve = run['curve'] or {'step': [], 'loss': [], 'max_vio': []}
       for step, loss, max_vio in zip(curve['step'], curve['loss'], curve['max_vio']):
-        vio = '' if max_vio is None else f'{max_vio:.4g}'
-        writer.writerow([arm, seed, step, f'{loss:.6g}', vio])
+        cells = [
+          '' if value is None else f'{value:{form}}'
+          for value, form in ((loss, '.6g'), (max_vio, '.4g'))
+        ]
+        writer.writerow([arm, seed, step, *cells])
   return text.getvalue()

@@ -83,7 +83,7 @@ def _claims(path: pathlib.Path, graded: Sequence[Any]) -> html_report.Picture:
 def _arms(path: pathlib.Path, results: measure.Results) -> html_report.Picture:
   """Held-out bits per byte and MaxVio of every run, a dot per seed, the best arm on top."""
   columns = {name: measure.column(results, name, arms.BITS) for name in results}
-  names = sorted(results, key=lambda name: -np.mean(columns[name]))
+  names = sorted(results, key=lambda name: -measure.rank(results, name))
   fig = figure.Figure(figsize=(9, 1.2 + 0.27 * len(names)), layout='constrained')
   left, right = fig.subplots(1, 2, sharey=True)
   for y, name in enumerate(names):

@@ -270,7 +270,7 @@ def _tables(study: Study, commands: Sequence[str]) -> list[html_report.Block]:
           f'{study.rates[name]:,.0f}',
           f'{study.rates[name] / study.rates[base]:.2f}',
         ]
-        for name in sorted(study.configs, key=lambda n: _sort_key(study.results, n))
+        for name in sorted(study.configs, key=lambda n: measure.rank(study.results, n))
       ],
     ),
     html_report.Text(
@@ -303,10 +303,6 @@ def _whose_seeds(results: measure.Results) -> str:
   if len(groups) == 1:
     return f'seeds {next(iter(groups))}'
   return '; '.join(f'seeds {seeds} of {", ".join(names)}' for seeds, names in groups.items())
-
-
-def _sort_key(results: measure.Results, name: str) -> float:
-  return float(np.mean(measure.column(results, name, arms.BITS)))
 
 
 def _mean(results: measure.Results, name: str, figure: str, digits: int, scale: float = 1.0) -> str:

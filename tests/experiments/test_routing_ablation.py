@@ -119,6 +119,7 @@ def test_seeds():
 
 def test_spread_of_one_value_and_of_none():
   assert spread.spread([1.25], 2) == '1.25'
+  assert spread.spread([1.0, float('nan')], 2) == 'not finite'
   assert spread.spread([None], 2) == '-' and spread.spread([], 2) == '-'
 
 
@@ -189,6 +190,38 @@ def test_a_verdict_waits_where_the_training_loss_still_moves(study):
   faster = learning_rates.with_rate(study.configs['deepseekmoe'], 0.012)
   graded = report.grade(study.results, study.configs | {'deepseekmoe': faster})
   assert [g.verdict for g in graded if g.claim == main.claim] == [paired.UNDECIDED]
+
+
+def test_a_skipped_step_costs_a_claim_no_curve(study, tmp_path):
+  study.results['gshard'][0]['curve']['loss'][1] = None
+  graded = {g.claim.name: g for g in report.grade(study.results, study.configs)}
+  assert graded['deepseekmoe against gshard: bits_per_byte'].curve.tokens.tolist() == [1024, 3072]
+  written = report.write(tmp_path, study, ['this'])
+  assert 'curves.png' in {path.name for path in written}
+  rows = (tmp_path / 'runs.csv').read_text().splitlines()
+  assert rows[1:4] == ['gshard,0,1,5,0.5', 'gshard,0,2,,0.5', 'gshard,0,3,7,0.5']
+  again = earlier._curves(earlier._rows(tmp_path / 'runs.csv'))['gshard', 0]
+  assert again['loss'] == [5.0, None, 7.0]
+  assert measure.curves(study.results, 'dense', 'max_vio') is None
+
+
+def test_a_diverged_run_is_last_and_decides_nothing(study, tmp_path):
+  run = study.results['deepseekmoe'][1]
+  run |= {'bits_per_byte': float('nan'), 'loss': float('nan')}
+  run['curve']['loss'] = [None] * 3
+  graded = {g.claim.name: g for g in report.grade(study.results, study.configs)}
+  main = graded['deepseekmoe against gshard: bits_per_byte']
+  assert main.verdict == paired.UNDECIDED and main.p_value == 1.0 and main.curve is None
+  assert ': not finite, 2 seeds.' in report.sentence(main)
+  report.write(tmp_path, study, ['this'])
+  text = (tmp_path / 'report.md').read_text()
+  rows = [line for line in text.splitlines() if line.startswith('| `')]
+  order = [row.split('`')[1] for row in rows[: len(study.results)]]
+  assert order[-1] == 'deepseekmoe' and '| not finite | not finite |' in rows[len(order) - 1]
+  assert 'deepseekmoe' not in (tmp_path / all_pairs.FILE).read_text()
+  # Such a rate is no best one, wherever it is among those that were tried.
+  swept = {'gshard': {0.003: {0: float('nan')}, 0.006: {0: 2.0}, 0.012: {0: float('inf')}}}
+  assert learning_rates.best(swept) == {'gshard': 0.006}
 
 
 def test_holm_reads_all_claims_together(study):
