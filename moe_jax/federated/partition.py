@@ -46,11 +46,14 @@ def class_sizes(available: np.ndarray, imbalance: float) -> np.ndarray:
     errors.InputError: a class would keep none.
   """
   powers = np.arange(len(available)) / (len(available) - 1)
-  sizes = (available * (1 / imbalance) ** powers).astype(int)
+  # A whole number may come out of the division a rounding error too small.
+  sizes = (available / imbalance**powers * (1 + 1e-12)).astype(int)
+  with np.errstate(over='ignore'):  # of the first of many classes; the last ones are the limit
+    most = int(np.min(available[1:] ** (1 / powers[1:])) * (1 + 1e-12))
   errors.require(
     bool(sizes.min() > 0),
     f'--imbalance={imbalance:g} leaves class {int(sizes.argmin())} without a sample; it may be '
-    f'{available.min()} at most here',
+    f'{most} at most here',
   )
   return sizes
 
@@ -63,7 +66,7 @@ def split(sizes: np.ndarray, clients: int, alpha: float, rng: np.random.Generato
   where a class runs short, the rest comes from the other classes by what is left of them.
 
   Raises:
-    errors.InputError: there are fewer samples than clients.
+    errors.InputError: there are fewer samples than clients, or alpha is beyond what can be drawn.
   """
   total = int(sizes.sum())
   errors.require(
@@ -72,13 +75,27 @@ def split(sizes: np.ndarray, clients: int, alpha: float, rng: np.random.Generato
   left, rows = sizes.copy(), []
   for client in range(clients):
     size = total // clients if client < clients - 1 else int(left.sum())
-    taken = np.minimum(_rounded(rng.dirichlet(alpha * sizes / total), size), left)
-    while short := size - int(taken.sum()):
+    taken = np.minimum(_rounded(_shares(alpha, sizes, rng), size), left)
+    while short := size - int(taken.sum()):  # each pass finds room for a sample at least
       room = left - taken
       taken += np.minimum(_rounded(room / room.sum(), short), room)
     left -= taken
     rows.append(taken)
   return np.stack(rows)
+
+
+def _shares(alpha: float, sizes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+  """Draws from Dirichlet(alpha * global shares), [classes]."""
+  with np.errstate(over='ignore'):
+    concentration = alpha * sizes / sizes.sum()
+  known = bool(np.isfinite(concentration).all() and concentration.any())
+  found = rng.dirichlet(concentration) if known else concentration
+  errors.require(
+    known and bool(np.isfinite(found).all()),
+    f'--alpha={alpha:g} gives no shares that can be drawn; take one from 1e-6, a class or two for '
+    'each client, to 1e6, the shares of the whole',
+  )
+  return found
 
 
 def _rounded(shares: np.ndarray, total: int) -> np.ndarray:

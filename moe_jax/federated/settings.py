@@ -1,6 +1,7 @@
 """The settings of a federated run, and their rules."""
 
 import dataclasses
+import math
 from typing import Any
 
 from moe_jax import errors
@@ -89,11 +90,24 @@ _LEAST = {
   'imbalance': 1, 'clients': 1, 'clients_per_round': 1, 'rounds': 1, 'epochs': 1, 'batch_size': 1,
   'threshold': 1, 'correction': 0, 'momentum': 0, 'focal_gamma': 1, 'ratio_weight': 0,
   'server_samples': 1, 'creff_features': 1, 'creff_feature_steps': 0, 'creff_epochs': 1,
+  'climb_rate': 0, 'climb_tolerance': 0,
 }  # fmt: skip
+_LARGEST_ALPHA = 1e9  # shares are the global ones to four digits long before
 _ABOVE_ZERO = ('alpha', 'learning_rate', 'clip_norm', 'creff_feature_rate', 'creff_rate')
 
 
 def _check(settings: Settings):
+  errors.require(
+    not settings.alpha > _LARGEST_ALPHA,
+    f'--alpha={settings.alpha:g} must be at most {_LARGEST_ALPHA:g}; 1e6 gives every client the '
+    'shares of the whole',
+  )
+  for field in dataclasses.fields(settings):
+    value = getattr(settings, field.name)
+    errors.require(
+      not isinstance(value, float) or math.isfinite(value),
+      f'--{field.name}={value} must be a finite number; its default is {field.default}',
+    )
   for field, least in _LEAST.items():
     value = getattr(settings, field)
     errors.require(value >= least, f'--{field}={value} must be at least {least}')

@@ -14,6 +14,33 @@ def test_the_published_long_tail():
     partition.class_sizes(np.array([9, 9, 8]), 10)
 
 
+@pytest.mark.parametrize('size', (9, 49, 98, 103, 107))  # n * (1 / n) is below 1 for all but 9
+def test_the_last_class_keeps_a_sample_at_the_largest_imbalance(size):
+  assert partition.class_sizes(np.full(10, size), size)[-1] == 1
+  with pytest.raises(errors.InputError, match=f'class 9 without a sample; it may be {size} at'):
+    partition.class_sizes(np.full(10, size), size + 1)
+
+
+def test_the_class_that_limits_the_imbalance_is_no_smallest_one():
+  # 4 / imbalance^(1/2) and 20 / imbalance are 1 at 16 and 20; the first class keeps all it has.
+  with pytest.raises(errors.InputError, match='class 1 without a sample; it may be 16 at most'):
+    partition.class_sizes(np.array([2, 4, 20]), 18)
+  assert partition.class_sizes(np.array([2, 4, 20]), 16).tolist() == [2, 1, 1]
+
+
+@pytest.mark.parametrize('alpha', (1e-300, 1e-6, 1e300))
+def test_extreme_shares_are_drawn(alpha):
+  sizes = np.array([503, 200, 61, 22, 7])
+  found = partition.split(sizes, 10, alpha, np.random.default_rng(0))
+  assert (found.sum(axis=0) == sizes).all() and (found.sum(axis=1)[:9] == 79).all()
+
+
+@pytest.mark.parametrize('alpha', (0.0, 1e308, np.inf, np.nan))
+def test_shares_that_cannot_be_drawn_are_refused(alpha):
+  with pytest.raises(errors.InputError, match='gives no shares .* to 1e6, the shares of the whole'):
+    partition.split(np.array([503, 200, 61]), 10, alpha, np.random.default_rng(0))
+
+
 @pytest.mark.parametrize('alpha', (0.1, 1.0, 1e5))
 def test_clients_get_equally_many_and_all_of_it(alpha):
   sizes = np.array([503, 200, 61, 22, 7])
