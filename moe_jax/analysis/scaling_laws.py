@@ -24,6 +24,7 @@ import numpy as np
 NEAR_OPTIMAL = 0.0025  # of the best loss: the paper's band
 MIN_POINTS = 4  # of a profile: a parabola through three has no residuals
 QUANTILES = (0.05, 0.95)  # of every interval
+NO_SLOPE = 1e-9  # of logarithms of equal values, which rounding leaves a little off 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +142,7 @@ def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
   if len(np.unique(x)) < 2:
     raise ValueError(f'an exponent needs two different x, not {np.exp(np.unique(x))}')
   slope, offset = np.polyfit(x, y, 1)
-  return slope, offset
+  return (slope, offset) if abs(slope) >= NO_SLOPE else (0.0, y.mean())
 
 
 # Hyper-parameters
@@ -243,6 +244,7 @@ def bootstrap_near_optimal(
   x = x - centre
   mean_x, mean_y = share @ x, share @ y
   slope = (share @ (x * y) - mean_x * mean_y) / (share @ (x * x) - mean_x**2)
+  slope = np.where(np.abs(slope) < NO_SLOPE, 0.0, slope)
   return np.stack([mean_y - slope * (mean_x + centre), slope], axis=1)
 
 

@@ -143,6 +143,17 @@ def test_every_redrawn_law_is_the_fit_of_its_near_optimal_points():
     np.testing.assert_allclose(got, [np.log(law.coefficient), law.exponent], rtol=1e-8)
 
 
+def test_equal_values_have_an_exponent_of_zero():
+  """Not of 1e-16 either way, which an interval would tell from 0 or not by chance."""
+  budgets, values = np.repeat([2e10, 4e10, 8e10], 4), np.tile([0.005, 0.01, 0.02, 0.04], 3)
+  losses = 2.0 + (values != 0.02)  # the third is best at every budget, whatever the noise
+  found = scaling_laws.bootstrap_near_optimal(budgets, values, losses, 0.001, samples=50)
+  assert (found[:, 1] == 0.0).all() and scaling_laws.interval(found[:, 1]) == (0.0, 0.0)
+  np.testing.assert_allclose(found[:, 0], np.log(0.02))
+  law = scaling_laws.fit_power_law([2e10, 4e10, 8e10], [0.02] * 3)
+  assert law.exponent == 0.0 and law.coefficient == pytest.approx(0.02)
+
+
 def test_an_exponent_needs_two_budgets():
   with pytest.raises(ValueError, match='two different budgets'):
     scaling_laws.bootstrap_near_optimal([1e17, 1e17], [1.0, 2.0], [3.0, 3.0], 0.01)
