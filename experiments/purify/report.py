@@ -1,5 +1,6 @@
 """Tables, picture and results.json of the study."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -14,7 +15,6 @@ from experiments.common import readme_tables
 from experiments.purify import measures
 from moe_jax import atomic_files
 from moe_jax.analysis import paired
-from moe_jax.post_training import answers
 
 START, END = '<!-- tables: written by the command -->', '<!-- end of tables -->'
 NAMES = {'fine': 'fine-grained', 'gshard': 'GShard'}
@@ -58,11 +58,14 @@ def kinds(found: Records) -> list[str]:
   return [kind for kind in first if 'tuned' in first[kind]]
 
 
-def pooled(counts: Sequence[Sequence[int]]) -> str:
-  """A share of all seeds' texts together, in percent, with Wilson's interval."""
-  right, total = (sum(column) for column in zip(*counts))
-  low, high = answers.wilson(right, total)
-  return f'{100 * right / total:.1f} [{100 * low:.1f}, {100 * high:.1f}]'
+def over_seeds(shares: Sequence[float]) -> str:
+  """The mean of shares, one per seed, in percent, with Student's interval inside of [0, 100].
+
+  The texts of a seed have its model in common, so that they are not independent of each other.
+  """
+  found = paired.interval([100 * one for one in shares])
+  low, high = max(0.0, found.low), min(100.0, found.high)
+  return dataclasses.replace(found, low=low, high=high).text(1, sign=False)
 
 
 def at(attack: Mapping[str, Any], method: str, rho: str, stage: str = 'tuned') -> Any:
@@ -80,7 +83,7 @@ def tables(found: Records) -> list[str]:
 
 def _over_reserves(found: Records, kind: str) -> str:
   label = measures.label(kind)
-  rows = [f'Attack `{kind}`: clean accuracy and {label}, %, all seeds together.', '']
+  rows = [f'Attack `{kind}`: clean accuracy and {label}, %, means over seeds.', '']
   own = variants(found)
   columns = [f'{what}, {NAMES[v]}' for v in own for what in ('clean', label)]
   rows += [
@@ -92,7 +95,9 @@ def _over_reserves(found: Records, kind: str) -> str:
     cells = []
     for variant in own:
       counts = [pick(one['attacks'][kind]) for one in of_variant(found, variant)]
-      cells += [pooled([one[key] for one in counts]) for key in ('clean', 'attack')]
+      cells += [
+        over_seeds([measures.share(one[key]) for one in counts]) for key in ('clean', 'attack')
+      ]
     rows.append(f'| {name} | {rho} | {" | ".join(cells)} |')
 
   add('attacked', '1', lambda one: one['before'])
@@ -143,10 +148,6 @@ def _differences(found: Records) -> str:
   return '\n'.join(rows)
 
 
-def _interval(values: Sequence[float]) -> str:
-  return paired.interval([100 * one for one in values]).text(1, sign=False)
-
-
 def _experts(found: Records) -> str:
   rows = [
     'Where the drift lives: the fewest experts, % of all, that hold half of what the experts have '
@@ -159,8 +160,8 @@ def _experts(found: Records) -> str:
     records = of_variant(found, variant)
     for kind in records[0]['attacks']:
       own = [one['attacks'][kind]['experts'] for one in records]
-      cells = [_interval([one[key] for one in own]) for key in ('half_of_mass', 'half_of_reset')]
-      cells.append(_interval([one['seen'] / one['experts'] for one in own]))
+      cells = [over_seeds([one[key] for one in own]) for key in ('half_of_mass', 'half_of_reset')]
+      cells.append(over_seeds([one['seen'] / one['experts'] for one in own]))
       rows.append(f'| {NAMES[variant]} | {kind} | {" | ".join(cells)} |')
   return '\n'.join(rows)
 
@@ -184,7 +185,7 @@ def _whole(found: Records) -> str:
             own = [
               one['attacks'][kind]['whole'][order][share] for one in of_variant(found, variant)
             ]
-            cells.append(pooled([one[key] for one in own]))
+            cells.append(over_seeds([measures.share(one[key]) for one in own]))
         part = f'{100 * float(share):.3g} %'
         rows.append(f'| {NAMES[variant]} | {kind} | {part} | {" | ".join(cells)} |')
   return '\n'.join(rows)

@@ -177,12 +177,20 @@ def test_differences_are_paired_and_of_the_trigger():
   assert report.gain(records, 'bias', 'mixing', '0.3').mean == 20.0  # less accuracy, more bias
 
 
+def test_shares_are_over_seeds_and_stay_inside():
+  # 40, 60 and 80 % of a seed's texts: 60 +- t(0.975, 2) 20 / sqrt(3) = 60 +- 49.7. Wilson's of 180
+  # right among 300 texts would be 54.4 to 65.4, as if a text said nothing of its seed's others.
+  assert report.over_seeds([0.4, 0.6, 0.8]) == '60.0 [10.3, 100.0]'
+  assert report.over_seeds([0.0, 0.0, 0.1]) == '3.3 [0.0, 17.7]'
+  assert report.over_seeds([0.9] * 3) == '90.0 [90.0, 90.0]'
+
+
 def test_the_report_is_written_around_what_is_there(tmp_path):
   (tmp_path / 'README.md').write_text(f'# Head\n{report.START}\nold\n{report.END}\n# Verdict\n')
   report.write(tmp_path, made_up(), {'poison': 0.2})
   text = (tmp_path / 'README.md').read_text()
   assert text.startswith('# Head') and text.endswith('# Verdict\n') and '\nold\n' not in text
-  assert '| purify, tuned | 0.3 | 90.0 [86.1, 92.9] | 12.0 [7.7, 18.2] |' in text
+  assert '| purify, tuned | 0.3 | 90.0 [90.0, 90.0] | 12.0 [7.0, 17.0] |' in text
   assert '| fine-grained | none | 10.0 [10.0, 10.0] | 30.0' in text
   assert (tmp_path / 'curves.png').stat().st_size > 10_000
   assert json.loads((tmp_path / 'results.json').read_text())['settings'] == {'poison': 0.2}
