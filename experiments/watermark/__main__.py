@@ -56,7 +56,9 @@ def define_flags():
   cli.path_flag('judge', '', 'study: run that says how likely texts are')
   flags.DEFINE_list('seeds', ['5'], 'study: seeds, or how many')
   flags.DEFINE_integer('prompts', 24, 'study: prompts per seed, half of them code')
-  flags.DEFINE_integer('windows', 10_000, 'study: unmarked windows')
+  flags.DEFINE_integer(
+    'windows', 10_000, 'study: unmarked windows times seeds, which read the same'
+  )
   cli.path_flag('out', '', 'file (encode, attack) or directory (study) that is written')
 
 

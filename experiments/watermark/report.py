@@ -206,8 +206,11 @@ def domain_table(results: Results) -> str:
 
 
 def windows_table(results: Results) -> str:
-  """How often text without a mark, or with another key, is claimed to carry something."""
-  rows = []
+  """How often text without a mark, or with another key, is claimed to carry something.
+
+  The windows are the same for every seed, which reads them with its key.
+  """
+  rows, keys = [], len(results)
   for kind in partition.KINDS:
     windows = [w for f in results.values() for w in f['windows'][kind]]
     wrong = [
@@ -215,7 +218,10 @@ def windows_table(results: Results) -> str:
     ]
     plain = [1024 * float(stats.binom.sf(hits - 1, places, 0.5)) for _, hits, places in windows]
     for name, values in (
-      (f'{len(windows):,} windows of 50 tokens', [p for p, _, _ in windows]),
+      (
+        f'{len(windows) // keys:,} windows of 50 tokens, {keys} keys',
+        [p for p, _, _ in windows],
+      ),
       ('the same, by a plain binomial', plain),
       (f'{len(wrong)} marked chunks, another key', wrong),
     ):

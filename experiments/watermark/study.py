@@ -242,7 +242,11 @@ def _scanned(models: Models, arm: arms_lib.Arm, seed: int, ids: Ids, message: in
 
 
 def _windows(models: Models, seed: int, unused_directory: pathlib.Path) -> dict[str, Any]:
-  """p-values of windows of human text, by kind; apart from each other, each seed with its key."""
+  """p-values of windows of human text, by kind.
+
+  They stand beside each other at the beginning of the text, and are the same for every seed, which
+  reads them with its own key.
+  """
   found = {}
   count = flags.FLAGS.windows // len(local_jobs.seeds(flags.FLAGS.seeds))
   for kind in partition.KINDS:

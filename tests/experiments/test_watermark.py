@@ -167,7 +167,9 @@ def test_tables_count_all_seeds(tmp_path):
   assert row.startswith('| 0.5 | balance | 50.0 [35.2, 64.8] | 75.0 [')
   assert f'| {math.exp(4.1):.1f} | +0.100 [+0.100, +0.100] |' in row
   windows = report.windows_table(results).splitlines()
-  assert windows[4].startswith('| balance | 200 windows of 50 tokens | 1.00 [0.27, 3.57] | 1.00 [')
+  assert windows[4].startswith(
+    '| balance | 100 windows of 50 tokens, 2 keys | 1.00 [0.27, 3.57] | 1.00 ['
+  )
   assert windows[4].endswith('| 0.00 [0.00, 1.88] |')
   assert windows[6].startswith('| balance | 80 marked chunks, another key | 50.00 [')
   report.write(tmp_path / 'out', {}, results, {'write, balance': 0.25})
