@@ -21,7 +21,7 @@ class Observations(NamedTuple):
   """Held-out rows and how they were routed, outside of training."""
 
   tokens: np.ndarray  # [B, L] int32
-  positions: np.ndarray  # [B, L] int32, place of each token in its document
+  positions: np.ndarray  # [B, L] int32, from 0 where a document or a row begins
   domains: np.ndarray  # [B, L] int32, index into the corpus' domains
   mask: np.ndarray  # [B, L] bool, False = padding
   expert_idx: np.ndarray  # [layers, B, L, K] int32, before drops; E = no expert

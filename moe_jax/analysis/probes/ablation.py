@@ -138,7 +138,8 @@ def fewer_experts(context: probe_types.Context) -> probe_types.Finding:
     )
   counts = list(range(1, moe.num_experts_per_tok + 1))
   bits = [interventions.with_fewer(subject, k).bits_per_byte for k in counts[:-1]] + [base]
-  enough = next(k for k, value in zip(counts, bits) if value <= base + 0.01)
+  behind = [k for k, value in zip(counts, bits) if value > base + 0.01]
+  enough = max(behind, default=0) + 1
   reading = (
     f'With half of the routed experts, {counts[len(counts) // 2 - 1]} of '
     f'{moe.num_experts_per_tok}, held-out bits per byte are {bits[len(counts) // 2 - 1]:.3f}, '

@@ -1,9 +1,13 @@
 """Which experts are chosen by the same tokens."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from matplotlib import figure
 
 from moe_jax.analysis.probes import probe_types
+
+LEAST_TOKENS = 20  # of a pair that is named; one that hardly occurs has an extreme lift by chance
 
 
 def pairs(expert_idx: np.ndarray, num_experts: int) -> np.ndarray:
@@ -41,20 +45,7 @@ def coactivation(context: probe_types.Context) -> probe_types.Finding:
   both = np.stack([pairs(choices, seen.num_experts) for choices in flat])
   lifts = np.stack([lift(one, flat.shape[1]) for one in both])
   upper = np.triu(np.ones(lifts.shape[1:], bool), 1)
-  # A pair that hardly occurs has an extreme lift by chance.
-  often = (both >= 20) & upper
-  best = np.where(often, lifts, 0.0).reshape(len(lifts), -1).argmax(axis=1)
-  places = [np.unravel_index(i, upper.shape) for i in best]
-  top = [float(one[place]) for one, place in zip(lifts, places)]
-  words = [
-    f'{name}: experts {a} and {b}, {value:.1f} times'
-    for name, (a, b), value in zip(context.layer_names(), places, top)
-  ]
-  order = sorted(range(len(words)), key=lambda i: -top[i])[:8]
-  reading = (
-    'Pairs that tokens choose together most often, against chance: '
-    f'{"; ".join(words[i] for i in sorted(order))}. Experts that always go together do one job.'
-  )
+  often = np.where((both >= LEAST_TOKENS) & upper, lifts, 0.0)  # [layers, E, E]
 
   def draw(fig: figure.Figure):
     panels = probe_types.grid(fig, seen.num_layers)
@@ -67,6 +58,32 @@ def coactivation(context: probe_types.Context) -> probe_types.Finding:
     bar.set_ticks([-3, 0, 3], labels=['1/8', '1', '8 x'])
     bar.set_label('chosen together / by chance')
 
-  return probe_types.Finding(
-    {'both': both, 'lift': lifts}, reading, draw, probe_types.panel_size(seen.num_layers)
+  arrays, size = {'both': both, 'lift': lifts}, probe_types.panel_size(seen.num_layers)
+  return probe_types.Finding(arrays, _reading(often, context.layer_names()), draw, size)
+
+
+def _reading(often: np.ndarray, names: Sequence[str]) -> str:
+  """Names the pair of the highest lift in each layer, of up to eight layers.
+
+  Args:
+    often: [layers, E, E], lift of the pairs that enough tokens choose; 0 for all others.
+    names: of the layers.
+  """
+  top = often.max(axis=(1, 2))
+  known = [i for i in range(len(names)) if top[i] > 0]
+  if not known:
+    return (
+      f'No two experts are chosen together by {LEAST_TOKENS} tokens or more, so that pairs cannot '
+      'be told from chance; look at more tokens (--tokens).'
+    )
+  words = {}
+  for i in known:
+    first, second = np.unravel_index(often[i].argmax(), often[i].shape)
+    words[i] = f'{names[i]}: experts {first} and {second}, {top[i]:.1f} times'
+  shown = sorted(sorted(known, key=lambda i: -top[i])[:8])
+  few = [name for i, name in enumerate(names) if i not in known]
+  return (
+    f'Pairs that tokens choose together most often, against chance: '
+    f'{"; ".join(words[i] for i in shown)}. Experts that always go together do one job.'
+    + (f' Too few tokens to say so of {", ".join(few)}.' if few else '')
   )

@@ -7,37 +7,40 @@ from moe_jax.analysis.probes import probe_types
 from moe_jax.config import router_traits
 
 
-def measures(scores: np.ndarray, k: int) -> dict[str, np.ndarray]:
+def measures(scores: np.ndarray, expert_idx: np.ndarray) -> dict[str, np.ndarray]:
   """Per token, from scores divided by their sum.
+
+  The chosen experts need not be those of the highest scores: an expert bias or a limit of groups
+  chooses by more than the scores.
 
   Args:
     scores: [..., E], at least 0, not all 0.
-    k: K.
+    expert_idx: [..., K] in 0..E, the chosen ones; E = no expert.
 
   Returns:
-    best, the highest share; chosen, the sum of the K highest; entropy, over ln E: 0 = certain of
-    one expert, 1 = all alike; each [...] float64.
+    best, the highest share; chosen, the sum of those of the chosen; entropy, over ln E: 0 = certain
+    of one expert, 1 = all alike; each [...] float64.
   """
   share = scores.astype(np.float64)
   share /= share.sum(axis=-1, keepdims=True)
-  ordered = -np.sort(-share, axis=-1)
+  with_none = np.concatenate([share, np.zeros_like(share[..., :1])], axis=-1)
   logs = np.log(np.where(share > 0, share, 1.0))
   return {
-    'best': ordered[..., 0],
-    'chosen': ordered[..., :k].sum(axis=-1),
+    'best': share.max(axis=-1),
+    'chosen': np.take_along_axis(with_none, expert_idx.astype(np.int64), axis=-1).sum(axis=-1),
     'entropy': -(share * logs).sum(axis=-1) / np.log(max(scores.shape[-1], 2)),
   }
 
 
 def confidence(context: probe_types.Context) -> probe_types.Finding:
-  """The share of the score that the best expert and the best K get, and the entropy."""
+  """The share of the score that the best expert and the chosen K get, and the entropy."""
   moe = context.subject.cfg.model.moe
   traits = router_traits.of(moe)
   if not traits.has_logits:
     raise probe_types.NotApplicableError(f'router {moe.router!r} has no scores to be sure by')
   k = traits.per_token(moe)
   seen = context.observations
-  figures = measures(seen.of_tokens(seen.scores), k)  # [layers, T] each
+  figures = measures(seen.of_tokens(seen.scores), seen.of_tokens(seen.expert_idx))  # [layers, T]
   names = context.layer_names()
   means = {key: values.mean(axis=1) for key, values in figures.items()}
   reading = (

@@ -81,7 +81,10 @@ def _percent(values: np.ndarray, context: probe_types.Context) -> str:
 
 
 def tokens_and_places(context: probe_types.Context) -> probe_types.Finding:
-  """How far the token id, the token before and the place in the document decide the experts."""
+  """How far the token id, the token before and the place decide the experts.
+
+  Places count from the beginning of the document, or of the row that it goes on in.
+  """
   seen = context.observations
   before = np.where(seen.positions > 0, np.roll(seen.tokens, 1, axis=1) + 1, 0)
   # Places in groups that double: 0, 1, 2-3, 4-7, ...
@@ -94,8 +97,9 @@ def tokens_and_places(context: probe_types.Context) -> probe_types.Finding:
   names = context.layer_names()
   reading = (
     f'The token id alone decides {_percent(shares["token_id"], context)} of the choice of experts; '
-    f'the token before it {_percent(shares["token_before"], context)}; the place in the document '
-    f'{_percent(shares["place"], context)}. 100 % = nothing else matters, 0 % = chance.'
+    f'the token before it {_percent(shares["token_before"], context)}; the place in the document, '
+    f'counted anew in each row, {_percent(shares["place"], context)}. 100 % = nothing else '
+    'matters, 0 % = chance.'
   )
 
   def draw(fig: figure.Figure):

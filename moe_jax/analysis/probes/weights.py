@@ -33,6 +33,8 @@ def expert_weights(context: probe_types.Context) -> probe_types.Finding:
   layers = context.subject.cfg.model.num_moe_layers  # without multi-token prediction
   cosines = np.asarray(_cosines(moe['gate_up'][:layers], moe['down'][:layers]))
   num = cosines.shape[1]
+  if num < 2:
+    raise probe_types.NotApplicableError('one routed expert: there are no two to compare')
   ranks = np.array([effective_rank(one) for one in cosines])
   off = np.where(np.eye(num, dtype=bool), -np.inf, cosines)
   layer = int(off.max((1, 2)).argmax())

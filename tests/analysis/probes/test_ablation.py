@@ -48,6 +48,14 @@ def test_fewer_experts_by_hand(monkeypatch):
   assert 'From 3 on' in found.reading
 
 
+def test_enough_experts_are_so_with_every_larger_number(monkeypatch):
+  """Two are within 0.01 by luck, three are not."""
+  bits = {1: 1.5, 2: 1.005, 3: 1.02}
+  monkeypatch.setattr(interventions, 'with_fewer', lambda subject, k: figures(bits[k]))
+  found = ablation.fewer_experts(context_of(model__moe__num_experts_per_tok=4))
+  assert 'From 4 on they are within 0.01 of all' in found.reading
+
+
 def test_drop_shared_by_hand(monkeypatch):
   alone = {(0.0, 1.0): 1.25, (1.0, 0.0): 1.5}
   monkeypatch.setattr(

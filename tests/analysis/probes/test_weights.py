@@ -34,3 +34,9 @@ def test_identical_experts_are_found(subject):
   assert found.arrays['cosines'][0, 2, 5] == pytest.approx(1.0, abs=1e-5)
   assert found.arrays['effective_rank'][0] < found.arrays['effective_rank'][1]
   assert 'most alike are 2 and 5 of layer 1, cosine 1.00' in found.reading
+
+
+def test_one_expert_is_like_no_other():
+  one = subjects.subject_of(model__moe__num_experts=1, model__moe__num_experts_per_tok=1)
+  with pytest.raises(probe_types.NotApplicableError, match='no two to compare'):
+    weights.expert_weights(probe_types.Context(one, 0))
