@@ -85,8 +85,9 @@ def weights(
 ) -> jax.Array:
   """Returns ReNode's weights [nodes]: w_max for the smallest T, w_min for the largest, by a cosine.
 
-  Zero for nodes without a label. The mean is (w_min + w_max) / 2 (ReNode, equation 5, with the
-  ranks 0 to |L| - 1 of the authors' code).
+  Zero for nodes without a label (ReNode, equation 5, with the ranks 0 to |L| - 1 of the authors'
+  code). The mean is (w_min + w_max) / 2 where all T differ; nodes of equal T share the mean of
+  their ranks, which can move it, and a single labelled node has w_max.
 
   Args:
     totoro: [nodes] of `of_nodes`.
@@ -108,8 +109,9 @@ def weights_within_classes(
 ) -> jax.Array:
   """`weights` by ranks among the labelled nodes of a node's own class.
 
-  Not in the paper: every class keeps a mean weight of (w_min + w_max) / 2, where ranks among all
-  nodes give less to a class that lies near others everywhere.
+  Not in the paper: every class keeps a mean weight of about (w_min + w_max) / 2, where ranks among
+  all nodes give less to a class that lies near others everywhere. What `weights` says of ties and
+  of a single node holds class by class: one that is the only labelled node of its class has w_max.
   """
   members = (labels == jnp.arange(num_classes)[:, None]) & train
   found = jax.vmap(lambda chosen: weights(totoro, chosen, w_min, w_max))(members)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from moe_jax.analysis.comparison import groups as groups_lib
 from moe_jax.config import schema
 from moe_jax.planning import describe, matched_budgets
+from moe_jax.runs import trained_run
 
 # What decides which tokens a step sees, beside the seed and the text; and what a loss is of.
 ORDER = (
@@ -17,6 +18,7 @@ ORDER = (
   'data.chat_format',
   'objective.kind',
 )
+_UNKNOWN_TEXT = (None, '', trained_run.NO_DATA)  # of a record without one, and of imported weights
 
 
 def seeds(first: groups_lib.Group, second: groups_lib.Group) -> list[int]:
@@ -37,7 +39,11 @@ def reasons(first: groups_lib.Group, second: groups_lib.Group) -> list[str]:
     found.append('the tokenizers differ')
   if not all(a.tokenizer and b.tokenizer for a, b in pairs):
     found.append('a tokenizer.json is missing, so that tokenizers may differ')
-  if any(a.data_fingerprint != b.data_fingerprint for a, b in pairs):
+  if any(run.data_fingerprint in _UNKNOWN_TEXT for pair in pairs for run in pair):
+    found.append(
+      'the text of a run is not known (data_fingerprint of config.json), so it may differ'
+    )
+  elif any(a.data_fingerprint != b.data_fingerprint for a, b in pairs):
     found.append('the text differs (data_fingerprint)')
   for key in ORDER:
     values = [_value(one.cfg, key) for one in (first, second)]

@@ -143,9 +143,13 @@ def _names(paths: Sequence[Sequence[pathlib.Path]]) -> list[str]:
   taken: dict[str, int] = {}
   for name in names:
     taken[name] = taken.get(name, 0) + 1
-  return [
-    name if taken[name] == 1 else f'{name} {chr(ord("A") + i % 26)}' for i, name in enumerate(names)
-  ]
+  return [name if taken[name] == 1 else f'{name} {_letters(i)}' for i, name in enumerate(names)]
+
+
+def _letters(number: int) -> str:
+  """A, B ... Z, AA, AB ...: of 0, 1 ..."""
+  before, last = divmod(number, 26)
+  return (_letters(before - 1) if before else '') + chr(ord('A') + last)
 
 
 def _name(tails: Sequence[Sequence[str]]) -> str:

@@ -27,7 +27,7 @@ class RunFiles:
 
   path: pathlib.Path
   cfg: schema.Config
-  data_fingerprint: Any  # None where the record has none
+  data_fingerprint: Any  # of what it was trained on; None where the record has none
   tokenizer: str  # digest of the file; '' where there is none
   metrics: list[dict[str, Any]]  # objects of metrics.jsonl
   held_out: dict[str, Any]  # empty where the run was not evaluated

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe_jax.analysis.comparison import fairness, groups, workdirs
+from moe_jax.analysis.comparison import comparison, fairness, groups, verdicts, workdirs
 from tests.analysis.comparison import written
 
 BIAS = {'model__moe__expert_bias__update_rule': 'sign'}
@@ -44,6 +44,19 @@ def test_a_lost_tokenizer_is_no_equal_one(tmp_path):
     (path / 'tokenizer.json').unlink()
   (why,) = fairness.reasons(*groups.group([workdirs.read(path) for path in paths]))
   assert 'tokenizer.json is missing' in why
+
+
+@pytest.mark.parametrize('first', [None, '', 'imported', 'text'])
+def test_a_text_that_is_not_known_is_no_equal_one(tmp_path, first):
+  second = 'imported' if first == 'text' else first
+  found = [
+    written.run(tmp_path / 'a', fingerprint=first),
+    written.run(tmp_path / 'b', fingerprint=second, **BIAS),
+  ]
+  (why,) = fairness.reasons(*groups.group([workdirs.read(path) for path in found]))
+  assert why.startswith('the text of a run is not known (data_fingerprint')
+  (claim, *_) = comparison.compare(found).claims()
+  assert claim.verdict == verdicts.NOT_COMPARABLE and claim.difference is None
 
 
 def test_budgets_against_the_first(tmp_path):

@@ -70,6 +70,14 @@ def test_starts_that_differ_by_the_seed_alone_are_one(tmp_path):
   assert len(grouped([tuned('ten', 0, 'runs/base10'), tuned('ten', 1, 'runs/base11')])) == 2
 
 
+def test_many_groups_of_one_name_are_told_apart():
+  paths = [[pathlib.Path(f'x/run_{n}0'), pathlib.Path(f'x/run_{n}1')] for n in range(60)]
+  names = groups._names(paths)
+  assert len(set(names)) == 60
+  assert names[0] == 'run A' and names[25:28] == ['run Z', 'run AA', 'run AB']
+  assert names[51:53] == ['run AZ', 'run BA']
+
+
 @pytest.mark.parametrize(
   'paths, want',
   [
