@@ -100,8 +100,14 @@ def _hyper(rows: Sequence[Row], repeats: Sequence[Row]) -> Hyper:
   return Hyper(grids, study.fit_laws(rows), *samples, noise, len(losses))
 
 
+def _best(rows: Sequence[Row]) -> Row:
+  """The run of the lowest loss; one that diverged has none."""
+  finite = [row for row in rows if np.isfinite(row['bits_per_byte'])]
+  return min(finite or rows, key=lambda row: row['bits_per_byte'])
+
+
 def _grid(budget: float, rows: list[Row]) -> Grid:
-  best = min(rows, key=lambda row: row['bits_per_byte'])
+  best = _best(rows)
   ends = {
     name: {pick(row[key] for row in rows) for pick in (min, max)}
     for name, key in (('rate', 'rate'), ('batch', 'batch_tokens'))
@@ -155,7 +161,7 @@ def _measured(measure: str, rows: Sequence[Row], unseen: Sequence[Row]) -> Measu
   if allocation is not None:
     good = {b: p.lowest for b, p in allocation.parabolas.items() if not p.problem}
     curve = scaling_laws.fit_loss_curve(*zip(*good.items())) if len(good) >= 3 else None
-  best = min(unseen, key=lambda row: row['bits_per_byte'])
+  best = _best(unseen)
   budget = _size(best, measure) * best['tokens']
   prediction = None if curve is None else float(curve(budget))
   return Measured(found, allocation, curve, prediction, budget, best['bits_per_byte'])

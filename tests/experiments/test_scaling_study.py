@@ -130,6 +130,13 @@ def test_report_says_what_the_rows_hold(rows, tmp_path):
   assert len(lines) == 1 + len(rows)
 
 
+def test_a_run_that_diverged_is_no_best_one(rows):
+  of_one = list(study.by_budget(r for r in rows if r['phase'] == 'hyper').values())[0]
+  diverged = [of_one[0] | {'bits_per_byte': float('nan')}, *of_one[1:]]
+  found = analyse._grid(of_one[0]['budget'], diverged)
+  assert found.best == min(of_one[1:], key=lambda row: row['bits_per_byte']) and found.near
+
+
 def test_a_published_report_says_the_same_from_its_points(tmp_path, monkeypatch):
   monkeypatch.setattr(figures, 'draw', lambda *_: [])
   published = ROOT / 'experiments/scaling_laws/results/tiny'
