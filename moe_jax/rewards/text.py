@@ -1,6 +1,7 @@
 """Rewards that look at a text alone: its answer, its form and its length."""
 
 import re
+import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,22 +12,10 @@ from moe_jax.rewards import numbers, reward
 def answer(
   prompt: str, completion_ids: Sequence[int], text: str, example: Mapping[str, Any]
 ) -> reward.Reward:
-  r"""1 for the number of the example's answer, exactly, else 0.
-
-  The text must give it as the answer does: in \boxed{}, or behind "The answer is" or ####. If the
-  answer is a bare number, the text may give it in any of these forms, or as its last number. What
-  is no number is compared as text, but for space at the ends.
-  """
-  gold = str(example['answer'])
-  form = numbers.form_of(gold)
-  wanted = gold if form == 'last' else str(numbers.stated(gold, form))
-  value = numbers.parse(wanted)
-  if value is None:
-    given = numbers.stated(text, form) if form == 'boxed' else text
-    return _judged((given or '').strip() == wanted.strip(), bool((given or '').strip()))
-  forms = numbers.FORMS if form == 'last' else (form,)
-  given = next((one for f in forms if (one := numbers.stated(text, f)) is not None), None)
-  return _judged(given is not None and numbers.parse(given) == value, given is not None)
+  """1 for the example's answer, exactly, else 0; see `numbers.answer_in` for what a text gives."""
+  solution = str(example['answer'])
+  given = numbers.answer_in(text, solution)
+  return _judged(given == numbers.answer_in(solution, solution), given is not None)
 
 
 def _judged(right: bool, given: bool) -> reward.Reward:
@@ -63,10 +52,10 @@ def has_form(pattern: str = '') -> reward.Function:
 
 def _ends_with_answer(text: str, gold: str) -> bool:
   form = numbers.form_of(gold)
-  found = numbers.stated(text, form)
+  found = numbers.place(text, form)
   if found is None or numbers.times_stated(text, form) != 1:
     return False
-  return text.rstrip().rstrip('.}$').endswith(found)
+  return not text[found.end :].strip(string.whitespace + '.}$')
 
 
 def length(limit: int = 256, margin: int = 64) -> reward.Function:

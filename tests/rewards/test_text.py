@@ -28,6 +28,17 @@ def kind(function, given, gold, ids=()):
     ('{"a": 1}', '1', (0.0, 'wrong')),
     ('{"a": 1}', ' ', (0.0, 'no_answer')),
     ('5', 'The answer is ' + '5' * 10_000, (0.0, 'wrong')),
+    # The beginning of a number is not the number.
+    ('The answer is 2.', 'The answer is 2.5kg', (0.0, 'no_answer')),
+    ('The answer is 1.', 'The answer is 1.5e3', (0.0, 'no_answer')),
+    ('The answer is 1.', 'The answer is 1,200km', (0.0, 'no_answer')),
+    ('The answer is 5.', 'The answer is 5 / 7kg', (0.0, 'no_answer')),
+    ('The answer is 50.', r'The answer is 50\%.', (0.0, 'wrong')),
+    ('#### 3', '#### 3.14rad', (0.0, 'no_answer')),
+    ('2', 'so it weighs 2.5kg', (0.0, 'no_answer')),
+    ('2', r'so it is \frac{1}{2}', (0.0, 'wrong')),
+    ('-2', r'\boxed{-2.5kg}', (0.0, 'wrong')),
+    ('2.5', r'\boxed{2.5}', (1.0, 'right')),
   ],
 )
 def test_answers(gold, given, expected):
@@ -46,6 +57,24 @@ def test_answers(gold, given, expected):
 )
 def test_form(given, good):
   assert kind(text.has_form(), given, SUM)[0] == good
+
+
+@pytest.mark.parametrize(
+  'gold, given, good',
+  [
+    (r'\boxed{\frac{1}{2}}', r'hence $\boxed{\frac{1}{2}}$.', True),
+    (r'\boxed{1}', r'so \boxed{\sqrt{3}}', True),
+    (r'\boxed{1}', r'so \boxed{\{1, 2\}} $', True),
+    (r'\boxed{1}', r'so \boxed{5}.', True),
+    (r'\boxed{1}', r'so \boxed{5} = 5', False),  # ends with what the box holds, not with the box
+    (r'\boxed{1}', r'so \boxed{\frac{1}{2}} m', False),
+    (r'\boxed{1}', r'so \boxed{\frac{1}{2}', False),
+    (SUM, 'The answer is 1, of 1', False),
+    (SUM, 'The answer is $12$.', True),
+  ],
+)
+def test_the_form_is_that_of_the_last_answer_itself(gold, given, good):
+  assert kind(text.has_form(), given, gold)[0] == good
 
 
 def test_a_form_of_ones_own():
