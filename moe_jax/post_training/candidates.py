@@ -26,7 +26,7 @@ def judged(
   scores = {kind: step_scores.score(judge, texts) for kind, judge in judges.items()}
   found = iter(
     verification.Candidate(
-      _stated(one),
+      numbers.answer_in(one.text, one.question.answer),
       one.right,
       len(text.ends),
       float(orm[0]) if len(orm) else 0.0,
@@ -35,10 +35,3 @@ def judged(
     for one, text, orm, prm in zip(flat, texts, scores['orm'], scores['prm'], strict=True)
   )
   return [[next(found) for _ in group] for group in groups]
-
-
-def _stated(one: solutions.Sampled) -> str | None:
-  """The answer that a solution gives, so written that equal ones vote together."""
-  stated = numbers.stated(one.text, numbers.form_of(one.question.answer))
-  value = None if stated is None else numbers.parse(stated)
-  return stated if value is None else str(value)
