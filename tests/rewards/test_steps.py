@@ -1,7 +1,10 @@
+import itertools
+
 import pytest
 
 from moe_jax.data.tasks import arithmetic
 from moe_jax.rewards import steps
+from moe_jax.rewards import text as text_lib
 
 EXAMPLE = {
   'question': 'What is 7 + 5 - 3?',
@@ -48,6 +51,16 @@ def test_every_solution_is_right():
     ('so\n7 + 5 = 12\n12 - 3 = 9\nThe answer is 9.', ('right', [0, 1, 1, 1], 3 / 4)),
     # Nothing is earned behind an answer.
     ('The answer is 9.\n9 + 0 = 9\n9 + 0 = 9', ('right', [1], 1)),
+    ('The answer is 9.\nThe answer is 9.', ('right', [1], 1)),
+    ('The answer is 9. The answer is 9.\n9', ('right', [1], 1)),
+    # A second answer that differs is a wrong step, and the last one is the answer.
+    ('7 + 5 = 12\n12 - 3 = 9\nThe answer is 9.\nThe answer is 3.', ('wrong', [1, 1, 1, 0], 3 / 4)),
+    ('The answer is 9.\n9 + 0 = 9\nThe answer is 3.', ('wrong', [1, 0, 0], 1 / 3)),
+    ('The answer is 3.\nThe answer is 9.', ('right', [0, 0], 0)),
+    ('The answer is 9.\nThe answer is 3.\nThe answer is 9.', ('right', [1, 0, 0], 1 / 3)),
+    ('The answer is 9. The answer is 3.', ('wrong', [0], 0)),
+    ('The answer is 3. The answer is 9.', ('right', [0], 0)),
+    ('The answer is 9.5', ('no_answer', [0, 0], 0)),
     ('I do not know', ('no_answer', [0, 0], 0)),
     ('', ('no_answer', [0], 0)),
     ('7 + 5 = ' + '1' * 5000, ('no_answer', [0, 0], 0)),
@@ -80,3 +93,15 @@ def test_giving_no_answer_never_pays():
     kind, values, value = judged(right + line)
     assert kind == 'no_answer' and sum(values) == sum(wrong[1])
     assert values.count(0) >= wrong[1].count(0) and value <= wrong[2]
+
+
+@pytest.mark.parametrize(
+  'lines', [*itertools.product(('The answer is 9.', 'The answer is 3.'), repeat=3)]
+)
+def test_all_readers_take_the_same_answer(lines):
+  text = '\n'.join(lines)
+  right = lines[-1] == 'The answer is 9.'
+  assert arithmetic.is_right(text, EXAMPLE['answer']) == right
+  assert (text_lib.answer('', (), text, EXAMPLE).kind == 'right') == right
+  assert (judged(text)[0] == 'right') == right
+  assert judged(text)[2] <= judged('The answer is 9.')[2]  # two tries are no better than one

@@ -16,7 +16,7 @@ from typing import NamedTuple
 # Longer numbers are none: Python refuses to read very long ones.
 _NUMBER = r'(-?\d{1,18})'
 _STEP = re.compile(rf'\s*{_NUMBER} ([+-]) {_NUMBER} = {_NUMBER}\s*', re.ASCII)
-_ANSWER = re.compile(rf'The answer is {_NUMBER}\.', re.ASCII)
+_ANSWER = re.compile(rf'The answer is {_NUMBER}\.(?!\d)', re.ASCII)
 
 
 class Difficulty(NamedTuple):
@@ -90,17 +90,24 @@ def steps(text: str, question: str, solution: str) -> tuple[Step, ...]:
   A line is computed and not compared with the solution: it is right if it is true, goes on from the
   value before it, and does one of the question's operations that no line has done before, in any
   order: a true line about other numbers is a step of another question. Lines of another form are
-  no steps, and nor is what stands behind an answer.
+  no steps, and nor is what stands behind an answer, but for a different answer. That is a wrong
+  step, whatever it says, or two tries would be better than one; which answer the text gives is
+  decided by the last (`is_right`).
   """
   state, left = _asked(question)
-  found, begin = [], 0
+  found, begin, said = [], 0, None
   for line in text.splitlines(keepends=True):
     end = begin + len(line.rstrip())
     begin += len(line)
-    if _ANSWER.search(line):
-      return (*found, Step(end, is_right(line, solution), True))
+    given = [int(number) for number in _ANSWER.findall(line)]
+    if given:
+      if {*given} != {said}:
+        right = said is None and len({*given}) == 1 and is_right(line, solution)
+        found.append(Step(end, right, True))
+      said = given[-1]
+      continue
     match = _STEP.fullmatch(line)
-    if match is not None:
+    if match is not None and said is None:
       first, sign, operand, result = int(match[1]), match[2], int(match[3]), int(match[4])
       true = result == (first + operand if sign == '+' else first - operand)
       asked = (sign, operand) in left

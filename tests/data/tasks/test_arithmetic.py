@@ -33,6 +33,12 @@ def test_what_is_wrong():
   assert arithmetic.is_right('It is so. The answer is 9.', solution)
   assert not arithmetic.is_right('The answer is 8.', solution)
   assert not arithmetic.is_right('9', solution)
+  assert not arithmetic.is_right('The answer is 9.5', solution)  # the beginning of another number
+  assert arithmetic.is_right('The answer is 9.\nThe answer is 9.', solution)
+  assert not arithmetic.is_right('The answer is 9.\nThe answer is 3.', solution)
   # A false equation, then a true one that goes on from it; then one that goes on from nothing.
   assert arithmetic.num_right_steps('7 + 5 = 13\n13 - 3 = 10', question) == (1, 2)
   assert arithmetic.num_right_steps('7 + 5 = 12\n11 - 3 = 8\nso', question) == (1, 2)
+  # What is computed behind an answer is no step, whatever answers stand around it.
+  more = f'{solution}\n9 + 0 = 9\nThe answer is 3.\n1 + 1 = 3'
+  assert arithmetic.num_right_steps(more, question) == (2, 2)
