@@ -136,17 +136,26 @@ def example(data: schema.DataConfig, question: Question) -> dict[str, Any]:
   return generated.example(data.source, question.prompt[-1].content, question.answer)
 
 
-def is_right(source: str) -> Callable[[str, str], bool]:
-  """What judges (text, answer): for sums the number, else equality but for space at the ends.
+def check_readable(source: str):
+  """Refuses a source whose answers cannot be judged by reading them.
 
   Raises:
-    errors.InputError: answers from there are programs, which are run and not read.
+    errors.InputError: they are programs, which are run.
   """
   errors.require(
     source != 'programs',
     "config.data.source='programs' has answers that must be run; count them with "
     'experiments.answers, and train on them with the reward "program"',
   )
+
+
+def is_right(source: str) -> Callable[[str, str], bool]:
+  """What judges (text, answer): for sums the number, else equality but for space at the ends.
+
+  Raises:
+    errors.InputError: see `check_readable`.
+  """
+  check_readable(source)
   if source == 'arithmetic':
     return arithmetic.is_right
   return lambda text, answer: text.strip() == answer.strip()

@@ -1,9 +1,12 @@
 """Solutions that a model samples, and their steps labelled by completing them.
 
 Every prefix of a solution is read once, and its completions share that (`rollouts`). Token ids are
-kept as they were drawn: a prefix is a beginning of them, and nothing is tokenised twice.
+kept as they were drawn: a prefix is a beginning of them, and nothing is tokenised twice. It ends
+with the last token that lies before the next step whole: one that holds the end of a line and the
+first word of the next would tell the completer how to go on.
 """
 
+import bisect
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -13,7 +16,7 @@ from moe_jax.data import chat_formats
 from moe_jax.data.tasks import arithmetic
 from moe_jax.inference import generate
 from moe_jax.post_training import answers as answers_lib
-from moe_jax.post_training import policy_batches, rollouts, step_labels
+from moe_jax.post_training import rollouts, step_labels
 from moe_jax.rewards import registry
 from moe_jax.runs import trained_run
 
@@ -55,7 +58,11 @@ class Writer:
       max_new_tokens: of an answer, or of the rest of one.
       rows: answers that are written at the same time.
       seed: decides all draws.
+
+    Raises:
+      errors.InputError: the answers are programs, which must be run.
     """
+    answers_lib.check_readable(data.source)
     self._run, self._data, self._draws = run, data, 0
     self._policy = dataclasses.replace(
       run.cfg.objective.policy, temperature=temperature, max_new_tokens=max_new_tokens, rows=rows
@@ -135,8 +142,7 @@ class Writer:
 
   def _sampled(self, question: answers_lib.Question, answer: rollouts.Answer) -> Sampled:
     tokens = answer.tokens[:-1] if answer.ended else answer.tokens
-    whole = generate.continuation(self._run.tokenizer.decode, answer.prompt, tokens)
-    text = chat_formats.said(self._data, whole)
+    whole, text = self._texts(answer.prompt, tokens)
     return Sampled(
       question,
       answer.prompt,
@@ -146,6 +152,11 @@ class Writer:
       answer.ended,
       self.is_right(question, text),
     )
+
+  def _texts(self, prompt: Sequence[int], tokens: Sequence[int]) -> tuple[str, str]:
+    """(the text of ids behind a prompt, what it says)."""
+    whole = generate.continuation(self._run.tokenizer.decode, prompt, tokens)
+    return whole, chat_formats.said(self._data, whole)
 
   def label(
     self,
@@ -164,20 +175,15 @@ class Writer:
     """
     kept = [(one, step_labels.ends_of_steps(one.text)) for one in solutions if one.ended]
     kept = [(one, ends) for one, ends in kept if ends]
-    decode = self._run.tokenizer.decode
-    prefixes: list[tuple[int, str, list[int]]] = []  # (solution, its text so far, ids)
+    prefixes: list[tuple[int, list[int]]] = []  # (solution, ids)
     for number, (one, ends) in enumerate(kept):
-      texts = [step_labels.prefix(one.text, end) for end in ends[:-1]]
-      at = policy_batches.step_ends(decode, one.tokens, [len(t) for t in texts], one.skipped)
-      prefixes += [
-        (number, text, [*one.prompt, *one.tokens[: last + 1]]) for text, last in zip(texts, at)
-      ]
-    written = self._written([ids for *_, ids in prefixes], completions, False, tell, begun=True)
+      for end in ends[:-1]:
+        size = self._begun(one, step_labels.prefix(one.text, end))
+        prefixes.append((number, [*one.prompt, *one.tokens[:size]]))
+    written = self._written([ids for _, ids in prefixes], completions, False, tell, begun=True)
     outcomes: list[list[tuple[bool, ...]]] = [[] for _ in kept]
-    for (number, text, _), group in zip(prefixes, written):
-      outcomes[number].append(
-        tuple(self._completes(kept[number][0].question, text, one) for one in group)
-      )
+    for (number, _), group in zip(prefixes, written):
+      outcomes[number].append(tuple(self._completes(kept[number][0], one) for one in group))
     return [
       step_labels.Labelled(
         one.question.prompt[-1].content,
@@ -190,10 +196,27 @@ class Writer:
       for (one, ends), found in zip(kept, outcomes)
     ]
 
-  def _completes(self, question: answers_lib.Question, text: str, answer: rollouts.Answer) -> bool:
+  def _begun(self, one: Sampled, text: str) -> int:
+    """The most tokens of a solution whose text is a beginning of `text`, which begins its own."""
+    most = one.skipped + len(text)
+
+    def decoded(size: int) -> str:
+      return self._texts(one.prompt, one.tokens[:size])[0]
+
+    whole = decoded(len(one.tokens))[:most]
+    sizes = range(len(one.tokens) + 1)
+    size = bisect.bisect_right(sizes, most, key=lambda n: len(decoded(n))) - 1
+    # The first bytes of a character are decoded to another one.
+    while not whole.startswith(decoded(size)):
+      size -= 1
+    return size
+
+  def _completes(self, one: Sampled, answer: rollouts.Answer) -> bool:
+    """Whether a completion of a beginning of a solution, both together, gives the right answer."""
     tokens = answer.tokens[:-1] if answer.ended else answer.tokens
-    rest = generate.continuation(self._run.tokenizer.decode, answer.prompt, tokens)
-    return answer.ended and self.is_right(question, text + rest)
+    begun = answer.prompt[len(one.prompt) :]
+    _, text = self._texts(one.prompt, [*begun, *tokens])
+    return answer.ended and self.is_right(one.question, text)
 
   def _truth(self, one: Sampled, ends: Sequence[int]) -> tuple[bool, ...] | None:
     """Whether each step is right, where the task can check; a line that is no step is not."""

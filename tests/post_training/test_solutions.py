@@ -1,10 +1,14 @@
 """Steps labelled by a scripted model: which beginnings are completed, and what counts as right."""
 
+import dataclasses
 import types
 
 import numpy as np
+import pytest
 
-from moe_jax.data import conversations
+from moe_jax import errors
+from moe_jax.data import chat_formats, conversations
+from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.post_training import answers, rollouts, solutions
 from tests import tiny
 from tests.post_training.test_step_scores import CHANGES, tokenizer
@@ -101,3 +105,48 @@ def test_the_rest_of_an_answer_ends_with_its_row(monkeypatch):
   assert asked == [(30, 24), (47, 16), (62, 2)]
   one._written(prompts[:2], 1, False, lambda n: None)
   assert asked[3:] == [(47, 24)]  # a whole answer has its limit, and an error if there is no room
+
+
+def test_a_beginning_holds_nothing_of_the_next_step(monkeypatch):
+  """Lines that begin with space, and a tokenizer that has it in one token with the word behind."""
+  data = tiny.make().data
+  lines = 'We add, \u00e0 la carte \u2713\n  7 + 5 = 12\n\n So: {}\n\tThe answer is {}.'
+  texts = ['User: What is 7 + 5?\n\nAssistant: ' + lines.format(n, n) for n in range(40)]
+  bpe = tokenizer_lib.train_bpe(texts * 5, 400, data.bos_token, data.eos_token)
+  said = lines.format(12, 12)
+  question = answers.Question((conversations.Turn('user', 'What is 7 + 5?', False),), said)
+  (prompt,) = chat_formats.prompts(data, [question.prompt], bpe)
+  full = [int(i) for i in bpe.encode(' ' + said)]
+  assert ' So' in [bpe.decode([i]) for i in full]  # the space is one token with the word
+
+  def written(ids, begun):
+    scores = np.zeros((3, len(ids) + 1), np.float32)
+    return rollouts.Answer(0, begun, [*ids, bpe.eos_id], True, *scores, None)
+
+  run = types.SimpleNamespace(cfg=tiny.make(**CHANGES), tokenizer=bpe, mesh=None, variables=None)
+  one, asked = solutions.Writer(run, dataclasses.replace(data, source='conversations')), []
+
+  def complete(prompts, group_size, greedy, tell, begun=False):
+    asked.extend(prompts)
+    # As a perfect model does: what is missing; and what would be if the next step were known.
+    return [
+      [written(full[len(ids) - len(prompt) :], ids), written(full[-1:], ids)] for ids in prompts
+    ]
+
+  monkeypatch.setattr(one, '_written', complete)
+  ((solution, _),) = one.sample([question], 2)
+  assert solution.right and solution.text == said
+  (labelled,) = one.label([solution], 2)
+  begun = [bpe.decode(ids[len(prompt) :]) for ids in asked[1:]]
+  ends = [said[:end] for end in labelled.ends]
+  assert len(begun) == 3 and len(ends) == 4
+  for here, end, next_end in zip(begun, ends, ends[1:]):
+    assert here.rstrip() == ' ' + end and (' ' + next_end).startswith(here)
+  assert labelled.outcomes == ((True, False),) * 3 + ((True,),)
+
+
+def test_answers_that_must_be_run_are_not_read():
+  cfg = tiny.make(**CHANGES)
+  run = types.SimpleNamespace(cfg=cfg, tokenizer=tokenizer(), mesh=None, variables=None)
+  with pytest.raises(errors.InputError, match="source='programs' has answers that must be run"):
+    solutions.Writer(run, dataclasses.replace(cfg.data, source='programs'))
