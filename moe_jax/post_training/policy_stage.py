@@ -254,11 +254,10 @@ class PolicyStage:
     return chat_formats.prompts(self._cfg.data, [q.prompt for q in questions], self._tokenizer)
 
   def _text(self, answer: rollouts.Answer) -> tuple[str, int]:
-    """(what an answer says, characters before that in its text)."""
-    ids = answer.tokens[:-1] if answer.ended else answer.tokens
-    whole = generate.continuation(self._tokenizer.decode, answer.prompt, ids)
-    said = chat_formats.said(self._cfg.data, whole)
-    return said, len(whole) - len(said)
+    """(what an answer says, characters before that in the text of its tokens alone)."""
+    ids, decode = answer.tokens[:-1] if answer.ended else answer.tokens, self._tokenizer.decode
+    said = chat_formats.said(self._cfg.data, generate.continuation(decode, answer.prompt, ids))
+    return said, len(decode(ids)) - len(said)
 
   def _items(
     self,

@@ -16,6 +16,7 @@ from moe_jax.post_training import answers, policy_batches, policy_stage, rollout
 from moe_jax.rewards import pool, reward
 from moe_jax.runs import metric_log, policy_plot
 from tests import tiny
+from tests.inference.test_generate import sentencepiece
 from tests.post_training.conftest import SIZES
 from tests.training.test_policy_loss import RUN
 
@@ -170,6 +171,19 @@ def test_more_questions_are_drawn_until_enough_groups_differ(monkeypatch):
   assert drawn == [6, 7]  # three draws belong to each iteration; two were enough
   assert [one.draw for one in learned] == [6, 7] and all(one.advantages.any() for one in learned)
   assert stage.figures['equal_groups'] == 4  # figures are of all that was written
+
+
+def test_steps_end_where_they_do_whatever_a_decoder_leaves_out():
+  """One of the SentencePiece kind leaves out the first space of what it decodes."""
+  inner, stage = sentencepiece(), made(eval_questions=0)
+  prompt, new = (inner.encode(text).ids for text in ('a b', 'h h h'))
+  stage._tokenizer = types.SimpleNamespace(decode=inner.decode)
+  scores = np.zeros(len(new), np.float32)
+  answer = rollouts.Answer(0, prompt, new, False, scores, scores, scores, None)
+  said, skipped = stage._text(answer)
+  assert said == 'h h h'
+  ends = policy_batches.step_ends(inner.decode, new, [1, 3, 5], skipped)
+  assert [inner.decode(new[: end + 1]) for end in ends] == ['h', 'h h', 'h h h']
 
 
 def test_answers_are_judged_as_they_end_and_each_gets_its_own_reward(monkeypatch):
