@@ -1,4 +1,8 @@
-"""How often a model fills in the end of a line, taken out of held-out text, exactly as it was."""
+"""How often a model fills in the end of a line, taken out of held-out text, exactly as it was.
+
+The model must say where the middle ends, too: it may write one token more than the longest middle
+has, and one that does not end by then has not filled its gap.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -13,7 +17,6 @@ from moe_jax.inference import sampling
 from moe_jax.post_training import answers
 
 LONGEST = 24  # characters that are taken out at most
-MAX_NEW_TOKENS = 16
 
 
 class Gap(NamedTuple):
@@ -78,7 +81,7 @@ def gap(text: str, rng: np.random.Generator) -> Gap | None:
 
 
 def measure(model: answers.Model, found: Sequence[Gap]) -> Filled:
-  """Fills every gap greedily, and counts those that are as they were.
+  """Fills every gap greedily, and counts those that are as they were and end there.
 
   Prefix and suffix are cut to what stands next to the gap, half of the row for each.
 
@@ -87,16 +90,22 @@ def measure(model: answers.Model, found: Sequence[Gap]) -> Filled:
   """
   tokenizer, length = model.tokenizer, model.config.model.max_seq_len
   fim.check(tokenizer, 1.0)
-  half = (length - MAX_NEW_TOKENS - 4) // 2
+  limit = 1 + max((len(tokenizer.encode(one.middle)) for one in found), default=0)
+  half = (length - limit - 4) // 2
   errors.require(
-    half > 0, f'config.model.max_seq_len={length} is too short to fill gaps; leave --infill out'
+    half > 0,
+    f'config.model.max_seq_len={length} is too short to fill gaps of {limit - 1} tokens with text '
+    'on both sides; leave --infill out',
   )
   right, greedy = 0, sampling.Sampling(temperature=0.0)
   for begin in range(0, len(found), answers.BATCH):
     batch = found[begin : begin + answers.BATCH]
     prompts = [_prompt(tokenizer, one, half) for one in batch]
-    written = model.complete(prompts, MAX_NEW_TOKENS, greedy)
-    right += sum(text == one.middle for text, one in zip(written.texts, batch, strict=True))
+    written = model.complete(prompts, limit, greedy)
+    right += sum(
+      text == one.middle and len(ids) < limit  # less than the limit: it has ended
+      for ids, text, one in zip(written.tokens, written.texts, batch, strict=True)
+    )
   return Filled(right, len(found))
 
 

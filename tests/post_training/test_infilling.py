@@ -66,13 +66,41 @@ def test_exact_matches_are_counted():
     texts = [found[i].middle if i % 2 else '' for i in range(begin, len(asked))]
     return generate.Generation([[0]] * len(prompts), texts, 1.0)
 
-  config = types.SimpleNamespace(model=types.SimpleNamespace(max_seq_len=40))
+  config = types.SimpleNamespace(model=types.SimpleNamespace(max_seq_len=28))
   model = types.SimpleNamespace(config=config, tokenizer=tokenizer, complete=complete)
   assert infilling.measure(model, found) == (35, 70)
   begin, hole, end = tokenizer.fim_ids
   prefix, suffix = tokenizer.encode('p' * 8 + '69'), tokenizer.encode('69' + 's' * 8)
   assert asked[69] == [tokenizer.bos_id, begin, *prefix, hole, *suffix, end]
   assert str(infilling.Filled(35, 70)) == '35 of 70 exact: 50.0% [38.6%, 61.4%]'
-  config.model.max_seq_len = 20
-  with pytest.raises(errors.InputError, match='too short to fill gaps'):
+  config.model.max_seq_len = 9
+  with pytest.raises(errors.InputError, match='too short to fill gaps of 3 tokens'):
     infilling.measure(model, found)
+
+
+def test_a_perfect_model_fills_every_gap_and_one_that_goes_on_none():
+  tokens = base.get_config().data
+  tokenizer = tokenizer_lib.byte_tokenizer(tokens.bos_token, tokens.eos_token)
+  longest = '"' + 'ä' * (infilling.LONGEST - 3) + '"'
+  found = [infilling.Gap('x = ', '\n', middle) for middle in ('0123456789abcdef', longest, '1')]
+  config = types.SimpleNamespace(model=types.SimpleNamespace(max_seq_len=256))
+
+  def model(more):
+    def complete(prompts, max_new_tokens, sampling):
+      ids = [tokenizer.encode(one.middle + more)[:max_new_tokens] for one in found[: len(prompts)]]
+      return generate.Generation(ids, [tokenizer.decode(one) for one in ids], 1.0)
+
+    return types.SimpleNamespace(config=config, tokenizer=tokenizer, complete=complete)
+
+  assert infilling.measure(model(''), found) == (3, 3)
+  assert infilling.measure(model(' and on' * 20), found) == (0, 3)
+  assert infilling.measure(model(''), found[:1]) == (1, 1)
+  assert infilling.measure(model(' and on'), found[:1]) == (0, 1)
+  # What goes on with tokens that say nothing has not ended either.
+  silent, config.model.max_seq_len = tokenizer.fim_ids[0], 64
+  endless = types.SimpleNamespace(
+    config=config,
+    tokenizer=tokenizer,
+    complete=lambda prompts, limit, sampling: generate.Generation([[silent] * limit], ['1'], 1.0),
+  )
+  assert infilling.measure(endless, found[2:]) == (0, 1)
