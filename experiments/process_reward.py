@@ -153,7 +153,11 @@ def _verify(out: pathlib.Path):
     groups = writer.sample(questions, values.candidates, tell=lambda n: bar.update(n - bar.n))
   greedy = sum(one[0].right for one in writer.sample(questions, 1, greedy=True))
   size = values.candidates
-  pools = candidates.judged(groups, judges)
+  pools = candidates.judged(
+    groups,
+    judges,
+    lambda kind, number: print(f'--{kind}: no room in its rows for {number} of its scores: 0'),
+  )
   counts = [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if n < size] + [size]
   total, result = len(questions), {}
   share = answers.wilson(greedy, total)

@@ -125,7 +125,7 @@ class PolicyStage:
     if value_head.is_used(cfg):
       self.figures |= dict.fromkeys(policy_loss.PPO_ROLLOUT_FIGURES)
     self._state: train_state.TrainState | None = None
-    self._step, self._waited = 0, 0.0
+    self._step, self._waited, self._told_unread = 0, 0.0, False
 
   def batches(
     self,
@@ -233,7 +233,8 @@ class PolicyStage:
     found = pool_lib.joined([submitted[i] for i in numbers]).result()
     self._waited += time.perf_counter() - begin
     if self._judge is not None:
-      found = judged_by(self._judge, found, owners, [text for text, _ in texts])
+      plain = [text for text, _ in texts]
+      found = judged_by(self._judge, found, owners, plain, self._tell_unread)
 
     def ends(number: int) -> list[int]:
       tokens, skipped = written.answers[number].tokens, texts[number][1]
@@ -241,6 +242,15 @@ class PolicyStage:
       return policy_batches.step_ends(self._tokenizer.decode, tokens, offsets, skipped)
 
     return policy_batches.judged(self._policy, written.answers, found, ends), written
+
+  def _tell_unread(self, number: int):
+    if not self._told_unread:
+      self._say(
+        f'no room in a row of the judge (model.max_seq_len of {self._policy.reward_model}) for '
+        f'{number} steps of this iteration: they are worth {step_scores.UNREAD:g}, as others '
+        'will be; this is said once'
+      )
+    self._told_unread = True
 
   def _asked(self, draw: int) -> list[answers_lib.Question]:
     """The questions of a batch: a pass over all of them in an order of its own, then the next."""
@@ -366,24 +376,27 @@ def judged_by(
   found: Sequence[reward.Reward],
   questions: Sequence[answers_lib.Question],
   texts: Sequence[str],
+  tell_unread: Callable[[int], object] = lambda number: None,
 ) -> list[reward.Reward]:
   """Rewards whose values are a model's; whether the answer is right stays what the checker says.
 
   A judge of steps gives every step its score, and the answer the least of them; one of whole
-  solutions gives the answer its score. An answer without a step is worth 0.
+  solutions gives the answer its score. An answer without a step is worth 0, and so is a step that
+  a row of the judge has no room for.
 
   Args:
     judge: a run of objective.kind='process_reward'.
     found: rewards of a checker.
     questions: of each answer.
     texts: the answers.
+    tell_unread: see `step_scores.score`.
   """
   ends = [step_labels.ends_of_steps(text) for text in texts]
   solutions = [
     step_scores.Solution(question.prompt[-1].content, text, own)
     for question, text, own in zip(questions, texts, ends, strict=True)
   ]
-  scores = step_scores.score(judge, solutions)
+  scores = step_scores.score(judge, solutions, tell_unread=tell_unread)
   whole = judge.cfg.objective.process_reward.outcome
   new = []
   for one, own, score in zip(found, ends, scores, strict=True):

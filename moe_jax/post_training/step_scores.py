@@ -3,13 +3,14 @@
 Released models of this kind (peiyi9979/math-shepherd-mistral-7b-prm) read the question and the
 steps with a tag behind each, and predict '+' or '-' at the tag's place; so here, with a special
 token of the tokenizer as the tag, which no text can spell and no merge can reach. The score of a
-step is the probability of the good label among the two.
+step is the probability of the good label among the two; a step whose tag has no room in a row
+cannot be read, and is as good as one that is known to be bad: its score is `UNREAD`.
 
 Axis letters: n solutions, s steps of a solution.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -26,6 +27,8 @@ from moe_jax.processes import agreement
 from moe_jax.runs import trained_run
 
 Array = jax.Array
+
+UNREAD = 0.0
 
 
 class Solution(NamedTuple):
@@ -171,33 +174,37 @@ def check(cfg: schema.Config, what: str):
 
 
 def score(
-  run: trained_run.Run, solutions: Sequence[Solution], batch_size: int = 16
+  run: trained_run.Run,
+  solutions: Sequence[Solution],
+  batch_size: int = 16,
+  tell_unread: Callable[[int], object] = lambda number: None,
 ) -> list[np.ndarray]:
-  """The probability that each step is good, [s] per solution.
+  """The probability that each step is good, [s] per solution; `UNREAD` behind the end of a row.
 
   Args:
     run: trained with objective.kind='process_reward'.
     solutions: what is judged; with `outcome` the score is that of the whole, [1].
     batch_size: rows that are read together.
+    tell_unread: is told how many scores are `UNREAD`, if any.
 
   Raises:
-    errors.InputError: the run is of another objective, or a solution is longer than a row.
+    errors.InputError: the run is of another objective.
   """
   cfg = run.cfg
   check(cfg, 'the run')
   marker = Marker(cfg.objective.process_reward, cfg.data, run.tokenizer)
-  marked, length = marker.marked(solutions), cfg.model.max_seq_len
-  longest = max((len(one.ids) for one in marked), default=0)
-  errors.require(
-    longest <= length,
-    f'a solution with its markers has {longest} tokens, more than config.model.max_seq_len='
-    f'{length} of the run; give shorter ones',
-  )
+  length = cfg.model.max_seq_len
+  whole = marker.marked(solutions)
+  marked = [_beginning(one, length) for one in whole]
   ways = partitioning.row_ways(run.mesh)
   size = -(-batch_size // ways) * ways
-  order = list(rows(marked, np.arange(len(marked)), length))
+  steps = np.array([len(one.marks) for one in marked], int)
+  order = list(rows(marked, np.flatnonzero(steps), length))
   ids = (np.int32(marker.good_id), np.int32(marker.bad_id))
-  found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(marked)
+  found = [np.full(len(one.marks), UNREAD, np.float32) for one in whole]
+  unread = sum(map(len, found)) - int(steps.sum())
+  if unread:
+    tell_unread(unread)
   for begin in range(0, len(order), size):
     here = order[begin : begin + size]
     arrays = [filled(marked, row, length) for row in here]
@@ -208,5 +215,11 @@ def score(
       probabilities = agreement.fetch(_probabilities(cfg.model, run.variables, ids, put))
     for row, members in enumerate(here):
       for number, at in members:
-        found[number] = probabilities[row, at + marked[number].marks]
+        found[number][: steps[number]] = probabilities[row, at + marked[number].marks]
   return found
+
+
+def _beginning(one: Marked, max_seq_len: int) -> Marked:
+  """A solution up to the last marker that a row has room for; nothing if there is none."""
+  marks = one.marks[one.marks < max_seq_len]
+  return Marked(one.ids[: marks[-1] + 1] if len(marks) else one.ids[:0], marks)

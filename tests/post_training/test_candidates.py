@@ -19,7 +19,7 @@ def test_scores_stay_with_their_solutions(monkeypatch):
     [sampled('no idea', False), sampled('', False)],
   ]
 
-  def score(judge, texts):
+  def score(judge, texts, tell_unread):
     if judge == 'steps':
       return [np.arange(len(one.ends)) / 10 + len(one.text) for one in texts]
     return [np.array([len(one.text) / 100]) if one.ends else np.array([]) for one in texts]
@@ -50,7 +50,9 @@ def test_a_vote_is_for_what_is_judged(monkeypatch, gold, right, wrong):
   rights = [text_lib.answer('', (), one, {'answer': gold}).kind == 'right' for one in texts]
   assert rights == [False] * len(wrong) + [True] * len(right)
   group = [sampled(one, is_right, gold) for one, is_right in zip(texts, rights)]
-  monkeypatch.setattr(step_scores, 'score', lambda judge, texts: [np.ones(1)] * len(texts))
+  monkeypatch.setattr(
+    step_scores, 'score', lambda judge, texts, tell_unread: [np.ones(1)] * len(texts)
+  )
   (found,) = candidates.judged([group], {'prm': '', 'orm': ''})
   votes = {one.answer for one in found if one.right}
   assert len(votes) == 1 and None not in votes

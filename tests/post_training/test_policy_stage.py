@@ -115,7 +115,7 @@ def test_a_model_judges_steps_or_wholes_and_the_checker_what_is_right(monkeypatc
   texts = ['1 + 1 = 2\nThe answer is 2.', 'no']
   asked = []
 
-  def score(judge, solutions):
+  def score(judge, solutions, tell_unread):
     asked.append(solutions)
     whole = judge.cfg.objective.process_reward.outcome
     return [np.array([0.25] if whole else [0.75, 0.25]), np.array([0.5])]
@@ -128,6 +128,14 @@ def test_a_model_judges_steps_or_wholes_and_the_checker_what_is_right(monkeypatc
     assert (first.value, first.kind, second.value, second.kind) == (0.25, 'right', 0.5, 'wrong')
     assert first.step_rewards == (None if whole else [(9, 0.75), (26, 0.25)])
   assert asked[0][0].ends == (9, 26) and asked[0][0].question == 'What is 1 + 1?'
+
+
+def test_steps_that_no_judge_can_read_are_told_once():
+  stage, told = made(eval_questions=0, reward_model=''), []
+  stage._say = told.append
+  for number in (3, 5):
+    stage._tell_unread(number)
+  assert len(told) == 1 and 'for 3 steps' in told[0] and 'worth 0' in told[0]
 
 
 def made(**policy):

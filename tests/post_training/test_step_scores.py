@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from moe_jax import errors
+from moe_jax.data import conversations
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.models import transformer
-from moe_jax.post_training import step_scores
+from moe_jax.post_training import answers, policy_stage, step_scores
+from moe_jax.rewards import reward
 from tests import tiny
 from tests.training.test_policy_loss import RUN
 
@@ -105,11 +107,45 @@ def test_scores_are_those_of_the_two_labels_alone_whatever_shares_the_row():
   assert len(got[1]) == 1 and len(got[2]) == 0
 
 
-def test_another_run_and_a_solution_without_room_are_refused():
-  cfg = tiny.make(**(CHANGES | {'model__max_seq_len': 16}))
-  run = types.SimpleNamespace(cfg=cfg, mesh=tiny.mesh(1), tokenizer=tokenizer())
-  with pytest.raises(errors.InputError, match='max_seq_len=16'):
-    step_scores.score(run, SOLUTIONS)
-  run.cfg = tiny.make()
+def test_what_a_row_has_no_room_for_is_unread_and_the_rest_is_as_it_is():
+  cfg = tiny.make(**CHANGES)
+  variables = {'params': tiny.params(cfg.model), 'router_state': {}}
+  run = types.SimpleNamespace(
+    cfg=cfg, mesh=tiny.mesh(1), variables=variables, tokenizer=tokenizer()
+  )
+  whole, told = step_scores.score(run, SOLUTIONS), []
+  sizes = [len(one.ids) for one in marker().marked(SOLUTIONS)]
+  # All but the last token of the first; up to its second marker; nothing of any.
+  second = int(marker().marked(SOLUTIONS)[0].marks[1])
+  for length, unread in ((sizes[0] - 1, 1), (second + 1, 1), (second, 2), (8, 4)):
+    run.cfg = tiny.make(**(CHANGES | {'model__max_seq_len': length}))
+    found = step_scores.score(run, SOLUTIONS, tell_unread=told.append)
+    assert told.pop() == unread and not told
+    for number, (one, full) in enumerate(zip(found, whole, strict=True)):
+      read = len(full) - (min(unread, 3) if number == 0 else unread == 4) * (len(full) > 0)
+      np.testing.assert_allclose(one[:read], full[:read], atol=1e-5)
+      assert (one[read:] == step_scores.UNREAD).all() and len(one) == len(full)
+
+
+def test_an_answer_of_many_short_lines_stops_no_run():
+  """A marker for every line: 24 of one character have more tokens than a row has room for."""
+  cfg = tiny.make(**CHANGES | {'model__max_seq_len': 96})
+  variables = {'params': tiny.params(cfg.model), 'router_state': {}}
+  judge = types.SimpleNamespace(
+    cfg=cfg, mesh=tiny.mesh(1), variables=variables, tokenizer=tokenizer()
+  )
+  turn = conversations.Turn('user', 'What is 20 - 10 + 10?', False)
+  question, told = answers.Question((turn,), 'The answer is 20.'), []
+  text = '\n'.join('1' * 24)
+  found = [reward.Reward(0.0, {}, 'wrong')]
+  (one,) = policy_stage.judged_by(judge, found, [question], [text], told.append)
+  values = [value for _, value in one.step_rewards]
+  (unread,) = told
+  assert len(values) == 24 and values[-unread:] == [0.0] * unread and all(values[:-unread])
+  assert one.value == 0 and one.kind == 'wrong'
+
+
+def test_another_run_is_refused():
+  run = types.SimpleNamespace(cfg=tiny.make(), mesh=tiny.mesh(1), tokenizer=tokenizer())
   with pytest.raises(errors.InputError, match="must be 'process_reward'"):
     step_scores.score(run, SOLUTIONS)
