@@ -52,6 +52,7 @@ from moe_jax.training import (
 
 WORKERS = 2  # processes that judge answers
 MOST_QUESTIONS = 10**6  # of a source that are held in memory
+PART = 4096  # questions that are tokenised together
 
 
 class _Measured(NamedTuple):
@@ -145,13 +146,15 @@ class PolicyStage:
       say: prints one line.
 
     Raises:
-      errors.InputError: a question with its answer does not fit `model.max_seq_len`.
+      errors.InputError: too few questions fit `model.max_seq_len` with their answers, or a held-out
+        one does not.
       pool.PoolError: no reward can be given.
     """
     cfg, policy = self._cfg, self._policy
     self._state, self._step = state, int(state.step)
     self._mesh, self._tokenizer, self._workdir, self._say = mesh, tokenizer, workdir, say
     self._sampler = rollouts.Sampler(cfg, tokenizer.end_ids, mesh)
+    self._leave_long_out()
     with pool_lib.RewardPool(policy.reward, WORKERS, policy.reward_seconds) as self._pool:
       if self._pool.isolation:
         say(f'programs run in: {self._pool.isolation}')
@@ -163,6 +166,27 @@ class PolicyStage:
           yield batch
         if cfg.train.eval_every and self._step % cfg.train.eval_every < policy.updates:
           self._ask_heldout()
+
+  def _leave_long_out(self):
+    """Leaves questions out that have no room for an answer: a run would end where one is asked."""
+    cfg, every = self._cfg, self._questions
+    room = cfg.model.max_seq_len - self._policy.max_new_tokens
+    parts = [every[i : i + PART] for i in range(0, len(every), PART)]
+    sizes = [len(prompt) for part in parts for prompt in self._prompts(part)]
+    self._questions = [one for one, size in zip(every, sizes, strict=True) if size <= room]
+    out, prompts = len(every) - len(self._questions), self._policy.prompts
+    errors.require(
+      len(self._questions) >= prompts,
+      f'config.model.max_seq_len={cfg.model.max_seq_len} has no room for {out} of {len(every)} '
+      f'questions with max_new_tokens={self._policy.max_new_tokens} behind them, and '
+      f'config.objective.policy.prompts={prompts} asks for more than are left; make rows longer, '
+      'or answers shorter',
+    )
+    if out:
+      self._say(
+        f'{out} of {len(every)} questions are left out: with max_new_tokens behind them they are '
+        'longer than a row'
+      )
 
   def after_step(self, report: loop.StepReport):
     """Holds the state of the moment, which the next iteration samples from."""

@@ -130,6 +130,27 @@ def test_a_model_judges_steps_or_wholes_and_the_checker_what_is_right(monkeypatc
   assert asked[0][0].ends == (9, 26) and asked[0][0].question == 'What is 1 + 1?'
 
 
+def test_questions_without_room_for_an_answer_are_left_out_at_the_start(monkeypatch):
+  """And not met in the middle of a run, which would end by it."""
+  stage, told = made(prompts=2, max_new_tokens=6, eval_questions=0), []
+  stage._say, every = told.append, stage._questions
+  assert stage._cfg.model.max_seq_len == 16
+  sizes = [10 + (number % 3 == 2) for number in range(len(every))]
+  at = {question.prompt[-1].content: size for question, size in zip(every, sizes)}
+  monkeypatch.setattr(policy_stage, 'PART', 7)
+  monkeypatch.setattr(
+    stage, '_prompts', lambda part: [[1] * at[one.prompt[-1].content] for one in part]
+  )
+  stage._leave_long_out()
+  assert stage._questions == [one for one, size in zip(every, sizes) if size == 10]
+  assert len(told) == 1 and told[0].startswith(f'{sizes.count(11)} of {len(every)} questions')
+  stage._leave_long_out()
+  assert len(told) == 1
+  at.update(dict.fromkeys(at, 11))
+  with pytest.raises(errors.InputError, match='max_seq_len=16 has no room for .* questions'):
+    stage._leave_long_out()
+
+
 def test_steps_that_no_judge_can_read_are_told_once():
   stage, told = made(eval_questions=0, reward_model=''), []
   stage._say = told.append
