@@ -188,6 +188,7 @@ def _place(
 
 
 def sampler_figures(
+  policy: schema.PolicyConfig,
   answers: Sequence[Judged],
   where: Sequence[tuple[int, int]],
   trainer: np.ndarray,
@@ -195,7 +196,11 @@ def sampler_figures(
 ) -> dict[str, float | None]:
   """How far the trainer is from the sampler on the same weights and tokens.
 
+  Log-probabilities are compared where the trainer has them: of the answers that count. Without one
+  their figures are None.
+
   Args:
+    policy: which answers count.
     answers: as given to `rows`.
     where: as `rows` has returned it.
     trainer: [B, L] log-probabilities of the targets under the weights that have sampled.
@@ -204,20 +209,26 @@ def sampler_figures(
   gaps, differ, total = [], 0, 0
   for one, (row, at) in zip(answers, where):
     here = rollouts.places_of(one.answer, at)
-    gaps.append(trainer[row, here] - one.answer.log_probs)
+    if value_targets.counts(policy, one.answer):
+      gaps.append(trainer[row, here] - one.answer.log_probs)
     if own is not None:
       assert one.answer.experts is not None
       mine = np.sort(own[row, at : here.stop], axis=-1)
       theirs = np.sort(one.answer.experts.swapaxes(0, 1), axis=-1)
       differ += int((mine != theirs).any(axis=(1, 2)).sum())
       total += len(mine)
-  gap = np.concatenate(gaps).astype(np.float64) if gaps else np.zeros(1)
-  return {
-    'sampler_log_ratio': float(np.abs(gap).mean()),
-    'sampler_log_ratio_max': float(np.abs(gap).max()),
-    'sampler_k3': float((np.exp(gap) - gap - 1).mean()),
+  figures: dict[str, float | None] = {
+    'sampler_log_ratio': None,
+    'sampler_log_ratio_max': None,
+    'sampler_k3': None,
     'experts_differ': None if own is None else differ / max(total, 1),
   }
+  if gaps:
+    gap = np.concatenate(gaps).astype(np.float64)
+    figures['sampler_log_ratio'] = float(np.abs(gap).mean())
+    figures['sampler_log_ratio_max'] = float(np.abs(gap).max())
+    figures['sampler_k3'] = float((np.exp(gap) - gap - 1).mean())
+  return figures
 
 
 def answer_figures(groups: Sequence[Sequence[Judged]]) -> dict[str, Any]:

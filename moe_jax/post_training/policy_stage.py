@@ -328,7 +328,9 @@ class PolicyStage:
         self._add_last_experts(answers, where, replayed, free.experts)
         old = self._measured(variables, batch, value)
     batch[policy_loss.OLD] = old.log_probs
-    self.figures |= policy_batches.sampler_figures(answers, where, free.log_probs, free.experts)
+    self.figures |= policy_batches.sampler_figures(
+      policy, answers, where, free.log_probs, free.experts
+    )
     if policy.kl_weight:
       assert self._state.reference is not None
       reference = self._state.replace(params=self._state.reference).variables

@@ -69,7 +69,8 @@ FIGURES = tuple(Figures(*[0.0] * 4).means())  # type: ignore[list-item]
 PPO_FIGURES = ('value_loss', 'value_clip_share')
 # What is known of an iteration of PPO beside `ROLLOUT_FIGURES`, by `post_training.value_targets`.
 PPO_ROLLOUT_FIGURES = ('explained_variance', 'advantage_mean', 'return_mean')
-# What is known of the answers of an iteration, by `post_training.policy_figures`.
+# What is known of the answers of an iteration, by `post_training.policy_batches` and
+# `post_training.policy_stage`.
 ROLLOUT_FIGURES = (
   'reward',
   'right_share',

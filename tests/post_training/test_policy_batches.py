@@ -120,18 +120,43 @@ def test_step_ends_are_the_tokens_that_reach_them():
 
 
 def test_the_gap_between_sampler_and_trainer():
+  policy = make().objective.policy
   _, where = policy_batches.rows(make(), JUDGED, 2)
   trainer, own = np.zeros((2, 16), np.float32), np.zeros((2, 16, 2, 2), np.int32)
   for one, (row, at) in zip(JUDGED, where):
     trainer[row, rollouts.places_of(one.answer, at)] = one.answer.log_probs
     n = one.answer.experts.shape[1]
     own[row, at : at + n] = one.answer.experts.swapaxes(0, 1)[..., ::-1]  # an order is no choice
-  figures = policy_batches.sampler_figures(JUDGED, where, trainer, own)
+  figures = policy_batches.sampler_figures(policy, JUDGED, where, trainer, own)
   assert set(figures.values()) == {0.0}
   trainer[0, 1] += 0.5
   own[0, 2, 1] = (own[0, 2, 1] + 1) % 8
-  figures = policy_batches.sampler_figures(JUDGED, where, trainer, own)
+  figures = policy_batches.sampler_figures(policy, JUDGED, where, trainer, own)
   assert figures['sampler_log_ratio'] == pytest.approx(0.1)
   assert figures['sampler_log_ratio_max'] == pytest.approx(0.5)
   assert figures['sampler_k3'] == pytest.approx((np.exp(0.5) - 1.5) / 5, rel=1e-5)
   assert figures['experts_differ'] == pytest.approx(1 / 7)
+
+
+def test_answers_that_are_left_out_are_no_gap():
+  """They have no targets, so the trainer has no log-probability of them; their experts it has."""
+  cfg = make(objective__policy__truncated='leave_out')
+  policy = cfg.objective.policy
+  cut = [one._replace(answer=one.answer._replace(ended=False)) for one in JUDGED]
+  answers = [JUDGED[0], cut[1]]
+  batch, where = policy_batches.rows(cfg, answers, 2)
+  trainer, own = np.zeros((2, 16), np.float32), np.zeros((2, 16, 2, 2), np.int32)
+  for one, (row, at) in zip(answers, where):
+    here, n = rollouts.places_of(one.answer, at), one.answer.experts.shape[1]
+    learned = batch['targets'][row, here] >= 0
+    assert learned.all() == one.answer.ended == learned.any()
+    trainer[row, here] = np.where(learned, one.answer.log_probs, 0)
+    own[row, at : at + n] = one.answer.experts.swapaxes(0, 1)
+  figures = policy_batches.sampler_figures(policy, answers, where, trainer, own)
+  assert set(figures.values()) == {0.0}
+  row, at = where[1]
+  own[row, at, 0] = (own[row, at, 0] + 1) % 8
+  figures = policy_batches.sampler_figures(policy, answers, where, trainer, own)
+  assert figures['experts_differ'] == pytest.approx(1 / 7) and figures['sampler_k3'] == 0
+  figures = policy_batches.sampler_figures(policy, cut, where, trainer, None)
+  assert set(figures.values()) == {None}
