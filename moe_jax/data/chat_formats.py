@@ -127,7 +127,9 @@ def said(data: schema.DataConfig, text: str) -> str:
 
 def opening(data: schema.DataConfig) -> str:
   """What stands between a prompt and the answer behind it, and is written with the answer."""
-  return ' ' if data.chat_format == TEMPLATE else FORMATS[data.chat_format].answer
+  if data.chat_format == TEMPLATE:
+    return chat_template.opening(_template(data))
+  return FORMATS[data.chat_format].answer
 
 
 def _template(data: schema.DataConfig) -> chat_template.Template:

@@ -4,6 +4,7 @@ A template spells special tokens as text. So that those of the template alone be
 users spell like one is replaced, while the template runs, by a character that nobody uses.
 """
 
+import functools
 import json
 import re
 import signal
@@ -16,6 +17,7 @@ from moe_jax import errors
 from moe_jax.data import conversations, template_worker
 
 _FIRST, _LAST = 0x100000, 0x10FFFD  # a plane of Unicode for private use
+_PROBE = 'an-answer-0123456789'  # that no template writes of itself
 _WAY_OUT = (
   "choose one of the formats (config.data.chat_format='deepseek_llm' or 'deepseek_v3'), or give "
   'another template as config.data.chat_template'
@@ -65,6 +67,21 @@ def render(
     _pieces(texts, [turn.learned for turn in one if turn.role == 'assistant'], stand_ins)
     for one, texts in zip(batch, run(template, messages), strict=True)
   ]
+
+
+@functools.lru_cache
+def opening(template: Template) -> str:
+  """What a template writes between a prompt and the answer behind it: '' or a space, say.
+
+  '' too for a template that can ask a question and cannot write its answer, so that nothing is
+  learned behind it.
+  """
+  question = {'role': 'user', 'content': 'question'}
+  try:
+    ((_, text),) = run(template, [[question, {'role': 'assistant', 'content': _PROBE}]])
+  except errors.InputError:
+    return ''
+  return text[: max(text.find(_PROBE), 0)]
 
 
 def run(

@@ -144,10 +144,37 @@ def test_the_text_of_a_template_is_part_of_the_key():
   assert v3 == ('chat', '', '', '<｜User｜>', '', '', '<｜Assistant｜>', '')
 
 
-def test_what_a_model_has_written_is_said_without_the_space_that_opens_it():
+def test_what_a_model_has_written_is_said_without_what_opens_it(in_process):
   assert chat_formats.said(data_of('deepseek_llm'), ' 12') == '12'
   assert chat_formats.said(data_of('deepseek_v3'), ' 12') == ' 12'
-  assert chat_formats.said(data_of('template'), ' 12') == '12'
+  # A template opens an answer with what it writes itself; other space is the answer's own.
+  assert chat_formats.said(data_of('template', 'words'), ' 12') == '12'
+  assert chat_formats.said(data_of('template', 'words'), '  12') == ' 12'
+  assert chat_formats.said(data_of('template', 'tokens'), ' 12') == ' 12'
+  assert chat_formats.said(data_of('template', 'lines'), ' 12') == ' 12'
+
+
+@pytest.mark.parametrize('name', [*chat_formats.FORMATS, 'words', 'tokens'])
+def test_the_opening_stands_between_prompt_and_answer(name, tokenizers, in_process):
+  tokenizer = tokenizers['bytes']
+  data = data_of(name) if name in chat_formats.FORMATS else data_of('template', name)
+  turns = conversations.from_row({'prompt': 'What is it?', 'completion': ' This'})
+  (whole,) = chat_formats.render(data, [turns], tokenizer)
+  (prompt,) = chat_formats.prompts(data, [turns[:1]], tokenizer)
+  written = tokenizer.decode(whole.ids[len(prompt) :].tolist())
+  assert written == chat_formats.opening(data) + ' This'
+  assert chat_formats.said(data, written) == ' This'
+
+
+def test_a_template_may_open_an_answer_with_words_and_may_be_no_use_for_one(in_process):
+  start = "{% for m in messages %}{{ '<' + m.role + '>' }}"
+  thinks = start + "{% if m.role == 'assistant' %}{{ '<think></think>\n' }}{% endif %}"
+  end = "{{ m.content + eos_token }}{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}"
+  data = dataclasses.replace(data_of('template'), chat_template=thinks + end + '{% endif %}')
+  assert chat_formats.opening(data) == '<think></think>\n'
+  forgets = start + end + '{{ "<think>" }}{% endif %}'
+  data = dataclasses.replace(data, chat_template=forgets)
+  assert chat_formats.said(data, ' 12') == ' 12'
 
 
 def test_formats_that_cannot_be_used_are_refused():

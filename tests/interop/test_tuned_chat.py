@@ -78,6 +78,7 @@ def test_a_tuned_checkpoint_answers_alike(tmp_path, monkeypatch):
     with torch.no_grad():
       found = theirs.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)
     want = reference.decode(found[0, len(ids) :], skip_special_tokens=True)
-    assert tuned.chat(chat, 8, temperature=0) == want.removeprefix(' ')
+    # A tokenizer without a decoder has a space between any two tokens, and so before the first.
+    assert tuned.chat(chat, 8, temperature=0).removeprefix(' ') == want.removeprefix(' ')
     written.append(want)
   assert any(written)

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from moe_jax import errors
-from moe_jax.data import conversations
+from moe_jax.data import chat_template, conversations, template_worker
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.models import transformer
 from moe_jax.post_training import answers, policy_stage, step_scores
 from moe_jax.rewards import reward
 from tests import tiny
+from tests.data import rendered_chats
 from tests.training.test_policy_loss import RUN
 
 TEXT = '1 + 2 = 3\n3 - 1 = 1\nThe answer is 1.'
@@ -54,6 +55,21 @@ def test_a_marker_stands_behind_every_step_and_the_text_is_whole():
   assert tokenizer().decode(parts[1].tolist()) == '\n3 - 1 = 1'
   (whole, *_) = marker(objective__process_reward__outcome=True).marked(SOLUTIONS)
   assert whole.marks.tolist() == [len(whole.ids) - 1]
+
+
+def test_a_template_has_no_space_before_a_solution_that_it_does_not_write(monkeypatch):
+  monkeypatch.setattr(
+    chat_template, '_ask', lambda request: template_worker.answer(request, lambda: None)
+  )
+  one = tokenizer_lib.byte_tokenizer(rendered_chats.BOS, rendered_chats.EOS)
+  for name, opening in (('words', 'Assistant: '), ('tokens', '<｜Assistant｜>')):
+    text, tokens = rendered_chats.TEMPLATES[name]
+    one._inner.add_special_tokens(list(tokens))
+    cfg = tiny.make(**CHANGES | {'data__chat_format': 'template', 'data__chat_template': text})
+    own = step_scores.Marker(cfg.objective.process_reward, cfg.data, one)
+    ids = own.marked(SOLUTIONS[:1])[0].ids
+    said = one.decode([int(i) for i in ids if i != own.step_id], skip_special_tokens=False)
+    assert said.endswith(opening + TEXT)
 
 
 def test_labels_are_targets_at_the_markers_and_nowhere_else():
