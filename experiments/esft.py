@@ -78,12 +78,21 @@ def _move(action: str, out: pathlib.Path):
 
 def _score(out: pathlib.Path):
   from moe_jax.api import load
+  from moe_jax.data import corpus
   from moe_jax.post_training import expert_scores, expert_selection
+  from moe_jax.runs import trained_run
 
   cfg, workdir = cli.resolve(flags.FLAGS.config), cli.required('workdir')
   tokens = flags.FLAGS.tokens
   errors.require(tokens > 0, f'--tokens={tokens} must be positive')
   loaded = load.load(workdir, flag='--workdir')
+  text = corpus.load_corpus(cfg.data, cfg.model.vocab_size, cfg.train.seed)
+  errors.require(
+    trained_run.digest(text.tokenizer) == trained_run.digest(loaded.trained.tokenizer),
+    f'config.data.tokenizer={cfg.data.tokenizer!r} is not the tokenizer of --workdir={workdir}, to '
+    'which its ids are other text; pass '
+    f'--config.data.tokenizer={pathlib.PurePath(workdir) / "tokenizer.json"}',
+  )
   found = expert_scores.score(loaded.trained, cfg, tokens)
   out.mkdir(parents=True, exist_ok=True)
   expert_selection.write_scores(out / 'summary.json', found)

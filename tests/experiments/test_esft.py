@@ -1,12 +1,21 @@
+import functools
 import json
 import pathlib
 import subprocess
 import sys
+import types
 
+import numpy as np
 import pytest
 
+from configs import base
 from experiments import esft
 from experiments.common import cli
+from moe_jax import errors
+from moe_jax.api import load
+from moe_jax.data import tokenizer as tokenizer_lib
+from moe_jax.post_training import expert_scores, expert_selection
+from tests import in_process
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -25,6 +34,44 @@ def test_help_is_the_commands_own(monkeypatch, capsys):
   monkeypatch.setattr('sys.argv', ['esft', '--help'])
   cli.run_action(esft.main, lambda: None, esft.ACTIONS)
   assert "ESFT's scores and selection" in capsys.readouterr().out
+
+
+def test_scores_are_of_text_that_the_run_can_read(tmp_path, monkeypatch):
+  """A config may come from another run; ids of its tokenizer are other text to this one."""
+  data = base.get_config().data
+  own = tokenizer_lib.byte_tokenizer(data.bos_token, data.eos_token)
+  other = tokenizer_lib.train_bpe(['def f(x):'] * 9, 280, data.bos_token, data.eos_token)
+  other.save(tmp_path / 'other.json')
+  asked = []
+
+  def score(run, cfg, tokens):
+    asked.append(tokens)
+    return expert_selection.ExpertScores(np.ones((1, 8)) / 8, np.ones((1, 8)) / 8, tokens, 1)
+
+  model = types.SimpleNamespace(moe=types.SimpleNamespace(num_experts=8))
+  run = types.SimpleNamespace(
+    trained=types.SimpleNamespace(tokenizer=own), config=types.SimpleNamespace(model=model)
+  )
+  monkeypatch.setattr(load, 'load', lambda workdir, flag: run)
+  monkeypatch.setattr(expert_scores, 'score', score)
+  command = types.SimpleNamespace(
+    __name__=esft.__name__,
+    define_flags=esft.define_flags,
+    main=functools.partial(esft.main, action='score'),
+  )
+  line = (
+    '--workdir=runs/base',
+    '--config=configs/smoke.py',
+    f'--config.data.cache_dir={tmp_path}/cache',
+    '--config.data.synthetic_documents=60',
+    f'--out={tmp_path}/out',
+    '--tokens=8',
+  )
+  in_process.run(command, *line)
+  assert asked == [8]
+  with pytest.raises(errors.InputError, match="other.json' is not the tokenizer of --workdir=runs"):
+    in_process.run(command, *line, f'--config.data.tokenizer={tmp_path}/other.json')
+  assert asked == [8]
 
 
 def test_select_writes_the_fewest_experts(tmp_path):
