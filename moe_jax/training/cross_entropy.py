@@ -134,7 +134,7 @@ def _log_prob_shard(chunk: int, temperature: float, x: Array, head: Array, targe
   """One device's part of `token_log_probs`."""
   weight = partitioning.gather_shards(head.astype(x.dtype), axis=0)
   tiles, num_tokens = _tiles(x, targets, chunk)
-  found = jax.lax.map(lambda tile: _softmax(weight, *tile, temperature).log_prob, tiles)
+  found = jax.lax.map(lambda tile: _softmax(weight, *tile, temperature=temperature).log_prob, tiles)
   return found.reshape(-1)[:num_tokens].reshape(targets.shape)
 
 
