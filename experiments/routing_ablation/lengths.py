@@ -67,7 +67,8 @@ def read(directories: Sequence[pathlib.Path], scale: str) -> dict[int, Any]:
     scale: of all of them.
 
   Raises:
-    errors.InputError: a report cannot be read, or has runs of several lengths.
+    errors.InputError: a report cannot be read, has runs of several lengths, or joined with others
+      an arm at several learning rates.
   """
   from experiments.routing_ablation import earlier
   from moe_jax import errors
@@ -81,6 +82,14 @@ def read(directories: Sequence[pathlib.Path], scale: str) -> dict[int, Any]:
       len(steps) == 1, f'--reports={directory} must have runs of one length, and has {steps} steps'
     )
     by_steps[steps[0]] = earlier.joined(by_steps.get(steps[0], {}), runs)
+  for steps, results in by_steps.items():
+    for name, by_seed in results.items():
+      rates = sorted({run['peak_lr'] for run in by_seed.values()})
+      errors.require(
+        len(rates) == 1,
+        f'--reports have `{name}` at peak rates {", ".join(f"{rate:g}" for rate in rates)} for '
+        f'{steps} steps, which is no one arm; leave one of these reports out',
+      )
   return dict(sorted(by_steps.items()))
 
 

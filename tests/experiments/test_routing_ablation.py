@@ -444,6 +444,18 @@ def test_claims_against_the_length_of_training(study, tmp_path):
     in_process.run(lengths, f'--reports={given[0]},{given[2]}', f'--out={tmp_path / "out"}')
 
 
+def test_runs_at_two_rates_are_no_one_arm(study, tmp_path):
+  for rate, seed in ((0.003, 0), (0.006, 1)):
+    run = run_of(2.0) | {'step': 100, 'peak_lr': rate}
+    results = {name: {seed: run} for name in ('gshard', 'deepseekmoe')}
+    one = study._replace(results=results, configs=resolved('tiny', results))
+    (tmp_path / str(seed)).mkdir()
+    (tmp_path / str(seed) / 'results.csv').write_text(report.csv_text(one))
+  with pytest.raises(errors.InputError, match='`gshard` at peak rates 0.003, 0.006 for 100 steps'):
+    lengths.read([tmp_path / '0', tmp_path / '1'], 'tiny')
+  assert list(lengths.read([tmp_path / '0'], 'tiny')) == [100]
+
+
 def test_an_upcycled_arm_against_a_run_as_long_as_its_own_and_its_start():
   def runs(steps, **bits):
     made = {
