@@ -138,7 +138,8 @@ def load_corpus(
   for label, spec in specs.items():
     scan = scans[label]
     chat_key = chat_formats.key(data) if chats[label] else ()
-    key = hashing.hexdigest(_VERSION, *scan.digests, tokenizer.to_json(), *fim_key, *chat_key)
+    what = (*scan.digests, tokenizer.to_json(), *_ends_key(tokenizer), *fim_key, *chat_key)
+    key = hashing.hexdigest(_VERSION, *what)
     build = functools.partial(
       _build, spec=spec, scan=scan, tokenizer=tokenizer, data=data, seed=seed, progress=progress
     )
@@ -146,6 +147,14 @@ def load_corpus(
     directories.append(cache.get_or_build(target, build, _is_whole))
     fingerprints.append(key)
   return _assemble(data, tokenizer, list(specs), fingerprints, directories)
+
+
+def _ends_key(tokenizer: tokenizer_lib.Tokenizer) -> tuple[int, ...]:
+  """Begin and end token, if they are not the first two special tokens of the tokenizer."""
+  ends = tokenizer.bos_id, tokenizer.eos_id
+  added = json.loads(tokenizer.to_json()).get('added_tokens') or []
+  special = sorted(token['id'] for token in added if token.get('special'))
+  return () if tuple(special[:2]) == ends else ends
 
 
 def _warn_of_shared_files(specs: Mapping[str, sources.Spec]):

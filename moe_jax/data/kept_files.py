@@ -5,6 +5,7 @@ and an export gives them back: tokenizer, chat template, settings of generation.
 tokens end a text.
 """
 
+import json
 import os
 import pathlib
 import shutil
@@ -25,6 +26,25 @@ def carry(source: pathlib.Path, workdir: pathlib.Path):
   """Copies the kept files of a workdir, if it has any, into another that has none yet."""
   if (source / DIRECTORY).is_dir():
     put(workdir, lambda target: shutil.copytree(source / DIRECTORY, target))
+
+
+def carry_without_model(source: pathlib.Path, workdir: pathlib.Path):
+  """As `carry`, into a workdir of another model: without what says how weights are named and read.
+
+  End tokens that config.json alone names go into generation_config.json.
+  """
+  kept = source / DIRECTORY
+  if not kept.is_dir():
+    return
+
+  def write(target: pathlib.Path):
+    shutil.copytree(kept, target, ignore=shutil.ignore_patterns('config.json', RECORD))
+    ids = _ids(kept / 'config.json')
+    if ids and not _ids(target / 'generation_config.json'):
+      text = json.dumps({'eos_token_id': ids})
+      (target / 'generation_config.json').write_text(text, encoding='utf-8')
+
+  put(workdir, write)
 
 
 def put(workdir: pathlib.Path, write: Callable[[pathlib.Path], object]):

@@ -344,7 +344,7 @@ class _Watch:
     if not last:
       # Neither a character of which bytes are missing, nor what may begin a stop string.
       certain = text.rstrip(_UNFINISHED)
-      text = certain[: len(certain) - self._hold] if self._hold else certain
+      text = certain[: max(len(certain) - self._hold, 0)]
     if len(text) > self._sent[row]:
       self._on_text(row, text[self._sent[row] :])
       self._sent[row] = len(text)

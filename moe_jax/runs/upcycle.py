@@ -78,6 +78,13 @@ def plan(dense: schema.ModelConfig, model: schema.ModelConfig) -> Layout:
     model.is_moe,
     'config.model.moe.num_experts=0 makes a dense model; give the config of the MoE to be trained',
   )
+  for where, one in (('--from holds a model with ', dense), ('', model)):
+    errors.require(
+      not one.num_mtp_layers,
+      f'{where}config.model.num_mtp_layers={one.num_mtp_layers} must be 0: upcycling copies the '
+      'FFNs of the layers, and knows nothing of modules of multi-token prediction; '
+      + ('start from a run without them' if where else 'set it to 0, or train them later'),
+    )
   _check_equal(dense, model)
   moe, width = model.moe, dense.mlp_dim
   fits = [width // m for m in range(1, 17) if width % m == 0]

@@ -21,7 +21,7 @@ from moe_jax.data import kept_files, pipeline
 from moe_jax.devices import partitioning
 from moe_jax.models import transformer
 from moe_jax.runs import checks, first_state, run_record, trained_run, upcycle
-from moe_jax.storage import upload
+from moe_jax.storage import fetch, upload
 from moe_jax.training import cross_entropy, objective, optim, train_state
 
 Array = jax.Array
@@ -89,7 +89,7 @@ def _create(
   )
   # A record without a checkpoint is of a run that never was; it is kept beside the new one.
   run_record.check_workdir(workdir, cfg, allow_change=True)
-  dense = trained_run.load(source, step)
+  dense = _on_mesh(trained_run.load(source, step), mesh)
   state = _state(dense, cfg, mesh, corpus, noise)
   summary = _summary(dense, cfg, state, layout, noise, _difference(dense, cfg, mesh, corpus, state))
   first = jax.process_index() == 0
@@ -100,6 +100,7 @@ def _create(
     if first:
       run_record.write(workdir, cfg, argv=argv, data_fingerprint=corpus.fingerprint)
       corpus.tokenizer.save(workdir / 'tokenizer.json')
+      kept_files.carry_without_model(pathlib.Path(fetch.local(source, '--from')), workdir)
       made_of = {'from': os.fspath(source), 'step': dense.step, 'noise': noise}
       atomic_files.write_text(workdir / RECORD, json.dumps(made_of, indent=2) + '\n')
     checkpointer.save(0, state, trained_run.meta(cfg, corpus), force=True)
@@ -119,6 +120,16 @@ def _check_no_checkpoints(workdir: pathlib.Path):
     f'--workdir={workdir} already holds checkpoints ({", ".join(p.name for p in found)}); choose '
     'another --workdir',
   )
+
+
+def _on_mesh(dense: trained_run.Run, mesh: jax.sharding.Mesh) -> trained_run.Run:
+  """The dense run with its weights whole on every device of the new run's mesh.
+
+  That of a loaded run has another shape, for which a TPU may order the same devices otherwise, and
+  no program reads arrays of both.
+  """
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  return dataclasses.replace(dense, variables=jax.device_put(dense.variables, whole), mesh=mesh)
 
 
 def _state(

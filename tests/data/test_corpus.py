@@ -178,6 +178,22 @@ def test_mixture(make_config, tmp_path):
   assert corpus.heldout_bytes() == code.heldout_bytes() + words.heldout_bytes()
 
 
+def test_another_end_token_of_one_tokenizer_is_another_corpus(make_config, tmp_path):
+  """Both are special tokens of the file, which is the same for either choice."""
+  inner = tokenizer_lib.byte_tokenizer('<s>', '</s>')._inner
+  inner.add_special_tokens(['<turn>'])
+  path = tmp_path / 'tokenizer.json'
+  path.write_text(inner.to_str())
+  found = [
+    load(make_config(tokenizer=str(path), bos_token='<s>', eos_token=end))
+    for end in ('</s>', '<turn>')
+  ]
+  for corpus, end in zip(found, ('</s>', '<turn>')):
+    last = corpus.train[0].tokens[corpus.train[0].offsets[1:] - 1]
+    assert set(last.tolist()) == {corpus.tokenizer.eos_id} == {inner.token_to_id(end)}
+  assert found[0].fingerprint != found[1].fingerprint
+
+
 def test_files_that_two_members_name_otherwise_are_warned_of(make_config, tmp_path, caplog):
   """A name decides what is held out: a.md and sub/a.md are one file and two decisions."""
   (tmp_path / 'sub').mkdir()

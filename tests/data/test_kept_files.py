@@ -84,3 +84,19 @@ def test_an_import_with_one_matrix_at_both_ends_is_not_trained_as_two_in_silence
     kept_files.require_untied(str(tmp_path), 'config.init_from')
   (tmp_path / 'hf/moe_jax.json').write_text('{"untied": true}')
   kept_files.require_untied(str(tmp_path), 'config.init_from')
+
+
+@pytest.mark.parametrize('named_by', ['generation_config', 'config'])
+def test_a_workdir_of_another_model_gets_what_speaks_of_text(tmp_path, named_by):
+  kept = tmp_path / 'dense' / kept_files.DIRECTORY
+  kept.mkdir(parents=True)
+  for name in ('config.json', kept_files.RECORD, 'generation_config.json'):
+    (kept / name).write_text('{}')
+  (kept / 'chat_template.jinja').write_text('a template')
+  (kept / f'{named_by}.json').write_text(json.dumps({'eos_token_id': [END, 9]}))
+  kept_files.carry_without_model(tmp_path / 'dense', tmp_path / 'moe')
+  made = tmp_path / 'moe' / kept_files.DIRECTORY
+  assert {path.name for path in made.iterdir()} == {'chat_template.jinja', 'generation_config.json'}
+  assert kept_files.end_ids(made, TOKENIZER) == (END, 9)
+  kept_files.carry_without_model(tmp_path / 'nothing', tmp_path / 'other')
+  assert not (tmp_path / 'other').exists()

@@ -193,6 +193,16 @@ def test_what_may_begin_a_stop_string_is_sent_at_the_end_if_it_does_not():
   assert texts == ['ijb'] and streamed[0] == 'ijb' and not any(e[0] for e in ended)
 
 
+def test_no_beginning_of_a_stop_string_is_sent_however_long_it_is():
+  """It may be longer than all that has been written when the host looks."""
+  sent = []
+  watch = generate._Watch([[0]], text_of, ['ijklmnop'], lambda row, text: sent.append(text))
+  written = [5, 6, 7, 8, 9, 10, 11, 12]
+  for n in range(1, 9):
+    watch.look(np.array([[*written[:n], *[-1] * (8 - n)]]))
+  assert watch.finish(np.array([written]))[1] == [''] and ''.join(sent) == ''
+
+
 def test_generate_cuts_streams_and_repeats_what_it_is_told():
   """The real loop: a stop string taken out of the greedy text of the longest prompt."""
 

@@ -1,8 +1,10 @@
 """Upcycled models against the dense model they come from, and training that goes on from them."""
 
+import dataclasses
 import functools
 import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from moe_jax import atomic_files, errors
 from moe_jax.analysis.comparison import workdirs
 from moe_jax.balance import expert_similarity, routing_figures
 from moe_jax.config import parse, schema
-from moe_jax.data import pipeline
+from moe_jax.data import kept_files, pipeline
 from moe_jax.devices import partitioning
 from moe_jax.models import model_variables, transformer
 from moe_jax.runs import checks, metric_log, train_run, trained_run, upcycle_run
@@ -161,6 +163,12 @@ def test_noise_has_the_asked_size_and_parts_the_copies():
   [
     (moe(24, 4, 2), moe(24, 4, 2), 'from a dense run, with num_experts=0'),
     (DENSE, DENSE, 'num_experts=0 makes a dense model'),
+    (DENSE, moe(24, 4, 2, model__num_mtp_layers=1), r'^config\.model\.num_mtp_layers=1 must be 0'),
+    (
+      dataclasses.replace(DENSE, num_mtp_layers=1),
+      moe(24, 4, 2),
+      r'--from holds a model with .*num_mtp_layers=1 must be 0.* start from a run without them',
+    ),
     (
       DENSE,
       moe(24, 4, 2, model__vocab_size=48),
@@ -285,6 +293,24 @@ def test_training_goes_on_from_the_dense_models_loss(cache, dense, tmp_path):
   assert (figures['expert_similarity'] > 0.999).all()
   with pytest.raises(errors.InputError, match='already holds checkpoints'):
     upcycle_run.create(dense, None, cfg, tmp_path)
+
+
+def test_a_mesh_that_orders_its_devices_otherwise(cache, dense, tmp_path, monkeypatch):
+  """As a TPU's does for another shape; and what speaks of text comes along."""
+
+  def by_shape(mesh, devices=None):
+    there = jax.devices()[:2]
+    return MAKE_MESH(mesh, there[::-1] if mesh.fsdp > 1 else there)
+
+  monkeypatch.setattr(partitioning, 'make_mesh', by_shape)
+  (dense / kept_files.DIRECTORY).mkdir()
+  (dense / kept_files.DIRECTORY / 'generation_config.json').write_text('{"eos_token_id": [1, 7]}')
+  lines = []
+  cfg = make_config(cache, **COPIES, mesh__data=1, mesh__fsdp=2)
+  upcycle_run.create(dense, None, cfg, tmp_path, say=lines.append)
+  shutil.rmtree(dense / kept_files.DIRECTORY)
+  assert 'the start equals the dense model' in lines[0]
+  assert (tmp_path / kept_files.DIRECTORY / 'generation_config.json').is_file()
 
 
 def test_noise_and_raw_gates_are_said_to_differ(cache, dense, tmp_path):
