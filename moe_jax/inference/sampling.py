@@ -1,6 +1,7 @@
 """How the next token is drawn from logits: pure functions of arrays."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
@@ -27,7 +28,11 @@ class Sampling:
   def __post_init__(self):
     """Raises errors.InputError for a value out of its range."""
     rules = (
-      ('temperature', self.temperature >= 0, 'at least 0 (0 takes the most likely token)'),
+      (
+        'temperature',
+        self.temperature == 0 or 1e-4 <= self.temperature < math.inf,
+        '0, which takes the most likely token, or finite and at least 0.0001',
+      ),
       ('top_k', self.top_k >= 0, 'at least 0 (0 keeps all tokens)'),
       ('top_p', 0 < self.top_p <= 1, 'above 0 and at most 1 (1 keeps all tokens)'),
       ('min_p', 0 <= self.min_p < 1, 'at least 0 and below 1 (0 keeps all tokens)'),

@@ -66,7 +66,10 @@ def test_temperature_0_ignores_the_filters_and_the_key():
 @pytest.mark.parametrize(
   'field, value, rule',
   [
-    ('temperature', -0.1, 'at least 0'),
+    ('temperature', -0.1, '0, which takes the most likely'),
+    ('temperature', 1e-38, '0, which takes the most likely'),  # logits over it would be infinite
+    ('temperature', float('inf'), '0, which takes the most likely'),
+    ('temperature', float('nan'), '0, which takes the most likely'),
     ('top_k', -1, 'at least 0'),
     ('top_p', 0.0, 'above 0 and at most 1'),
     ('top_p', 1.5, 'above 0 and at most 1'),
