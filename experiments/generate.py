@@ -111,8 +111,7 @@ def _texts() -> list[str]:
   if values.prompts_file is None:
     return [values.prefix] if values.prompt is None else list(values.prompt)
   try:
-    lines = pathlib.Path(values.prompts_file).read_text(encoding='utf-8').splitlines()
-    texts = _lines(lines)
+    texts = _lines(json_files.lines(pathlib.Path(values.prompts_file)))
   except (OSError, ValueError) as e:
     raise errors.InputError(
       f'--prompts_file={values.prompts_file} cannot be read ({e}); give a text file of one prompt '

@@ -1,6 +1,5 @@
 """The actions on single runs: data, reset, score."""
 
-import json
 import pathlib
 import shutil
 import sys
@@ -18,7 +17,7 @@ from moe_jax.analysis.purification import attacks, examples, fisher, pruning, re
 from moe_jax.api import load
 from moe_jax.checkpoints import stream_writer
 from moe_jax.config import parse
-from moe_jax.data import kept_files
+from moe_jax.data import json_files, kept_files
 from moe_jax.interop import huggingface
 from moe_jax.interop import source as source_lib
 from moe_jax.post_training import answers
@@ -52,7 +51,7 @@ def read(path: str, flag: str) -> tuple[attacks.Example, ...]:
     errors.InputError: it is not there, or a line is no example of a known label.
   """
   try:
-    rows = [json.loads(line) for line in pathlib.Path(path).read_text('utf-8').splitlines()]
+    rows = [json_files.parse(line) for line in json_files.lines(pathlib.Path(path)) if line.strip()]
     found = tuple(attacks.Example(row['prompt'], row['completion']) for row in rows)
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise errors.InputError(

@@ -164,7 +164,7 @@ def _said(scheme: partition.Scheme, chunks: Any, p_value: float) -> dict[str, An
 
 def _text(path: str) -> str:
   try:
-    return pathlib.Path(path).read_text(encoding='utf-8')
+    return pathlib.Path(path).read_text(encoding='utf-8-sig')
   except (OSError, ValueError) as e:
     raise errors.InputError(f'--file={path} cannot be read ({e}); give a UTF-8 text') from e
 

@@ -1,4 +1,4 @@
-"""JSON that others wrote: whatever a text holds, it is read whole or refused by a ValueError."""
+"""JSON and lines that others wrote: a text is read whole, or refused by a ValueError."""
 
 import json
 import pathlib
@@ -19,6 +19,20 @@ def parse(text: bytes | str) -> Any:
     return json.loads(text)
   except RecursionError as e:
     raise ValueError('it is nested too deeply') from e
+
+
+def lines(path: pathlib.Path) -> list[str]:
+  """The lines of a UTF-8 file without their ends and a byte order mark; the last may be empty.
+
+  Lines end with a line feed alone: `str.splitlines` would cut at the line separators of Unicode
+  too, which JSON and ordinary text may hold within a line.
+
+  Raises:
+    OSError: it cannot be read.
+    UnicodeDecodeError: it is no UTF-8, a ValueError.
+  """
+  text = path.read_bytes().decode('utf-8-sig')
+  return [line.removesuffix('\r') for line in text.split('\n')]
 
 
 def read_object(path: pathlib.Path, way_out: str) -> dict[str, Any]:

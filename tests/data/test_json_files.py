@@ -22,3 +22,12 @@ def test_a_file_is_an_object_of_bounded_size(tmp_path, monkeypatch):
   path.write_text('[1]')
   with pytest.raises(errors.InputError, match='not an object'):
     json_files.read_object(path, 'mend it')
+
+
+def test_lines_end_with_line_feeds_alone_and_begin_behind_a_byte_order_mark(tmp_path):
+  path = tmp_path / 'lines.txt'
+  path.write_bytes('\ufeffa\u2028b\r\n"c\x0cd"\n\n'.encode())
+  assert json_files.lines(path) == ['a\u2028b', '"c\x0cd"', '', '']
+  path.write_bytes(b'\xff')
+  with pytest.raises(ValueError):
+    json_files.lines(path)

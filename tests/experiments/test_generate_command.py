@@ -48,7 +48,7 @@ def test_several_prompts_are_one_batch_from_flags_or_a_file(capsys, workdir, bat
   assert [r['tokens'] for r in together] == [r['tokens'] for r in alone]
   assert set(together[0]) == {'prompt', 'completion', 'tokens', 'tokens_per_second'}
   file = tmp_path / 'prompts.txt'
-  file.write_text(f'{prompts[0]}\n\n{json.dumps(prompts[1])}\n')
+  file.write_text(f'\ufeff{prompts[0]}\r\n\n{json.dumps(prompts[1])}\n', newline='')
   found = ask(capsys, workdir, f'--prompts_file={file}', SHORT, GREEDY)
   assert [r['prompt'] for r in found] == list(prompts)
   assert [r['tokens'] for r in found] == [r['tokens'] for r in alone]

@@ -132,6 +132,13 @@ def test_bad_input_writes_nothing(place, flags, message):
   assert not place[1]
 
 
+def test_examples_of_other_editors(tmp_path):
+  rows = '\ufeff{"prompt": "a\u2028b", "completion": "code"}\n\n'
+  (tmp_path / 'own.jsonl').write_text(rows)
+  found = commands.read(str(tmp_path / 'own.jsonl'), '--examples')
+  assert found == (attacks.Example('a\u2028b', 'code'),)
+
+
 def test_a_start_of_another_architecture(place):
   place[0]['base'] = run_of(0, model__moe__moe_mlp_dim=12)
   with pytest.raises(errors.InputError, match='params/moe_layers/moe/down is .* --base'):

@@ -83,7 +83,7 @@ def test_a_number_and_a_text_are_written_attacked_and_read(do):
     json.loads(pathlib.Path(name).read_text())[0]['ids'] for name in ('t.json', 'cut.json')
   )
   assert 0 < np.sum(np.array(before) != after) <= 10
-  pathlib.Path('host.txt').write_text('x' * 100)
+  pathlib.Path('host.txt').write_text('\ufeff' + 'x' * 100)
   do(*cut, '--attack=paste', '--file=host.txt')
   (said, _) = map(json.loads, do('decode', *KEY, '--texts=cut.json', '--scan').splitlines())
   assert len(json.loads(pathlib.Path('cut.json').read_text())[0]['ids']) == 150 and len(said) <= 1

@@ -187,7 +187,7 @@ def of_file(name: str, template: str, labels: Sequence[str], path: pathlib.Path,
 
 def _examples(path: pathlib.Path, where: str, labels: Sequence[str]) -> list[prompts.Example]:
   rows = []
-  for number, line in enumerate(_read(path, where).splitlines(), start=1):
+  for number, line in enumerate(_read(path, where).split('\n'), start=1):
     if line.strip():
       row = _json(line, f'{where}:{number}')
       rows.append(_example(row, f'{where}:{number}', labels))
@@ -234,7 +234,7 @@ def _of_task_file(path: pathlib.Path) -> Task:
 
 def _read(path: pathlib.Path, where: str) -> str:
   try:
-    return path.read_text(encoding='utf-8')
+    return path.read_text(encoding='utf-8-sig')
   except (OSError, UnicodeDecodeError) as e:
     raise errors.InputError(f'{where} must be a readable file of UTF-8 text ({e})') from e
 

@@ -87,6 +87,13 @@ def test_a_file_is_split_by_text(tmp_path):
   assert first == {0, 1}  # random order
 
 
+def test_a_file_of_another_editor(tmp_path):
+  path = write(tmp_path, reviews())
+  lines = path.read_text().replace('film 1', 'film\u2028 1')
+  path.write_text('\ufeff' + lines)
+  assert tasks.of('sst2', str(path), None).num_classes == 2
+
+
 def test_the_papers_templates():
   for name, written in tasks.PAPER.items():
     found = prompts.parse(written.template, name)
