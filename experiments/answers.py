@@ -74,6 +74,8 @@ def main(unused_argv: Sequence[str]):
   asked = fetch.local(values.like or workdir, '--like' if values.like else '--workdir')
   loaded = load.load(workdir, step=values.step, adapter=values.adapter, flag='--workdir')
   data = working_directory.resolved(like or loaded.config, asked).data
+  if data.source != 'programs':
+    cli.refuse_idle(('workers', 'unsafe_rewards'), f'on questions of data.source={data.source!r}')
   questions = answers.questions(data, values.n)
   other = load.load(values.against, flag='--against') if values.against else None
   most = values.max_new_tokens or min(

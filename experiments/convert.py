@@ -46,11 +46,7 @@ def main(unused_argv: Sequence[str]):
     if values.from_hf
     else ('--to_hf', ('param_dtype', 'allow_nonfinite', 'untie'))
   )
-  for name in idle:
-    errors.require(
-      not values[name].present,
-      f'--{name}={values[name].value} has no effect with {way}; leave it out',
-    )
+  cli.refuse_idle(idle, f'with {way}')
   if values.from_hf:
     page = base.get_config().to_dict()
     huggingface.import_checkpoint(

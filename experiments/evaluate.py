@@ -62,8 +62,7 @@ def main(unused_argv: Sequence[str]):
   from moe_jax.storage import fetch
 
   workdir, step = cli.required('workdir'), flags.FLAGS.step
-  if flags.FLAGS.tasks:
-    _check_tasks()
+  _check_flags()
   cli.start_processes({'workdir': workdir, 'step': step, 'override': flags.FLAGS.override})
   first = agreement.is_first()
   errors.require(
@@ -135,10 +134,18 @@ def _warn(line: str):
     print(line, file=sys.stderr)
 
 
-def _check_tasks():
+def _check_flags():
+  values = flags.FLAGS
+  errors.require(
+    values.infill >= 0, f'--infill={values.infill} must be a number of gaps, or 0 for none'
+  )
+  if not values.tasks:
+    cli.refuse_idle(('include_path', 'num_fewshot', 'limit', 'batch_size'), 'without --tasks')
+    return
+  cli.refuse_idle(('by_domain', 'infill'), 'with --tasks, which are not asked of held-out text')
   errors.require(
     importlib.util.find_spec('lm_eval') is not None,
-    f'--tasks={",".join(flags.FLAGS.tasks)} needs lm-eval, which is not installed; install the '
+    f'--tasks={",".join(values.tasks)} needs lm-eval, which is not installed; install the '
     "extra: pip install -e '.[hf]'",
   )
 

@@ -108,6 +108,8 @@ def _texts() -> list[str]:
     len(given) == 1 and (values.prefix is None) == (values.suffix is None),
     f'--prompt is missing: give --prompt, --prompts_file, or --prefix and --suffix, not {given}',
   )
+  if values.prefix is not None:
+    cli.refuse_idle(('special_tokens',), 'with --prefix, which is read as ordinary text')
   if values.prompts_file is None:
     return [values.prefix] if values.prompt is None else list(values.prompt)
   try:

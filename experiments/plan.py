@@ -13,6 +13,7 @@ with --search of the best plan.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,14 +60,7 @@ def main(argv: Sequence[str]):
     page.train.batch_ramp = ()
     page.mesh.update(parse.mesh_values(args.mesh) if args.mesh else {})
   cfg = cli.resolve(page)
-  errors.require(
-    args.max_vio is None or args.max_vio >= 0,
-    f'--max_vio={args.max_vio} must not be negative: it is how far the largest load exceeds the '
-    'mean, as a share of the mean',
-  )
-  errors.require(
-    not (args.decode and args.search), '--search looks for train steps; leave out --decode'
-  )
+  _check_flags()
   # Shapes need no accelerator, and another process may be using it.
   jax.config.update('jax_platforms', 'cpu')
   request = planner.Request(cfg, topology, args.decode, args.rows, args.max_vio, args.estimate)
@@ -86,6 +80,32 @@ def main(argv: Sequence[str]):
   if not plans[0].fits:
     ways = planner_search.suggestions(request, plans[0])
     print('would fit:', *(ways or ['nothing that was tried']), sep='\n  ')
+
+
+def _check_flags():
+  args = flags.FLAGS
+  errors.require(
+    args.max_vio is None or (args.max_vio >= 0 and math.isfinite(args.max_vio)),
+    f'--max_vio={args.max_vio} must be a number and not negative: it is how far the largest load '
+    'exceeds the mean, as a share of the mean',
+  )
+  errors.require(
+    not (args.decode and args.search), '--search looks for train steps; leave out --decode'
+  )
+  errors.require(
+    args.rows >= 0, f'--rows={args.rows} must be a number of sequences, or 0 for one per device'
+  )
+  errors.require(args.best > 0, f'--best={args.best} must be at least 1, the plan that is shown')
+  errors.require(
+    args.pipeline >= 0, f'--pipeline={args.pipeline} must be a number of stages, or 0 for none'
+  )
+  for names, needed in (
+    (('rows',), 'decode'),
+    (('best',), 'search'),
+    (('checkpoint_seconds', 'restart_seconds'), 'mtbf_hours'),
+  ):
+    if args[needed].value in (None, False):
+      cli.refuse_idle(names, f'without --{needed}')
 
 
 def _outlook(request: Any, plan: Any) -> Any:

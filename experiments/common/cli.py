@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -79,6 +79,8 @@ def run_action(
 ):
   """`run` of a command whose first argument says what to do: `python -m experiments.X ACTION`.
 
+  Flags whose help begins with other actions ('encode, decode: ...') are refused.
+
   Args:
     main: called with (argv, action).
     define_flags: as of `run`.
@@ -97,9 +99,37 @@ def run_action(
 
   @functools.wraps(main)
   def chosen(argv: Sequence[str]) -> object:
+    refuse_flags_of_others(argument, actions)
     return main(argv, argument)
 
   run(chosen, define_flags)
+
+
+def refuse_flags_of_others(action: str, actions: Sequence[str]):
+  """Refuses flags that were given and that only other actions read, by their help.
+
+  Raises:
+    errors.InputError: there is one.
+  """
+  for name in flag_help.own_names():
+    readers = flag_help.actions(flags.FLAGS[name].help or '', actions)
+    if readers and action not in readers:
+      refuse_idle([name], f'on {action!r}, it is for {", ".join(readers)}')
+
+
+def refuse_idle(names: Iterable[str], why: str):
+  """Refuses those of the flags that were given, because nothing reads them.
+
+  Args:
+    names: of flags.
+    why: ends the sentence 'it has no effect', for example 'without --tasks'.
+
+  Raises:
+    errors.InputError: there is one.
+  """
+  for name in names:
+    flag = flags.FLAGS[name]
+    errors.require(not flag.present, f'--{name}={flag.value} has no effect {why}; leave it out')
 
 
 def _module_of(main: Callable[..., object]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 import signal
 import textwrap
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ _ROOT = pathlib.Path(__file__).parents[2]
 WIDTH = 100
 HELP_ARGUMENTS = ('--help', '-help', '-h', '-?', '--helpshort', '--helpfull')
 INTERNAL = 'internal: '  # begins the help of flags that commands give to their own processes
+_FOR = re.compile(r'(?:^|; )(\w[\w, ]*): ')  # the readers in 'key: its file; encode: ...'
 _TYPES = {
   'int': 'INTEGER',
   'float': 'NUMBER',
@@ -51,6 +53,12 @@ def own_names(values: Any = flags.FLAGS) -> list[str]:
   """Returns the names of all flags but those that absl defines for itself."""
   found = values.flags_by_module_dict()
   return [flag.name for m, own in found.items() if not m.startswith('absl') for flag in own]
+
+
+def actions(words: str, known: Sequence[str]) -> list[str]:
+  """The actions that read a flag, by its help 'encode, decode: ...; key: ...'; none says all."""
+  named = [word for group in _FOR.findall(words) for word in group.split(', ')]
+  return [one for one in known if any(word.split()[0] == one for word in named)]
 
 
 def _described(flag: flags.Flag) -> Flag:

@@ -62,6 +62,8 @@ def main(argv: Sequence[str]):
 
   assert MODELS == trials.MODELS and LOSSES == class_losses.LOSSES
   v = flags.FLAGS
+  if v.imbalance == 1:
+    cli.refuse_idle(('label_share',), 'without --imbalance')
   data = named.read(v.graph, v.graph_seed, v.data_dir, v.mixing, v.least)
   print(
     f'{data.name}: {data.graph.num_nodes} nodes, {data.graph.num_edges // 2} edges, '

@@ -109,11 +109,7 @@ def plan(request: Request, *, progress: bool = False) -> Plan:
   cfg, notes = prepared(request)
   mesh = estimate_lib.abstract_mesh(cfg.mesh, request.topology.num_devices)
   check_slices(request.topology, mesh)
-  errors.require(
-    mesh.shape[partitioning.STAGE] == 1,
-    f'config.mesh.stage={mesh.shape[partitioning.STAGE]}: a step in stages is not planned as a '
-    'mesh; leave stage out of --mesh, and compare with --pipeline=STAGES',
-  )
+  check_stages(mesh.shape[partitioning.STAGE])
   partitioning.check(cfg, mesh)
   rows = request.rows or partitioning.row_ways(mesh)
   way = exchange_kind(cfg, request.topology)
@@ -135,6 +131,19 @@ def plan(request: Request, *, progress: bool = False) -> Plan:
   )
   compiled = compile_ahead.run(job, cfg.data.cache_dir, progress=progress)
   return facts.compiled(compiled, counted)
+
+
+def check_stages(stages: int):
+  """Refuses a mesh in stages.
+
+  Raises:
+    errors.InputError: there is more than one.
+  """
+  errors.require(
+    stages == 1,
+    f'config.mesh.stage={stages}: a step in stages is not planned as a mesh; leave stage out of '
+    '--mesh, and compare with --pipeline=STAGES',
+  )
 
 
 def check_slices(topology: chips.Topology, mesh: jax.sharding.AbstractMesh):

@@ -43,6 +43,7 @@ def search(
   Raises:
     errors.InputError: no candidate fits the sizes of the model, or none the memory.
   """
+  planner.check_stages(mesh_config.sizes(request.cfg.mesh)[partitioning.STAGE])
   ranked = _ranked(request, progress)
   name = request.topology.name
   errors.require(

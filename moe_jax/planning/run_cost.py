@@ -6,6 +6,7 @@ DeepSeek's own runs in H800-hours per trillion tokens: 300.6K for 67B and 172.8K
 """
 
 import dataclasses
+import math
 
 from moe_jax import errors
 from moe_jax.planning import chips, planner
@@ -56,10 +57,12 @@ def run_cost(
   Raises:
     errors.InputError: tokens or price are not positive, or no step can reach the MFU.
   """
-  errors.require(tokens > 0, f'--tokens={tokens:g} must be more than 0; 1e12 is a trillion')
   errors.require(
-    chip_hour_price is None or chip_hour_price > 0,
-    f'--chip_hour_price={chip_hour_price} must be more than 0; leave it out to count no money',
+    0 < tokens < math.inf, f'--tokens={tokens:g} must be a number above 0; 1e12 is a trillion'
+  )
+  errors.require(
+    chip_hour_price is None or 0 < chip_hour_price < math.inf,
+    f'--chip_hour_price={chip_hour_price} must be a number above 0; leave it out to count no money',
   )
   errors.require(
     mfu is None or 0 < mfu <= plan.mfu_bound,

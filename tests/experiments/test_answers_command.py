@@ -5,6 +5,7 @@ import pytest
 
 from configs import base
 from experiments import answers
+from moe_jax import errors
 from moe_jax.api import load
 from moe_jax.config import schema
 from moe_jax.data import tokenizer as tokenizer_lib
@@ -119,6 +120,8 @@ def test_without_a_limit_an_answer_may_fill_the_shorter_row(tmp_path, monkeypatc
   }
   monkeypatch.setattr(load, 'load', lambda workdir, **settings: runs[workdir])
   monkeypatch.setattr(answers.cli, 'required', lambda name: str(tmp_path))
+  with pytest.raises(errors.InputError, match="--workers=3 has no effect on .*'arithmetic'"):
+    in_process.run(answers, '--n=8', '--workers=3')
   in_process.run(answers, '--n=8')
   in_process.run(answers, '--n=8', '--against=short')
   in_process.run(answers, '--n=8', '--against=short', '--max_new_tokens=30')

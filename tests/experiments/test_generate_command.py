@@ -112,6 +112,7 @@ def test_stop_ids_end_a_text(capsys, workdir, batch):
     ([], '--prompt is missing'),
     (['--prompt=a', '--prefix=b', '--suffix=c'], 'give --prompt, --prompts_file, or --prefix'),
     (['--prefix=b'], '--prompt is missing'),
+    (['--prefix=a', '--suffix=b', '--special_tokens'], 'has no effect with --prefix'),
     (['--prompts_file=/no/such/file'], '--prompts_file=/no/such/file cannot be read'),
     (['--prompt=a', '--prompt=b', '--stream'], '--stream shows one text'),
     (['--prompt=a', '--stop=x', '--speculative'], '--speculative cannot go with --stop'),

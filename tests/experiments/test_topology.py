@@ -112,6 +112,11 @@ def test_means_over_starts_stand_at_their_split(monkeypatch):
   assert found['best_epoch'] == [0.5, 2.5]
 
 
+def test_a_share_of_labels_without_imbalance():
+  with pytest.raises(errors.InputError, match='--label_share=0.1 has no effect without'):
+    in_process.run(command, '--graph=sbm:200', '--label_share=0.1')
+
+
 def test_uneven_labels():
   data = block_model.sample(300, 0, num_classes=3)
   chosen = trials.split(data, trials.Labels(9, 5, imbalance=4, label_share=0.1), [0])

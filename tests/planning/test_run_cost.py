@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import pytest
 
@@ -36,7 +37,9 @@ def test_two_devices_are_one_chip_of_tpu7x():
 @pytest.mark.parametrize(
   'values, words',
   [
-    (dict(tokens=0), '--tokens=0 must be more than 0'),
+    (dict(tokens=0), '--tokens=0 must be a number above 0'),
+    (dict(tokens=math.inf), '--tokens=inf must be a number above 0'),
+    (dict(tokens=1, chip_hour_price=math.inf), '--chip_hour_price=inf must be'),
     (dict(tokens=1, chip_hour_price=-1), '--chip_hour_price=-1 must be'),
     (dict(tokens=1, mfu=0.6), r"at most the plan's bound, 0\.500"),
   ],

@@ -7,7 +7,7 @@ import sys
 import pytest
 from absl import flags
 
-from experiments.common import cli, command_list
+from experiments.common import cli, command_list, flag_help
 
 
 def status_unread(main) -> int:
@@ -80,3 +80,36 @@ def test_a_path_flag_expands_a_home_and_refuses_a_bucket(monkeypatch):
   for wrong in ('gs://bucket/a', '~nosuchuser/a'):
     with pytest.raises(cli.errors.InputError, match='--workdir=.*(gs://|nosuchuser)'):
       cli.parse_flags(['train', f'--workdir={wrong}'])
+
+
+def test_a_flag_of_another_action_is_refused(monkeypatch, capsys):
+  def define_flags():
+    flags.DEFINE_float('delta', 2.0, 'encode: what tokens lose')
+    flags.DEFINE_integer('draws', 0, 'decides draws, of all actions')
+
+  def status(*argv: str) -> int:
+    before = set(flags.FLAGS)
+    monkeypatch.setattr(sys, 'argv', ['command', *argv])
+    try:
+      with pytest.raises(SystemExit) as caught:
+        cli.run_action(lambda argv, action: print(action), define_flags, ('key', 'encode'))
+    finally:
+      flags.FLAGS.remove_flag_values(set(flags.FLAGS) - before)
+    return caught.value.code or 0
+
+  assert status('key', '--delta=3') == 2
+  said = "error: --delta=3.0 has no effect on 'key', it is for encode; leave it out\n"
+  assert capsys.readouterr() == ('', said)
+  assert status('encode', '--delta=3') == 0 and status('key', '--draws=3') == 0
+  assert capsys.readouterr() == ('encode\nkey\n', '')
+
+
+def test_the_actions_that_read_a_flag_by_its_help():
+  for words, found in {
+    'data, study: share of examples': ['data', 'study'],
+    'decode: a text; attack paste: the text around': ['decode', 'attack'],
+    'reset: global, or layer: the same share': ['reset'],
+    'a page, by name: data': [],
+    'the tuned run (reset)': [],
+  }.items():
+    assert flag_help.actions(words, ('data', 'reset', 'study', 'decode', 'attack')) == found
