@@ -337,10 +337,10 @@ def parse_flags(argv: Sequence[str], words: bool = False) -> list[str]:
   # FLAGS has no `get`.
   page = flags.FLAGS['config'] if 'config' in flags.FLAGS else None  # noqa: SIM401
   specs, overrides = [], []
-  if page is not None:
-    argv = flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False)
-    specs, overrides, argv = config_overrides.split(argv)
   try:
+    if page is not None:
+      argv = flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False)
+      specs, overrides, argv = config_overrides.split(argv)
     rest = flags.FLAGS(argv)
   except flags.UnrecognizedFlagError as error:
     hint = errors.did_you_mean(
@@ -351,6 +351,8 @@ def parse_flags(argv: Sequence[str], words: bool = False) -> list[str]:
     ) from error
   except flags.Error as error:
     raise errors.InputError(str(error)) from error
+  except UnicodeDecodeError as error:
+    raise errors.InputError(f'--flagfile must name a file of UTF-8 text ({error})') from error
   if len(rest) > 1 and not words:
     raise errors.InputError(f'unexpected argument {rest[1]!r}; all arguments are --name=value')
   errors.require(bool(specs) or not overrides, MISSING_CONFIG)

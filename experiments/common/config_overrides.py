@@ -117,16 +117,14 @@ def router_hint(values: ml_collections.ConfigDict) -> str:
 def _check_key(values: Mapping[str, object], key: str):
   prefix = 'config'
   for part in key.split('.'):
-    name, _, index = part.partition('[')  # config_flags also understands key[index]
+    name, bracket, index = part.partition('[')  # config_flags would set entries of lists
     if not isinstance(values, Mapping):
       raise errors.InputError(f'{prefix} is a single value, it has no key {name!r}')
     if name not in values:
       hint = errors.did_you_mean(name, values)
       raise errors.InputError(f'{prefix}.{name} is not a known key{hint}')
     values, prefix = values[name], f'{prefix}.{name}'
-    if index.endswith(']') and isinstance(values, (list, tuple)):
-      errors.require(
-        index[:-1].isdecimal() and int(index[:-1]) < len(values),
-        f'{prefix}[{index} is not there: it has {len(values)} entries, counted from 0; give all of '
-        'them as one value',
-      )
+    errors.require(
+      not bracket,
+      f'{prefix}[{index} cannot be set by itself; give the whole value, --{prefix}=...',
+    )

@@ -6,7 +6,9 @@ of this repository lie beside the package, in a clone as in an installed wheel.
 
 import importlib.util
 import inspect
+import os
 import pathlib
+import traceback
 from types import ModuleType
 
 import ml_collections
@@ -15,9 +17,6 @@ from moe_jax import errors
 from moe_jax.config import parse, schema
 
 FOLDER = pathlib.Path(__file__).parents[2] / 'configs'
-
-# What a slip in a page raises: ConfigDict answers a mistyped value with TypeError, for example.
-_MISTAKES = (ValueError, TypeError, AttributeError, KeyError, NameError, ImportError)
 
 
 def read(spec: str) -> schema.Config:
@@ -36,10 +35,11 @@ def values(spec: str) -> ml_collections.ConfigDict:
     spec: `name` of a page in configs/, or a path `page.py`; either with `:variant`.
 
   Raises:
-    errors.InputError: there is no such page or variant.
+    errors.InputError: there is no such page or variant, or its program fails.
   """
   path, _, variant = spec.partition(':')
-  get_config = getattr(_load(find(path)), 'get_config', None)
+  file = find(path)
+  get_config = getattr(_load(file), 'get_config', None)
   if get_config is None:
     raise errors.InputError(f'--config={spec}: {path} is no config page, it has no get_config()')
   arguments = (variant,) if variant else ()
@@ -49,9 +49,15 @@ def values(spec: str) -> ml_collections.ConfigDict:
     problem = f'takes no variant {variant!r}' if variant else 'needs a variant, PAGE:VARIANT'
     raise errors.InputError(f'--config={spec}: {path} {problem}') from None
   try:
-    return get_config(*arguments)
-  except _MISTAKES as error:  # ValueError is how pages refuse a variant
-    raise errors.InputError(f'--config={spec}: {error}') from error
+    found = get_config(*arguments)
+  except Exception as error:  # a page is a program of the user's: a slip in it may raise anything
+    raise errors.InputError(f'--config={spec}: {_problem(error, file)}') from error
+  if not isinstance(found, ml_collections.ConfigDict):
+    raise errors.InputError(
+      f'--config={spec}: get_config() must return a ConfigDict, not {type(found).__name__}; begin '
+      'with config = base.get_config() and end with return config'
+    )
+  return found
 
 
 def find(path: str) -> pathlib.Path:
@@ -61,14 +67,19 @@ def find(path: str) -> pathlib.Path:
     errors.InputError: there is neither.
   """
   file = pathlib.Path(path)
-  if file.suffix == '.py' and file.is_file():
+  if not file.name:
+    raise errors.InputError(
+      f'--config={path} names no config page; give one, for example --config=quickstart'
+    )
+  if file.suffix == '.py' and os.path.isfile(file):  # False too where no file can have the name
     return file
   own = FOLDER / file.with_suffix('.py').name
   named = file.suffix in ('', '.py') and file.parent in (pathlib.Path(), pathlib.Path('configs'))
-  if named and own.is_file() and not own.name.startswith('_'):
+  if named and os.path.isfile(own) and not own.name.startswith('_'):
     return own
   folder = file.parent if file.suffix == '.py' else FOLDER
-  pages = [page for page in folder.glob('*.py') if not page.name.startswith('_')]
+  there = folder.glob('*.py') if os.path.isdir(folder) else ()
+  pages = [page for page in there if not page.name.startswith('_')]
   names = [str(page) if file.suffix == '.py' else page.stem for page in pages]
   if file.suffix == '.py' and file.parent == pathlib.Path('configs'):
     names += [f'configs/{page.name}' for page in FOLDER.glob('*.py')]
@@ -84,6 +95,16 @@ def _load(file: pathlib.Path) -> ModuleType:
     spec.loader.exec_module(module)
   except SyntaxError as error:
     raise errors.InputError(f'--config={file}: line {error.lineno}: {error.msg}') from error
-  except _MISTAKES as error:
-    raise errors.InputError(f'--config={file}: {error}') from error
+  except Exception as error:
+    raise errors.InputError(f'--config={file}: {_problem(error, file)}') from error
   return module
+
+
+def _problem(error: Exception, file: pathlib.Path) -> str:
+  """What a page has raised; if it did not mean to refuse a value, the kind and its own line too."""
+  if isinstance(error, ValueError):
+    return str(error)
+  frames = traceback.extract_tb(error.__traceback__)
+  lines = [frame.lineno for frame in frames if pathlib.Path(frame.filename) == file.absolute()]
+  where = f'line {lines[-1]}: ' if lines else ''
+  return f'{where}{type(error).__name__}: {error}'

@@ -64,8 +64,8 @@ def _record(place: str) -> dict[str, Any]:
     return parse.to_dict(huggingface.read_config(path.parent, pages.values('base').to_dict()))
   try:
     recorded = json.loads(path.read_text(encoding='utf-8'))['config']
-    return copy.deepcopy(parse.completed(recorded))
-  except (OSError, ValueError, KeyError, TypeError) as e:
+    return parse.to_dict(parse.from_record(recorded))
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
     raise errors.InputError(
       f'config.init_from={place} must be the directory of a run, and {path} is no record of one '
       f'({e}); give a workdir of experiments.train, or the directory of a Hugging Face checkpoint '

@@ -34,6 +34,12 @@ def test_a_slip_in_a_name(tmp_path, monkeypatch):
     pages.values('quickstrat')
   with pytest.raises(errors.InputError, match='no such config page'):
     pages.values('elsewhere/quickstart')
+  for nothing in ('', '/', '.'):
+    with pytest.raises(errors.InputError, match='names no config page; give one'):
+      pages.values(nothing)
+  for long in ('a' * 300, 'a' * 300 + '/page.py'):
+    with pytest.raises(errors.InputError, match='no such config page'):
+      pages.values(long)
   monkeypatch.chdir(tmp_path)
   with pytest.raises(errors.InputError, match="did you mean 'configs/smoke.py'"):
     pages.values('configs/smok.py')
@@ -77,7 +83,13 @@ def test_bad_pages(tmp_path, name, text, message):
   [
     ("  config.model.num_layers = '3'", 'num_layers'),
     ('  config.model.num_layer = 3', 'num_layer'),
-    ('  import nosuchmodule', 'nosuchmodule'),
+    ('  import nosuchmodule', 'line 5: ModuleNotFoundError: .*nosuchmodule'),
+    ('  assert not config.model.num_layers, "odd"', 'line 5: AssertionError: odd'),
+    ('  "a".split(",")[1]', 'line 5: IndexError: list index'),
+    ('  open("/no/such/file")', 'line 5: FileNotFoundError'),
+    ('  raise ValueError("choose another")', 'page.py: choose another'),
+    ('  return None', 'must return a ConfigDict, not NoneType; begin with'),
+    ('  return {"a": 1}', 'must return a ConfigDict, not dict'),
   ],
 )
 def test_slips_in_a_page_are_one_line(tmp_path, text, message):

@@ -83,6 +83,13 @@ def test_the_form_of_conversations_is_the_sources(source):
   assert (data['chat_format'], data['chat_template']) == ('deepseek_v3', '{{ own }}')
 
 
+@pytest.mark.parametrize('record', [{'config': {}}, {'config': []}, {'config': {'model': {}}}, []])
+def test_a_record_of_nothing(tmp_path, record):
+  (tmp_path / 'config.json').write_text(json.dumps(record))
+  with pytest.raises(errors.InputError, match='config.json is no record of one'):
+    inherited_model.applied(page(tmp_path))
+
+
 def test_no_run_there(tmp_path):
   with pytest.raises(errors.InputError, match='config.init_from=.* must be the directory of a run'):
     inherited_model.applied(page(tmp_path / 'nowhere'))

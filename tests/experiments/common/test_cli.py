@@ -113,3 +113,14 @@ def test_the_actions_that_read_a_flag_by_its_help():
     'the tuned run (reset)': [],
   }.items():
     assert flag_help.actions(words, ('data', 'reset', 'study', 'decode', 'attack')) == found
+
+
+def test_a_flagfile_that_cannot_be_read(monkeypatch, tmp_path):
+  values = flags.FlagValues()
+  monkeypatch.setattr(flags, 'FLAGS', values)
+  flags.DEFINE_flag(cli.PageFlag(repeated=False), values)
+  flags.DEFINE_string('flagfile', '', 'as absl has it', values)
+  (tmp_path / 'latin').write_bytes(b'--seed=\xe9')
+  for name, problem in (('nope', "Unable to open flagfile.*'nope'"), ('latin', 'UTF-8 text')):
+    with pytest.raises(cli.errors.InputError, match=problem):
+      cli.parse_flags(['train', f'--flagfile={tmp_path / name if name == "latin" else name}'])

@@ -23,8 +23,11 @@ def read(*arguments: str):
     ('optimm.peak_lr', "config.optimm is not a known key; did you mean 'optim'"),
     ('optim.peak_lr.x', 'config.optim.peak_lr is a single value, it has no key'),
     ('train.xxxxxxxx', r'config.train.xxxxxxxx is not a known key$'),
-    ('train.batch_ramp[0]', r'config.train.batch_ramp\[0\] is not there: it has 0 entries'),
-    ('optim.multi_step_boundaries[2]', r'boundaries\[2\] is not there: it has 2 entries'),
+    ('train.batch_ramp[0]', r'config.train.batch_ramp\[0\] cannot be set by itself'),
+    ('optim.multi_step_boundaries[1]', r'\[1\] .* give the whole value, --config.optim.multi_step'),
+    ('optim.multi_step_boundaries[1', r'boundaries\[1 cannot be set'),
+    ('train.seed[0]', r'config.train.seed\[0\] cannot be set'),
+    ('train[0].seed', r'config.train\[0\] cannot be set'),
   ],
 )
 def test_unknown_keys_name_the_nearest_known_one(key, message):
