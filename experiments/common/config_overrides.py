@@ -78,12 +78,14 @@ def read(spec: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
   for argument in overrides:
     _check_key(known, _ARGUMENT.fullmatch(argument)[2])
   values = _overridden(values, overrides)
-  if values.objective.inherit and values.init_from:
+  given = values.to_dict()
+  if _lookup(given, 'objective.inherit') and given.get('init_from'):
     # The page again, with the model of the run that it now names, under the same overrides.
-    chosen = {'init_from': values.init_from, 'objective': values.objective.to_dict()}
-    inherited = inherited_model.applied(pages.values(spec).to_dict() | chosen)
+    chosen = {key: given[key] for key in ('init_from', 'objective')}
+    inherited = inherited_model.applied(known | chosen)
     values = _overridden(ml_collections.ConfigDict(inherited), overrides)
-  if values.trainable.expert_config:
+  inherited_model.check_template(given, values.to_dict())
+  if _lookup(given, 'trainable.expert_config'):
     values = _overridden(ml_collections.ConfigDict(expert_config.applied(values.to_dict())), ())
   return values
 

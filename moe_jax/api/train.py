@@ -77,14 +77,17 @@ def resolve(config: Config, overrides: Mapping[str, Any]) -> schema.Config:
   Raises:
     errors.InputError: there is no such page, an unknown key, or a value that breaks a rule.
   """
+  checked = isinstance(config, schema.Config)
   if isinstance(config, str):
     config = pages.values(config)
   elif isinstance(config, schema.Config):
     config = parse.to_dict(config)
   page = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
-  values = _overridden(page, overrides)
+  values = given = _overridden(page, overrides)
   chosen = {key: values[key] for key in ('init_from', 'objective') if key in values}
   values = _overridden(inherited_model.applied(page | chosen), overrides)
+  if not checked:  # the config of a tuned run has the template of its start
+    inherited_model.check_template(given, values)
   return parse.from_dict(expert_config.applied(values))
 
 

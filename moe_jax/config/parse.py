@@ -103,12 +103,14 @@ def from_record(values: Mapping[str, Any]) -> schema.Config:
 
 
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:
-  """A recorded config with the fields that it was too old to have, `ADDED`."""
+  """A recorded config with the fields that it was too old to have, `ADDED`, and none it ignored."""
   new = {
     name: _filled(fields, values.get(name, {}))
     for name, fields in ADDED.items()
     if isinstance(values.get(name), Mapping) or name in _NEW_SECTIONS and name not in values
   }
+  if new.get('data', {}).get('source') == 'mixture':
+    new['data']['path'] = ''  # never read, and refused now
   return {**values, **new}
 
 

@@ -119,6 +119,11 @@ def _validate_data(data: schema.DataConfig):
       bool(data.mixture),
       "config.data.mixture={} must name at least one component when data.source='mixture'",
     )
+    errors.require(
+      not data.path,
+      f"config.data.path={data.path!r} is set but data.source='mixture' would ignore it; empty it, "
+      'and name files and datasets as data.mixture.LABEL.path',
+    )
     for label, part in data.mixture.items():
       errors.choice(
         f'data.mixture.{label}.source',

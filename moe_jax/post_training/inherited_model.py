@@ -8,6 +8,7 @@ page tunes any model.
 import copy
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from moe_jax import errors
@@ -53,6 +54,27 @@ def _with_chat_format(data: dict[str, Any], source: dict[str, Any], place: str):
   kept = fetch.local(place, 'config.init_from') / kept_files.DIRECTORY
   data['chat_template'] = (
     data['chat_template'] or source['chat_template'] or kept_files.chat_template(kept)
+  )
+
+
+def check_template(given: Mapping[str, Any], values: Mapping[str, Any]):
+  """Refuses a template that a page or an override gives and another format would ignore.
+
+  Not a rule of configs: tuned runs carry the template of their start, whatever format they chose.
+
+  Args:
+    given: values of a page and its overrides.
+    values: the same with what is inherited.
+
+  Raises:
+    errors.InputError: `data.chat_format` is not 'template'.
+  """
+  asked = given.get('data', {}).get('chat_template')
+  chosen = values.get('data', {}).get('chat_format')
+  errors.require(
+    not asked or chosen == 'template',
+    f'config.data.chat_template is set but data.chat_format={chosen!r} would '
+    "ignore it; set data.chat_format='template', or leave the template out",
   )
 
 

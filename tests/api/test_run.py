@@ -185,6 +185,15 @@ def test_configs_in_all_their_forms():
       train_lib.resolve('smoke', {key: 1})
 
 
+def test_a_template_that_another_format_would_ignore():
+  template = {'data.chat_template': '{{ x }}'}
+  with pytest.raises(moe_jax.InputError, match='chat_template is set but .* would ignore it'):
+    train_lib.resolve('smoke', template)
+  both = train_lib.resolve('smoke', template | {'data.chat_format': 'template'})
+  of_run = dataclasses.replace(both.data, chat_format='deepseek_llm')  # as a tuned run has it
+  assert train_lib.resolve(dataclasses.replace(both, data=of_run), {}).data == of_run
+
+
 def test_a_directory_that_is_neither(tmp_path):
   with pytest.raises(moe_jax.InputError, match='neither a run .* nor a downloaded Hugging Face'):
     moe_jax.load(tmp_path)

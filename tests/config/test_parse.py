@@ -27,6 +27,13 @@ def test_round_trip_through_json():
   assert cfg.train.batch_ramp == ((3, 2), (5, 4))
 
 
+def test_a_record_loses_a_path_that_was_never_read():
+  mixture = {'data__source': 'mixture', 'data__mixture': {'code': changes.part()}}
+  values = tiny.values(**mixture, data__path='a.txt')
+  assert parse.from_record(values).data.path == '' and values['data']['path'] == 'a.txt'
+  assert parse.from_record(tiny.values(data__source='text', data__path='a')).data.path == 'a'
+
+
 @pytest.mark.parametrize(
   'path, near',
   [

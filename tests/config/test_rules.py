@@ -95,6 +95,10 @@ MIXTURE = {'data__source': 'mixture'}
     ({'data__source': 'text'}, ("data.path=''", "data.source='text'", 'must name a file')),
     (MIXTURE, ('data.mixture={}', 'must name at least one component')),
     (
+      MIXTURE | {'data__mixture': {'code': changes.part()}, 'data__path': 'a.txt'},
+      ("data.path='a.txt'", 'would ignore it', 'data.mixture.LABEL.path'),
+    ),
+    (
       {'data__mixture': {'code': changes.part()}},
       ('data.mixture is set', "data.source='python_source'", "set data.source='mixture'"),
     ),

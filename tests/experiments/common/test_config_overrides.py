@@ -1,11 +1,13 @@
 """Overrides of config pages, in all spellings and in any order."""
 
+import json
 import pathlib
 
 import pytest
 
 from experiments.common import cli, config_overrides
 from moe_jax import errors
+from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[3]
 BASE = f'--config={ROOT}/configs/base.py'
@@ -42,6 +44,33 @@ def test_known_keys_pass_in_all_spellings():
   assert page.train.seed == 1 and page.is_locked
   assert page.model.moe.norm_topk_prob is False and page.model.scan_layers is True
   assert others == ['train', '--workdir=w', '--x', '--', '--config.x=1']
+
+
+@pytest.mark.parametrize('start, refused', [('deepseek_llm', True), ('template', False)])
+def test_a_template_of_the_page_must_be_that_of_the_format(tmp_path, start, refused):
+  values = tiny.values(data__chat_format=start, data__chat_template='{{ y }}')
+  (tmp_path / 'config.json').write_text(json.dumps({'config': values}))
+  tuned = ('--config=sft', f'--config.init_from={tmp_path}')
+  assert read(*tuned)[0].data.chat_template == '{{ y }}'  # of the start, which may be carried
+  given = '--config.data.chat_template={{ x }}'
+  for command, wrong in (
+    ((*tuned, given), refused),
+    ((BASE, given), True),
+    ((BASE, given, '--config.data.chat_format=template'), False),
+  ):
+    if wrong:
+      with pytest.raises(errors.InputError, match="'deepseek_llm' would ignore it; set data.chat_"):
+        read(*command)
+    else:
+      assert read(*command)[0].data.chat_template == '{{ x }}'
+
+
+def test_a_page_without_sections_is_told_so(tmp_path):
+  (tmp_path / 'page.py').write_text(
+    'import ml_collections\ndef get_config(): return ml_collections.ConfigDict()\n'
+  )
+  with pytest.raises(errors.InputError, match='is missing; start the config page from'):
+    cli.resolve(read(f'--config={tmp_path}/page.py')[0])
 
 
 def test_the_order_of_arguments_does_not_matter():
