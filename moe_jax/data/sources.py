@@ -247,14 +247,13 @@ def _parquet_rows(
   library = _optional(spec, 'pyarrow.parquet', 'pyarrow')
   try:
     with library.ParquetFile(file) as table:
-      known = table.schema_arrow.names
-      wanted = [field for field in (spec.text_field, spec.domain_field) if field in known]
-      # Without the wanted columns all are read, so that the error can name those that exist.
-      for batch in table.iter_batches(
-        batch_size=1024, columns=None if every_column else wanted or None
-      ):
+      wanted = [field for field in (spec.text_field, spec.domain_field) if field]
+      # Where one is missing all are read, so that the error can name those that exist.
+      if every_column or not set(wanted) <= set(table.schema_arrow.names):
+        wanted = None
+      for batch in table.iter_batches(batch_size=1024, columns=wanted):
         yield from batch.to_pylist()
-  except (OSError, ValueError) as e:  # a malformed file is ArrowInvalid, a ValueError
+  except Exception as e:  # pyarrow has errors of its own for each kind of damage
     raise _unreadable(spec, file, e) from e
 
 
@@ -318,17 +317,34 @@ def _download(spec: Spec, file: pathlib.Path, keep: _Keep):
     rows = library.load_dataset(place, **options, streaming=True)
   except errors.InputError:
     raise
-  except (OSError, ValueError) as e:
+  except Exception as e:  # the library has many, and those of the file formats besides
     raise errors.InputError(
       f'{spec.where} must name a Hugging Face dataset with a split {options["split"]!r} ({e}); '
       "correct the name, check the network, or use source='jsonl' with a local copy"
     ) from e
   bar = tqdm.tqdm(
-    rows, f'download {spec.path}', unit='doc', disable=None if spec.progress else True
+    _streamed(spec, rows),
+    f'download {spec.path}',
+    unit='doc',
+    disable=None if spec.progress else True,
   )
   with file.open('w', encoding='utf-8') as out, bar:
     for line in keep(bar):
       out.write(json.dumps(line) + '\n')
+
+
+def _streamed(spec: Spec, rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+  """The rows, of which each is fetched and parsed only now."""
+  number = 0
+  try:
+    for row in rows:
+      yield row
+      number += 1
+  except Exception as e:
+    raise errors.InputError(
+      f'{spec.where}: the row behind {number:,} cannot be read ({e}); check the network, repair a '
+      "local file, or use source='jsonl' with a copy"
+    ) from e
 
 
 def synthetic_text(spec: Spec, warn: Callable[[str], None]) -> Iterator[Document]:
@@ -374,7 +390,8 @@ def _chat_rows(
   """Yields (name, what `from_row` makes of it, domain) of every row.
 
   Files are JSON lines (.jsonl, also .gz and .zst) or parquet; a Hugging Face dataset is named and
-  kept as by `hugging_face`. Domain: data.domain_field, or the file's stem, or the dataset's name.
+  kept as by `hugging_face`. Domain: data.domain_field, which some of the rows must have, or else
+  the file's stem or the dataset's name.
   """
 
   def parsed(row: Any, where: str) -> _Parsed:
@@ -384,10 +401,19 @@ def _chat_rows(
       raise errors.InputError(f'{spec.where}: {where} {e}; repair or remove it') from e
 
   def kept(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    for number, row in enumerate(rows, start=1):
-      parsed(row, f'{spec.path}:{number}')  # before anything is cached
+    numbered = ((f'{spec.path}:{n}', row, '') for n, row in enumerate(rows, start=1))
+    for where, row, _ in _some_with_domain(spec, numbered):
+      parsed(row, where)  # before anything is cached
       yield {key: row[key] for key in (*_CHAT_COLUMNS, spec.domain_field) if key in row}
 
+  for where, row, label in _some_with_domain(spec, _rows_of_files(spec, kept)):
+    found = parsed(row, where)
+    has_domain = spec.domain_field in row
+    yield where, found, (_domain(spec, row, where, label) if has_domain else label) or label
+
+
+def _rows_of_files(spec: Spec, kept: _Keep) -> Iterator[tuple[str, Any, str]]:
+  """Yields (name, row, label of its file) of a source of conversations, which may be no mapping."""
   if spec.source.startswith('hf_'):
     files = [(spec.path, _downloaded(spec, kept), spec.path)]
   else:
@@ -400,10 +426,24 @@ def _chat_rows(
       lines = enumerate(_lines(spec, file), start=1)
       rows = ((n, _parse(spec, line, f'{file}:{n}')) for n, line in lines if line.strip())
     for number, row in rows:
-      where = f'{name}:{number}'
-      found = parsed(row, where)
-      domain = str(row.get(spec.domain_field, '')) if spec.domain_field else ''
-      yield where, found, domain or label
+      yield f'{name}:{number}', row, label
+
+
+def _some_with_domain(
+  spec: Spec, rows: Iterable[tuple[str, Any, str]]
+) -> Iterator[tuple[str, Any, str]]:
+  """The rows; refuses at their end a data.domain_field that none of them has."""
+  first, has_domain = None, not spec.domain_field
+  for one in rows:
+    yield one
+    first = first or one
+    has_domain = has_domain or spec.domain_field in one[1]
+  if first and not has_domain:
+    raise errors.InputError(
+      f'config.data.domain_field={spec.domain_field!r} is a field of no row of {spec.where}; '
+      f'{first[0]} has {", ".join(map(repr, first[1]))}: set config.data.domain_field to one of '
+      "these, or to ''"
+    )
 
 
 def generated_task(spec: Spec, warn: Callable[[str], None]) -> Iterator[Document]:
@@ -466,15 +506,7 @@ def _records(
 
 def _record(spec: Spec, row: Any, where: str, domain: str) -> Document:
   """Turns one row with named fields into a document called `where`."""
-  fields = (spec.text_field, spec.domain_field) if spec.domain_field else (spec.text_field,)
-  for option, field in zip(('text_field', 'domain_field'), fields):
-    if not isinstance(row, Mapping) or field not in row:
-      known = ', '.join(map(repr, row)) if isinstance(row, Mapping) else 'no fields at all'
-      raise errors.InputError(
-        f'config.data.{option}={field!r} must be a field of every document; {where} of '
-        f'{spec.where} has {known}: set config.data.{option} to one of its fields'
-      )
-  text = row[spec.text_field]
+  text = _field(spec, row, 'text_field', where)
   try:
     data = text.encode('utf-8')
   except (AttributeError, UnicodeEncodeError) as e:
@@ -483,7 +515,34 @@ def _record(spec: Spec, row: Any, where: str, domain: str) -> Document:
       f'{ascii(text):.40}; repair or remove that document'
       + ('' if text is not None else ', or set config.data.skip_null_text=True')
     ) from e
-  return Document(where, data, str(row[spec.domain_field]) if spec.domain_field else domain)
+  return Document(where, data, _domain(spec, row, where, domain))
+
+
+def _domain(spec: Spec, row: Any, where: str, default: str) -> str:
+  """The domain that a row names in data.domain_field; `default` without that field."""
+  if not spec.domain_field:
+    return default
+  domain = str(_field(spec, row, 'domain_field', where))
+  try:
+    domain.encode('utf-8')
+  except UnicodeEncodeError as e:
+    raise errors.InputError(
+      f'{spec.where}: field {spec.domain_field!r} of {where} must be Unicode text, not '
+      f'{ascii(domain):.40}; repair or remove that document'
+    ) from e
+  return domain
+
+
+def _field(spec: Spec, row: Any, option: str, where: str) -> Any:
+  """What a row holds in the field that data.text_field or data.domain_field names."""
+  field = getattr(spec, option)
+  if not isinstance(row, Mapping) or field not in row:
+    known = ', '.join(map(repr, row)) if isinstance(row, Mapping) else 'no fields at all'
+    raise errors.InputError(
+      f'config.data.{option}={field!r} must be a field of every document; {where} of '
+      f'{spec.where} has {known}: set config.data.{option} to one of its fields'
+    )
+  return row[field]
 
 
 def _files(spec: Spec, *suffixes: str) -> list[tuple[str, pathlib.Path]]:

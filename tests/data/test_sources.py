@@ -198,6 +198,30 @@ def test_jsonl_missing_domain_field(make_spec, tmp_path):
     read(make_spec('jsonl', tmp_path / 'd.jsonl', domain_field='lang'))
 
 
+@pytest.mark.parametrize(
+  'source, row', [('jsonl', '"text": "x"'), ('conversations', '"prompt": "x", "completion": "y"')]
+)
+def test_a_domain_is_unicode_text(make_spec, tmp_path, source, row):
+  (tmp_path / 'd.jsonl').write_text(f'{{{row}, "lang": "\\ud83d"}}\n')
+  message = r"field 'lang' of d\.jsonl:1 must be Unicode text, not '\\ud83d'; repair"
+  with pytest.raises(errors.InputError, match=message):
+    read(make_spec(source, tmp_path / 'd.jsonl', domain_field='lang'))
+
+
+def test_some_conversation_must_have_the_domain_field(make_spec, tmp_path, monkeypatch):
+  rows = [{'prompt': 'x', 'completion': 'y'}, {'prompt': 'x', 'completion': 'y', 'lang': 'en'}]
+  file = tmp_path / 'd.jsonl'
+  file.write_text('\n'.join(map(json.dumps, rows)))
+  found = read(make_spec('conversations', file, domain_field='lang'))
+  assert [domain for _, domain in found.values()] == ['d', 'en']
+  message = r"domain_field='nope' is a field of no row .*d\.jsonl:1 has 'prompt', 'completion': set"
+  with pytest.raises(errors.InputError, match=message):
+    read(make_spec('conversations', file, domain_field='nope'))
+  monkeypatch.setitem(sys.modules, 'datasets', fake_datasets([{**rows[0], 'image': 1}], []))
+  with pytest.raises(errors.InputError, match=r"org/data:1 has .*, 'image': set"):
+    read(make_spec('hf_conversations', 'org/data', domain_field='nope'))
+
+
 # parquet
 
 
@@ -208,6 +232,19 @@ def test_parquet(make_spec, tmp_path):
   assert read(spec) == {'d.parquet:0': ('a', 'x'), 'd.parquet:1': ('é', 'y')}
   with pytest.raises(errors.InputError, match=r"text_field='body'.*'text', 'lang', 'n': set"):
     read(make_spec('parquet', tmp_path / 'd.parquet', text_field='body'))
+  with pytest.raises(errors.InputError, match=r"domain_field='topic'.*'text', 'lang', 'n': set"):
+    read(make_spec('parquet', tmp_path / 'd.parquet', domain_field='topic'))
+
+
+def test_parquet_that_pyarrow_cannot_read(make_spec, tmp_path, monkeypatch):
+  parquet.write_table(pyarrow.table({'text': ['a']}), tmp_path / 'd.parquet')
+
+  def iter_batches(self, **unused):
+    raise pyarrow.ArrowNotImplementedError('unknown encoding')
+
+  monkeypatch.setattr(parquet.ParquetFile, 'iter_batches', iter_batches)
+  with pytest.raises(errors.InputError, match=r"cannot read '.*d\.parquet' \(unknown encoding\)"):
+    read(make_spec('parquet', tmp_path / 'd.parquet'))
 
 
 def test_parquet_unreadable_or_without_the_library(make_spec, tmp_path, monkeypatch):
@@ -340,6 +377,24 @@ def test_hugging_face_download_that_fails_leaves_nothing(make_spec, monkeypatch,
   assert not [p for p in tmp_path.rglob('*') if p.is_file()]
   with pytest.raises(errors.InputError, match=r"config\.data\.path='org/gone'.*no dataset.*local"):
     read(make_spec('hf', 'org/gone'))
+
+
+def test_a_row_of_hugging_face_that_cannot_be_read(make_spec, monkeypatch, tmp_path):
+  def rows():
+    yield {'text': 'a'}
+    raise pyarrow.ArrowException('JSON parse error')
+
+  monkeypatch.setitem(sys.modules, 'datasets', fake_datasets(rows(), []))
+  with pytest.raises(errors.InputError, match=r'the row behind 1 cannot be read \(JSON parse'):
+    read(make_spec('hf', 'org/data'))
+  assert not [p for p in tmp_path.rglob('*') if p.is_file()]
+
+  def load_dataset(*unused, **options):
+    raise RuntimeError('Dataset scripts are no longer supported')
+
+  monkeypatch.setattr(sys.modules['datasets'], 'load_dataset', load_dataset)
+  with pytest.raises(errors.InputError, match=r'must name a Hugging Face dataset .*no longer'):
+    read(make_spec('hf', 'org/data'))
 
 
 def test_hugging_face_without_the_library(make_spec, monkeypatch):
