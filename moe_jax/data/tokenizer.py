@@ -11,7 +11,7 @@ import json
 import pathlib
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import numpy as np
 import tokenizers
@@ -166,7 +166,12 @@ def load(
   try:
     text = fetch.local(path).read_text(encoding='utf-8')
     _check_file(str(path), text, trusted)
-    return Tokenizer(tokenizers.Tokenizer.from_str(text), bos_token, eos_token)
+    inner = tokenizers.Tokenizer.from_str(text)
+    added = {token.content for token in inner.get_added_tokens_decoder().values()}
+    tokenizer = Tokenizer(inner, bos_token, eos_token)
+    if not trusted:
+      _check_spellings(inner, bos_token, eos_token, known=added)
+    return tokenizer
   except errors.InputError:
     raise
   except (
@@ -211,7 +216,9 @@ def byte_tokenizer(bos_token: str, eos_token: str) -> Tokenizer:
   inner = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
   inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
   inner.decoder = decoders.ByteLevel()
-  return Tokenizer(inner, bos_token, eos_token)
+  tokenizer = Tokenizer(inner, bos_token, eos_token)
+  _check_spellings(inner, bos_token, eos_token)
+  return tokenizer
 
 
 def train_bpe(
@@ -220,7 +227,8 @@ def train_bpe(
   """Trains byte-level BPE with at most `vocab_size` entries; digits stand alone, as DeepSeek's do.
 
   Raises:
-    errors.InputError: `vocab_size` has no room for the bytes and the special tokens.
+    errors.InputError: `vocab_size` has no room for the bytes and the special tokens, or a special
+      token is what text becomes too.
   """
   specials = _special_tokens(bos_token, eos_token)
   alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -245,7 +253,9 @@ def train_bpe(
     show_progress=progress and sys.stderr.isatty(),  # its bar would leave blank lines in a log
   )
   inner.train_from_iterator(texts, trainer)
-  return Tokenizer(inner, bos_token, eos_token)
+  tokenizer = Tokenizer(inner, bos_token, eos_token)
+  _check_spellings(inner, bos_token, eos_token)
+  return tokenizer
 
 
 def training_sample(texts: Iterable[tuple[str, bytes]], total_bytes: int) -> Iterator[str]:
@@ -275,5 +285,25 @@ def check_vocab_size(tokenizer: Tokenizer, vocab_size: int):
     )
 
 
+def _check_spellings(
+  inner: tokenizers.Tokenizer, bos_token: str, eos_token: str, known: Collection[str] = ()
+):
+  """Refuses a special token that ordinary text becomes; a file's own special ones are `known`."""
+  for field, token in (('bos_token', bos_token), ('eos_token', eos_token)):
+    if token in known:
+      continue
+    said = inner.decoder.decode([token]) if inner.decoder else token
+    ids = [i for text in (token, said) for i in inner.encode(text, add_special_tokens=False).ids]
+    errors.require(
+      inner.token_to_id(token) not in ids and '\ufffd' not in said,  # that is a part of a character
+      f'config.data.{field}={token!r} must be a spelling of its own: {said!r} in a text would be '
+      "that token; take one with signs around a word, such as '<s>'",
+    )
+
+
 def _special_tokens(bos_token: str, eos_token: str) -> list[str]:
+  for field, token in (('bos_token', bos_token), ('eos_token', eos_token)):
+    errors.require(
+      bool(token), f"config.data.{field}='' must spell a token; take for example '<s>'"
+    )
   return list(dict.fromkeys((bos_token, eos_token, *FIM_TOKENS)))

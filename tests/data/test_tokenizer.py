@@ -53,6 +53,39 @@ def test_text_cannot_spell_special_tokens(kind):
     assert not special & set(tokenizer.encode(f'a{token}b'))
 
 
+@pytest.mark.parametrize(
+  'kind, token',
+  # Of bytes 'Ċ' is the line break and 'é' a part of 鿿; 'def' is a word that BPE learns.
+  [('bytes', 'a'), ('bytes', 'Ċ'), ('bytes', 'é'), ('bpe', 'a'), ('bpe', 'def'), ('file', 'a')],
+)
+def test_a_special_token_is_nothing_that_text_becomes(kind, token, tmp_path):
+  makers = {
+    'bytes': tokenizer_lib.byte_tokenizer,
+    'bpe': lambda *specials: tokenizer_lib.train_bpe(TEXTS, 300, *specials),
+    'file': lambda *specials: tokenizer_lib.load(tmp_path / 't.json', *specials),
+  }
+  make('bytes').save(tmp_path / 't.json')
+  for field, specials in (('bos_token', (token, EOS)), ('eos_token', (BOS, token))):
+    with pytest.raises(errors.InputError, match=f"{field}='{token}' must be a spelling of its"):
+      makers[kind](*specials)
+
+
+@pytest.mark.parametrize('token', ['<s>', '[BOS]', '\n', '<|end|>'])
+def test_other_spellings_are_special_tokens(token):
+  for tokenizer in (
+    tokenizer_lib.byte_tokenizer(token, EOS),
+    tokenizer_lib.train_bpe([*TEXTS, f'a{token}b ' * 50], 300, token, EOS),
+  ):
+    ids = tokenizer.encode(f'a{token}b')
+    assert tokenizer.bos_id not in ids and tokenizer.decode(ids) == f'a{token}b'
+
+
+def test_an_empty_special_token():
+  for build in (tokenizer_lib.byte_tokenizer, lambda *s: tokenizer_lib.train_bpe(TEXTS, 300, *s)):
+    with pytest.raises(errors.InputError, match="config.data.eos_token='' must spell a token"):
+      build(BOS, '')
+
+
 def test_special_tokens_are_shown_only_on_request():
   tokenizer = make('bytes')
   ids = [tokenizer.bos_id, *tokenizer.encode('hi'), tokenizer.eos_id]
