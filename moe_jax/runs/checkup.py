@@ -44,7 +44,8 @@ class Facts(NamedTuple):
   plugins: Mapping[str, str | None]  # versions of cuDNN, libtpu, JAX's plugins
   free_bytes: Mapping[str, int]  # by directory
   memory_bytes: int
-  lock_problem: str  # '' where files can be locked
+  lock_problem: str  # of the workdir; '' where files can be made and locked
+  cache_problem: str  # the same of the cache
 
 
 def facts(workdir: pathlib.Path) -> Facts:
@@ -61,7 +62,7 @@ def facts(workdir: pathlib.Path) -> Facts:
     {name: _version(name) for name in ('nvidia-cudnn-cu12', 'nvidia-cudnn-cu13', 'libtpu')},
     {name: shutil.disk_usage(_existing(path)).free for name, path in places.items()},
     os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'),
-    _lock_problem(_existing(workdir)),
+    *(_lock_problem(path) for path in places.values()),
   )
 
 
@@ -85,8 +86,12 @@ def judge(found: Facts) -> list[Line]:
   enough = found.memory_bytes >= MEMORY_BYTES
   memory = '' if enough else f'{MEMORY_BYTES:,} are the least for the small pages'
   lines.append(Line('memory', f'{found.memory_bytes:,} bytes', memory))
-  remedy = 'use a --workdir on another file system' if found.lock_problem else ''
-  lines.append(Line('locks at the workdir', found.lock_problem or 'work', remedy))
+  another = 'that can be written, on a file system with locks'
+  for where, problem, remedy in (
+    ('the workdir', found.lock_problem, f'use a --workdir {another}'),
+    ('the cache', found.cache_problem, f'set MOE_JAX_CACHE to a directory {another}'),
+  ):
+    lines.append(Line(f'locks at {where}', problem or 'work', remedy if problem else ''))
   return lines
 
 
@@ -136,8 +141,12 @@ def _version(name: str) -> str | None:
 
 
 def _lock_problem(directory: pathlib.Path) -> str:
-  """Why a workdir here could not be locked or written; '' if it can."""
-  probe = directory / f'.doctor-{os.getpid()}'
+  """Why a directory could not be made here, locked or written; '' if it can."""
+  path = directory.absolute()
+  there = next(one for one in (path, *path.parents) if os.path.lexists(one))
+  if not there.is_dir():
+    return f'{there} is no directory'
+  probe = there / f'.doctor-{os.getpid()}'
   try:
     probe.mkdir()
     try:

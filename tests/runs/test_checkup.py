@@ -16,6 +16,7 @@ SOUND = checkup.Facts(
   free_bytes={'runs': 10**12, 'the cache': 10**12},
   memory_bytes=10**11,
   lock_problem='',
+  cache_problem='',
 )
 
 
@@ -45,7 +46,8 @@ def test_a_sound_machine_has_a_line_per_fact_and_no_remedy():
     ({'platform': 'cpu', 'device_files': ('accel0',)}, r'a TPU is here .*\[tpu\]'),
     ({'free_bytes': {'runs': 10**9}}, 'wrong disk at runs: 1,000,000,000 bytes free; free 2,000,'),
     ({'memory_bytes': 10**9}, 'wrong memory: 1,000,000,000 bytes; 2,000,000,000 are the least'),
-    ({'lock_problem': 'no locks'}, 'wrong locks at the workdir: no locks; use a --workdir on'),
+    ({'lock_problem': 'no locks'}, 'wrong locks at the workdir: no locks; use a --workdir that'),
+    ({'cache_problem': 'a file'}, 'wrong locks at the cache: a file; set MOE_JAX_CACHE to a dir'),
   ],
 )
 def test_each_fault_has_one_line_with_its_remedy(changes, message):
@@ -56,7 +58,11 @@ def test_each_fault_has_one_line_with_its_remedy(changes, message):
 
 def test_this_machine_is_looked_at_without_a_trace(tmp_path):
   found = checkup.facts(tmp_path / 'not/yet/there')
-  assert found.lock_problem == '' and found.memory_bytes > 10**8 and found.versions['jax']
+  assert (
+    found.lock_problem == found.cache_problem == ''
+    and found.memory_bytes > 10**8
+    and found.versions['jax']
+  )
   assert len(found.free_bytes) == 2 and min(found.free_bytes.values()) > 0
   assert not list(tmp_path.iterdir())
 
@@ -67,3 +73,13 @@ def test_a_place_that_cannot_be_written_is_said(tmp_path, monkeypatch):
 
   monkeypatch.setattr(checkup.pathlib.Path, 'mkdir', refuse)
   assert 'Permission denied' in checkup.facts(tmp_path).lock_problem
+
+
+def test_a_file_where_a_directory_must_be_is_said(tmp_path, monkeypatch):
+  (tmp_path / 'file').write_text('')
+  (tmp_path / 'link').symlink_to(tmp_path / 'nowhere')
+  monkeypatch.setenv('MOE_JAX_CACHE', str(tmp_path / 'file'))
+  for workdir, name in (('file', 'file'), ('file/below/it', 'file'), ('link', 'link')):
+    found = checkup.facts(tmp_path / workdir)
+    assert found.lock_problem == f'{tmp_path / name} is no directory'
+    assert found.cache_problem == f'{tmp_path / "file"} is no directory'
