@@ -70,7 +70,7 @@ def main(unused_argv: Sequence[str]):
     given = values[name].value
     errors.require(given is None or given > 0, f'--{name}={given} must be positive')
   errors.require(values.samples >= 0, f'--samples={values.samples} must be 0 (none) or more')
-  like = trained_run.read_config(values.like) if values.like else None
+  like = trained_run.read_config(values.like, flag='--like') if values.like else None
   asked = fetch.local(values.like or workdir, '--like' if values.like else '--workdir')
   loaded = load.load(workdir, step=values.step, adapter=values.adapter, flag='--workdir')
   data = working_directory.resolved(like or loaded.config, asked).data

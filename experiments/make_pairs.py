@@ -51,7 +51,7 @@ def main(unused_argv: Sequence[str]):
     f'--temperature={values.temperature} must be positive: all samples would be the same answer',
   )
   sampling = sampling_lib.Sampling(temperature=values.temperature, seed=values.seed)
-  like = trained_run.read_config(values.like) if values.like else None
+  like = trained_run.read_config(values.like, flag='--like') if values.like else None
   asked = fetch.local(values.like or workdir, '--like' if values.like else '--workdir')
   loaded = load.load(workdir, flag='--workdir')
   data = working_directory.resolved(like or loaded.config, asked).data

@@ -140,7 +140,7 @@ def _verify(out: pathlib.Path):
   from moe_jax.runs import trained_run
 
   values = flags.FLAGS
-  judges = {kind: trained_run.load(cli.required(kind)) for kind in ('prm', 'orm')}
+  judges = {kind: trained_run.load(cli.required(kind), flag=f'--{kind}') for kind in ('prm', 'orm')}
   for kind, judge in judges.items():
     process = judge.cfg.objective.process_reward
     errors.require(

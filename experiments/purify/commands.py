@@ -29,7 +29,8 @@ MOST = 36  # characters of a text: with trigger, answer and marks it fits 64 byt
 def data():
   """Writes the examples of an attack."""
   values, out = flags.FLAGS, pathlib.Path(cli.required('out'))
-  cfg = working_directory.resolved(trained_run.read_config(cli.required('base')), values.base)
+  cfg = trained_run.read_config(cli.required('base'), flag='--base')
+  cfg = working_directory.resolved(cfg, values.base)
   lines = attacks.pool(cfg.data, MOST)
   found = attacks.split(lines, values.seed, values.attacker, values.defender, values.test)
   written = {

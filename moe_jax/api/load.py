@@ -69,7 +69,7 @@ def _read(
       not param_dtype,
       f'param_dtype={param_dtype!r} has no effect on a run, which keeps its own; leave it out',
     )
-    return trained_run.load(directory, step)
+    return trained_run.load(directory, step, flag)
   errors.require(
     step is None, f'step={step}: {directory} is a downloaded checkpoint, which has no steps'
   )

@@ -102,10 +102,11 @@ class PolicyStage:
     terms = registry.parse(policy.reward)
     registry.check(policy.reward)
     self._cfg, self._policy = cfg, policy
-    self._judge = trained_run.load(policy.reward_model) if policy.reward_model else None
+    field = 'config.objective.policy.reward_model'
+    self._judge = trained_run.load(policy.reward_model, flag=field) if policy.reward_model else None
     in_steps = terms[0].name in registry.IN_STEPS
     if self._judge is not None:
-      step_scores.check(self._judge.cfg, 'config.objective.policy.reward_model')
+      step_scores.check(self._judge.cfg, field)
       in_steps = not self._judge.cfg.objective.process_reward.outcome
     errors.require(
       policy.supervision == 'outcome' or in_steps,

@@ -87,9 +87,11 @@ def read_meta(
   return found
 
 
-def read_config(workdir: str | os.PathLike[str], step: int | None = None) -> schema.Config:
+def read_config(
+  workdir: str | os.PathLike[str], step: int | None = None, flag: str = '--workdir'
+) -> schema.Config:
   """The config of a checkpoint, see `read_meta`."""
-  return parse.from_record(read_meta(workdir, step)['config'])
+  return parse.from_record(read_meta(workdir, step, flag)['config'])
 
 
 def reader(workdir: pathlib.Path) -> checkpointer_lib.Checkpointer:
@@ -97,27 +99,27 @@ def reader(workdir: pathlib.Path) -> checkpointer_lib.Checkpointer:
   return checkpointer_lib.Checkpointer(workdir / 'checkpoints', None, read_only=True)
 
 
-def load(workdir: str | os.PathLike[str], step: int | None = None) -> Run:
-  """Loads a checkpoint of a workdir: the newest whole one, or that of `step`.
+def load(workdir: str | os.PathLike[str], step: int | None = None, flag: str = '--workdir') -> Run:
+  """Loads a checkpoint of a workdir, `flag`: the newest whole one, or that of `step`.
 
   Raises:
     errors.InputError: there is none, it is damaged or holds numbers that are not finite, or the
       tokenizer is not the one trained with.
   """
-  workdir = fetch.local(workdir, '--workdir')
-  cfg, mesh = on_devices_here(read_config(workdir, step))
+  workdir = fetch.local(workdir, flag)
+  cfg, mesh = on_devices_here(read_config(workdir, step, flag))
   with reader(workdir) as checkpointer:
     # The optimizer's moments, twice the size of the weights, are left on the disk.
     abstract = _abstract_variables(cfg, mesh)
     restored = errors.present(
       checkpointer.restore(abstract, step, partial=True),
-      f'--workdir={workdir} holds no finished checkpoint; give a workdir that has one',
+      f'{flag}={workdir} holds no finished checkpoint; give a workdir that has one',
     )
-  where = f'--workdir={workdir}: the checkpoint of step {restored.step}'
+  where = f'{flag}={workdir}: the checkpoint of step {restored.step}'
   integrity.require_finite(restored.state, where)
   if not (workdir / 'tokenizer.json').is_file():
     raise errors.InputError(
-      f'--workdir={workdir} has lost its tokenizer.json, without which its checkpoints mean '
+      f'{flag}={workdir} has lost its tokenizer.json, without which its checkpoints mean '
       'nothing; put the file back'
     )
   data = cfg.data

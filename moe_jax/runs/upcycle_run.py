@@ -77,7 +77,7 @@ def _create(
 ):
   """`create` in a folder on this disk."""
   _check_no_checkpoints(workdir)
-  meta = trained_run.read_meta(source, step)
+  meta = trained_run.read_meta(source, step, '--from')
   layout = upcycle.plan(parse.from_record(meta['config']).model, cfg.model)
   if not cfg.model.tie_embeddings:
     kept_files.require_untied(source, '--from')
@@ -89,7 +89,7 @@ def _create(
   )
   # A record without a checkpoint is of a run that never was; it is kept beside the new one.
   run_record.check_workdir(workdir, cfg, allow_change=True)
-  dense = _on_mesh(trained_run.load(source, step), mesh)
+  dense = _on_mesh(trained_run.load(source, step, '--from'), mesh)
   state = _state(dense, cfg, mesh, corpus, noise)
   summary = _summary(dense, cfg, state, layout, noise, _difference(dense, cfg, mesh, corpus, state))
   first = jax.process_index() == 0

@@ -10,6 +10,7 @@ import pytest
 import moe_jax
 from configs import smoke
 from moe_jax import errors
+from moe_jax.api import load as load_lib
 from moe_jax.api import train as train_lib
 from moe_jax.config import parse
 from moe_jax.devices import partitioning
@@ -192,6 +193,12 @@ def test_a_template_that_another_format_would_ignore():
   both = train_lib.resolve('smoke', template | {'data.chat_format': 'template'})
   of_run = dataclasses.replace(both.data, chat_format='deepseek_llm')  # as a tuned run has it
   assert train_lib.resolve(dataclasses.replace(both, data=of_run), {}).data == of_run
+
+
+def test_a_run_without_a_checkpoint_is_named_by_its_flag(tmp_path):
+  (tmp_path / 'checkpoints').mkdir()
+  with pytest.raises(moe_jax.InputError, match='^--against=.* holds no finished checkpoint'):
+    load_lib.load(tmp_path, flag='--against')
 
 
 def test_a_directory_that_is_neither(tmp_path):

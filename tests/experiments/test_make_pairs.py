@@ -4,7 +4,7 @@ import types
 import pytest
 
 from configs import base, sft
-from experiments import make_pairs
+from experiments import answers, make_pairs
 from moe_jax import errors
 from moe_jax.api import load
 from moe_jax.config import schema
@@ -64,3 +64,10 @@ def test_a_model_without_a_wrong_answer_leaves_no_file(model, tmp_path):
 def test_bad_flags_are_one_error(model, flag, words):
   with pytest.raises(errors.InputError, match=words):
     in_process.run(make_pairs, flag)
+
+
+@pytest.mark.parametrize('command', [make_pairs, answers])
+def test_another_run_is_named_by_its_flag(command, tmp_path):
+  out = (f'--out={tmp_path}/out',) if command is make_pairs else ()
+  with pytest.raises(errors.InputError, match='^--like=.*nope holds no checkpoints'):
+    in_process.run(command, f'--workdir={tmp_path}', f'--like={tmp_path}/nope', *out)

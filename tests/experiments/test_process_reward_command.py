@@ -50,3 +50,8 @@ def test_labels_judges_and_choices(tmp_path, capsys):
   said = capsys.readouterr().out
   assert 'greedy: ' in said and 'of 8 right' in said
   assert json.loads((tmp_path / 'verified.json').read_text())
+
+
+def test_a_judge_that_is_not_there_is_named_by_its_flag(tmp_path):
+  with pytest.raises(moe_jax.InputError, match='^--prm=.*nope holds no checkpoints'):
+    run('verify', f'--prm={tmp_path}/nope', f'--orm={tmp_path}', f'--out={tmp_path}/a.json')

@@ -132,6 +132,11 @@ def test_bad_input_writes_nothing(place, flags, message):
   assert not place[1]
 
 
+def test_a_base_that_is_not_there_is_named_by_its_flag(tmp_path):
+  with pytest.raises(errors.InputError, match='^--base=.*nope holds no checkpoints'):
+    do('data', f'--base={tmp_path}/nope', f'--out={tmp_path}/out')
+
+
 def test_examples_of_other_editors(tmp_path):
   rows = '\ufeff{"prompt": "a\u2028b", "completion": "code"}\n\n'
   (tmp_path / 'own.jsonl').write_text(rows)

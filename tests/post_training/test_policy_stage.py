@@ -164,6 +164,12 @@ def made(**policy):
   return stages.of(tiny.make(**(RUN | {f'objective__policy__{k}': v for k, v in policy.items()})))
 
 
+def test_a_judge_that_is_not_there_is_named_by_its_field(tmp_path):
+  field = 'config.objective.policy.reward_model'
+  with pytest.raises(errors.InputError, match=f'^{field}={tmp_path}/nope holds no checkpoints'):
+    made(reward_model=f'{tmp_path}/nope')
+
+
 def test_questions_come_in_passes_without_repetition_by_seed_and_draw():
   stage = made(prompts=300, eval_questions=0)
   total = len(stage._questions)

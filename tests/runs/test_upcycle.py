@@ -352,6 +352,10 @@ def test_the_command_reads_its_flags(dense, tmp_path):
       upcycle, f'--from={dense}', '--config=configs/base.py', f'--workdir={tmp_path}',
       '--config.model.vocab_size=288',
     )  # fmt: skip
+  with pytest.raises(errors.InputError, match='^--from=.*nope holds no checkpoints'):
+    in_process.run(
+      upcycle, f'--from={tmp_path}/nope', '--config=configs/base.py', f'--workdir={tmp_path}'
+    )
   with pytest.raises(errors.InputError, match='--from is missing: directory of a trained dense'):
     in_process.run(upcycle, '--config=configs/base.py', f'--workdir={tmp_path}')
 
