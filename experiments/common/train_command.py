@@ -1,7 +1,9 @@
 """Training from the command line, for the commands that train a config page."""
 
+import re
 import shlex
 import sys
+from collections.abc import Sequence
 
 import tqdm
 from absl import flags
@@ -68,13 +70,23 @@ def train(cfg: schema.Config, module: str):
     if not trained.interrupted_by:
       final_report.finish(trained, corpus, place.path, say)
       return
-  if not agreement.is_first():
-    return
-  # Every process has a number of its own, the rest of the command is the same.
-  arguments = [a for a in sys.argv[1:] if not a.startswith('--process_id=')]
-  again = f'python -m {module} ' + shlex.join(arguments)
-  where = 'on every process ' if jax.process_count() > 1 else ''
-  say(
-    f'stopped by {trained.interrupted_by} after step {trained.step}, which is saved; '
-    f'resume {where}with: {again}'
-  )
+  if agreement.is_first():
+    again = f'python -m {module} ' + shlex.join(_of_all_processes(sys.argv[1:]))
+    say(stopped(trained.interrupted_by, trained.step, again, jax.process_count()))
+
+
+def stopped(signal_name: str, step: int, again: str, num_processes: int = 1) -> str:
+  """The last line of an interrupted run, by which docs/launch/slurm.sbatch knows one."""
+  where = 'on every process ' if num_processes > 1 else ''
+  return f'stopped by {signal_name} after step {step}, which is saved; resume {where}with: {again}'
+
+
+def _of_all_processes(arguments: Sequence[str]) -> list[str]:
+  """The arguments without --process_id: every process has a number of its own."""
+  kept, words = [], iter(arguments)
+  for word in words:
+    if re.fullmatch('--?process_id', word):
+      next(words, None)  # its value
+    elif not re.match('--?process_id=', word):
+      kept.append(word)
+  return kept

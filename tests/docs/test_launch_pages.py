@@ -12,7 +12,7 @@ import types
 import pytest
 from absl import flags
 
-from experiments.common import cli
+from experiments.common import cli, train_command
 from moe_jax.config import mesh_config, schema
 from moe_jax.devices import partitioning
 from moe_jax.processes import launch
@@ -116,33 +116,47 @@ def cluster(tmp_path):
   for name in ('srun', 'scontrol'):
     path = tmp_path / 'bin' / name
     path.parent.mkdir(exist_ok=True)
-    path.write_text(f'#!/bin/bash\nprintf "%s\\n" {name} "$@" MOE_JAX_CACHE="$MOE_JAX_CACHE"\n')
+    line = 'echo "$TRAINED"; exit $STATUS' if name == 'srun' else ''
+    words = f'printf "%s\\n" {name} "$@" MOE_JAX_CACHE="$MOE_JAX_CACHE"'
+    path.write_text(f'#!/bin/bash\n{words}\n{line}\n')
     path.chmod(0o755)
   return tmp_path
 
 
-def submit(cluster: pathlib.Path, *arguments: str) -> list[str]:
+def submit(
+  cluster: pathlib.Path, *arguments: str, trained: str = 'goodput: 9%', status: int = 0
+) -> list[str]:
+  """What the script says where training ends with the line `trained` and a status."""
   path = f'{cluster / "bin"}:{os.environ["PATH"]}'
   env = {'PATH': path, 'SLURM_SUBMIT_DIR': str(cluster), 'SLURM_JOB_ID': '70001'}
-  done = subprocess.run(
-    ['bash', str(SCRIPT), *arguments], env=env, capture_output=True, text=True, check=True
-  )
+  env |= {'TMPDIR': str(cluster), 'TRAINED': trained, 'STATUS': str(status)}
+  done = subprocess.run(['bash', str(SCRIPT), *arguments], env=env, capture_output=True, text=True)
+  assert done.returncode == status, done.stderr
+  assert [path.name for path in cluster.iterdir() if path.is_file()] == []
   return done.stdout.splitlines()
 
 
-def test_the_batch_script_starts_the_command_and_requeues_what_is_unfinished(cluster, monkeypatch):
+def test_the_batch_script_starts_the_command_and_leaves_what_is_finished(cluster, monkeypatch):
   arguments = ['--config=configs/smoke.py', '--workdir=runs/smoke', '--config.train.num_steps=200']
   said = submit(cluster, *arguments)
   begin = said.index('.venv/bin/python')
   assert said[:begin] == ['srun', '--kill-on-bad-exit=1']
   assert said[begin + 1 : begin + 6] == ['-m', 'experiments.train', *arguments]
   assert f'MOE_JAX_CACHE={cluster}/.cache' in said
-  assert said[-4:-1] == ['scontrol', 'requeue', '70001']
+  assert 'scontrol' not in said
   monkeypatch.chdir(ROOT)
   assert parsed('experiments.train', arguments).train.num_steps == 200
+  assert 'scontrol' not in submit(cluster, *arguments, trained='error: no', status=2)
+
+
+@pytest.mark.parametrize('workdir', [['--workdir=gs://b/run'], ['--workdir', 'runs/smoke']])
+@pytest.mark.parametrize('processes', [1, 2])
+def test_what_was_stopped_is_queued_again_whatever_its_workdir_holds(cluster, workdir, processes):
   (cluster / 'runs' / 'smoke').mkdir(parents=True)
-  (cluster / 'runs' / 'smoke' / 'evaluation.json').touch()
-  assert 'scontrol' not in submit(cluster, *arguments)
+  (cluster / 'runs' / 'smoke' / 'evaluation.json').touch()  # of a run that is prolonged now
+  line = train_command.stopped('SIGTERM', 7, 'python -m experiments.train ...', processes)
+  said = submit(cluster, '--config=smoke', *workdir, trained=line)
+  assert said[-4:-1] == ['scontrol', 'requeue', '70001']
 
 
 def test_the_tasks_of_the_batch_script_find_each_other():
