@@ -48,7 +48,7 @@ def train(cfg: schema.Config, module: str):
   from moe_jax.interop import start_weights
   from moe_jax.post_training import stages
   from moe_jax.processes import agreement
-  from moe_jax.runs import final_report, run_place, terminal, train_run
+  from moe_jax.runs import final_report, run_place, terminal, train_run, working_directory
 
   workdir = cli.required('workdir')
   allow, say = flags.FLAGS.allow_config_change, terminal.Terminal(_say)
@@ -65,7 +65,7 @@ def train(cfg: schema.Config, module: str):
       say=say,
       profile_steps=_profile_steps(),
       open_weights=start_weights.of,
-      stage=stages.of(cfg),
+      stage=stages.of(working_directory.reading(cfg, place.path)),
     )
     if not trained.interrupted_by:
       final_report.finish(trained, corpus, place.path, say)

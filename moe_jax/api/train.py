@@ -12,7 +12,14 @@ from moe_jax.config import pages, parse, schema
 from moe_jax.devices import host_allocator
 from moe_jax.interop import start_weights
 from moe_jax.post_training import expert_config, inherited_model, stages
-from moe_jax.runs import final_report, goodput, run_place, terminal, train_run
+from moe_jax.runs import (
+  final_report,
+  goodput,
+  run_place,
+  terminal,
+  train_run,
+  working_directory,
+)
 
 Config = str | ml_collections.ConfigDict | Mapping[str, Any] | schema.Config
 
@@ -57,7 +64,7 @@ def train(
       allow_config_change=allow_config_change,
       say=say,
       open_weights=start_weights.of,
-      stage=stages.of(cfg),
+      stage=stages.of(working_directory.reading(cfg, place.path)),
     )
     if trained.interrupted_by:
       say(

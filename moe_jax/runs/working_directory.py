@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moe_jax import errors
@@ -18,6 +18,13 @@ from moe_jax.data import source_files
 from moe_jax.storage import urls
 
 KEY = 'directory'  # in config.json
+# Paths that not every reader of a run needs: where they lead to nothing, who needs them says so.
+_SINGLE = (
+  'init_from',
+  'objective.policy.reward_model',
+  'objective.process_reward.labels',
+  'model.moe.options.replay_path',
+)
 _Path = str | os.PathLike[str]
 
 
@@ -51,7 +58,8 @@ def resolved(cfg: schema.Config, workdir: _Path) -> schema.Config:
   """The config to read by: relative paths lead to where they led when the run was started.
 
   Raises:
-    errors.InputError: there is nothing there, nor at the same path from here; names both.
+    errors.InputError: there is no text or tokenizer there, nor at the same path from here; names
+      both.
   """
   began, old = _record(workdir)
   if began is None or began == pathlib.Path.cwd():
@@ -62,8 +70,15 @@ def resolved(cfg: schema.Config, workdir: _Path) -> schema.Config:
   return _replaced(cfg, new | found)
 
 
+def reading(cfg: schema.Config, workdir: _Path) -> schema.Config:
+  """`resolved` of a config as a command or a call has it, in the spelling of this start."""
+  return resolved(as_recorded(cfg, workdir), workdir)
+
+
 def _place(field: str, text: str, began: pathlib.Path) -> str:
   """Where the names in a path are now, each as seen from `began` or from here."""
+  if field in _SINGLE:
+    return _one_place(field, text, began)
   remote = any(urls.is_remote(name.strip()) for name in text.split(','))
   whole = not remote and source_files.exists(str(began / paths.local(text, f'config.{field}')))
   names = [text] if whole else [name.strip() for name in text.split(',')]
@@ -77,6 +92,8 @@ def _one_place(field: str, name: str, began: pathlib.Path) -> str:
   if path.is_absolute():
     return name
   found = [str(root / path) for root in (began, here) if source_files.exists(str(root / path))]
+  if field in _SINGLE:
+    found.append(str(began / path))
   errors.require(
     bool(found),
     f'config.{field}={name!r} is neither {began / path}, as seen from where the run was started, '
@@ -99,8 +116,16 @@ def _fields(config: Mapping[str, Any]) -> dict[str, str]:
     for field, member in {'data.path': data, **members}.items()
     if member['source'] not in schema.PATHLESS_SOURCES
   }
-  found |= {'data.tokenizer': data['tokenizer'], 'init_from': config['init_from']}
+  found |= {'data.tokenizer': data['tokenizer'], **{field: _at(config, field) for field in _SINGLE}}
   return {key: text for key, text in found.items() if text and text not in ('bpe', 'bytes')}
+
+
+def _at(config: Mapping[str, Any], field: str) -> str:
+  """The value of a dotted key; '' in a record that is too old to have it."""
+  *sections, name = field.split('.')
+  for section in sections:
+    config = config.get(section, {})
+  return config.get(name, '')
 
 
 def _replaced(cfg: schema.Config, new: Mapping[str, str]) -> schema.Config:
@@ -116,7 +141,18 @@ def _replaced(cfg: schema.Config, new: Mapping[str, str]) -> schema.Config:
     tokenizer=new.get('data.tokenizer', data.tokenizer),
     mixture=mixture,
   )
-  return dataclasses.replace(cfg, data=data, init_from=new.get('init_from', cfg.init_from))
+  cfg = dataclasses.replace(cfg, data=data)
+  for field in _SINGLE:
+    if field in new:
+      cfg = _with(cfg, field.split('.'), new[field])
+  return cfg
+
+
+def _with(section: Any, keys: Sequence[str], value: str) -> Any:
+  """A section of a config with another value at a path of keys."""
+  name, *rest = keys
+  new = _with(getattr(section, name), rest, value) if rest else value
+  return dataclasses.replace(section, **{name: new})
 
 
 def _record(workdir: _Path) -> tuple[pathlib.Path | None, dict[str, str]]:

@@ -7,11 +7,14 @@ import types
 
 import pytest
 
+import moe_jax
+from experiments.common import train_command
 from moe_jax import errors
 from moe_jax.config import schema
 from moe_jax.data import corpus
+from moe_jax.post_training import stages
 from moe_jax.runs import run_record, train_run, trained_run, working_directory
-from tests import tiny
+from tests import in_process, tiny
 
 
 @pytest.fixture(name='home')
@@ -136,6 +139,64 @@ def test_without_a_record_paths_are_as_seen_from_here(home, text):
   cfg = make('nowhere.txt')
   assert working_directory.resolved(cfg, home / 'run') == cfg
   assert working_directory.as_recorded(cfg, home / 'run') == cfg
+
+
+SINGLE = {
+  'init_from': 'start',
+  'objective__policy__reward_model': 'judge',
+  'objective__process_reward__labels': 'labels,1.jsonl',
+  'model__moe__options__replay_path': 'recorded.npz',
+}
+
+
+def test_paths_beside_the_data_lead_where_they_led_and_need_not_be_there(home, monkeypatch):
+  cfg = tiny.make(**SINGLE)
+  start(home, cfg)
+  for name in ('start', 'judge'):
+    (home / 'a' / name).mkdir()
+  (home / 'b' / 'labels,1.jsonl').touch()  # moved; the recording is nowhere
+  monkeypatch.chdir(home / 'b')
+  for asked in (cfg, tiny.make(**SINGLE | {'init_from': '../a/start'})):
+    found = working_directory.reading(asked, home / 'run')
+    assert found.init_from == str(home / 'a/start')
+    assert found.objective.policy.reward_model == str(home / 'a/judge')
+    assert found.objective.process_reward.labels == str(home / 'b/labels,1.jsonl')
+    assert found.model.moe.options.replay_path == str(home / 'a/recorded.npz')
+  assert working_directory.as_recorded(tiny.make(**SINGLE), home / 'run') == cfg
+
+
+def test_a_record_from_before_those_sections(home, monkeypatch):
+  cfg = make('x.txt')
+  start(home, cfg)
+  record = json.loads((home / 'run/config.json').read_text())
+  del record['config']['objective'], record['config']['model']
+  (home / 'run/config.json').write_text(json.dumps(record))
+  monkeypatch.chdir(home / 'b')
+  assert working_directory.resolved(cfg, home / 'run').data.path == str(home / 'a/x.txt')
+
+
+def test_the_stage_of_a_run_reads_there(home, monkeypatch):
+  asked = []
+  monkeypatch.setattr(stages, 'of', lambda cfg: asked.append(cfg.objective.policy.reward_model))
+  monkeypatch.setattr(train_run, 'run_training', lambda *unused, **settings: 1 / 0)
+  cfg = tiny.make(objective__policy__reward_model='judge')
+  start(home, cfg)
+  monkeypatch.chdir(home / 'b')
+  for call in (
+    lambda: moe_jax.train(cfg, home / 'run'),
+    lambda: in_process.run(command_of(cfg), f'--workdir={home}/run'),
+  ):
+    with pytest.raises(ZeroDivisionError):
+      call()
+  assert asked == [str(home / 'a/judge')] * 2
+
+
+def command_of(cfg):
+  return types.SimpleNamespace(
+    __name__='train',
+    define_flags=train_command.define_flags,
+    main=lambda argv: train_command.train(cfg, 'experiments.train'),
+  )
 
 
 def test_an_address_in_a_bucket_is_no_relative_path():
