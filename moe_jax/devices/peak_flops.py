@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from moe_jax import atomic_files
+from moe_jax import atomic_files, errors
 
 _Path = str | os.PathLike[str]
 
@@ -34,7 +34,7 @@ def matmul_peak(dtype: Any, cache_dir: _Path) -> float:
     try:
       path.parent.mkdir(parents=True, exist_ok=True)
       atomic_files.write_text(path, json.dumps(cache, indent=2) + '\n')
-    except OSError as e:
+    except (OSError, errors.InputError) as e:  # the latter of a full disk
       logging.warning('Matmul peak is not cached, it will be measured again next time: %s', e)
   return cache[key] * count
 

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 
 import jax
 
@@ -27,3 +29,13 @@ def test_matmul_peak_without_a_writable_cache(tmp_path, monkeypatch, caplog):
   (tmp_path / 'file').write_text('')
   assert peak_flops.matmul_peak('float32', tmp_path / 'file' / 'cache') == 7e9
   assert 'not cached' in caplog.text
+
+
+def test_matmul_peak_on_a_full_disk(tmp_path, monkeypatch, caplog):
+  def full(*unused):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(peak_flops, 'measure_peak', lambda *_: 7e9)
+  monkeypatch.setattr(os, 'replace', full)
+  assert peak_flops.matmul_peak('float32', tmp_path / 'cache') == 7e9
+  assert 'not cached' in caplog.text and 'no room on the disk' in caplog.text
