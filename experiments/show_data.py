@@ -21,6 +21,11 @@ if TYPE_CHECKING:
   from moe_jax import trees
   from moe_jax.data import tokenizer as tokenizer_lib
 
+# Objectives whose runs make batches of something else than the rows of their data.
+ELSEWHERE = {
+  'policy': 'answers that it draws while it trains',
+  'process_reward': 'the file objective.process_reward.labels',
+}
 GREY, PLAIN = '\x1b[90m', '\x1b[0m'
 
 
@@ -38,6 +43,13 @@ def main(unused_argv: Sequence[str]):
 
   cfg, left = cli.resolve(flags.FLAGS.config), flags.FLAGS.n
   start = flags.FLAGS.start
+  kind = cfg.objective.kind
+  errors.require(
+    kind not in ELSEWHERE,
+    f'config.objective.kind={kind!r} learns from {ELSEWHERE.get(kind)}, not from rows of its data, '
+    'which are what is shown here; show those of a page that trains on them, such as '
+    'configs/sft.py',
+  )
   errors.require(left > 0, f'--n={left} must be positive')
   errors.require(
     0 <= start < cfg.train.num_steps,

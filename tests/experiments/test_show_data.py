@@ -1,8 +1,12 @@
 import numpy as np
+import pytest
 
 from configs import base
 from experiments import show_data
+from moe_jax import errors
+from moe_jax.config import schema
 from moe_jax.data import tokenizer as tokenizer_lib
+from tests import in_process
 
 
 def test_what_is_only_read_stands_in_brackets():
@@ -20,3 +24,14 @@ def test_what_is_only_read_stands_in_brackets():
   grey = show_data.render(row, tokenizer, grey=True)
   assert grey.startswith(f'{show_data.GREY}qq{show_data.PLAIN}aa')
   assert show_data.describe(row) == '2 documents, 5 of 6 tokens, 4 learned'
+
+
+@pytest.mark.parametrize('kind, words', show_data.ELSEWHERE.items())
+def test_an_objective_that_learns_from_no_rows(kind, words):
+  page = ('--config=sft', '--config.objective.inherit=False', '--config.init_from=start')
+  labels = '--config.objective.process_reward.labels=labels.jsonl'
+  form = ('--config.data.chat_format=marks', '--config.data.tokenizer=bytes')
+  kinds = (f'--config.objective.kind={kind}', '--config.data.source=arithmetic')
+  with pytest.raises(errors.InputError, match=f'kind={kind!r} learns from {words}, not from rows'):
+    in_process.run(show_data, *page, *kinds, *form, labels)
+  assert kind in schema.OBJECTIVES
