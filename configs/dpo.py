@@ -5,7 +5,7 @@ Run:    python -m experiments.train --config=configs/reasoner.py:small --workdir
           --n=4096 --max_new_tokens=48
         python -m experiments.train --config=configs/dpo.py --config.init_from=runs/reasoner \
           --config.data.path=runs/pairs.jsonl --config.model.max_seq_len=192 --workdir=runs/dpo
-        python -m experiments.answers --workdir=runs/dpo --against=runs/reasoner --samples=2
+        python -m experiments.answers --workdir=runs/dpo --against=runs/reasoner --samples=2 --n=512
 Takes:  two, one and two minutes of an idle CPU core.
 Expect: 68 % of the held-out pairs in order; of 511 held-out questions right, paired, +5.4 points
         [+0.6, +10.2] over four seeds (docs/topics/fine_tuning.md).

@@ -9,7 +9,7 @@ Takes:  10, 3 and 22 minutes for the three models on 2 cores that a dozen other 
 Expect: 2.28 (writer), 2.20 (proxy) and 2.21 (judge) bits per byte on held-out text (one seed).
 
   variant   model                                                parameters, activated
-  (none)    1 shared + top-7 of 63 experts, the quickstart's     5.5 M, 1.4 M
+  (none)    1 shared + top-7 of 63 experts, the quickstart's     5.5 M, 1.3 M
   proxy     dense, half as wide, 2 layers                        0.4 M
   judge     dense, 1.5 times as wide, 4 layers                   3.1 M
 

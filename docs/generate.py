@@ -76,7 +76,7 @@ def comments(cls: type) -> dict[str, Field]:
         line -= 1
       beside = [notes[i][0] for i in range(node.lineno, node.end_lineno + 1) if i in notes]
       meaning = _choices(' '.join([*above, *beside]), module)
-      found[node.target.id] = Field(ast.unparse(node.annotation).split('.')[-1], meaning)
+      found[node.target.id] = Field(re.sub(r'\w+\.', '', ast.unparse(node.annotation)), meaning)
   return found
 
 
@@ -181,8 +181,8 @@ def routers() -> str:
   return page(
     'Routers',
     'Each of these is a variant of one tiny model, `--config=configs/routing.py:NAME`, with the '
-    'same data and the same start; their losses and loads are in '
-    '[the comparison of all](../../experiments/routing_ablation/tiny/report.md).',
+    'same data and the same start; losses and loads of most are in '
+    '[the comparison](../../experiments/routing_ablation/tiny/report.md).',
     table(('name', 'what', 'model.moe.router', 'dispatch', 'arXiv'), rows),
     '## What selects',
     'The values of `model.moe.router`, with their traits (`moe_jax/config/router_traits.py`). '
