@@ -5,7 +5,9 @@ the makers' (bfloat16, dense); bounds made from them are optimistic, as bounds m
 
 Sources: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} and NVIDIA's data sheets for peaks,
 bandwidths and interconnect; `hbm_bytes` of TPUs is what XLA leaves to a program, as its message for
-programs that are too large says (libtpu 0.0.42), and of GPUs the device's memory.
+programs that are too large says (libtpu 0.0.42), and of GPUs all that the driver reports to a
+program: 79.1 GiB of an H100 and 139.8 GiB of an H200, which are sold as 80 and 141 GB (141e9 bytes
+would leave 9e9 unused). `gpu_targets` describes the devices by the same figures.
 """
 
 import dataclasses
@@ -106,14 +108,14 @@ CHIPS = {
       'h100',
       flops=989e12,
       hbm_bytes=84_929_347_584,
-      hbm_bandwidth=3350e9,
+      hbm_bandwidth=3352.32e9,
       link_bandwidth=450e9,
       dcn_bandwidth=50e9,
     ),
     _gpu(
       'h200',
       flops=989e12,
-      hbm_bytes=141_000_000_000,
+      hbm_bytes=150_110_011_392,
       hbm_bandwidth=4800e9,
       link_bandwidth=450e9,
       dcn_bandwidth=50e9,

@@ -16,9 +16,10 @@ from typing import Any
 from jax.extend import backend
 
 from moe_jax import errors
+from moe_jax.planning import chips
 
 # What XLA asks about a device, in its own words (xla.GpuTargetConfigProto). Both are Hopper's GH100
-# with 132 multiprocessors; they differ in memory. Figures of devices: the maker's data sheets.
+# with 132 multiprocessors; they differ in memory, of which `chips` has the figures.
 _TARGET = """
 gpu_device_info {{
   cuda_compute_capability {{ major: 9 }}
@@ -45,11 +46,14 @@ runtime_version {{ major: 13 }}
 dnn_version_info {{ major: 9 minor: 10 }}
 device_description_str: "{kind}"
 """
+_KINDS = {'h100': 'NVIDIA H100 80GB HBM3', 'h200': 'NVIDIA H200'}
 TARGETS = {
-  'h100': _TARGET.format(
-    kind='NVIDIA H100 80GB HBM3', bandwidth=3_352_320_000_000, memory=84_929_347_584
-  ),
-  'h200': _TARGET.format(kind='NVIDIA H200', bandwidth=4_800_000_000_000, memory=150_000_000_000),
+  name: _TARGET.format(
+    kind=kind,
+    bandwidth=round(chips.CHIPS[name].hbm_bandwidth),
+    memory=chips.CHIPS[name].hbm_bytes,
+  )
+  for name, kind in _KINDS.items()
 }
 
 

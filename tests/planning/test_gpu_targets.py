@@ -6,7 +6,7 @@ from jax.experimental import topologies
 from jax.extend import backend
 
 from moe_jax import errors
-from moe_jax.planning import gpu_targets
+from moe_jax.planning import chips, gpu_targets
 
 
 def test_an_unknown_target_names_the_nearest():
@@ -40,6 +40,15 @@ def test_the_two_descriptions_differ_in_memory_and_name_only():
   assert differing == ['memory_bandwidth', 'device_memory_size', 'device_description_str']
   # The makers' 3.35 TB/s and 80 GB, in bytes.
   assert 'memory_bandwidth: 3352320000000' in gpu_targets.TARGETS['h100']
+
+
+def test_plans_and_compilers_are_told_the_same_of_a_device():
+  for name, text in gpu_targets.TARGETS.items():
+    chip = chips.CHIPS[name]
+    assert f'device_memory_size: {chip.hbm_bytes}\n' in text
+    assert f'memory_bandwidth: {chip.hbm_bandwidth:.0f}\n' in text
+  # What drivers report to a program, in bytes: 79.1 and 139.8 GiB.
+  assert [round(chips.CHIPS[n].hbm_bytes / 2**30, 1) for n in ('h100', 'h200')] == [79.1, 139.8]
 
 
 def test_a_device_is_the_default_inside_only_and_also_after_an_error():
