@@ -130,7 +130,7 @@ def _layer(
 def _drop_rate(load: np.ndarray, factor: float) -> np.ndarray:
   """Share above a capacity of factor x mean load, rounded up: [layers, parts] -> [layers]."""
   total = load.sum(axis=1)
-  # The decimal number that was written, as in models/capacity.py: 0.07 as a float is more.
+  # The decimal number that was written, as in `models.routers.capacity`: 0.07 as a float is more.
   exact = fractions.Fraction(str(factor))
   room = np.array([math.ceil(exact * int(n) / load.shape[1]) for n in total])
   return np.maximum(load - room[:, None], 0).sum(axis=1) / np.maximum(total, 1)
