@@ -49,7 +49,8 @@ class Work:
   """Training FLOPs per token."""
 
   model: float  # `flops.train_flops_per_token`
-  experts: float  # the part of routed experts, which imbalance stretches
+  # The part of routed experts, which imbalance stretches, passes that are repeated included.
+  experts: float
   repeated: float  # what the backward pass recomputes
   attention: float  # the part of scores and weighted sums, passes that are repeated included
   latents: float  # the part that makes keys and values from latents, likewise
@@ -61,13 +62,13 @@ def work(cfg: schema.Config) -> Work:
   total = flops_lib.train_flops_per_token(model)
   expert = 3 * model.embed_dim * moe.moe_mlp_dim
   layers = _moe_layers(model)
-  experts = flops_lib.TRAIN_FLOPS_PER_WEIGHT * layers * flops_lib.active_experts(moe) * expert
   heads = (1 + model.num_mtp_layers) * model.embed_dim * model.vocab_size
   forward = (total - flops_lib.TRAIN_FLOPS_PER_WEIGHT * heads) / 3
   count = flops_lib.count_parameters(model)
   kept = {'none': 0.0, 'moe_core': 2.0 * (count.attention + count.shared_experts + count.dense_ffn)}
   repeated = forward if model.remat in _REPEATS_LAYERS else kept[model.remat]
   passes = 4 if model.remat in _REPEATS_LAYERS else 3
+  experts = passes * 2.0 * layers * flops_lib.active_experts(moe) * expert
   attention = passes * flops_lib.attention_flops_per_token(model)
   again = passes if model.remat == 'none' else 4
   latents = again * 2.0 * (model.num_layers + model.num_mtp_layers) * _up_projection(model)
