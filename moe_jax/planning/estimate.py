@@ -310,7 +310,7 @@ def _collectives(s: _Sizes, exchange: str) -> list[collectives_lib.Collective]:
       result.append(collectives_lib.Collective(kind, used, size, count, name))
 
   m = s.micros
-  copies = ('dcn_data', 'data')
+  copies = (*partitioning.COPIES, 'sequence')  # all of whose devices have a weight's gradient
   for weights, others in ((s.dense + s.heads, (*copies, 'expert')), (s.experts, copies)):
     part = weights / s.fsdp  # what a device keeps: the outer axis gathers it first
     for axis in partitioning.FSDP_AXES:

@@ -29,9 +29,9 @@ alone. Every schedule takes as many micro-batches as stages at least, DualPipe t
 GPipe a multiple.
 
 What is built is counted as it is: a stage that waits repeats its work, with all that travels;
-gradients are reduced over copies of a stage once per pass, and over the devices of its experts in
-every tick; and where stages have unequal numbers of
-layers, weights and gradients are swapped once per pass, with room for a second copy of the weights.
+gradients are reduced over copies of a stage once per pass, and over the devices of its experts and
+of a row's pieces in every tick; and where stages have unequal numbers of layers, weights and
+gradients are swapped once per pass, with room for a second copy of the weights.
 """
 
 import dataclasses

@@ -13,6 +13,7 @@ from moe_jax.planning import (
   planner,
   planner_search,
 )
+from tests import tiny
 from tests.planning import requests
 
 
@@ -134,14 +135,18 @@ def test_whole_rows_of_keys_are_held_where_sequence_splits_them():
   assert found['attention'] == 3 * 5 * (7 + 3 * 4) * 2  # own queries and keys, 3 others' keys
 
 
-def v3(variant: str, mesh: dict[str, int], rows: int):
+def v3_config(variant: str, mesh: dict[str, int], rows: int):
   values = deepseek_v3.get_config(variant)
   values.mesh.data = 1
   values.mesh.update(mesh)
   values.model.remat = 'full'
   values.train.batch_size = values.train.micro_batch_size = rows
   values.train.batch_ramp = ()
-  cfg = parse.from_dict(values.to_dict())
+  return parse.from_dict(values.to_dict())
+
+
+def v3(variant: str, mesh: dict[str, int], rows: int):
+  cfg = v3_config(variant, mesh, rows)
   sizes = estimate.abstract_mesh(cfg.mesh, math.prod(mesh.values()))
   return cfg, estimate.estimate(cfg, sizes, 0.0, 'ragged_all_to_all')
 
@@ -159,9 +164,29 @@ def test_a_split_row_costs_the_last_device_more():
   # The last quarter of the queries sees 7/16 of the pairs, which is 7/4 of the mean.
   assert split.flops - mean == pytest.approx(tokens * (pairs * 3 / 4 + keys * 3))
   # Latents travel: 512 + 64 numbers of 2 bytes, from 3 others, in 3 passes of 62 layers.
-  (sent,) = (one.total for one in split.collectives if one.axes == ('sequence',))
+  sent = {one.op_name: one.total for one in split.collectives if one.axes == ('sequence',)}
+  assert sent.keys() == {'keys and values', 'gradients'}
+  sent = sent['keys and values']
   assert sent == pytest.approx(tokens * 576 * 2 * 3 * 3 * 62)
   assert estimate.work(cfg).attention == pytest.approx(pairs)
+
+
+def test_gradients_are_summed_over_those_that_share_a_row():
+  cfg, found = v3('long_128k', dict(fsdp=16, expert=8, sequence=4), 128)
+  sums = [one for one in found.collectives if one.kind == 'all-reduce']
+  sent = sum(one.total for one in sums if one.axes == ('sequence',))
+  # A 16th of the weights and an 8th of that of the experts, 2 bytes each; 3/4, there and back.
+  count = flops.count_parameters(cfg.model)
+  experts = count.routed_experts * 59 / 58  # and of the module of multi-token prediction
+  others = count.total + count.mtp - experts
+  assert sent == pytest.approx((others + experts / 8) / 16 * 2 * 2 * 3 / 4, rel=0.002)
+  # The program of a tiny model with fsdp=2, sequence=2 sums 24,996 bytes: the estimate leaves norms
+  # and routers out.
+  cfg = tiny.make(mesh__sequence=2, mesh__fsdp=2, mesh__data=1)
+  found = estimate.estimate(cfg, estimate.abstract_mesh(cfg.mesh, 4), 0.0, 'all_gather')
+  sums = [one for one in found.collectives if one.kind == 'all-reduce']
+  assert sum(one.total for one in sums) == pytest.approx(24_996, rel=0.1)
+  assert all(one.axes == ('sequence',) for one in sums)
 
 
 @pytest.mark.parametrize(
