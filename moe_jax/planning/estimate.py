@@ -20,8 +20,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax.config import mesh_config, moe_config, schema
+from moe_jax.config import mesh_config, moe_config, router_traits, schema
 from moe_jax.devices import partitioning
+from moe_jax.models.exchange import buffers
 from moe_jax.planning import compile_ahead, virtual_devices
 from moe_jax.planning import flops as flops_lib
 from moe_jax.planning.hlo import collectives as collectives_lib
@@ -109,16 +110,16 @@ def estimate(
     max_vio: the busiest device of the expert axis has 1 + max_vio times the mean load.
     exchange: a key of `exchange.EXCHANGES`, how tokens travel.
   """
-  sizes = _Sizes(cfg, mesh, _stretch(mesh.shape, max_vio))
+  sizes = _Sizes(cfg, mesh, _stretch(mesh.shape, max_vio), exchange)
   tokens = cfg.train.batch_size * cfg.model.max_seq_len / mesh.size
   batch = len(objective.BATCH_KEYS) * tokens * mesh.shape['tensor'] * 4
   arguments = state_bytes(cfg, mesh) | {'batch': int(batch)}
   return Estimate(
     arguments=arguments,
-    temporaries=_temporaries(sizes, arguments['parameters'], exchange),
+    temporaries=_temporaries(sizes, arguments['parameters']),
     flops=busiest_flops_per_token(cfg, mesh.shape, max_vio) * tokens,
     hbm_bytes=_traffic(sizes, arguments),
-    collectives=_collectives(sizes, exchange),
+    collectives=_collectives(sizes),
   )
 
 
@@ -186,9 +187,12 @@ def _boxed_state(
 class _Sizes:
   """Numbers that every part of the estimate needs."""
 
-  def __init__(self, cfg: schema.Config, mesh: jax.sharding.AbstractMesh, stretch: float):
+  def __init__(
+    self, cfg: schema.Config, mesh: jax.sharding.AbstractMesh, stretch: float, exchange: str
+  ):
     model, shape = cfg.model, mesh.shape
     self.cfg, self.model, self.moe, self.shape, self.stretch = cfg, model, model.moe, shape, stretch
+    self.exchange = exchange
     self.a = jnp.dtype(model.dtype).itemsize
     self.p = jnp.dtype(model.param_dtype).itemsize
 
@@ -213,9 +217,16 @@ class _Sizes:
     self.moe_layers = _moe_layers(model)
     # Rows of routed tokens that a device computes, and that its buffers hold.
     self.routed = self.t * flops_lib.active_experts(self.moe) if model.is_moe else 0.0
-    factor = self.moe.exchange.buffer_factor
-    spread = shape['expert'] if model.is_moe else 1
-    self.buffered = self.routed * (min(factor, spread) if factor else spread)
+    self.buffered = self.routed
+    self.sent = self.received = 0.0  # rows of the exchange's buffers
+    if model.is_moe and shape['expert'] > 1:
+      sent, received = exchange_copies(self.moe, shape['expert'], exchange)
+      self.sent, self.received = self.t * sent, self.t * received
+      here = self.moe.num_experts // shape['expert']
+      # A received row has as many experts here as it chooses, or as there are.
+      most = self.received * min(flops_lib.active_experts(self.moe), here)
+      factor = self.moe.exchange.buffer_factor
+      self.buffered = min(most, factor * self.routed) if factor else most
 
   @property
   def _expert(self) -> int:
@@ -240,19 +251,64 @@ class _Sizes:
       return attention.mla.kv_lora_rank + attention.mla.qk_rope_head_dim
     return 2 * attention.num_kv_heads * attention.head_dim / self.tensor
 
-  @property
-  def devices_per_token(self) -> float:
-    """On how many devices of the expert axis a token has experts, its own among them or not."""
-    return _devices_per_token(self.moe, self.shape['expert'])
+
+def exchange_copies(
+  moe: moe_config.MoEConfig, devices: int, exchange: str, train: bool = True
+) -> tuple[float, float]:
+  """Rows per token of a device of the buffers that it (sends from, receives into).
+
+  Args:
+    moe: experts and buffers.
+    devices: P, more than one.
+    exchange: a key of `exchange.EXCHANGES`.
+    train: whether the pass is one of training.
+  """
+  factor = moe.exchange.buffer_factor
+  # Where the number of a token's experts varies it may choose all.
+  ranked = router_traits.of(moe).ranked
+  choices = flops_lib.active_experts(moe, train) if ranked else moe.num_experts
+  fan = buffers.fan_out(moe, choices, devices)
+  bounded = min(float(devices), factor * fan) if factor else float(devices)
+  return {
+    'all_gather': (float(devices), float(devices)),  # gradients are gathered too
+    'ragged_all_to_all': (float(fan), bounded),
+    'all_to_all': (bounded, bounded),
+  }[exchange]
+
+
+def traveling(
+  moe: moe_config.MoEConfig,
+  devices: int,
+  exchange: str,
+  activations: float,
+  stretch: float = 1.0,
+  train: bool = True,
+) -> tuple[str, float]:
+  """(collective, bytes of its operand) of one way of the tokens of a layer.
+
+  Args:
+    moe: experts and buffers.
+    devices: P, more than one.
+    exchange: a key of `exchange.EXCHANGES`.
+    activations: bytes of a device's tokens.
+    stretch: the load of the busiest device, of the mean.
+    train: whether the pass is one of training.
+  """
+  if exchange == 'all_gather':
+    return 'all-gather', activations
+  if exchange == 'ragged_all_to_all':
+    return 'ragged-all-to-all', activations * _devices_per_token(moe, devices, train) * stretch
+  return 'all-to-all', activations * exchange_copies(moe, devices, exchange, train)[0]
 
 
 @functools.lru_cache(maxsize=256)
-def _devices_per_token(moe: moe_config.MoEConfig, devices: int) -> float:
+def _devices_per_token(moe: moe_config.MoEConfig, devices: int, train: bool) -> float:
+  """On how many devices of the expert axis a token has experts, its own among them or not."""
   moe = dataclasses.replace(moe, num_virtual_devices=devices)
-  return virtual_devices.expected_devices_per_token(moe)
+  return virtual_devices.expected_devices_per_token(moe, train)
 
 
-def _temporaries(s: _Sizes, parameters: int, exchange: str) -> dict[str, int]:
+def _temporaries(s: _Sizes, parameters: int) -> dict[str, int]:
   d, f, a = s.model.embed_dim, s.moe.moe_mlp_dim / s.tensor, s.a
   attention = s.model.attention
   latent = (
@@ -268,17 +324,13 @@ def _temporaries(s: _Sizes, parameters: int, exchange: str) -> dict[str, int]:
   layer = (s.dense / s.layers + (s.experts / s.moe_layers if s.moe_layers else 0)) * a
   sums = 2 if s.micros > 1 else 1
   vocab = s.model.vocab_size / s.tensor
-  traveling = 0.0
-  if s.shape['expert'] > 1:
-    copies = s.shape['expert'] if exchange != 'ragged_all_to_all' else s.devices_per_token
-    traveling = 4 * s.t * copies * d * a
   cast = parameters * a / s.p if s.a != s.p else 0
   sizes_of = {
     'gradients': parameters * sums,
     'weights in the compute dtype': cast + (2 * layer if s.fsdp > 1 else 0),
     'activations kept for the backward pass': kept * a * s.layers,
     'experts': s.buffered * (4 * d * a + 2 * f * (2 * a + 2 * _WIDE)),
-    'exchange': traveling,
+    'exchange': 2 * (s.sent + s.received) * d * a,  # there and back
     # Keys and values are those of whole rows.
     'attention': 3 * s.t * (s.head_width + (s.shape['sequence'] - 1) * s.key_width) * a,
     'logits and loss': min(s.cfg.train.loss_chunk, s.t) * vocab * (_WIDE + a) + d * vocab * _WIDE,
@@ -299,7 +351,7 @@ def _traffic(s: _Sizes, arguments: Mapping[str, int]) -> float:
   return s.micros * (weights + (routed + dense) * a * passes + 2 * gradients) + state
 
 
-def _collectives(s: _Sizes, exchange: str) -> list[collectives_lib.Collective]:
+def _collectives(s: _Sizes) -> list[collectives_lib.Collective]:
   result = []
 
   def add(kind: str, axes: tuple[str, ...], operand: float, count: int, name: str):
@@ -324,20 +376,8 @@ def _collectives(s: _Sizes, exchange: str) -> list[collectives_lib.Collective]:
   add('all-reduce', ('tensor',), activations, 2 * passes * s.layers * m, 'activations')
   keys = s.t * s.gathered_width * s.a
   add('all-gather', ('sequence',), keys, passes * s.layers * m, 'keys and values')
-  if s.moe_layers:
-    kind, operand = _travel(s, exchange, activations)
+  if s.moe_layers and s.shape['expert'] > 1:
+    kind, operand = traveling(s.moe, s.shape['expert'], s.exchange, activations, s.stretch)
     # There and back; the backward pass likewise, and there again if it recomputes.
     add(kind, ('expert',), operand, (2 * passes - (passes == 3)) * s.moe_layers * m, 'exchange')
   return result
-
-
-def _travel(s: _Sizes, exchange: str, activations: float) -> tuple[str, float]:
-  """(collective, bytes of its operand) of one way of the tokens of a layer."""
-  n = s.shape['expert']
-  if exchange == 'all_gather':
-    return 'all-gather', activations
-  if exchange == 'ragged_all_to_all':
-    return 'ragged-all-to-all', activations * s.devices_per_token * s.stretch
-  factor = s.moe.exchange.buffer_factor
-  copies = min(n, factor * s.devices_per_token) if factor else n
-  return 'all-to-all', activations * copies

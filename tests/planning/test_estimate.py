@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import math
 import types
 
@@ -89,12 +90,12 @@ def sizes(**changes):
   values = dict(cfg=types.SimpleNamespace(train=loop), model=model, a=2, p=4, t=5, tensor=2)
   values |= dict(moe=types.SimpleNamespace(moe_mlp_dim=6), head_width=7, buffered=20, dense=100)
   values |= dict(experts=60, layers=4, moe_layers=3, micros=2, fsdp=2, key_width=4)
-  values |= dict(shape={'expert': 1, 'sequence': 1})
-  return types.SimpleNamespace(**values | {'devices_per_token': 1.5} | changes)
+  values |= dict(shape={'expert': 1, 'sequence': 1}, sent=0, received=0)
+  return types.SimpleNamespace(**values | changes)
 
 
 def test_temporaries_worked_out_by_hand():
-  found = estimate._temporaries(sizes(), 1000, 'all_to_all')
+  found = estimate._temporaries(sizes(), 1000)
   assert found == {
     'gradients': 2000,  # 1000, and their sum over 2 micro-batches
     'weights in the compute dtype': 500 + 2 * (100 // 4 + 60 // 3) * 2,  # cast, two layers gathered
@@ -104,11 +105,10 @@ def test_temporaries_worked_out_by_hand():
     'attention': 3 * 5 * 7 * 2,
     'logits and loss': 3 * 50 * (4 + 2) + 10 * 50 * 4,
   }
-  found = estimate._temporaries(sizes(a=4, fsdp=1, micros=1), 1000, 'all_to_all')
+  found = estimate._temporaries(sizes(a=4, fsdp=1, micros=1), 1000)
   assert (found['gradients'], found['weights in the compute dtype']) == (1000, 0)
-  for kind, size in (('all_to_all', 4 * 5 * 2 * 10 * 2), ('ragged_all_to_all', 4 * 5 * 15 * 2)):
-    found = estimate._temporaries(sizes(shape={'expert': 2, 'sequence': 1}), 1000, kind)
-    assert found['exchange'] == size
+  found = estimate._temporaries(sizes(sent=8, received=10), 1000)
+  assert found['exchange'] == 2 * (8 + 10) * 10 * 2  # there and back
   kept = {
     ('none', 'mha'): 5 * (60 + 14) + 20 * (9 + 10),
     ('none', 'mla'): 5 * (60 + 14 + 20) + 20 * (9 + 10),
@@ -118,7 +118,7 @@ def test_temporaries_worked_out_by_hand():
   for (remat, kind), numbers in kept.items():
     one = sizes()
     one.model.remat, one.model.attention.kind = remat, kind
-    found = estimate._temporaries(one, 1000, 'all_to_all')
+    found = estimate._temporaries(one, 1000)
     assert found['activations kept for the backward pass'] == numbers * 2 * 4
 
 
@@ -131,8 +131,12 @@ def test_full_remat_repeats_the_forward_pass_without_the_head():
 
 
 def test_whole_rows_of_keys_are_held_where_sequence_splits_them():
-  found = estimate._temporaries(sizes(shape={'expert': 1, 'sequence': 4}), 1000, 'all_to_all')
+  found = estimate._temporaries(sizes(shape={'expert': 1, 'sequence': 4}), 1000)
   assert found['attention'] == 3 * 5 * (7 + 3 * 4) * 2  # own queries and keys, 3 others' keys
+
+
+def deepseek_v3_moe():
+  return parse.from_dict(deepseek_v3.get_config().to_dict()).model.moe
 
 
 def v3_config(variant: str, mesh: dict[str, int], rows: int):
@@ -187,6 +191,53 @@ def test_gradients_are_summed_over_those_that_share_a_row():
   sums = [one for one in found.collectives if one.kind == 'all-reduce']
   assert sum(one.total for one in sums) == pytest.approx(24_996, rel=0.1)
   assert all(one.axes == ('sequence',) for one in sums)
+
+
+def test_buffers_are_those_of_the_exchanges():
+  moe = deepseek_v3_moe()  # 8 of 256 experts; a token goes to 4 of 8 groups at most
+  copies = functools.partial(estimate.exchange_copies, moe)
+  # On 64 devices of 4 experts a group is 8 devices, and 8 choices reach 8 devices.
+  assert copies(64, 'ragged_all_to_all') == (8, 64)  # P T rows, `models.exchange.ragged`
+  assert copies(64, 'all_to_all') == copies(64, 'all_gather') == (64, 64)
+  # On 8 devices of a group each: 4.
+  assert copies(8, 'ragged_all_to_all') == (4, 8)
+  bounded = dataclasses.replace(moe.exchange, buffer_factor=1.5)
+  copies = functools.partial(estimate.exchange_copies, dataclasses.replace(moe, exchange=bounded))
+  assert copies(64, 'ragged_all_to_all') == (8, 12)
+  assert copies(64, 'all_to_all') == (12, 12)
+  assert copies(64, 'all_gather') == (64, 64)
+  assert copies(8, 'all_to_all') == (6, 6)
+  # Experts that choose their tokens may all choose the same.
+  moe = requests.request(model__moe__router='expert_choice').cfg.model.moe
+  assert estimate.exchange_copies(moe, 4, 'ragged_all_to_all') == (4, 4)
+
+
+def test_a_device_has_no_more_experts_for_a_row_than_there_are():
+  cfg = v3_config('', dict(fsdp=8, expert=64), 512)
+  mesh = estimate.abstract_mesh(cfg.mesh, 512)
+  found = estimate._Sizes(cfg, mesh, 1.0, 'ragged_all_to_all')
+  assert found.t == 4096 and found.received == 64 * 4096
+  assert found.buffered == 64 * 4096 * 4  # 4 experts are here, of 8 that a token has
+  gib = estimate._temporaries(found, 0)['exchange'] / 2**30
+  assert gib == pytest.approx(2 * (8 + 64) * 4096 * 7168 * 2 / 2**30)
+
+
+@pytest.mark.parametrize('factor, compiled', [(1.0, 35_840), (0.0, 71_680)])
+def test_fixed_buffers_travel_as_compiled_programs_send_them(factor, compiled):
+  cfg = tiny.make(
+    mesh__expert=8,
+    mesh__data=1,
+    model__moe__exchange__buffer_factor=factor,
+    model__moe__num_experts=16,
+    model__moe__num_experts_per_tok=4,
+    model__remat='none',
+  )
+  mesh = estimate.abstract_mesh(cfg.mesh, 8)
+  found = estimate.estimate(cfg, mesh, 0.0, 'all_to_all').collectives
+  (sent,) = (one.total for one in found if one.axes == ('expert',) and one.op_name == 'exchange')
+  # A program also sends gates and ids, 2 K numbers of float32, on two of the four ways.
+  assert cfg.model.dtype == 'float32'
+  assert sent * (1 + 2 * 4 / cfg.model.embed_dim / 2) == compiled
 
 
 @pytest.mark.parametrize(
