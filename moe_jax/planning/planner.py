@@ -115,7 +115,7 @@ def plan(request: Request, *, progress: bool = False) -> Plan:
   way = exchange_kind(cfg, request.topology)
   if request.decode:
     generate.check_router(cfg.model)
-    counted = estimate_decode.estimate(cfg, mesh, rows)
+    counted = estimate_decode.estimate(cfg, mesh, rows, way)
     tokens, flops = rows, estimate_decode.flops_per_token(cfg.model) * rows / mesh.size
   else:
     counted = estimate_lib.estimate(cfg, mesh, request.max_vio or 0.0, way)
