@@ -35,6 +35,7 @@ SCALES = {
 }
 # Arms whose experts are as wide as a whole FFN; their rate is GShard's.
 COARSE = ('gshard', 'switch', 'hash', 'gshard_x1.5', 'dense', 'dense_x16')
+_DIVIDED = 'gates divided by their sum'
 SEGMENTS = (1, 2, 4, 8, 16)  # m: parts that a conventional expert is cut into
 # Variants of `configs/routing.py` are arms under their own names, but for these: what is an arm of
 # the ladder or of a sweep already, and what has a name that means another arm here.
@@ -50,9 +51,10 @@ FAMILIES = {  # of those whose rate is not that of raw softmax gates
   **dict.fromkeys(('expert_choice', 'expert_choice_shuffled'), 'gshard'),
   **dict.fromkeys(('capacity_score', 'capacity_batch_priority'), 'gshard'),
 }
-# Trained only if they are named: ablations of a variant, and loads that are forced.
+# Trained only if they are named: ablations of a variant, loads that are forced, and a router that
+# learns nothing.
 ASIDE = ('capacity_score', 'capacity_batch_priority', 'v2_dropping', 'loss_free_proportional')
-ASIDE += ('balanced', 'skewed')
+ASIDE += ('balanced', 'skewed', 'm1')
 EXPERTS = (15, 31, 63, 127)  # routed, 7 of them active
 
 
@@ -197,10 +199,11 @@ def _arms() -> dict[str, Arm]:
     *(
       Arm(
         f'm{m}',
-        f'1 shared + {2 * m - 1} of {16 * m - 1}, 1/{m} as wide as a whole FFN, gates divided by '
-        'their sum',
+        f'1 shared + {2 * m - 1} of {16 * m - 1}, 1/{m} as wide as a whole FFN, '
+        + ('a gate of 1, which teaches the router nothing' if m == 1 else _DIVIDED),
         _normalised(16 * m - 1, 2 * m - 1, m),
         'm4',
+        aside=f'm{m}' in ASIDE,
       )
       for m in SEGMENTS
     ),
@@ -311,7 +314,8 @@ SWEEPS = (
     'granularity',
     'Granularity at equal parameters and FLOPs',
     'm, parts of a conventional expert',
-    {f'm{m}': float(m) for m in SEGMENTS},
+    # The only gate of m1, divided by itself, is 1: its router learns from the balance loss alone.
+    {f'm{m}': float(m) for m in SEGMENTS if m > 1},
     SIZES,
   ),
   Sweep(

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import os
 import pathlib
 import platform
@@ -227,9 +228,10 @@ def _verdicts(study: Study, graded: Sequence[Graded]) -> list[html_report.Block]
 def _lowest(sweep: arms.Sweep, parabola: np.ndarray) -> str:
   """Where the parabola is lowest, if that lies among the arms."""
   bend, slope, _ = parabola
-  at = 2 ** (-slope / (2 * bend)) if bend > 0 else 0.0
-  inside = min(sweep.points.values()) < at < max(sweep.points.values())
-  return f'; the parabola through the means is lowest at {at:.1f}' if inside else ''
+  at = -slope / (2 * bend) if bend > 0 else -math.inf  # its logarithm to base 2
+  low, high = (math.log2(pick(sweep.points.values())) for pick in (min, max))
+  inside = low < at < high
+  return f'; the parabola through the means is lowest at {2**at:.1f}' if inside else ''
 
 
 _PLAIN = (paired.CONFIRMED, paired.CONTRADICTED, paired.UNDECIDED)
