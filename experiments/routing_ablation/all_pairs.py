@@ -74,7 +74,7 @@ def draw(path: pathlib.Path, found: Sequence[Pair]) -> html_report.Picture:
     for pair in found:
       row, column = names.index(pair.baseline), names.index(pair.arm)
       one = pair.difference
-      behind[row, column] = size = -one.mean * THOUSANDTHS
+      behind[row, column] = size = round(-one.mean * THOUSANDTHS) + 0.0  # and no -0
       words = {'ha': 'center', 'va': 'center', 'fontsize': 6.5}
       if one.covers_zero:
         axes.text(column, row, f'{size:.0f}', color='0.45', **words)
