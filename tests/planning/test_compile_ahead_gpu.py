@@ -139,7 +139,7 @@ NEWER_NAMES = {'triton_kernel_call_ffi': TRITON}  # of jax-triton, which newer t
 pytestmark = [
   pytest.mark.slow,
   pytest.mark.skipif(
-    not gpu_targets.installed(), reason="needs JAX's CUDA plugin: see analysis/gpu_targets.py"
+    not gpu_targets.installed(), reason="needs JAX's CUDA plugin: see planning/gpu_targets.py"
   ),
 ]
 
