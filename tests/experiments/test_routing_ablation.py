@@ -14,7 +14,6 @@ from configs import routing
 from experiments.common import cli, html_report, local_jobs, spread, step_rates
 from experiments.routing_ablation import __main__ as command
 from experiments.routing_ablation import (
-  all_pairs,
   arms,
   earlier,
   learning_rates,
@@ -226,7 +225,7 @@ def test_a_diverged_run_is_last_and_decides_nothing(study, tmp_path):
   rows = [line for line in text.splitlines() if line.startswith('| `')]
   order = [row.split('`')[1] for row in rows[: len(study.results)]]
   assert order[-1] == 'deepseekmoe' and '| not finite | not finite |' in rows[len(order) - 1]
-  assert 'deepseekmoe' not in (tmp_path / all_pairs.FILE).read_text()
+  assert 'deepseekmoe' not in (tmp_path / 'pairs.csv').read_text()
   # Such a rate is no best one, wherever it is among those that were tried.
   swept = {'gshard': {0.003: {0: float('nan')}, 0.006: {0: 2.0}, 0.012: {0: float('inf')}}}
   assert learning_rates.best(swept) == {'gshard': 0.006}
@@ -464,56 +463,6 @@ def test_runs_at_two_rates_are_no_one_arm(study, tmp_path):
   assert list(lengths.read([tmp_path / '0'], 'tiny')) == [100]
 
 
-def test_an_upcycled_arm_against_a_run_as_long_as_its_own_and_its_start():
-  def runs(steps, **bits):
-    made = {
-      name: {seed: run_of(bits[name] + 0.1 * seed) | {'step': steps} for seed in (0, 1, 2)}
-      for name in bits
-    }
-    return made
-
-  by_steps = {
-    100: runs(100, gshard=2.5, upcycled=2.1, dense=2.6),
-    200: runs(200, gshard=2.2, dense=2.4),
-    300: runs(300, gshard=2.0, upcycled=1.9),
-  }
-  by_steps[200]['gshard'][1]['bits_per_byte'] += 0.03
-  ((claim, (point,)),) = lengths.with_their_start(by_steps, 'tiny').items()
-  assert (claim.arm, claim.baseline, claim.direction) == ('upcycled', 'gshard', 'equal')
-  assert '`dense` counted in full' in claim.paper
-  assert point.tokens == 102_400  # its own
-  assert point.graded.difference.mean == pytest.approx(2.1 - 2.2 - 0.03 / 3)
-  assert point.graded.plain == 'contradicted'  # clearly below: no equality
-
-
-def test_any_two_arms_against_each_other(tmp_path):
-  results = {
-    'gshard': {seed: run_of(2.0 + 0.1 * seed) for seed in (0, 1, 2)},
-    'hash': {seed: run_of(1.9 + 0.1 * seed + 0.01 * (seed == 1)) for seed in (0, 1, 2, 3)},
-    'm4': {seed: run_of(1.0) for seed in (0, 7)},
-    'dense': {9: run_of(3.0)},
-  }
-  found = all_pairs.pairs(results)
-  # Two common seeds at least; the arm of the lower mean first.
-  assert [(pair.arm, pair.baseline) for pair in found] == [('hash', 'gshard')]
-  assert found[0].difference.num_seeds == 3
-  assert found[0].difference.mean == pytest.approx(-0.1 + 0.01 / 3)
-  results['m4'][1] = run_of(1.3)
-  found = all_pairs.pairs(results)
-  assert [(pair.arm, pair.baseline) for pair in found] == [
-    ('m4', 'hash'),
-    ('m4', 'gshard'),
-    ('hash', 'gshard'),
-  ]
-  single = paired.p_value([-0.1, -0.09, -0.1], 'lower')
-  assert found[2].holm == pytest.approx(3 * single)  # the smallest of three
-  rows = all_pairs.csv_text(found).splitlines()
-  assert rows[0] == 'arm,baseline,seeds,mean,low,high,p by Holm'
-  assert rows[3].startswith('hash,gshard,3,-0.09667,-0.11101,-0.08232,')
-  picture = all_pairs.draw(tmp_path / 'pairs.png', found)
-  assert picture.path.stat().st_size > 1000
-
-
 def test_a_claim_of_equality_says_on_which_side_it_fails(study):
   runs = study.results['deepseekmoe']
   study.results['shared_2'] = {s: run_of(run['bits_per_byte'] - 1) for s, run in runs.items()}
@@ -521,17 +470,6 @@ def test_a_claim_of_equality_says_on_which_side_it_fails(study):
   graded = {g.claim.name: g for g in report.grade(study.results, study.configs)}
   words = report.sentence(graded['shared_2 against deepseekmoe: bits_per_byte'])
   assert words.startswith('**Contradicted** (below, not equal')
-
-
-def test_the_published_lengths_are_those_of_the_published_reports(tmp_path):
-  top = ROOT / 'experiments/routing_ablation'
-  names = ('tiny', 'tiny_1000', 'tiny_3000', 'tiny_6000')
-  given = ','.join(str(top / name) for name in names)
-  in_process.run(lengths, f'--reports={given}', f'--out={tmp_path}')
-  published = (top / 'lengths' / 'lengths.md').read_text()
-  assert (tmp_path / 'lengths.md').read_text() == published
-  assert sorted(path.name for path in tmp_path.glob('*.png')) == ['claims.png', 'lengths.png']
-  assert 'routing_ablation/lengths/lengths.png' in (ROOT / 'README.md').read_text()
 
 
 def test_a_page_in_both_languages(tmp_path):
