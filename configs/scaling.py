@@ -21,7 +21,7 @@ import itertools
 
 from configs import base, recipes
 
-TINY_LAYERS = {1: 2, 2: 2, 3: 2, 4: 2, 5: 2, 6: 2, 8: 3, 10: 3, 12: 4}  # by dial
+TINY_LAYERS = {1: 2, 2: 2, 3: 2, 4: 2, 5: 2, 6: 2, 7: 2, 8: 3, 10: 3, 12: 4}  # by dial
 SMALL_LAYERS = {1: 2, 2: 2, 3: 3, 4: 4, 5: 5, 6: 6, 8: 8, 10: 10, 12: 12}
 
 

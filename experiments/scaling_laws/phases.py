@@ -41,7 +41,7 @@ def main(unused_argv: Sequence[str]):
   for stage in (('hyper', 'noise'), ('isoflop', 'heldout')):
     phases = [phase for phase in stage if phase in values.phases]
     points = [p for phase in phases for p in _points(scale, phase, _laws(scale, workdir, phase))]
-    models = [found for found in _models(points) if _unfinished(found, workdir)]
+    models = _models(points, local_jobs.jobs())
 
     def train_one(found):
       return _train(scale, found, workdir)
@@ -134,7 +134,8 @@ def _laws(scale: study.Scale, workdir: pathlib.Path, phase: str) -> study.Laws:
     f'--phases={phase} takes rate and batch from phase hyper, of which {missing} of {len(points)} '
     f'points are missing in {workdir}; train these first, with --phases=hyper --kinds=dense',
   )
-  return study.fit_laws([_row(point, _page(scale, point), workdir) for point in points])
+  rows = [_row(point, _page(scale, point), workdir) for point in points]
+  return study.fit_laws(rows, scale.band)
 
 
 def _path(workdir: pathlib.Path, point: study.Point) -> pathlib.Path:
@@ -147,12 +148,15 @@ def _row(point: study.Point, cfg: schema.Config, workdir: pathlib.Path) -> dict[
   return study.row(point, cfg) | outcome
 
 
-def _models(points: Sequence[study.Point]) -> list[list[study.Point]]:
-  """Points by model: those of one model share a compiled program."""
+def _models(points: Sequence[study.Point], jobs: int) -> list[list[study.Point]]:
+  """Points by model, those of each dealt out to the jobs: the points of a model share a program.
+
+  What is trained already is left in: it would be dealt out otherwise while others are training.
+  """
   models = {}
   for point in points:
     models.setdefault((point.kind, point.dial), {})[point.key] = point
-  return [list(found.values()) for found in models.values()]
+  return [list(found.values())[i::jobs] for found in models.values() for i in range(jobs)]
 
 
 def _unfinished(points: Sequence[study.Point], workdir: pathlib.Path) -> list[study.Point]:
@@ -160,12 +164,14 @@ def _unfinished(points: Sequence[study.Point], workdir: pathlib.Path) -> list[st
 
 
 def _train(scale: study.Scale, points: Sequence[study.Point], workdir: pathlib.Path):
-  """Trains the unfinished points of one model.
+  """Trains the unfinished points of one model, if there are any.
 
   Raises:
     KeyboardInterrupt: a signal came; the point in progress is saved.
     errors.InputError: the text is too short for a point, see `Scale.max_epochs`.
   """
+  if not _unfinished(points, workdir):
+    return
   (workdir / 'points').mkdir(parents=True, exist_ok=True)
   cfg = _page(scale, points[0])
   corpus = corpus_lib.load_corpus(cfg.data, cfg.model.vocab_size, 0)

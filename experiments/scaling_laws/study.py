@@ -50,6 +50,7 @@ class Scale:
   rates: tuple[float, ...]
   rows: tuple[int, ...]
   noise: tuple[float, float, int, int]  # budget, rate, rows, number of further seeds
+  band: float  # above the best loss: points of the grid that the laws go through
   isoflop: Mapping[str, Mapping[float, tuple[int, ...]]]  # dials by kind and budget
   heldout: Mapping[str, Mapping[float, tuple[int, ...]]]
   max_epochs: float  # a point that needs more of the text is refused
@@ -58,24 +59,23 @@ class Scale:
 
 TINY = Scale(
   name='tiny',
-  hyper_dials={2e10: 2, 4e10: 3, 8e10: 4},
-  rates=(2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2),
+  hyper_dials={2e10: 2, 4e10: 3, 8e10: 4, 1.6e11: 4, 6.4e11: 6},
+  rates=(1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2),
   rows=(4, 8, 16, 32),
   noise=(4e10, 1e-2, 8, 4),
+  band=0.01,
   isoflop={
-    'dense': {
-      2e10: (1, 2, 3, 4, 5, 6),
-      4e10: (1, 2, 3, 4, 5, 6),
-      8e10: (2, 3, 4, 5, 6, 8),
-      1.6e11: (2, 3, 4, 5, 6, 8),
-    },
-    'moe': {
+    kind: {
       2e10: (1, 2, 3, 4, 5, 6),
       4e10: (1, 2, 3, 4, 5, 6),
       8e10: (2, 3, 4, 5, 6),
-    },
+      1.6e11: (2, 3, 4, 5, 6, 8),
+      3.2e11: (3, 4, 5, 6, 7, 8),
+      6.4e11: (4, 5, 6, 7, 8),
+    }
+    for kind in KINDS
   },
-  heldout={'dense': {3.2e11: (3, 4, 5, 6, 8, 10)}, 'moe': {1.6e11: (2, 3, 4, 5, 6, 8)}},
+  heldout={kind: {1.28e12: (5, 6, 7, 8, 10)} for kind in KINDS},
   max_epochs=1.0,
   flops_per_second=1.2e10,
 )
@@ -87,6 +87,7 @@ SMALL = Scale(
   rates=(1e-3, 2e-3, 4e-3, 8e-3),
   rows=(16, 32, 64, 128, 256),
   noise=(4e15, 4e-3, 64, 4),
+  band=0.01,
   isoflop={
     kind: {
       1e15: (1, 2, 3, 4, 5, 6),
@@ -221,9 +222,9 @@ def rows_of(scale: Scale, laws: Laws, budget: float, length: int) -> int:
   return min(max(smallest * 2 ** max(round(math.log2(wanted)), 0), smallest), largest)
 
 
-def fit_laws(rows: Sequence[Mapping[str, Any]]) -> Laws:
+def fit_laws(rows: Sequence[Mapping[str, Any]], band: float) -> Laws:
   """Eq. 1 from the near-optimal points of the grid (`results` rows of phase hyper)."""
-  near = near_optimal_rows(rows)
+  near = near_optimal_rows(rows, band)
   budgets = [row['budget'] for row in near]
   return Laws(
     scaling_laws.fit_power_law(budgets, [row['rate'] for row in near]),
@@ -231,11 +232,11 @@ def fit_laws(rows: Sequence[Mapping[str, Any]]) -> Laws:
   )
 
 
-def near_optimal_rows(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-  """Those within `NEAR_OPTIMAL` of the best held-out loss of their budget."""
+def near_optimal_rows(rows: Iterable[Mapping[str, Any]], band: float) -> list[Mapping[str, Any]]:
+  """Those within the band of the best held-out loss of their budget."""
   found = []
   for group in by_budget(rows).values():
-    mask = scaling_laws.near_optimal([row['bits_per_byte'] for row in group])
+    mask = scaling_laws.near_optimal([row['bits_per_byte'] for row in group], band)
     found += [row for row, near in zip(group, mask) if near]
   return found
 
