@@ -1,6 +1,7 @@
 """From the rows of a study to its fits; `study.row` says what a row holds."""
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,9 +23,20 @@ class Grid:
   budget: float
   rows: list[Row]
   best: Row
-  near: list[Row]  # near-optimal, the best included
+  near: list[Row]  # within the study's band, the best included
+  as_paper: int  # how many are within the paper's
   at_edge: str  # '' or which of 'rate', 'batch' is best at an end of the grid
   surface: scaling_laws.Surface | None  # (rate, batch tokens); None with too few points
+
+
+@dataclasses.dataclass(frozen=True)
+class Laws:
+  """Eq. 1 through the points within a band of the best, with redrawn losses beside."""
+
+  band: float
+  laws: study.Laws
+  rate_samples: np.ndarray  # [S, 2]
+  batch_samples: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +44,11 @@ class Hyper:
   """Phases hyper and noise."""
 
   grids: list[Grid]
-  laws: study.Laws
-  rate_samples: np.ndarray  # [S, 2]
-  batch_samples: np.ndarray
+  wide: Laws  # of the study's own band, which decides how the profiles are trained
+  as_paper: Laws  # of the paper's
   noise: float  # standard deviation between seeds over mean
-  seeds: int
+  noise_seeds: int  # that it was measured with
+  seeds: int  # of every point of the grid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +81,8 @@ class Analysis:
   heldout: dict[str, HeldOut]  # by family
 
 
-def analyse(rows: Sequence[Row]) -> Analysis:
-  """Fits everything."""
+def analyse(rows: Sequence[Row], band: float) -> Analysis:
+  """Fits everything; the laws of rate and batch go through what is within `band` of the best."""
 
   def of(phase, kind):
     return [r for r in rows if r['phase'] == phase and r['kind'] == kind]
@@ -80,24 +92,32 @@ def analyse(rows: Sequence[Row]) -> Analysis:
     isoflop, unseen = of('isoflop', kind), of('heldout', kind)
     measured[kind] = {name: _measured(name, isoflop, unseen) for name in MEASURES}
     heldout[kind] = _held_out(unseen, measured[kind]['M'].allocation)
-  return Analysis(_hyper(of('hyper', 'dense'), of('noise', 'dense')), measured, heldout)
+  hyper = _hyper(of('hyper', 'dense'), of('noise', 'dense'), band)
+  return Analysis(hyper, measured, heldout)
 
 
-def _hyper(rows: Sequence[Row], repeats: Sequence[Row]) -> Hyper:
+def _hyper(rows: Sequence[Row], repeats: Sequence[Row], band: float) -> Hyper:
   losses = [row['bits_per_byte'] for row in repeats]
   noise = statistics.stdev(losses) / statistics.mean(losses)
+  means = study.seed_means(rows)
+  seeds = len(rows) // len(means)
+  grids = [_grid(budget, group, band) for budget, group in study.by_budget(means).items()]
 
-  def column(name):
-    return [row[name] for row in rows]
+  def laws(band: float) -> Laws:
+    return _band_laws(means, band, noise / math.sqrt(seeds))
 
+  return Hyper(grids, laws(band), laws(scaling_laws.NEAR_OPTIMAL), noise, len(losses), seeds)
+
+
+def _band_laws(means: Sequence[Row], band: float, noise: float) -> Laws:
+  budgets, losses = ([row[key] for row in means] for key in ('budget', 'bits_per_byte'))
   samples = [
     scaling_laws.bootstrap_near_optimal(
-      column('budget'), column(name), column('bits_per_byte'), noise
+      budgets, [row[name] for row in means], losses, noise, band=band
     )
     for name in ('rate', 'batch_tokens')
   ]
-  grids = [_grid(budget, group) for budget, group in study.by_budget(rows).items()]
-  return Hyper(grids, study.fit_laws(rows), *samples, noise, len(losses))
+  return Laws(band, study.fit_laws(means, band), *samples)
 
 
 def _best(rows: Sequence[Row]) -> Row:
@@ -106,7 +126,7 @@ def _best(rows: Sequence[Row]) -> Row:
   return min(finite or rows, key=lambda row: row['bits_per_byte'])
 
 
-def _grid(budget: float, rows: list[Row]) -> Grid:
+def _grid(budget: float, rows: list[Row], band: float) -> Grid:
   best = _best(rows)
   ends = {
     name: {pick(row[key] for row in rows) for pick in (min, max)}
@@ -119,7 +139,9 @@ def _grid(budget: float, rows: list[Row]) -> Grid:
     surface = scaling_laws.fit_surface(
       *([row[key] for row in inside] for key in ('rate', 'batch_tokens', 'bits_per_byte'))
     )
-  return Grid(budget, rows, best, study.near_optimal_rows(rows), ' and '.join(at_edge), surface)
+  near = study.near_optimal_rows(rows, band)
+  as_paper = len(study.near_optimal_rows(rows, scaling_laws.NEAR_OPTIMAL))
+  return Grid(budget, rows, best, near, as_paper, ' and '.join(at_edge), surface)
 
 
 def _size(row: Row, measure: str) -> float:

@@ -43,7 +43,7 @@ def _surfaces(found: analyse.Analysis) -> figure.Figure:
   grids = found.hyper.grids
   fig, axes = _panels(1, len(grids), width=3.6)
   for panel, grid in zip(axes[0], grids):
-    image = _surface(panel, grid)
+    image = _surface(panel, grid, found.hyper.wide.band)
   axes[0][0].set_ylabel('batch [tokens]')
   bar = fig.colorbar(image, ax=list(axes[0]), pad=0.01, extend='max')
   bar.set_label('% above the best')
@@ -51,7 +51,7 @@ def _surfaces(found: analyse.Analysis) -> figure.Figure:
   return fig
 
 
-def _surface(panel: Any, grid: analyse.Grid) -> Any:
+def _surface(panel: Any, grid: analyse.Grid, band: float) -> Any:
   rates, batches = (sorted({row[k] for row in grid.rows}) for k in ('rate', 'batch_tokens'))
   best = grid.best['bits_per_byte']
   above = np.zeros((len(batches), len(rates)))
@@ -60,7 +60,7 @@ def _surface(panel: Any, grid: analyse.Grid) -> Any:
     above[at] = 100 * (row['bits_per_byte'] / best - 1)
   image = panel.imshow(above, origin='lower', cmap='viridis', vmin=0, vmax=_WORST_SHOWN)
   for (i, j), value in np.ndenumerate(above):
-    near = value <= 100 * scaling_laws.NEAR_OPTIMAL
+    near = value <= 100 * band
     style = {'weight': 'bold', 'bbox': {'facecolor': plots.ORANGE, 'linewidth': 0}} if near else {}
     panel.text(j, i, f'{value:.2f}', ha='center', va='center', color='white', fontsize=8, **style)
   if grid.surface is not None and not grid.surface.problem:
@@ -80,19 +80,20 @@ def _surface(panel: Any, grid: analyse.Grid) -> Any:
 
 def _laws(found: analyse.Analysis) -> figure.Figure:
   """Rate and batch against the budget, with the paper's formula."""
-  hyper = found.hyper
+  hyper, wide = found.hyper, found.hyper.wide
   fig, axes = _panels(1, 2, width=5.2, height=4)
   kinds = (
-    ('rate', 'peak learning rate', 'a', hyper.laws.rate, study.PAPER.rate, hyper.rate_samples),
+    ('rate', 'peak learning rate', 'a', wide.laws.rate, study.PAPER.rate, wide.rate_samples),
     (
       'batch_tokens',
       'batch [tokens]',
       'b',
-      hyper.laws.batch,
+      wide.laws.batch,
       study.PAPER.batch,
-      hyper.batch_samples,
+      wide.batch_samples,
     ),
   )
+  within = f'within {100 * wide.band:g} % of the best'
   for panel, (key, label, name, law, paper, samples) in zip(axes[0], kinds):
     budgets = [grid.budget for grid in hyper.grids]
     line = np.geomspace(min(budgets) / 1.5, max(budgets) * 1.5)
@@ -100,7 +101,7 @@ def _laws(found: analyse.Analysis) -> figure.Figure:
     panel.plot(line, law(line), color=plots.BLUE, label=f'fit, exponent {law.exponent:.2f}')
     panel.plot(line, paper(line), '--', color=_GREY, label=f"paper's, {paper.exponent:.3f}")
     near = [(row['budget'], row[key]) for grid in hyper.grids for row in grid.near]
-    panel.plot(*zip(*near), 'o', color=plots.BLUE, alpha=0.6, label='within 0.25 % of the best')
+    panel.plot(*zip(*near), 'o', color=plots.BLUE, alpha=0.6, label=within)
     best = [(grid.budget, grid.best[key]) for grid in hyper.grids]
     panel.plot(
       *zip(*best), 'o', markersize=11, markerfacecolor='none', color=plots.ORANGE, label='best'

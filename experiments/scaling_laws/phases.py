@@ -135,7 +135,7 @@ def _laws(scale: study.Scale, workdir: pathlib.Path, phase: str) -> study.Laws:
     f'points are missing in {workdir}; train these first, with --phases=hyper --kinds=dense',
   )
   rows = [_row(point, _page(scale, point), workdir) for point in points]
-  return study.fit_laws(rows, scale.band)
+  return study.fit_laws(study.seed_means(rows), scale.band)
 
 
 def _path(workdir: pathlib.Path, point: study.Point) -> pathlib.Path:

@@ -60,7 +60,7 @@ def write(out: pathlib.Path, scale: study.Scale, rows: Sequence[Mapping[str, Any
     rows: `study.row` with `trainer.Outcome` of every point.
   """
   out.mkdir(parents=True, exist_ok=True)
-  found = analyse.analyse(rows)
+  found = analyse.analyse(rows, scale.band)
   tables = {'points.csv': rows, 'optima.csv': optima(found)}
   for name, table in tables.items():
     atomic_files.write_text(out / name, _csv(table))
@@ -168,19 +168,31 @@ def verdict(found: analyse.Analysis) -> list[str]:
   """One line per question."""
   hyper = found.hyper
   lines = []
-  for what, law, samples, paper in (
-    ('eta_opt', hyper.laws.rate, hyper.rate_samples, study.PAPER.rate),
-    ('B_opt', hyper.laws.batch, hyper.batch_samples, study.PAPER.batch),
+  for what, key, paper in (
+    ('eta_opt', 'rate', study.PAPER.rate),
+    ('B_opt', 'batch', study.PAPER.batch),
   ):
-    bounds = scaling_laws.interval(samples[:, 1])
+    law, bounds = _exponent(hyper.wide, key)
+    narrow, narrow_bounds = _exponent(hyper.as_paper, key)
     lines.append(
-      f'{what}(C): exponent {law.exponent:.3f}, {_PERCENT} % interval {_span(bounds)}; '
-      f"{grade(bounds, paper.exponent)} the paper's {paper.exponent:.4f}"
-      f'{_and_zero(bounds)}.'
+      f'{what}(C): exponent {law:.3f}, {_PERCENT} % interval {_span(bounds)}; '
+      f"{grade(bounds, paper.exponent)} the paper's {paper.exponent:.4f}{_and_zero(bounds)}. "
+      f"Through the points within the paper's {_share(scaling_laws.NEAR_OPTIMAL)}: {narrow:.3f}, "
+      f'{_span(narrow_bounds)}.'
     )
   for kind in found.measured:
     lines += _verdict_of(found, kind)
   return lines
+
+
+def _exponent(laws: analyse.Laws, key: str) -> tuple[float, tuple[float, float]]:
+  """Of eta_opt ('rate') or B_opt ('batch'), with its interval."""
+  samples = {'rate': laws.rate_samples, 'batch': laws.batch_samples}[key]
+  return getattr(laws.laws, key).exponent, scaling_laws.interval(samples[:, 1])
+
+
+def _share(band: float) -> str:
+  return f'{100 * band:g} %'
 
 
 def _and_zero(bounds: tuple[float, float]) -> str:
@@ -246,7 +258,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _hyper_text(hyper: analyse.Hyper) -> str:
-  lines = []
+  lines, own, paper = [], _share(hyper.wide.band), _share(scaling_laws.NEAR_OPTIMAL)
   for grid in hyper.grids:
     surface = 'too few points'
     if grid.surface is not None:
@@ -258,7 +270,7 @@ def _hyper_text(hyper: analyse.Hyper) -> str:
         f'{grid.best["bits_per_byte"]:.4f}',
         f'{grid.best["rate"]:g}, {grid.best["batch_tokens"]:,}',
         grid.at_edge or '-',
-        len(grid.near),
+        f'{len(grid.near)}, {grid.as_paper}',
         surface,
         f'{float(study.PAPER.rate(grid.budget)):.3g}, {float(study.PAPER.batch(grid.budget)):,.0f}',
       )
@@ -270,21 +282,24 @@ def _hyper_text(hyper: analyse.Hyper) -> str:
       'best bpb',
       'its rate, batch',
       'at the edge',
-      'within 0.25 %',
+      f'within {own}, {paper}',
       'surface minimum',
       "paper's formula",
     ),
     lines,
   )
   edges = sum(bool(grid.at_edge) for grid in hyper.grids)
+  laws = hyper.wide.laws
   return (
     f'{table}\n\n'
-    f'eta_opt = {hyper.laws.rate.coefficient:.4g} C^{hyper.laws.rate.exponent:.4f}, B_opt = '
-    f'{hyper.laws.batch.coefficient:.4g} C^{hyper.laws.batch.exponent:.4f} tokens, through all '
-    f'points within 0.25 % of the best of their budget. {hyper.seeds} seeds of one point scatter '
-    f'by {100 * hyper.noise:.2f} % (standard deviation), so the band of 0.25 % is '
-    f'{"narrower" if hyper.noise > scaling_laws.NEAR_OPTIMAL else "wider"} than luck; the '
-    'intervals come from losses redrawn with this scatter, near-optimal points chosen anew. '
+    f'eta_opt = {laws.rate.coefficient:.4g} C^{laws.rate.exponent:.4f}, B_opt = '
+    f'{laws.batch.coefficient:.4g} C^{laws.batch.exponent:.4f} tokens, through all points within '
+    f'{own} of the best of their budget, each the mean of {hyper.seeds} seeds. '
+    f'{hyper.noise_seeds} seeds of one point scatter by {100 * hyper.noise:.2f} % (standard '
+    f"deviation), so the paper's band of {paper} is "
+    f'{"narrower" if hyper.noise > scaling_laws.NEAR_OPTIMAL else "wider"} than the luck of one '
+    'seed; the intervals come from losses redrawn with the scatter of such means, near-optimal '
+    'points chosen anew. '
     f'{edges} of {len(hyper.grids)} optima lie at an edge of the grid and are bounds, not values.'
   )
 

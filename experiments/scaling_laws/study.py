@@ -1,6 +1,6 @@
 """What is trained: the points of a scale, phase after phase.
 
-  hyper    a grid over batch and rate at several budgets, one model each
+  hyper    a grid over batch and rate at several budgets, one model each, by the mean of its seeds
   noise    one point of the grid with other seeds: how much of a loss is luck
   isoflop  at each budget several models, at the rate and batch that `hyper` found
   heldout  the same at a larger budget, which no fit sees
@@ -13,6 +13,7 @@ of their own would double the study. Where that matters, the report says so.
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from moe_jax.planning import flops
 
 PHASES = ('hyper', 'noise', 'isoflop', 'heldout')
 KINDS = ('dense', 'moe')
+LOSSES = ('loss', 'bits_per_byte')
 WARMUP_SHARE = 0.05  # of the steps; the paper's 2000 steps are longer than most runs here
 
 
@@ -49,6 +51,7 @@ class Scale:
   hyper_dials: Mapping[float, int]  # the model of the grid at each budget
   rates: tuple[float, ...]
   rows: tuple[int, ...]
+  seeds: int  # of every point of the grid; the laws are of the mean loss
   noise: tuple[float, float, int, int]  # budget, rate, rows, number of further seeds
   band: float  # above the best loss: points of the grid that the laws go through
   isoflop: Mapping[str, Mapping[float, tuple[int, ...]]]  # dials by kind and budget
@@ -62,6 +65,7 @@ TINY = Scale(
   hyper_dials={2e10: 2, 4e10: 3, 8e10: 4, 1.6e11: 4, 6.4e11: 6},
   rates=(1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2),
   rows=(4, 8, 16, 32),
+  seeds=2,
   noise=(4e10, 1e-2, 8, 4),
   band=0.01,
   isoflop={
@@ -86,6 +90,7 @@ SMALL = Scale(
   hyper_dials={1e15: 3, 4e15: 4, 1.6e16: 5},
   rates=(1e-3, 2e-3, 4e-3, 8e-3),
   rows=(16, 32, 64, 128, 256),
+  seeds=1,
   noise=(4e15, 4e-3, 64, 4),
   band=0.01,
   isoflop={
@@ -186,8 +191,9 @@ def points(scale: Scale, phase: str, kind: str, laws: Laws, length: int) -> list
 
 def _hyper_points(scale: Scale) -> list[Point]:
   return [
-    Point('hyper', 'dense', dial, budget, rate, rows, 0)
+    Point('hyper', 'dense', dial, budget, rate, rows, seed)
     for budget, dial in scale.hyper_dials.items()
+    for seed in range(scale.seeds)
     for rows in scale.rows
     for rate in scale.rates
   ]
@@ -223,13 +229,24 @@ def rows_of(scale: Scale, laws: Laws, budget: float, length: int) -> int:
 
 
 def fit_laws(rows: Sequence[Mapping[str, Any]], band: float) -> Laws:
-  """Eq. 1 from the near-optimal points of the grid (`results` rows of phase hyper)."""
+  """Eq. 1 from the near-optimal points of the grid (`seed_means` of phase hyper)."""
   near = near_optimal_rows(rows, band)
   budgets = [row['budget'] for row in near]
   return Laws(
     scaling_laws.fit_power_law(budgets, [row['rate'] for row in near]),
     scaling_laws.fit_power_law(budgets, [row['batch_tokens'] for row in near]),
   )
+
+
+def seed_means(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+  """Each point of the grid once, with the mean loss of its seeds; a seed that diverged shows."""
+  points = {}
+  for row in rows:
+    points.setdefault((row['budget'], row['rate'], row['batch_tokens']), []).append(row)
+  return [
+    {**group[0], **{key: statistics.fmean(row[key] for row in group) for key in LOSSES}}
+    for group in points.values()
+  ]
 
 
 def near_optimal_rows(rows: Iterable[Mapping[str, Any]], band: float) -> list[Mapping[str, Any]]:
