@@ -215,6 +215,7 @@ def test_an_arm_is_trained_measured_and_not_again(tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.slow
+@pytest.mark.long  # CI runs the same parts by the commands of Math-Shepherd
 def test_steps_are_labelled_judged_and_answers_chosen(tmp_path):
   out = tmp_path / 'out'
   more = ('--label_questions=64', '--solutions=4', '--completions=2', '--judge_steps=12')
