@@ -45,7 +45,7 @@ def define_flags():
   cli.path_flag('out', '', 'label, verify: file that is written')
 
 
-def main(unused_argv: Sequence[str], action: str) -> None:
+def main(unused_argv: Sequence[str], action: str) -> int:
   """Does what the action says."""
   if action == 'train':
     cfg = cli.resolve(flags.FLAGS.config)
@@ -54,8 +54,7 @@ def main(unused_argv: Sequence[str], action: str) -> None:
       f"config.objective.kind={cfg.objective.kind!r} must be 'process_reward' here; take "
       'configs/process_reward.py',
     )
-    train_command.train(cfg, 'experiments.process_reward train')
-    return
+    return train_command.train(cfg, 'experiments.process_reward train')
   values = flags.FLAGS
   for name in ('questions', 'solutions', 'completions', 'candidates', 'max_new_tokens'):
     given = values[name].value
@@ -68,6 +67,7 @@ def main(unused_argv: Sequence[str], action: str) -> None:
     _label(out)
   else:
     _verify(out)
+  return 0
 
 
 def _opened(workdir: str, heldout: bool) -> tuple[Any, Any]:

@@ -22,7 +22,7 @@ def define_flags():
   train_command.define_flags()
 
 
-def main(unused_argv: Sequence[str]):
+def main(unused_argv: Sequence[str]) -> int:
   """Trains on rewards, then reports; an interrupted run says how to go on."""
   cfg = cli.resolve(flags.FLAGS.config)
   errors.require(
@@ -30,7 +30,7 @@ def main(unused_argv: Sequence[str]):
     f"config.objective.kind={cfg.objective.kind!r} must be 'policy' here; take a page such as "
     'configs/grpo.py, or run python -m experiments.train',
   )
-  train_command.train(cfg, 'experiments.rl')
+  return train_command.train(cfg, 'experiments.rl')
 
 
 if __name__ == '__main__':

@@ -19,9 +19,9 @@ def define_flags():
   train_command.define_flags()
 
 
-def main(unused_argv: Sequence[str]):
+def main(unused_argv: Sequence[str]) -> int:
   """Trains, then reports; an interrupted run says how to go on."""
-  train_command.train(cli.resolve(flags.FLAGS.config), 'experiments.train')
+  return train_command.train(cli.resolve(flags.FLAGS.config), 'experiments.train')
 
 
 if __name__ == '__main__':

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -36,8 +37,10 @@ def _say(line: str):
   sys.stdout.flush()
 
 
-def train(cfg: schema.Config, module: str):
-  """Trains, then reports; an interrupted run says how to go on.
+def train(cfg: schema.Config, module: str) -> int:
+  """The exit status, after training: 0 and a report, or that of a signal and how to go on.
+
+  A scheduler that looks at nothing else takes 0 for the end of the work.
 
   Args:
     cfg: of the flag `config`.
@@ -69,10 +72,11 @@ def train(cfg: schema.Config, module: str):
     )
     if not trained.interrupted_by:
       final_report.finish(trained, corpus, place.path, say)
-      return
+      return 0
   if agreement.is_first():
     again = f'python -m {module} ' + shlex.join(_of_all_processes(sys.argv[1:]))
     say(stopped(trained.interrupted_by, trained.step, again, jax.process_count()))
+  return 128 + signal.Signals[trained.interrupted_by]
 
 
 def stopped(signal_name: str, step: int, again: str, num_processes: int = 1) -> str:

@@ -270,9 +270,9 @@ def _kill_once(
   if how == 'SIGKILL':
     return max(lost, 0)
   # Before Python listens, SIGTERM ends it as any program; from then on it saves and says so.
-  if process.returncode not in (0, -signal.SIGTERM):
+  if process.returncode not in (0, 128 + signal.SIGTERM, -signal.SIGTERM):
     broken.append(f'{how} in {phase} ended with status {process.returncode}: {_tail(scene)}')
-  elif process.returncode == 0 and done and lost > 0:
+  elif process.returncode != -signal.SIGTERM and done and lost > 0:
     broken.append(f'{how} in {phase} lost {lost} steps: {_tail(scene)}')
   return 0
 

@@ -155,7 +155,7 @@ def test_what_was_stopped_is_queued_again_whatever_its_workdir_holds(cluster, wo
   (cluster / 'runs' / 'smoke').mkdir(parents=True)
   (cluster / 'runs' / 'smoke' / 'evaluation.json').touch()  # of a run that is prolonged now
   line = train_command.stopped('SIGTERM', 7, 'python -m experiments.train ...', processes)
-  said = submit(cluster, '--config=smoke', *workdir, trained=line)
+  said = submit(cluster, '--config=smoke', *workdir, trained=line, status=143)
   assert said[-4:-1] == ['scontrol', 'requeue', '70001']
 
 

@@ -73,7 +73,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(unbroken, cache, 
   launch.wait_for_step(tmp_path, 5, processes)
   processes[1].send_signal(signal.SIGTERM)
   (status, out, _), (other, said, _) = launch.join(processes)
-  assert (status, other, said) == (0, 0, '')
+  assert (status, other, said) == (128 + signal.SIGTERM, 128 + signal.SIGTERM, '')
   done = len(launch.figures(tmp_path))
   assert 5 <= done < NUM_STEPS
   assert f'stopped by SIGTERM after step {done}, which is saved' in out
@@ -94,7 +94,7 @@ def test_a_signal_to_one_process_in_an_evaluation_stops_all_after_the_same_step(
   module = 'tests.processes.signalled_train'
   processes = launch.start(tmp_path, cache, 2, 2, settings=settings, module=module)
   (status, out, _), (other, said, _) = launch.join(processes)
-  assert (status, other, said) == (0, 0, '')
+  assert (status, other, said) == (128 + signal.SIGTERM, 128 + signal.SIGTERM, '')
   assert 'step=25 held-out evaluation left unfinished after SIGTERM' in out
   done = len(launch.figures(tmp_path))
   assert 25 <= done <= 25 + loop.MAX_IN_FLIGHT + 1

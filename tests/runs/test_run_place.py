@@ -165,7 +165,8 @@ def test_a_signal_to_one_stops_all_after_the_same_step(server, tmp_path):
   processes = start(f'{address}/run', tmp_path)
   wait_for(filesystem, f'tests/run/checkpoints/10/{fetch.LAST}', processes)
   processes[1].send_signal(signal.SIGTERM)
-  out, said = finished(processes)
+  (status, out, _), (other, said, _) = launch.join(processes)
+  assert status == other == 128 + signal.SIGTERM
   done = steps(filesystem)[-1]
   assert said == '' and 10 < done < NUM_STEPS
   assert f'stopped by SIGTERM after step {done}, which is saved' in out
