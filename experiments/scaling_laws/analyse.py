@@ -47,7 +47,7 @@ class Hyper:
   wide: Laws  # of the study's own band, which decides how the profiles are trained
   as_paper: Laws  # of the paper's
   noise: float  # standard deviation between seeds over mean
-  noise_seeds: int  # that it was measured with
+  repeated: int  # points that it was measured at
   seeds: int  # of every point of the grid
 
 
@@ -97,8 +97,7 @@ def analyse(rows: Sequence[Row], band: float) -> Analysis:
 
 
 def _hyper(rows: Sequence[Row], repeats: Sequence[Row], band: float) -> Hyper:
-  losses = [row['bits_per_byte'] for row in repeats]
-  noise = statistics.stdev(losses) / statistics.mean(losses)
+  noise, repeated = scatter([*rows, *repeats])
   means = study.seed_means(rows)
   seeds = len(rows) // len(means)
   grids = [_grid(budget, group, band) for budget, group in study.by_budget(means).items()]
@@ -106,7 +105,30 @@ def _hyper(rows: Sequence[Row], repeats: Sequence[Row], band: float) -> Hyper:
   def laws(band: float) -> Laws:
     return _band_laws(means, band, noise / math.sqrt(seeds))
 
-  return Hyper(grids, laws(band), laws(scaling_laws.NEAR_OPTIMAL), noise, len(losses), seeds)
+  return Hyper(grids, laws(band), laws(scaling_laws.NEAR_OPTIMAL), noise, repeated, seeds)
+
+
+def scatter(rows: Sequence[Row]) -> tuple[float, int]:
+  """The standard deviation between seeds over the mean, and the number of points it is pooled over.
+
+  Points far from the best of their budget are left out: where rates are too high, seeds scatter
+  more than where the laws look.
+  """
+  points = {}
+  for row in {row['key']: row for row in rows}.values():  # a point may be of two phases
+    point = (row['budget'], row['rate'], row['batch_tokens'])
+    points.setdefault(point, []).append(row['bits_per_byte'])
+  means = {point: statistics.fmean(losses) for point, losses in points.items()}
+  best = {}
+  for (budget, *_), mean in means.items():
+    best[budget] = np.fmin(mean, best.get(budget, mean))  # not of one that diverged
+  near = [
+    point
+    for point, losses in points.items()
+    if len(losses) > 1 and means[point] <= (1 + SURFACE_REGION) * best[point[0]]
+  ]
+  squares = sum((loss / means[point] - 1) ** 2 for point in near for loss in points[point])
+  return math.sqrt(squares / sum(len(points[point]) - 1 for point in near)), len(near)
 
 
 def _band_laws(means: Sequence[Row], band: float, noise: float) -> Laws:

@@ -295,8 +295,9 @@ def _hyper_text(hyper: analyse.Hyper) -> str:
     f'eta_opt = {laws.rate.coefficient:.4g} C^{laws.rate.exponent:.4f}, B_opt = '
     f'{laws.batch.coefficient:.4g} C^{laws.batch.exponent:.4f} tokens, through all points within '
     f'{own} of the best of their budget, each the mean of {hyper.seeds} seeds. '
-    f'{hyper.noise_seeds} seeds of one point scatter by {100 * hyper.noise:.2f} % (standard '
-    f"deviation), so the paper's band of {paper} is "
+    f'Seeds of one point scatter by {100 * hyper.noise:.2f} % (standard deviation, pooled over '
+    f'{hyper.repeated} points within {_share(analyse.SURFACE_REGION)} of their best), '
+    f"so the paper's band of {paper} is "
     f'{"narrower" if hyper.noise > scaling_laws.NEAR_OPTIMAL else "wider"} than the luck of one '
     'seed; the intervals come from losses redrawn with the scatter of such means, near-optimal '
     'points chosen anew. '

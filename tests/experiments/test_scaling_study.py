@@ -150,6 +150,21 @@ def test_the_grid_is_read_by_the_mean_of_its_seeds(rows):
   assert near and best['key'] not in {row['key'] for row in near}
 
 
+def test_scatter_is_pooled_over_points_near_the_best():
+  def point(rate, *losses, budget=1.0):
+    return [
+      {'key': f'{budget} {rate} {i}', 'budget': budget, 'rate': rate, 'batch_tokens': 8}
+      | {'bits_per_byte': loss}
+      for i, loss in enumerate(losses)
+    ]
+
+  # Deviations of 1 % and 2 % with one degree of freedom each: sqrt((2 + 8) / 2) %.
+  near = point(0.1, 0.99, 1.01) + point(0.2, 2 * 0.98, 2 * 1.02, budget=2.0)
+  far = point(0.4, 1.0, 1.4) + point(0.3, 1.0) + point(0.8, float('nan'), 1.0)
+  found, number = analyse.scatter([*near, *far, *near[:2]])  # two of them in both phases
+  assert found == pytest.approx(0.01 * np.sqrt(5)) and number == 2
+
+
 def test_a_wider_band_takes_more_points_and_is_the_one_that_profiles_follow(rows):
   hyper = analyse.analyse(rows, 0.03).hyper
   assert all(len(grid.near) >= grid.as_paper >= 1 for grid in hyper.grids)
