@@ -68,10 +68,19 @@ def read(path: str, flag: str) -> tuple[attacks.Example, ...]:
   return found
 
 
+# Flags of `reset` that a method does not read.
+IDLE = {
+  'purify': ('seed',),
+  'mixing': ('ranking', 'unseen', 'micro'),
+  'pruning': ('ranking', 'unseen', 'seed'),
+}
+
+
 def reset():
   """Writes a run whose suspicious weights are those of the clean start."""
   values, out, workdir = flags.FLAGS, cli.required('out'), cli.required('workdir')
   resets.check_reserve(values.reserve)
+  cli.refuse_idle(IDLE[values.method], f'with --method={values.method}')
   start = load.read(cli.required('base'), flag='--base')
   tuned = load.read(workdir, flag='--workdir')
   old, new = (jax.device_get(run.variables['params']) for run in (start, tuned))

@@ -122,6 +122,9 @@ def test_success_and_bias_count_opposite_answers(monkeypatch):
     (('--examples=none.jsonl',), '--examples=none.jsonl'),
     (('--examples=empty.jsonl',), 'holds no clean examples'),
     (('--examples=other.jsonl',), "completion 'x'"),
+    (('--method=mixing', '--ranking=layer'), '--ranking=layer has no effect with --method=mixing'),
+    (('--method=pruning', '--unseen=rank'), '--unseen=rank has no effect with --method=pruning'),
+    (('--seed=3',), '--seed=3 has no effect with --method=purify'),
   ],
 )
 def test_bad_input_writes_nothing(place, flags, message):
