@@ -144,7 +144,7 @@ def study(tmp_path, monkeypatch):
       found[name] = {
         seed: {
           **dict(zip((arms.BITS, 'peak_lr'), map(float, path.read_text().split()))),
-          **{'loss': 3.0, 'step': 300, 'max_vio': 0.1, 'train_drop_rate': 0.0},
+          **{'loss': 3.0, 'step': 3000, 'max_vio': 0.1, 'train_drop_rate': 0.0},
           **{'seconds': 60.0, 'commit': 'c'},
           'curve': {'step': [1, 2], 'loss': [3.0, 2.0], 'max_vio': [1, 1], 'drop_rate': [0, 0]},
         }
