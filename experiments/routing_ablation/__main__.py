@@ -27,7 +27,9 @@ def define_flags():
     'arms', [], f'some of {", ".join(arms.ARMS)}; without, all but {", ".join(arms.ASIDE)}'
   )
   flags.DEFINE_list('seeds', ['5'], 'values of train.seed, or how many')
-  flags.DEFINE_integer('steps', 0, 'training steps; 0 = 3,000 at scale tiny, otherwise as the config pages say')
+  flags.DEFINE_integer(
+    'steps', 0, 'training steps; 0 = 3,000 at scale tiny, otherwise as the config pages say'
+  )
   flags.DEFINE_integer('together', 0, 'seeds that train as one; 0 = what suits the scale')
   flags.DEFINE_string('data_source', '', 'data.source of all arms; as the pages say without')
   flags.DEFINE_string('data_path', '', 'data.path of all arms; as the pages say without')

@@ -11,7 +11,6 @@ import numpy as np
 from experiments.scaling_laws import study
 from moe_jax.analysis import scaling_laws
 
-SURFACE_REGION = 0.05  # above the best loss; a quadratic knows nothing of diverging runs
 MEASURES = {'M': 1, '6N1': 6, '6N2': 6}
 Row = Mapping[str, Any]
 
@@ -26,12 +25,16 @@ class Grid:
   near: list[Row]  # within the study's band, the best included
   as_paper: int  # how many are within the paper's
   at_edge: str  # '' or which of 'rate', 'batch' is best at an end of the grid
+  cut_off: frozenset[str]  # of these, the ones that have a near-optimal point at an end
   surface: scaling_laws.Surface | None  # (rate, batch tokens); None with too few points
 
 
 @dataclasses.dataclass(frozen=True)
 class Laws:
-  """Eq. 1 through the points within a band of the best, with redrawn losses beside."""
+  """Eq. 1 through the points within a band of the best, with redrawn losses beside.
+
+  Of surfaces: through their minima, and the band is that of the points they are fitted to.
+  """
 
   band: float
   laws: study.Laws
@@ -46,6 +49,8 @@ class Hyper:
   grids: list[Grid]
   wide: Laws  # of the study's own band, which decides how the profiles are trained
   as_paper: Laws  # of the paper's
+  surfaces: Laws | None  # None: too few of them have a minimum
+  minima: Mapping[float, scaling_laws.Surface]  # that those go through, by budget
   noise: float  # standard deviation between seeds over mean
   repeated: int  # points that it was measured at
   seeds: int  # of every point of the grid
@@ -102,10 +107,22 @@ def _hyper(rows: Sequence[Row], repeats: Sequence[Row], band: float) -> Hyper:
   seeds = len(rows) // len(means)
   grids = [_grid(budget, group, band) for budget, group in study.by_budget(means).items()]
 
+  keys = ('budget', 'rate', 'batch_tokens', 'bits_per_byte')
+  columns = [[row[key] for row in means] for key in keys]
+
   def laws(band: float) -> Laws:
     return _band_laws(means, band, noise / math.sqrt(seeds))
 
-  return Hyper(grids, laws(band), laws(scaling_laws.NEAR_OPTIMAL), noise, repeated, seeds)
+  return Hyper(
+    grids,
+    laws(band),
+    laws(scaling_laws.NEAR_OPTIMAL),
+    _surface_laws(columns, noise / math.sqrt(seeds)),
+    scaling_laws.surface_minima(*columns),
+    noise,
+    repeated,
+    seeds,
+  )
 
 
 def scatter(rows: Sequence[Row]) -> tuple[float, int]:
@@ -125,7 +142,7 @@ def scatter(rows: Sequence[Row]) -> tuple[float, int]:
   near = [
     point
     for point, losses in points.items()
-    if len(losses) > 1 and means[point] <= (1 + SURFACE_REGION) * best[point[0]]
+    if len(losses) > 1 and means[point] <= (1 + scaling_laws.REGION) * best[point[0]]
   ]
   squares = sum((loss / means[point] - 1) ** 2 for point in near for loss in points[point])
   return math.sqrt(squares / sum(len(points[point]) - 1 for point in near)), len(near)
@@ -142,6 +159,15 @@ def _band_laws(means: Sequence[Row], band: float, noise: float) -> Laws:
   return Laws(band, study.fit_laws(means, band), *samples)
 
 
+def _surface_laws(columns: Sequence[Sequence[float]], noise: float) -> Laws | None:
+  try:
+    laws = study.Laws(*scaling_laws.fit_surface_laws(*columns))
+    samples = scaling_laws.bootstrap_surface_laws(*columns, noise)
+  except ValueError:
+    return None
+  return Laws(scaling_laws.REGION, laws, *samples)
+
+
 def _best(rows: Sequence[Row]) -> Row:
   """The run of the lowest loss; one that diverged has none."""
   finite = [row for row in rows if np.isfinite(row['bits_per_byte'])]
@@ -149,21 +175,24 @@ def _best(rows: Sequence[Row]) -> Row:
 
 
 def _grid(budget: float, rows: list[Row], band: float) -> Grid:
-  best = _best(rows)
+  best, near = _best(rows), study.near_optimal_rows(rows, band)
+  columns = {'rate': 'rate', 'batch': 'batch_tokens'}
   ends = {
-    name: {pick(row[key] for row in rows) for pick in (min, max)}
-    for name, key in (('rate', 'rate'), ('batch', 'batch_tokens'))
+    name: {pick(row[key] for row in rows) for pick in (min, max)} for name, key in columns.items()
   }
-  at_edge = [n for n, key in (('rate', 'rate'), ('batch', 'batch_tokens')) if best[key] in ends[n]]
-  inside = [r for r in rows if r['bits_per_byte'] <= (1 + SURFACE_REGION) * best['bits_per_byte']]
+  at_edge = [name for name, key in columns.items() if best[key] in ends[name]]
+  cut_off = {name for name, key in columns.items() if ends[name] & {row[key] for row in near}}
+  inside = [
+    r for r in rows if r['bits_per_byte'] <= (1 + scaling_laws.REGION) * best['bits_per_byte']
+  ]
   surface = None
   if len(inside) > 6:
     surface = scaling_laws.fit_surface(
       *([row[key] for row in inside] for key in ('rate', 'batch_tokens', 'bits_per_byte'))
     )
-  near = study.near_optimal_rows(rows, band)
   as_paper = len(study.near_optimal_rows(rows, scaling_laws.NEAR_OPTIMAL))
-  return Grid(budget, rows, best, near, as_paper, ' and '.join(at_edge), surface)
+  edges = ' and '.join(at_edge)
+  return Grid(budget, rows, best, near, as_paper, edges, frozenset(cut_off), surface)
 
 
 def _size(row: Row, measure: str) -> float:

@@ -69,7 +69,7 @@ def _surface(panel: Any, grid: analyse.Grid, band: float) -> Any:
       for x, ticks in ((grid.surface.a, rates), (grid.surface.b, batches))
     ]
     panel.plot(*place, 'x', color='white', markersize=11, markeredgewidth=2)
-  panel.set_xticks(range(len(rates)), [f'{rate:g}' for rate in rates])
+  panel.set_xticks(range(len(rates)), [f'{rate:g}' for rate in rates], rotation=45)
   panel.set_yticks(range(len(batches)), [f'{batch:,}' for batch in batches])
   panel.set_xlabel('peak learning rate')
   panel.set_title(f'C = {grid.budget:.3g} FLOPs, best {best:.3f} bpb', loc='left', fontsize=10)
@@ -83,18 +83,12 @@ def _laws(found: analyse.Analysis) -> figure.Figure:
   hyper, wide = found.hyper, found.hyper.wide
   fig, axes = _panels(1, 2, width=5.2, height=4)
   kinds = (
-    ('rate', 'peak learning rate', 'a', wide.laws.rate, study.PAPER.rate, wide.rate_samples),
-    (
-      'batch_tokens',
-      'batch [tokens]',
-      'b',
-      wide.laws.batch,
-      study.PAPER.batch,
-      wide.batch_samples,
-    ),
+    ('rate', 'rate', 'peak learning rate', 'a', wide.rate_samples),
+    ('batch_tokens', 'batch', 'batch [tokens]', 'b', wide.batch_samples),
   )
   within = f'within {100 * wide.band:g} % of the best'
-  for panel, (key, label, name, law, paper, samples) in zip(axes[0], kinds):
+  for panel, (key, law_name, label, name, samples) in zip(axes[0], kinds):
+    law, paper = getattr(wide.laws, law_name), getattr(study.PAPER, law_name)
     budgets = [grid.budget for grid in hyper.grids]
     line = np.geomspace(min(budgets) / 1.5, max(budgets) * 1.5)
     panel.fill_between(line, *scaling_laws.law_band(samples, line), color=plots.BLUE, alpha=0.15)
@@ -106,9 +100,12 @@ def _laws(found: analyse.Analysis) -> figure.Figure:
     panel.plot(
       *zip(*best), 'o', markersize=11, markerfacecolor='none', color=plots.ORANGE, label='best'
     )
-    good = [g for g in hyper.grids if g.surface is not None and not g.surface.problem]
-    points = [g.budget for g in good], [getattr(g.surface, name) for g in good]
-    panel.plot(*points, 'x', color='black', label='minimum of the surface')
+    if hyper.surfaces is not None:
+      through = getattr(hyper.surfaces.laws, law_name)
+      text = f'fit of the minima, {through.exponent:.2f}'
+      panel.plot(line, through(line), ':', color='black', label=text)
+    minima = [getattr(surface, name) for surface in hyper.minima.values()]
+    panel.plot(list(hyper.minima), minima, 'x', color='black', label='minimum of the surface')
     _log_log(panel, 'C [FLOPs]', label)
     panel.legend(frameon=False, fontsize=8)
   return fig

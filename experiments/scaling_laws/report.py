@@ -166,23 +166,48 @@ def markdown(scale: study.Scale, rows: Sequence[Mapping[str, Any]], found: analy
 
 def verdict(found: analyse.Analysis) -> list[str]:
   """One line per question."""
-  hyper = found.hyper
-  lines = []
-  for what, key, paper in (
-    ('eta_opt', 'rate', study.PAPER.rate),
-    ('B_opt', 'batch', study.PAPER.batch),
-  ):
-    law, bounds = _exponent(hyper.wide, key)
-    narrow, narrow_bounds = _exponent(hyper.as_paper, key)
-    lines.append(
-      f'{what}(C): exponent {law:.3f}, {_PERCENT} % interval {_span(bounds)}; '
-      f"{grade(bounds, paper.exponent)} the paper's {paper.exponent:.4f}{_and_zero(bounds)}. "
-      f"Through the points within the paper's {_share(scaling_laws.NEAR_OPTIMAL)}: {narrow:.3f}, "
-      f'{_span(narrow_bounds)}.'
+  lines = [
+    _law_verdict(found.hyper, what, key, paper)
+    for what, key, paper in (
+      ('eta_opt', 'rate', study.PAPER.rate),
+      ('B_opt', 'batch', study.PAPER.batch),
     )
+  ]
   for kind in found.measured:
     lines += _verdict_of(found, kind)
   return lines
+
+
+def _law_verdict(hyper: analyse.Hyper, what: str, key: str, paper: scaling_laws.PowerLaw) -> str:
+  """The exponent of one law by the band or, where the grid cuts it off, by surfaces."""
+  band = f'within {_share(hyper.wide.band)} of the best'
+  cut = sum(key in grid.cut_off for grid in hyper.grids)
+  others = {
+    f'the points {band}': hyper.wide,
+    f"the points within the paper's {_share(scaling_laws.NEAR_OPTIMAL)}": hyper.as_paper,
+  }
+  if hyper.surfaces is not None:
+    others['the minima of surfaces'] = hyper.surfaces
+  through = f'the points {band}' if not cut or hyper.surfaces is None else 'the minima of surfaces'
+  law, bounds = _exponent(others.pop(through), key)
+  beside = '; '.join(
+    f'through {name} {_signed(*_exponent(laws, key))}' for name, laws in others.items()
+  )
+  text = (
+    f'{what}(C): exponent {_signed(law, bounds)} through {through}; '
+    f"{grade(bounds, paper.exponent)} the paper's {paper.exponent:.4f}, "
+    f'{grade(bounds, 0)} 0, no dependence at all. '
+  )
+  if cut:
+    text += (
+      f'(Points {band} lie on an end of the grid at {cut} of {len(hyper.grids)} budgets, which '
+      'as a rule draws an exponent through them towards 0.) '
+    )
+  return f'{text}Beside: {beside}.'
+
+
+def _signed(law: float, bounds: tuple[float, float]) -> str:
+  return f'{law:.3f}, {_PERCENT} % interval {_span(bounds)}'
 
 
 def _exponent(laws: analyse.Laws, key: str) -> tuple[float, tuple[float, float]]:
@@ -193,10 +218,6 @@ def _exponent(laws: analyse.Laws, key: str) -> tuple[float, tuple[float, float]]
 
 def _share(band: float) -> str:
   return f'{100 * band:g} %'
-
-
-def _and_zero(bounds: tuple[float, float]) -> str:
-  return ', nor from 0, no dependence at all' if bounds[0] <= 0 <= bounds[1] else ''
 
 
 def _verdict_of(found: analyse.Analysis, kind: str) -> list[str]:
@@ -262,7 +283,10 @@ def _hyper_text(hyper: analyse.Hyper) -> str:
   for grid in hyper.grids:
     surface = 'too few points'
     if grid.surface is not None:
-      surface = grid.surface.problem or f'{grid.surface.a:.3g}, {grid.surface.b:,.0f}'
+      surface = grid.surface.problem or ''
+    if grid.budget in hyper.minima:
+      minimum = hyper.minima[grid.budget]
+      surface = f'{minimum.a:.3g}, {minimum.b:,.0f}' + (f' ({surface})' if surface else '')
     lines.append(
       (
         f'{grid.budget:.3g}',
@@ -296,12 +320,25 @@ def _hyper_text(hyper: analyse.Hyper) -> str:
     f'{laws.batch.coefficient:.4g} C^{laws.batch.exponent:.4f} tokens, through all points within '
     f'{own} of the best of their budget, each the mean of {hyper.seeds} seeds. '
     f'Seeds of one point scatter by {100 * hyper.noise:.2f} % (standard deviation, pooled over '
-    f'{hyper.repeated} points within {_share(analyse.SURFACE_REGION)} of their best), '
+    f'{hyper.repeated} points within {_share(scaling_laws.REGION)} of their best), '
     f"so the paper's band of {paper} is "
     f'{"narrower" if hyper.noise > scaling_laws.NEAR_OPTIMAL else "wider"} than the luck of one '
     'seed; the intervals come from losses redrawn with the scatter of such means, near-optimal '
     'points chosen anew. '
     f'{edges} of {len(hyper.grids)} optima lie at an edge of the grid and are bounds, not values.'
+    f'{_surface_text(hyper)}'
+  )
+
+
+def _surface_text(hyper: analyse.Hyper) -> str:
+  if hyper.surfaces is None:
+    return ''
+  rate, batch = hyper.surfaces.laws.rate, hyper.surfaces.laws.batch
+  return (
+    f' Through the minima of the surfaces: eta_opt = {rate.coefficient:.4g} C^{rate.exponent:.4f}, '
+    f'B_opt = {batch.coefficient:.4g} C^{batch.exponent:.4f}. A surface is a quadratic in '
+    f'(ln rate, ln batch) through what is within {_share(scaling_laws.REGION)} of the best; minima '
+    f'up to {scaling_laws.OUTSIDE:g} times beyond the grid count.'
   )
 
 

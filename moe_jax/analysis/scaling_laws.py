@@ -1,8 +1,9 @@
 """Fits of scaling laws: pure functions of numpy arrays (DeepSeek LLM, arXiv 2401.02954, section 3).
 
 * Hyper-parameters: of a grid over batch and rate at each budget, the near-optimal points (within
-  0.25 % of the best loss) give power laws eta_opt(C) and B_opt(C) (Eq. 1); a quadratic surface
-  through the grid is the second opinion.
+  0.25 % of the best loss) give power laws eta_opt(C) and B_opt(C) (Eq. 1). Where such points lie on
+  an end of the grid, those beyond it are missing, which draws the exponent towards 0. So the minima
+  of quadratic surfaces through the grid are the second opinion.
 * IsoFLOP profiles: at each budget a parabola of the loss in ln x, x the model's FLOPs per token;
   its minimum is x_opt, D_opt = C / x_opt, and both are power laws of C (Eq. 3-4). Hence the
   exponents of x_opt and D_opt add up to 1 by construction, whatever the data: only one is measured.
@@ -22,6 +23,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 NEAR_OPTIMAL = 0.0025  # of the best loss: the paper's band
+REGION = 0.05  # above the best loss, in which a surface is fitted: it knows nothing of divergence
+OUTSIDE = 2.0  # factor by which a surface's minimum may lie beyond the grid
 MIN_POINTS = 4  # of a profile: a parabola through three has no residuals
 QUANTILES = (0.05, 0.95)  # of every interval
 NO_SLOPE = 1e-9  # of logarithms of equal values, which rounding leaves a little off 0
@@ -193,7 +196,8 @@ def fit_surface(a, b, losses) -> Surface:
   elif not all(x.min() <= p <= x.max() for x, p in zip((u, v), point)):
     problem = 'minimum outside of the grid'
   lowest = float((_quadratic(*point[:, None]) @ c)[0])
-  a, b = np.exp(point).tolist()
+  with np.errstate(over='ignore'):  # of an almost flat one
+    a, b = np.exp(point).tolist()
   return Surface(a, b, lowest, problem, c, losses - terms @ c)
 
 
@@ -246,6 +250,80 @@ def bootstrap_near_optimal(
   slope = (share @ (x * y) - mean_x * mean_y) / (share @ (x * x) - mean_x**2)
   slope = np.where(np.abs(slope) < NO_SLOPE, 0.0, slope)
   return np.stack([mean_y - slope * (mean_x + centre), slope], axis=1)
+
+
+def surface_minima(budgets, a, b, losses) -> dict[float, Surface]:
+  """The surfaces by budget that have a minimum near the grid, which is given as [n] points.
+
+  Each goes through the points within `REGION` of the lowest loss of its budget. A minimum up to
+  `OUTSIDE` times beyond the grid counts: without those just beyond an end, the others would be
+  drawn away from it.
+  """
+  budgets, a, b, losses = (np.asarray(x, float) for x in (budgets, a, b, losses))
+  found = {}
+  for budget in np.unique(budgets):
+    own = budgets == budget
+    own &= losses <= (1 + REGION) * np.nanmin(losses[own])
+    if own.sum() <= 6:
+      continue
+    surface = fit_surface(a[own], b[own], losses[own])
+    near = all(
+      x.min() / OUTSIDE <= point <= OUTSIDE * x.max()
+      for x, point in ((a, surface.a), (b, surface.b))
+    )
+    if near and not surface.problem.startswith('no minimum'):
+      found[float(budget)] = surface
+  return found
+
+
+def fit_surface_laws(budgets, a, b, losses) -> tuple[PowerLaw, PowerLaw]:
+  """The power laws in C of both coordinates of `surface_minima`.
+
+  Raises:
+    ValueError: fewer than three budgets have one.
+  """
+  minima = surface_minima(budgets, a, b, losses)
+  if len(minima) < 3:
+    raise ValueError(f'laws of surfaces need three budgets with a minimum, not {len(minima)}')
+  return (
+    fit_power_law(list(minima), [surface.a for surface in minima.values()]),
+    fit_power_law(list(minima), [surface.b for surface in minima.values()]),
+  )
+
+
+def bootstrap_surface_laws(
+  budgets, a, b, losses, noise: float, *, samples: int = 400, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+  """Refits `fit_surface_laws` to redrawn losses, as `bootstrap_near_optimal` does its law.
+
+  Args:
+    budgets: [n], C of each point of the grid.
+    a: [n], one coordinate.
+    b: [n], the other.
+    losses: [n].
+    noise: standard deviation between seeds, as a share of the loss.
+    samples: how many are drawn.
+    seed: of the draws.
+
+  Returns:
+    Two arrays [at most samples, 2] of (ln coefficient, exponent), of a and b; draws that leave
+    fewer than three budgets are dropped.
+
+  Raises:
+    ValueError: all are.
+  """
+  losses, laws = np.asarray(losses, float), []
+  for draw in np.random.default_rng(seed).standard_normal((samples, len(losses))):
+    try:
+      laws.append(fit_surface_laws(budgets, a, b, losses * (1 + noise * draw)))
+    except ValueError:
+      continue
+  if not laws:
+    raise ValueError('no draw has three budgets with a minimum')
+  one, other = zip(*laws)
+  return tuple(
+    np.array([(np.log(law.coefficient), law.exponent) for law in side]) for side in (one, other)
+  )
 
 
 def _widened(residuals: np.ndarray, parameters: int) -> np.ndarray:

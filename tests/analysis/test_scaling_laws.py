@@ -143,6 +143,44 @@ def test_every_redrawn_law_is_the_fit_of_its_near_optimal_points():
     np.testing.assert_allclose(got, [np.log(law.coefficient), law.exponent], rtol=1e-8)
 
 
+def drifting_bowls():
+  """(budgets, rates, batches, losses) of optima C^-0.2 and C^0.4, the first one off the grid."""
+  budgets = np.geomspace(1e10, 1e12, 5)
+  rates, batches = np.geomspace(1e-3, 6.4e-2, 7), 128 * 2.0 ** np.arange(4)
+  c, rate, batch = (x.ravel() for x in np.meshgrid(budgets, rates, batches, indexing='ij'))
+  best_rate, best_batch = 1e-2 * (c / 1e11) ** -0.2, 250 * (c / 1e11) ** 0.4
+  bowl = 0.01 * np.log(rate / best_rate) ** 2 + 0.01 * np.log(batch / best_batch) ** 2
+  return c, rate, batch, 2 + bowl
+
+
+def test_minima_of_surfaces_follow_an_optimum_that_leaves_the_grid():
+  c, rate, batch, losses = drifting_bowls()
+  minima = scaling_laws.surface_minima(c, rate, batch, losses)
+  assert len(minima) == 5 and 'outside' in minima[1e10].problem
+  assert minima[1e12].b == pytest.approx(250 * 10**0.4)
+  of_rate, of_batch = scaling_laws.fit_surface_laws(c, rate, batch, losses)
+  assert of_rate.exponent == pytest.approx(-0.2) and of_batch.exponent == pytest.approx(0.4)
+  # Near-optimal points end where the grid does, and their exponent is drawn towards 0.
+  near = np.concatenate([scaling_laws.near_optimal(losses[c == b], 0.01) for b in np.unique(c)])
+  assert scaling_laws.fit_power_law(c[near], batch[near]).exponent < 0.35
+  # One step further beyond is no observation.
+  far = batch > 200
+  c, rate, batch, losses = (x[far] for x in (c, rate, batch, losses))
+  assert 1e10 not in scaling_laws.surface_minima(c, rate, batch, losses)
+  one = c == 1e12
+  with pytest.raises(ValueError, match='three budgets with a minimum, not 1'):
+    scaling_laws.fit_surface_laws(c[one], rate[one], batch[one], losses[one])
+
+
+def test_redrawn_surface_laws_scatter_around_the_truth():
+  of_rate, of_batch = scaling_laws.bootstrap_surface_laws(*drifting_bowls(), 0.002, samples=60)
+  for samples, truth in ((of_rate, -0.2), (of_batch, 0.4)):
+    low, high = scaling_laws.interval(samples[:, 1])
+    assert samples.shape[1] == 2 and low < truth < high and high - low < 0.3
+  still, _ = scaling_laws.bootstrap_surface_laws(*drifting_bowls(), 0.0, samples=2)
+  np.testing.assert_allclose(still[:, 1], -0.2, rtol=1e-6)
+
+
 def test_equal_values_have_an_exponent_of_zero():
   """Not of 1e-16 either way, which an interval would tell from 0 or not by chance."""
   budgets, values = np.repeat([2e10, 4e10, 8e10], 4), np.tile([0.005, 0.01, 0.02, 0.04], 3)

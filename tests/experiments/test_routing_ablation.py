@@ -378,7 +378,9 @@ def test_an_earlier_report_that_does_not_fit_is_refused(published):
   study, directory = published
   read = earlier.read(directory, study.configs)
   earlier.check(directory, read, study.configs)
-  with pytest.raises(errors.InputError, match='runs of 3 steps, where gshard is to have 3000; give'):
+  with pytest.raises(
+    errors.InputError, match='runs of 3 steps, where gshard is to have 3000; give'
+  ):
     earlier.check(directory, read, resolved('tiny', ['gshard']))
   faster = {'m4': learning_rates.with_rate(study.configs['m4'], 0.012)}
   with pytest.raises(errors.InputError, match='m4 at a peak rate of 0.006, .*have 0.012; give'):

@@ -174,6 +174,26 @@ def test_a_wider_band_takes_more_points_and_is_the_one_that_profiles_follow(rows
   assert hyper.as_paper.laws == study.fit_laws(means, 0.0025) != hyper.wide.laws
 
 
+def test_where_the_grid_cuts_the_band_off_surfaces_decide(rows):
+  """At the middle of all grids: the band. With the best batch at an end: the surfaces."""
+
+  def moved(row, batch):  # a bowl around a rate of 5e-3 and a batch
+    away = np.log([row['rate'] / 5e-3, row['batch_tokens'] / batch])
+    loss = 2 + 0.05 * float(away @ away) + 1e-4 * row['seed']
+    return row | {'loss': loss, 'bits_per_byte': loss}
+
+  def lines(batch):
+    made = [moved(row, batch) if row['phase'] in ('hyper', 'noise') else row for row in rows]
+    return report.verdict(analyse.analyse(made, study.TINY.band))[:2]
+
+  rate, batch = lines(724)  # between 512 and 1,024
+  assert 'through the points within 1 % of the best; ' in rate and 'an end of' not in rate
+  assert 'through the points within 1 % of the best; ' in batch and 'an end of' not in batch
+  rate, batch = lines(256)
+  assert 'through the points within 1 % of the best; ' in rate and 'an end of' not in rate
+  assert 'through the minima of surfaces; ' in batch and 'at 5 of 5 budgets' in batch
+
+
 def test_the_points_of_a_model_are_dealt_out_to_the_jobs():
   points = study.points(study.TINY, 'hyper', 'dense', study.PAPER, 64)
   parts = phases._models(points, 2)
