@@ -28,9 +28,8 @@ class Scale(NamedTuple):
 
 
 SCALES = {
-  'tiny': Scale(
-    'deepseekmoe_tiny.py', 'tiny', 32, together=8, steps=3000
-  ),  # the pages' 300 decide little
+  # The pages' own 300 steps decide little.
+  'tiny': Scale('deepseekmoe_tiny.py', 'tiny', 32, together=8, steps=3000),
   'mini': Scale('deepseekmoe_mini.py', 'mini', 80, together=1),
   'small': Scale('deepseekmoe_small.py', 'small', 192, together=1),
   # Loss-free balancing as its paper trained it.
