@@ -320,10 +320,10 @@ def bootstrap_surface_laws(
       continue
   if not laws:
     raise ValueError('no draw has three budgets with a minimum')
-  one, other = zip(*laws)
-  return tuple(
-    np.array([(np.log(law.coefficient), law.exponent) for law in side]) for side in (one, other)
+  one, other = (
+    np.array([(np.log(law.coefficient), law.exponent) for law in side]) for side in zip(*laws)
   )
+  return one, other
 
 
 def _widened(residuals: np.ndarray, parameters: int) -> np.ndarray:
