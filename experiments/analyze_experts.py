@@ -7,7 +7,6 @@ Writes report.md, report.html, a PNG per probe and experts.npz to WORKDIR/expert
 much of the held-out text is looked at; 0 = all of it.
 """
 
-import json
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from experiments.common import cli, html_report
+from experiments.common import cli, html_report, json_output
 from moe_jax import errors
 
 if TYPE_CHECKING:
@@ -94,7 +93,7 @@ def main(unused_argv: Sequence[str]):
   written = [*html_report.write(blocks, out), out / 'experts.npz', *pictures.values()]
   if flags.FLAGS.json:
     readings = {name: one.reading for name, one in found.items()}
-    print(json.dumps({'step': context.step, 'readings': readings, 'skipped': skipped}))
+    json_output.show({'step': context.step, 'readings': readings, 'skipped': skipped})
     return
   for name, one in found.items():
     print(f'{name}: {one.reading}\n')

@@ -12,14 +12,13 @@ which is printed.
 """
 
 import contextlib
-import json
 import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from absl import flags
 
-from experiments.common import cli
+from experiments.common import cli, json_output
 from moe_jax import errors
 
 if TYPE_CHECKING:
@@ -101,7 +100,10 @@ def main(unused_argv: Sequence[str]):
         gained = paired.difference(getattr(here, name), getattr(there, name))
         record[f'{name}_gain'] = [gained.mean, gained.low, gained.high]
         shown.append(f'share right against {values.against}, {name}: {gained.text()}')
-  print(json.dumps(record) if values.json else '\n'.join(shown))
+  if values.json:
+    json_output.show(record)
+  else:
+    print('\n'.join(shown))
 
 
 def _ask(

@@ -8,14 +8,13 @@ the seed are one group; groups are paired by seed. Writes compare.html (interact
 report.md and report.html (to print), PNG and CSV files.
 """
 
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from absl import flags
 
-from experiments.common import cli, html_report
+from experiments.common import cli, html_report, json_output
 
 if TYPE_CHECKING:
   from moe_jax.analysis.comparison import files
@@ -48,7 +47,7 @@ def main(argv: Sequence[str]):
   if flags.FLAGS.json:
     claims = [page_data.claim_data(claim) for claim in found.claims()]
     groups = {one.name: list(one.runs) for one in found.groups}
-    print(json.dumps({'baseline': found.baseline, 'groups': groups, 'claims': claims}))
+    json_output.show({'baseline': found.baseline, 'groups': groups, 'claims': claims})
     return
   print(found)
   first = [] if written.page is None else [written.page]

@@ -4,12 +4,11 @@ Run:  python -m experiments.describe --config=configs/deepseekmoe_16b.py
         --config=configs/deepseekmoe_16b.py:dense_7b [--json]
 """
 
-import json
 from collections.abc import Sequence
 
 from absl import flags
 
-from experiments.common import cli
+from experiments.common import cli, json_output
 from moe_jax import errors
 
 
@@ -33,7 +32,7 @@ def main(argv: Sequence[str]):
   jax.config.update('jax_platforms', 'cpu')
   descriptions = [describe.describe(cfg, spec) for cfg, (spec, _) in zip(configs, pages)]
   if flags.FLAGS.json:
-    print(json.dumps([d.to_json() for d in descriptions], indent=2))
+    json_output.show([d.to_json() for d in descriptions], indent=2)
   else:
     print(describe.table(descriptions))
 

@@ -8,14 +8,13 @@ python -m experiments.evaluate --workdir=runs/v2_lite --tasks=hellaswag,gsm8k \
 """
 
 import importlib.util
-import json
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from absl import flags
 
-from experiments.common import cli
+from experiments.common import cli, json_output
 from moe_jax import errors
 
 if TYPE_CHECKING:
@@ -96,7 +95,7 @@ def main(unused_argv: Sequence[str]):
       more['domains'] = {label: one.as_dict(loaded.step) for label, one in domains.items()}
     if filled:
       more['infill'] = {label: count._asdict() for label, count in filled.items()}
-    print(json.dumps(figures.as_dict(loaded.step) | more))
+    json_output.show(figures.as_dict(loaded.step) | more)
     return
   under = ''.join(f' {key}={value}' for key, value in values.items())
   num_bytes = pipeline.num_bytes(corpus.heldout, loaded.config.model.max_seq_len)
@@ -163,7 +162,7 @@ def _tasks(loaded: 'trained_run.Run', values: dict[str, object]):
     batch_size=flags.FLAGS.batch_size,
   )
   if flags.FLAGS.json:
-    print(json.dumps({'step': loaded.step, 'tasks': found, 'overrides': values}, default=str))
+    json_output.show({'step': loaded.step, 'tasks': found, 'overrides': values}, default=str)
     return
   for task, metrics in found.items():
     numbers = {k: v for k, v in metrics.items() if isinstance(v, float)}

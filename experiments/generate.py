@@ -11,7 +11,6 @@ line that is a whole JSON string is read as one (for line ends), any other is te
 """
 
 import functools
-import json
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from experiments.common import cli
+from experiments.common import cli, json_output
 from moe_jax import errors
 from moe_jax.data import json_files
 
@@ -92,7 +91,7 @@ def main(unused_argv: Sequence[str]):
   if values.json:
     keys = ('prompt', 'completion', 'tokens', 'tokens_per_second')
     records = [dict(zip(keys, (*row, speed))) for row in zip(texts, completions, tokens)]
-    print(json.dumps(records[0] if len(records) == 1 else records))
+    json_output.show(records[0] if len(records) == 1 else records)
     return
   if not values.stream:
     between = '\n' if values.chat else ''

@@ -3,14 +3,13 @@
 python -m experiments.leakage --workdir=runs/expert_choice [--step=200] [--json]
 """
 
-import json
 import math
 import sys
 from collections.abc import Sequence
 
 from absl import flags
 
-from experiments.common import cli
+from experiments.common import cli, json_output
 
 _LOSS_NAMES = {'as_trained': 'as trained', 'shuffled': 'with tokens dealt to chunks at random'}
 
@@ -50,7 +49,7 @@ def main(unused_argv: Sequence[str]):
       'theory': theory and {key: finite(value) for key, value in theory.items()},
       'heldout_loss': losses,
     }
-    print(json.dumps(record))
+    json_output.show(record)
     return
   layers = ' '.join(f'{share:.1%}' for share in found.changed)
   print(f'step={loaded.step}: the second half of every held-out row was exchanged for another')

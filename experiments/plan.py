@@ -12,14 +12,13 @@ train.batch_size rows, whatever fewer a ramp begins with. Cost, goodput and pipe
 with --search of the best plan.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
 
-from experiments.common import cli
+from experiments.common import cli, json_output
 from moe_jax import errors
 from moe_jax.config import parse
 from moe_jax.planning import chips
@@ -74,7 +73,7 @@ def main(argv: Sequence[str]):
   if args.json:
     values = [plan.to_json() for plan in plans]
     values[0]['outlook'] = further.to_json()
-    print(json.dumps(values if args.search else values[0], indent=2))
+    json_output.show(values if args.search else values[0], indent=2)
     return
   print(text, '', outlook_text.table(further), sep='\n')
   if not plans[0].fits:

@@ -4,14 +4,13 @@ python -m experiments.routing --workdir=runs/quickstart [--step=200] [--batches=
   [--devices=8,16] [--limit=3] [--capacity_factor=1.0,1.25] [--save=assignments.npz] [--json]
 """
 
-import json
 import pathlib
 import sys
 from collections.abc import Sequence
 
 from absl import flags
 
-from experiments.common import cli
+from experiments.common import cli, json_output
 from moe_jax import errors
 
 
@@ -78,7 +77,7 @@ def main(unused_argv: Sequence[str]):
     record['devices'] = {
       d: {key: value.tolist() for key, value in figures.items()} for d, figures in found.items()
     }
-    print(json.dumps(record))
+    json_output.show(record)
     return
   print(f'step={loaded.step}: {record["tokens"]:,} tokens of {values.batches} training batches')
   for number, figures in found.items():

@@ -9,7 +9,6 @@ drift.png to WORKDIR/drift.
 """
 
 import dataclasses
-import json
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from experiments.common import cli
+from experiments.common import cli, json_output
 from moe_jax import errors
 
 if TYPE_CHECKING:
@@ -133,7 +132,7 @@ def main(unused_argv: Sequence[str]):
   drift_text.draw(found, first_layer, out / 'drift.png')
   if values.json:
     record = {'start': start_dir, 'text': values.text, 'tokens': int(before.mask.sum())}
-    print(json.dumps(record | {'steps': drift_text.record(found)}))
+    json_output.show(record | {'steps': drift_text.record(found)})
     return
   print(f'{int(before.mask.sum()):,} held-out tokens ({values.text} text); start: {start_dir}')
   print(drift_text.table(found))

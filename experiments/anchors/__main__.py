@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from experiments.common import cli
+from experiments.common import cli, json_output
 from moe_jax import atomic_files, errors
 
 
@@ -87,7 +87,7 @@ def main(unused_argv: Sequence[str]):
   atomic_files.write_text(out / 'anchors.json', json.dumps(record) + '\n')
   written = report.write(record, out)
   if values.json:
-    print(json.dumps(record))
+    json_output.show(record)
     return
   print('\n'.join(report.lines(record)))
   print('wrote: ' + ' '.join(map(str, [*written, out / 'anchors.json'])))

@@ -9,13 +9,12 @@ With --only, lines that were not measured anew are kept. See the README for what
 
 import dataclasses
 import importlib
-import json
 import pathlib
 from collections.abc import Sequence
 
 from absl import flags
 
-from experiments.common import cli
+from experiments.common import cli, json_output
 from moe_jax import errors
 
 SUITES = ('layer', 'step', 'decode', 'compile', 'scale')
@@ -58,7 +57,7 @@ def main(unused_argv: Sequence[str]):
     report.write(pathlib.Path(args.out), f'{suite}_{platform}', head, results)
   if args.json:
     fields = [{name: r.to_json()[name] for name in harness.FIELDS} for r in results]
-    print(json.dumps(fields, indent=1))
+    json_output.show(fields, indent=1)
   else:
     print(report.table(results))
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments.common import cli
+from experiments.common import cli, json_output
 from moe_jax import atomic_files, errors
 from moe_jax.api import load
 from moe_jax.api import run as run_lib
@@ -85,10 +85,10 @@ def decode():
     if values.scan:
       found = decode_lib.scan(made.scheme, hits, threshold=values.threshold)
       said = [_said(made.scheme, one.chunks, one.p_value) | {'start': one.start} for one in found]
-      print(json.dumps(said))
+      json_output.show(said)
     else:
       chunks = decode_lib.read_all(made.scheme, hits)
-      print(json.dumps(_said(made.scheme, chunks, max(chunk.p_value for chunk in chunks))))
+      json_output.show(_said(made.scheme, chunks, max(chunk.p_value for chunk in chunks)))
 
 
 def attack():
