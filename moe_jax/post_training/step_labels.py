@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from moe_jax import atomic_files, errors
+from moe_jax.data import json_files
 
 
 class Labelled(NamedTuple):
@@ -72,7 +73,7 @@ def read(path: str | pathlib.Path, field: str) -> list[Labelled]:
     errors.InputError: it is not there, empty, or a line has another form.
   """
   try:
-    lines = pathlib.Path(path).read_text(encoding='utf-8').splitlines()
+    lines = json_files.lines(pathlib.Path(path))
   except (OSError, ValueError) as e:
     raise errors.InputError(
       f'{field}={str(path)!r} must be a file of labelled steps ({e}); write one with '
@@ -80,6 +81,8 @@ def read(path: str | pathlib.Path, field: str) -> list[Labelled]:
     ) from e
   found = []
   for number, line in enumerate(lines, start=1):
+    if not line.strip():
+      continue
     try:
       found.append(_parsed(json.loads(line)))
     except (ValueError, KeyError, TypeError) as e:

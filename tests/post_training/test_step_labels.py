@@ -39,6 +39,14 @@ def test_a_file_is_read_as_written(tmp_path):
   assert step_labels.read(path, '--labels') == [ONE, ONE._replace(truth=None)]
 
 
+def test_a_file_of_another_program_is_read(tmp_path):
+  """With a byte order mark, Windows' ends of lines, and a line separator within a text."""
+  separated = ONE._replace(question='two\u2028lines')
+  text = json.dumps(separated._asdict(), ensure_ascii=False) + '\r\n'
+  (tmp_path / 'labels.jsonl').write_bytes(b'\xef\xbb\xbf' + text.encode() + b'\r\n')
+  assert step_labels.read(tmp_path / 'labels.jsonl', '--labels') == [separated]
+
+
 @pytest.mark.parametrize(
   'change',
   [
