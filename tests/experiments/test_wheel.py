@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip('setuptools', minversion='70.1')  # makes wheels by itself
 
 ROOT = pathlib.Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures('quick_processes')
 
 
 @pytest.fixture(scope='module')
