@@ -49,26 +49,26 @@ def run(trained):
   return moe_jax.load(trained.directory)
 
 
-def plain_logits(run, ids) -> np.ndarray:
-  """[L, V] of one row without padding, on one device."""
+def plain(run, ids) -> transformer.Output:
+  """Of one row without padding, on one device."""
   tokens = jnp.asarray([ids], jnp.int32)
   places = jnp.arange(len(ids), dtype=jnp.int32)[None]
   variables = jax.device_get(run.variables)
   model = transformer.Transformer(run.config.model)
-  return np.asarray(model.apply(variables, tokens, places, jnp.ones_like(tokens)).logits[0])
+  return jax.jit(model.apply)(variables, tokens, places, jnp.ones_like(tokens))
+
+
+def plain_logits(run, ids) -> np.ndarray:
+  """[L, V]"""
+  return np.asarray(plain(run, ids).logits[0])
 
 
 def test_vectors_of_texts_are_means_over_their_own_tokens(run):
   texts = [TEXT, 'a', 'class Longer:\n  pass', *(f'{i} = {i * i}' for i in range(40))]
   found = run.embed(texts)
   assert found.shape == (43, run.config.model.embed_dim) and found.dtype == np.float32
-  variables = jax.device_get(run.variables)
   for i in (0, 42):
-    tokens = jnp.asarray([run.encode(texts[i])], jnp.int32)
-    places = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    out = transformer.Transformer(run.config.model).apply(
-      variables, tokens, places, jnp.ones_like(tokens)
-    )
+    out = plain(run, run.encode(texts[i]))
     np.testing.assert_allclose(found[i], out.normed[0].mean(axis=0), rtol=1e-4, atol=1e-5)
   with pytest.raises(errors.InputError, match='the text has .* tokens'):
     run.embed(['x' * 10_000])
