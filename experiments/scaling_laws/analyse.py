@@ -129,7 +129,7 @@ def scatter(rows: Sequence[Row]) -> tuple[float, int]:
   """The standard deviation between seeds over the mean, and the number of points it is pooled over.
 
   Points far from the best of their budget are left out: where rates are too high, seeds scatter
-  more than where the laws look.
+  more than where the laws look. Where no point near the best was repeated, all that were count.
   """
   points = {}
   for row in {row['key']: row for row in rows}.values():  # a point may be of two phases
@@ -139,11 +139,9 @@ def scatter(rows: Sequence[Row]) -> tuple[float, int]:
   best = {}
   for (budget, *_), mean in means.items():
     best[budget] = np.fmin(mean, best.get(budget, mean))  # not of one that diverged
-  near = [
-    point
-    for point, losses in points.items()
-    if len(losses) > 1 and means[point] <= (1 + scaling_laws.REGION) * best[point[0]]
-  ]
+  repeated = [point for point, losses in points.items() if len(losses) > 1]
+  near = [p for p in repeated if means[p] <= (1 + scaling_laws.REGION) * best[p[0]]]
+  near = near or [p for p in repeated if math.isfinite(means[p])]
   squares = sum((loss / means[point] - 1) ** 2 for point in near for loss in points[point])
   return math.sqrt(squares / sum(len(points[point]) - 1 for point in near)), len(near)
 

@@ -163,6 +163,9 @@ def test_scatter_is_pooled_over_points_near_the_best():
   far = point(0.4, 1.0, 1.4) + point(0.3, 1.0) + point(0.8, float('nan'), 1.0)
   found, number = analyse.scatter([*near, *far, *near[:2]])  # two of them in both phases
   assert found == pytest.approx(0.01 * np.sqrt(5)) and number == 2
+  # The phase `noise` alone, at a point that is not near the best.
+  found, number = analyse.scatter([*point(0.1, 1.0), *point(0.2, 1.98, 2.02)])
+  assert found == pytest.approx(0.01 * np.sqrt(2)) and number == 1
 
 
 def test_a_wider_band_takes_more_points_and_is_the_one_that_profiles_follow(rows):
