@@ -31,6 +31,7 @@ setuptools.setup(
     'jax>=0.10',
     'jinja2>=3.1',  # chat templates of checkpoints
     'matplotlib>=3.9',
+    'pillow>=10',
     'ml-dtypes>=0.5',
     'ml-collections>=1.0',
     'numpy>=2.0',

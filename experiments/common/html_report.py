@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import html
+import io
 import pathlib
 import re
 from collections.abc import Sequence
@@ -128,9 +129,22 @@ def _html(block: Block) -> str:
       body = ''.join(f'<tr>{row("td", cells)}</tr>' for cells in rows)
       return f'<table><tr>{row("th", header)}</tr>{body}</table>'
     case Picture(path, caption):
-      data = base64.b64encode(path.read_bytes()).decode()
+      data = base64.b64encode(_with_palette(path)).decode()
       image = f'<img alt="{html.escape(caption)}" src="data:image/png;base64,{data}">'
       return f'<figure>{image}<figcaption>{_inline(caption)}</figcaption></figure>'
+
+
+def _with_palette(path: pathlib.Path) -> bytes:
+  """A PNG in 256 colours: plots look the same in them, at a third of the size."""
+  import PIL.Image
+
+  small = io.BytesIO()
+  with PIL.Image.open(path) as image:
+    flat = PIL.Image.alpha_composite(
+      PIL.Image.new('RGBA', image.size, 'white'), image.convert('RGBA')
+    ).convert('RGB')
+    flat.quantize(256, dither=PIL.Image.Dither.NONE).save(small, 'PNG', optimize=True)
+  return small.getvalue()
 
 
 def _inline(text: str) -> str:

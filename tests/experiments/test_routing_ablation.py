@@ -1,6 +1,8 @@
 """The study: what its arms cost, verdicts from constructed figures, and (slow) the command."""
 
+import base64
 import dataclasses
+import io
 import json
 import pathlib
 import re
@@ -8,6 +10,7 @@ import subprocess
 import sys
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from configs import routing
@@ -490,6 +493,21 @@ def test_a_page_in_both_languages(tmp_path):
   text = html.read_text()
   assert '<h1>A &lt; B</h1>' in text and '<strong>bold</strong> and <code>code</code>' in text
   assert '<td><a href="there">to</a></td>' in text
+
+
+def test_an_embedded_picture_is_small_and_the_same_to_the_eye(tmp_path):
+  rng = np.random.default_rng(0)
+  pixels = np.full((64, 64, 4), 255, np.uint8)  # one line of many shades on white
+  pixels[20, :, :3] = rng.integers(0, 40, (64, 3))
+  pixels[40:, :, 3] = 0  # transparent is white on the page
+  PIL.Image.fromarray(pixels).save(tmp_path / 'plot.png')
+  _, html = html_report.write([html_report.Picture(tmp_path / 'plot.png', 'A')], tmp_path)
+  data = base64.b64decode(re.search(r'base64,([^"]+)"', html.read_text())[1])
+  assert len(data) < (tmp_path / 'plot.png').stat().st_size
+  with PIL.Image.open(io.BytesIO(data)) as image:
+    shown = np.asarray(image.convert('RGB')).astype(int)
+  assert shown.shape == (64, 64, 3) and (shown[40:] == 255).all()
+  assert np.abs(shown[:40] - pixels[:40, :, :3]).max() < 30
 
 
 @pytest.fixture(scope='module')
