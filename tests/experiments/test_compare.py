@@ -2,6 +2,7 @@
 
 import json
 
+import PIL.Image
 import pytest
 
 from experiments import compare
@@ -14,7 +15,7 @@ from tests.analysis.comparison import written
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
   def draw(found, out):
-    (out / 'a.png').write_bytes(b'png')
+    PIL.Image.new('RGB', (2, 2)).save(out / 'a.png')
     return [(out / 'a.png', 'a picture')]
 
   monkeypatch.setattr(pictures, 'draw', draw)
