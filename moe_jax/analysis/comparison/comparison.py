@@ -75,6 +75,16 @@ class Comparison:
     reasons = fairness.reasons(self.group(arm), self.group(baseline or self.baseline))
     return reasons or ['no step was logged with a finite loss in every run of both']
 
+  def curve_verdict(self, arm: str, baseline: str = '') -> str:
+    """What the `curve` of two groups says alone, where nothing was evaluated."""
+    curve = self.curve(arm, baseline)
+    if curve is None or len(curve.tokens) < difference_curves.MIN_POINTS:
+      return paired.UNDECIDED
+    found = difference_curves.outcome(curve, 'lower')
+    if fairness.same_rates(self.group(arm), self.group(baseline or self.baseline)):
+      return verdicts.in_words(found.verdict)
+    return verdicts.in_words(paired.verdict(found.end, 'lower'))
+
   def curve_sentences(self) -> list[str]:
     """For each other group, how its loss moves against the baseline's, in words."""
     claims = self.claims()
@@ -84,7 +94,7 @@ class Comparison:
       pair = f'`{one.name}` against `{self.baseline}`, training loss'
       curve = self.curve(one.name) if one.name != self.baseline else None
       if curve is not None:
-        verdict = at_end.get(one.name) or verdict_of(curve)
+        verdict = at_end.get(one.name) or self.curve_verdict(one.name)
         lines.append(f'{pair}: {difference_curves.sentence(curve, verdict)}')
       elif one.name != self.baseline and one.name not in said:
         lines.append(verdicts.no_difference(pair, self.curve_reasons(one.name)))
@@ -128,13 +138,6 @@ class Comparison:
     lines += [_plain(verdicts.sentence(claim)) for claim in self.claims()]
     lines += [_plain(line) for line in [*self.curve_sentences(), *self.remarks()]]
     return '\n'.join(lines)
-
-
-def verdict_of(curve: difference_curves.Curve) -> str:
-  """Of the training loss alone, where nothing was evaluated."""
-  if len(curve.tokens) < difference_curves.MIN_POINTS:
-    return paired.UNDECIDED
-  return verdicts.in_words(difference_curves.outcome(curve, 'lower').verdict)
 
 
 def _plain(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from moe_jax.analysis import difference_curves
 from moe_jax.analysis.comparison import groups as groups_lib
 from moe_jax.config import schema
 from moe_jax.planning import describe, matched_budgets
@@ -50,6 +51,12 @@ def reasons(first: groups_lib.Group, second: groups_lib.Group) -> list[str]:
     if values[0] != values[1]:
       found.append(f'the data order differs ({key}: {values[0]} and {values[1]})')
   return found
+
+
+def same_rates(first: groups_lib.Group, second: groups_lib.Group) -> bool:
+  """Whether two groups have the same learning rate at every step, and so the same length."""
+  lengths = {one.cfg.train.num_steps for one in (first, second)}
+  return len(lengths) == 1 and difference_curves.same_rates(first.cfg.optim, second.cfg.optim)
 
 
 def _value(cfg: schema.Config, key: str) -> object:

@@ -97,7 +97,7 @@ def _against(found: comparison_lib.Comparison, baseline: str) -> dict[str, Any]:
     if curve is None:
       differences[one.name] = {'reasons': found.curve_reasons(one.name, baseline)}
     else:
-      verdict = at_end.get(one.name) or comparison_lib.verdict_of(curve)
+      verdict = at_end.get(one.name) or found.curve_verdict(one.name, baseline)
       differences[one.name] = _difference(curve, verdict)
   return {
     'claims': [claim_data(claim) for claim in claims],

@@ -55,7 +55,7 @@ def _differences(found: comparison_lib.Comparison, out: pathlib.Path) -> Drawn |
   for one in found.groups:
     curve = found.curve(one.name) if one.name != found.baseline else None
     if curve is not None:
-      verdict = at_end.get(one.name) or comparison_lib.verdict_of(curve)
+      verdict = at_end.get(one.name) or found.curve_verdict(one.name)
       title = f'{one.name} − {found.baseline}'
       panels.append(difference_pictures.Panel(title, curve, verdict))
   if not panels:

@@ -146,7 +146,7 @@ def _moves(
   """Whether bits per byte wait for longer runs, by the slope of the training loss."""
   if curve is None or len(curve.tokens) < difference_curves.MIN_POINTS:
     return False
-  if not difference_curves.same_rates(arm.cfg.optim, baseline.cfg.optim):
+  if not fairness.same_rates(arm, baseline):
     return False
   bits, nats = (held_out(baseline, key) for key in (BITS, 'loss'))
   if not all(seed in nats for seed in seeds):

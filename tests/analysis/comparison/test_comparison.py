@@ -50,6 +50,19 @@ def test_the_loss_alone_is_graded_where_nothing_was_evaluated(tmp_path):
   assert paired.UNDECIDED in comparison.compare(few).curve_sentences()[0]
 
 
+def test_a_curve_waits_for_its_slope_only_at_one_learning_rate(tmp_path):
+  def sentence(name, **second):
+    found = written.two_groups(tmp_path / name, held_out=False, loss=0.95, slope=0.2, **second)
+    found = comparison.compare(found)
+    (said,) = page_data.data(found)['against']['plain']['differences'].values()
+    assert said['text'] in (line := found.curve_sentences()[0])
+    return line
+
+  assert ': not yet decided at' in sentence('same')
+  for name, second in (('rate', {'optim__peak_lr': 0.5}), ('length', {'train__num_steps': 48})):
+    assert ': lower at' in sentence(name, **second)
+
+
 def test_no_curve_without_pairs(tmp_path):
   found = comparison.compare(written.two_groups(tmp_path, train__batch_size=4))
   assert found.curve('bias') is None and found.curve_sentences() == []  # a claim says it
