@@ -214,5 +214,6 @@ def sentence(found: Curve, verdict: str, digits: int = 3) -> str:
   if crossing is not None:
     side = 'below' if crossing.lower_after else 'above'
     return f'{text}; {side} zero after {crossing.text()}'
-  side = 'below' if found.differences.mean() < 0 else 'above'
+  mean = found.differences.mean()
+  side = 'below' if mean < 0 else 'above' if mean > 0 else 'at'
   return f'{text}; no crossover: the mean is {side} zero throughout'

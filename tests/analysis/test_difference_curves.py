@@ -143,6 +143,9 @@ def test_in_words():
   assert 'no crossover: the mean is above zero throughout' in difference_curves.sentence(
     made([0.1, 0.2]), 'contradicted'
   )
+  assert 'no crossover: the mean is at zero throughout' in difference_curves.sentence(
+    made([0.0, 0.0], noise=0.0), paired.UNDECIDED
+  )
   assert difference_curves.millions(307_200) == '0.307M'
 
 
