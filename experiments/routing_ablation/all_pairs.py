@@ -80,7 +80,9 @@ def draw(path: pathlib.Path, found: Sequence[Pair]) -> html_report.Picture:
         axes.text(column, row, f'{size:.0f}', color='0.45', **words)
       else:
         axes.text(column, row, f'{size:.0f}', color='black', weight='bold', **words)
-    axes.imshow(behind, cmap='Oranges', norm=colors.PowerNorm(0.5, 0, 2 * np.nanmax(behind)))
+    # The better arm of all its seeds may be behind over those that both have.
+    top = max(1.0, 2 * float(np.nanmax(behind)))
+    axes.imshow(behind, cmap='Oranges', norm=colors.PowerNorm(0.5, 0, top))
     axes.set_xticks(range(len(names)), names, rotation=90)
     axes.set_yticks(range(len(names)), names)
     axes.set_title('row minus column, thousandths of a bit per byte', fontsize=10)

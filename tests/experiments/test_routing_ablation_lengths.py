@@ -62,6 +62,16 @@ def test_any_two_arms_against_each_other(tmp_path):
   assert picture.path.stat().st_size > 1000
 
 
+def test_an_arm_that_is_behind_over_the_common_seeds_is_drawn(tmp_path):
+  results = {
+    'gshard': {seed: ablation.run_of(2.0) for seed in (0, 1)},
+    'hash': {seed: ablation.run_of(2.1 if seed < 2 else 1.5) for seed in (0, 1, 2)},
+  }
+  (pair,) = found = all_pairs.pairs(results)
+  assert pair.arm == 'hash' and pair.difference.mean == pytest.approx(0.1)
+  assert all_pairs.draw(tmp_path / 'pairs.png', found).path.stat().st_size > 1000
+
+
 def test_the_published_lengths_are_those_of_the_published_reports(tmp_path):
   top = ROOT / 'experiments/routing_ablation'
   names = ('tiny', 'tiny_1000', 'tiny_3000', 'tiny_6000')
