@@ -72,13 +72,12 @@ def commands_of(argv: Sequence[str], results: measure.Results) -> list[str]:
   words = [word for word in argv if not word.startswith(own)]
   lines = []
   for seeds, names in _by_seeds(results).items():
-    some = [] if len(names) == len(arms.ARMS) else [f'--arms={",".join(names)}']
     first = seeds == tuple(range(len(seeds)))
     # A single number says how many.
     given = (
       str(len(seeds)) if first else ','.join(map(str, seeds * 2 if len(seeds) == 1 else seeds))
     )
-    words_of_it = [*words, *some, f'--seeds={given}']
+    words_of_it = [*words, f'--arms={",".join(names)}', f'--seeds={given}']
     lines.append(shlex.join(['python', '-m', MODULE, '--workdir=W', *words_of_it]))
   return lines
 

@@ -423,6 +423,9 @@ def test_the_commands_train_all_runs_and_hide_the_machine():
     f'{common} --arms=hash --seeds=3,7',
     f'{common} --arms=m4 --seeds=7,7',  # a single number says how many
   ]
+  # Without their names those aside would not be trained.
+  (line,) = report.commands_of(given, dict.fromkeys(arms.ARMS, {0: None}))
+  assert line == f'{common} --arms={",".join(arms.ARMS)} --seeds=1'
 
 
 def test_claims_against_the_length_of_training(study, tmp_path):
