@@ -60,6 +60,8 @@ class Parabola:
   @property
   def problem(self) -> str:
     """Why the minimum is no observation; '' if it is one."""
+    if np.isnan(self.curvature):
+      return 'a loss is not finite'
     if not self.curvature > 0:
       return 'no minimum: the parabola opens downwards'
     if self.minimum < self.low:

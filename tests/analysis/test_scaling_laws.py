@@ -63,6 +63,8 @@ def test_a_minimum_outside_of_the_sizes_is_named_and_left_out():
   assert 'above' in scaling_laws.fit_parabola(above.sizes, above.losses).problem
   upside_down = scaling_laws.fit_parabola(below.sizes, -profile(1e18).losses)
   assert 'opens downwards' in upside_down.problem
+  diverged = [np.nan, *profile(1e18).losses[1:]]
+  assert scaling_laws.fit_parabola(below.sizes, diverged).problem == 'a loss is not finite'
   good = [profile(b) for b in BUDGETS[:2]]
   found = scaling_laws.fit_allocation(
     [*good, scaling_laws.Profile(1e19, below.sizes, below.losses)], samples=5
