@@ -68,7 +68,8 @@ def plan(
     results: of the runs that are there.
     seconds: of a run, by arm.
     available: seconds of all processes together.
-    first: pairs that say how many seeds a claim needs; a claim with fewer asks for these first.
+    first: seeds of a first look, at least two; a claim with fewer pairs than these and than three,
+      which say how many it needs, asks for them first.
   """
   have = {name: len(results.get(name, {})) for name in asked}
   seeds, left, parts = dict(have), available, []
@@ -94,6 +95,7 @@ def _need(claim: arms.Claim, results: measure.Results, first: int) -> tuple[int,
   """(pairs that are there, seeds that are needed, whether these are a first look)."""
   found = measure.against(results, claim.arm, claim.baseline, claim.figure) or ([], [])
   differences = [a - b for a, b in zip(*found)]
+  first = max(first, 2)  # a single pair says nothing of the spread
   if len(differences) < min(first, 3):
     return len(differences), first, True
   margin = arms.EQUAL_MARGIN * statistics.fmean(found[1]) if claim.direction == 'equal' else None

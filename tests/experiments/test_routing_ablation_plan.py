@@ -115,6 +115,13 @@ def test_what_no_number_of_seeds_decides_is_left_out():
   assert 'no 100 seeds decide it by the 3' in budget.lines(plan, 1.0, 1)[1]
 
 
+def test_one_pair_asks_for_another():
+  found = results(gshard=[2.0], deepseekmoe=[1.9])
+  plan = budget.plan(list(found), found, dict.fromkeys(found, 1.0), available=1e9, first=1)
+  assert plan.parts[0].first_look and plan.seeds == {'gshard': 2, 'deepseekmoe': 2}
+  assert 'no 100 seeds' not in ''.join(budget.lines(plan, 1.0, 1))
+
+
 def test_the_time_of_a_run_is_its_own_or_taken_from_its_flops():
   configs = {name: arms.resolve(arms.ARMS[name], 'tiny') for name in ('dense', 'dense_x16')}
   seconds = budget.seconds_per_run(configs, results(dense=[1.0, 2.0]))
