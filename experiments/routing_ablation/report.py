@@ -194,7 +194,7 @@ def _verdicts(study: Study, graded: Sequence[Graded]) -> list[html_report.Block]
     if (found := slope(study.results, sweep)) is not None:
       lines.append(
         f'{sweep.title}: {found[0].text(4)} bits per byte per doubling of {sweep.axis}'
-        f'{_lowest(sweep, found[1])}.'
+        f'{_lowest(sweep, found[1], study.results)}.'
       )
   blocks: list[html_report.Block] = [
     html_report.Heading(f'Routing ablation, scale {study.scale}', 1),
@@ -224,11 +224,12 @@ def _verdicts(study: Study, graded: Sequence[Graded]) -> list[html_report.Block]
   return blocks
 
 
-def _lowest(sweep: arms.Sweep, parabola: np.ndarray) -> str:
-  """Where the parabola is lowest, if that lies among the arms."""
+def _lowest(sweep: arms.Sweep, parabola: np.ndarray, results: measure.Results) -> str:
+  """Where the parabola is lowest, if that lies among the arms that were trained."""
   bend, slope, _ = parabola
   at = -slope / (2 * bend) if bend > 0 else -math.inf  # its logarithm to base 2
-  low, high = (math.log2(pick(sweep.points.values())) for pick in (min, max))
+  trained = [point for name, point in sweep.points.items() if results.get(name)]
+  low, high = (math.log2(pick(trained)) for pick in (min, max))
   inside = low < at < high
   return f'; the parabola through the means is lowest at {2**at:.1f}' if inside else ''
 

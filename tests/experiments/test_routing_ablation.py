@@ -257,6 +257,20 @@ def test_slope_of_a_sweep(study):
   assert report.slope(study.results, arms.SWEEPS[1]) is None
 
 
+def test_a_sweep_is_lowest_among_its_trained_points_or_nowhere(study):
+  """Parabolas in log2 m through m = 2, 4 and 8, lowest at 2.5 and at 3.5."""
+
+  def line(bottom, *names):
+    for at, name in enumerate(names, start=1):
+      study.results[name] = dict.fromkeys((0, 1), run_of(2.0 + 0.01 * (at - bottom) ** 2))
+    (found,) = report._verdicts(study, [])[2].items
+    return found
+
+  assert line(2.5, 'm2', 'm4', 'm8').endswith('; the parabola through the means is lowest at 5.7.')
+  assert line(3.5, 'm2', 'm4', 'm8').endswith(' of m, parts of a conventional expert.')
+  assert line(3.5, 'm2', 'm4', 'm8', 'm16').endswith(' is lowest at 11.3.')
+
+
 def test_report_is_whole(study, tmp_path):
   written = report.write(tmp_path / 'out', study, ['python -m this'])
   names = {path.name for path in written}
