@@ -10,7 +10,7 @@ import jax
 import tqdm
 from absl import flags
 
-from experiments.common import cli, local_jobs
+from experiments.common import cli, local_jobs, study_record
 from experiments.scaling_laws import report, study, trainer
 from moe_jax import atomic_files, errors
 from moe_jax.config import schema
@@ -35,7 +35,7 @@ def main(unused_argv: Sequence[str]):
     return
   workdir = pathlib.Path(cli.required('workdir'))
   given = {'scale': scale.name, 'data_source': values.data_source, 'data_path': values.data_path}
-  check_study(workdir, given)
+  study_record.check(workdir, given)
   # Two stages, since the grid decides how the profiles are trained; within one, a model is compiled
   # once.
   for stage in (('hyper', 'noise'), ('isoflop', 'heldout')):
@@ -49,32 +49,6 @@ def main(unused_argv: Sequence[str]):
     local_jobs.run(MODULE, models, train_one, [f'--phases={",".join(phases)}'])
   if not local_jobs.is_shard():
     _report(scale, workdir)
-
-
-def check_study(workdir: pathlib.Path, given: Mapping[str, str]):
-  """Refuses a workdir whose points are of another scale or text; records those of a new one.
-
-  Args:
-    workdir: of the study.
-    given: values of the flags that decide what a point is, by name.
-
-  Raises:
-    errors.InputError: the points there were trained with other values.
-  """
-  path = workdir / 'study.json'
-  if path.exists():
-    old = json.loads(path.read_text(encoding='utf-8'))
-    changed = [
-      f'--{key}={given[key]} (was {old.get(key)})' for key in given if given[key] != old.get(key)
-    ]
-    errors.require(
-      not changed,
-      f'--workdir={workdir} holds points of another study: {", ".join(changed)}; give the old '
-      'values, or another --workdir',
-    )
-  else:
-    workdir.mkdir(parents=True, exist_ok=True)
-    atomic_files.write_text(path, json.dumps(dict(given), indent=2) + '\n')
 
 
 def _report(scale: study.Scale, workdir: pathlib.Path):

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments.common import cli, local_jobs, package_functions, readme_tables
+from experiments.common import cli, local_jobs, package_functions, readme_tables, study_record
 from moe_jax import atomic_files, errors
 from moe_jax.analysis import paired
 from moe_jax.analysis.purification import attacks
@@ -62,6 +62,8 @@ def main(unused_argv: Sequence[str]):
   readme_tables.check(pathlib.Path(values.out), *_comments())
   other = json_files.read_object(pathlib.Path(values.beside), _WAY_OUT) if values.beside else None
   base = load.load(base_dir, flag='--base')
+  fixed = ('base', 'task', 'tokens', 'n')  # the last two are in no config of a run
+  study_record.check(workdir, {name: values[name].value for name in fixed})
   if values.task != 'sums' and not local_jobs.is_shard():
     _write_examples(base, values.task, workdir / f'{values.task}.jsonl')
   scores = {seed: _scores(base, base_dir, workdir, seed) for seed in seeds}

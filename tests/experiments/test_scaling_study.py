@@ -56,14 +56,6 @@ def test_a_page_whose_steps_may_be_skipped_is_refused():
     trainer.Trainer(tiny.make(optim__spike_sigma=6.0), None, 8)
 
 
-def test_points_of_another_text_are_not_taken(tmp_path):
-  given = {'scale': 'tiny', 'data_source': 'text', 'data_path': 'a.txt'}
-  for _ in range(2):
-    phases.check_study(tmp_path / 'study', given)
-  with pytest.raises(errors.InputError, match=r'--data_path=b.txt \(was a.txt\)'):
-    phases.check_study(tmp_path / 'study', {**given, 'data_path': 'b.txt'})
-
-
 def test_model_scale_has_the_papers_table():
   """Table 3 of arXiv 2401.02954: layers, D -> N1, N2, M; vocabulary 102400, 4096 tokens."""
   page = parse.from_dict(deepseek_llm_7b.get_config().to_dict())

@@ -4,9 +4,12 @@ import re
 
 import pytest
 
+from experiments.common import study_record
+from experiments.specialisation import __main__ as command
 from experiments.specialisation import study
 from moe_jax import errors
 from moe_jax.config import schema
+from tests import in_process
 
 
 def result(share, general, **others):
@@ -84,6 +87,16 @@ def test_what_is_chosen_follows_from_scores_p_and_seed(tmp_path):
   drawn = [chosen('random:p=0.5', seed) for seed in range(8)]
   assert {len(set(layer)) for layers in drawn for layer in layers} == {2}
   assert len({str(sorted(layers[0])) for layers in drawn}) > 1
+
+
+def test_runs_that_were_asked_or_scored_otherwise_are_not_taken(tmp_path, monkeypatch):
+  monkeypatch.setattr(study.load, 'load', lambda *_, **__: None)
+  old = {'base': 'runs/base', 'task': 'sums', 'tokens': 16_384, 'n': 512}
+  study_record.check(tmp_path, old)
+  given = ('--base=runs/base', '--task=sums', f'--workdir={tmp_path}', f'--out={tmp_path}')
+  for word, words in (('--n=64', r'--n=64 \(was 512\)'), ('--tokens=9', r'\(was 16384\)')):
+    with pytest.raises(errors.InputError, match=words):
+      in_process.run(command, *given, word)
 
 
 def test_the_study_has_a_place_for_every_table_that_its_page_names():
