@@ -69,7 +69,7 @@ def commands_of(argv: Sequence[str], results: measure.Results) -> list[str]:
   """
   own = ('--out=', '--workdir=', '--shard=', '--part=', '--earlier=', '--jobs=', '--budget_hours=')
   own += ('--arms=', '--seeds=')
-  words = [word for word in argv if not word.startswith(own)]
+  words = [word for word in _with_equals_signs(argv) if not word.startswith(own)]
   lines = []
   for seeds, names in _by_seeds(results).items():
     first = seeds == tuple(range(len(seeds)))
@@ -80,6 +80,17 @@ def commands_of(argv: Sequence[str], results: measure.Results) -> list[str]:
     words_of_it = [*words, f'--arms={",".join(names)}', f'--seeds={given}']
     lines.append(shlex.join(['python', '-m', MODULE, '--workdir=W', *words_of_it]))
   return lines
+
+
+def _with_equals_signs(argv: Sequence[str]) -> list[str]:
+  """Flags as --name=value, where they may be -name=value or have the value as the next word."""
+  found: list[str] = []
+  for word in argv:
+    if word.startswith('-'):
+      found.append('--' + word.lstrip('-'))
+    else:
+      found[-1] += f'={word}'  # a word that belongs to no flag has been refused
+  return found
 
 
 def _by_seeds(results: measure.Results) -> dict[tuple[int, ...], list[str]]:
