@@ -430,7 +430,8 @@ def test_the_commands_train_all_runs_and_hide_the_machine():
     'dense': dict.fromkeys(range(5)),
     'm4': {7: None},
   }
-  given = ['--scale', 'tiny', '-workdir=/some/where', '--out', '/else', '--earlier=there', '--seeds=9']
+  given = ['--scale', 'tiny', '-workdir=/some/where', '--out', '/else', '--earlier=there']
+  given.append('--seeds=9')
   common = 'python -m experiments.routing_ablation --workdir=W --scale=tiny'
   assert report.commands_of(given, results) == [
     f'{common} --arms=gshard,dense --seeds=5',
