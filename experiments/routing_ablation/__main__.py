@@ -1,9 +1,9 @@
 """GShard against fine-grained routing, and the other claims of the papers, on matched arms.
 
 python -m experiments.routing_ablation --scale=tiny|mini|small|2b --workdir=W [--arms=a,b]
-  [--seeds=5] [--steps=N] [--jobs=2] [--together=N] [--data_source=S --data_path=P] [--dry_run]
-  [--out=DIR] [--learning_rates=A,B,C --rate_seeds=2 | --rates_from=DIR] [--budget_hours=H]
-  [--earlier=DIR]
+  [--seeds=5] [--steps=N] [--jobs=2] [--together=N] [--out=DIR] [--earlier=DIR] [--dry_run]
+  [--data_source=S --data_path=P --heldout_fraction=F] [--budget_hours=H]
+  [--learning_rates=A,B,C --rate_seeds=2 | --rates_from=DIR]
 
 Prints what the arms cost and refuses pairs that do not match; trains each arm with all seeds, as an
 axis of one compiled step where they fit; evaluates, probes, times; writes the report. The same
@@ -33,6 +33,9 @@ def define_flags():
   flags.DEFINE_integer('together', 0, 'seeds that train as one; 0 = what suits the scale')
   flags.DEFINE_string('data_source', '', 'data.source of all arms; as the pages say without')
   flags.DEFINE_string('data_path', '', 'data.path of all arms; as the pages say without')
+  flags.DEFINE_float(
+    'heldout_fraction', None, 'data.heldout_fraction of all arms; few documents need more'
+  )
   flags.DEFINE_bool(
     'dry_run', False, 'print what the arms cost and whether they match; no training'
   )

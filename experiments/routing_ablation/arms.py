@@ -353,7 +353,12 @@ def of_scale(scale: str) -> list[Arm]:
 
 
 def resolve(
-  arm: Arm, scale: str, steps: int = 0, data_path: str = '', source: str = ''
+  arm: Arm,
+  scale: str,
+  steps: int = 0,
+  data_path: str = '',
+  source: str = '',
+  heldout_fraction: float | None = None,
 ) -> schema.Config:
   """The run of an arm at a scale.
 
@@ -363,6 +368,7 @@ def resolve(
     steps: training steps; 0 = those of the scale, or as the page says.
     data_path: of the text; '' = as the page says.
     source: kind of the text, `data.source`; '' = as the page says.
+    heldout_fraction: `data.heldout_fraction`; None = as the page says.
   """
   values = arm.values(scale)
   steps = steps or SCALES[scale].steps
@@ -375,4 +381,6 @@ def resolve(
     values.data.path = data_path
   if source:
     values.data.source = source
+  if heldout_fraction is not None:
+    values.data.heldout_fraction = heldout_fraction
   return cli.resolve(values)

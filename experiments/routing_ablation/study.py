@@ -45,8 +45,8 @@ class Unit(NamedTuple):
 def main(unused_argv: Sequence[str]):
   """Checks, trains, measures, reports."""
   values = flags.FLAGS
-  given = (values.scale, values.steps, values.data_path, values.data_source)
-  pages = {arm.name: arms.resolve(arm, *given) for arm in arms.of_scale(values.scale)}
+  given = (values.steps, values.data_path, values.data_source, values.heldout_fraction)
+  pages = {arm.name: arms.resolve(arm, values.scale, *given) for arm in arms.of_scale(values.scale)}
   asked = [arm.name for arm in arms.choose(values.arms, values.scale)]
   numbers = local_jobs.seeds(values.seeds)
   known = earlier.read(pathlib.Path(values.earlier), pages) if values.earlier else {}

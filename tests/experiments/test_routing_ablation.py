@@ -122,6 +122,13 @@ def test_a_shorter_run_keeps_the_share_of_its_warm_up():
   assert cfg.train.num_steps * cfg.train.batch_size * cfg.model.max_seq_len >= 3e6
 
 
+def test_text_of_ones_own():
+  cfg = arms.resolve(arms.ARMS['gshard'], 'tiny', 0, 'a.txt', 'text', 0.2)
+  assert (cfg.data.path, cfg.data.source, cfg.data.heldout_fraction) == ('a.txt', 'text', 0.2)
+  with pytest.raises(errors.InputError, match='heldout_fraction=0.0 must'):
+    arms.resolve(arms.ARMS['gshard'], 'tiny', heldout_fraction=0.0)
+
+
 def test_seeds():
   assert local_jobs.seeds(['3']) == [0, 1, 2] and local_jobs.seeds(['4', '2']) == [4, 2]
   assert local_jobs.seeds(['7', '7']) == [7]
