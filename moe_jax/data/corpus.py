@@ -214,10 +214,11 @@ def _scan(spec: sources.Spec, heldout_fraction: float, progress: bool) -> _Scan:
     )
   for split, count in zip(_SPLITS, scan.num_documents):
     if not count:
+      other = f'{"lower" if split == "train" else "raise"} it, or ' if total > 1 else ''
       raise errors.InputError(
         f'config.data.heldout_fraction={heldout_fraction} leaves no document for the {split} split '
-        f'of {spec.where}, which has {total}; {"lower" if split == "train" else "raise"} it, or '
-        'give more documents (a line of a jsonl file is one, and so are 64 KiB of a text file)'
+        f'of {spec.where}, which has {total}; {other}give more documents (a line of a jsonl file '
+        'is one, and so are 64 KiB of a text file: cut a shorter one into several files)'
       )
   return scan
 

@@ -324,6 +324,8 @@ def test_a_split_without_documents(make_config):
     load(make_config(heldout_fraction=1e-9))
   with pytest.raises(errors.InputError, match=r'heldout_fraction=0\.999999.*train split.*lower it'):
     load(make_config(heldout_fraction=0.999999))
+  with pytest.raises(errors.InputError, match='split of .*, which has 1; give more documents'):
+    load(make_config(synthetic_documents=1))
 
 
 def test_an_empty_corpus(make_config, tmp_path):
