@@ -89,6 +89,7 @@ def is_downloaded(directory: str | os.PathLike[str], flag: str = 'directory') ->
     downloaded or (path / 'checkpoints').is_dir(),
     f'{flag}={directory} is neither a run (it holds no checkpoints) nor a downloaded Hugging Face '
     'checkpoint (config.json with *.safetensors); train first: python -m experiments.train '
-    f'--config=configs/quickstart.py --workdir={directory}, or name another directory',
+    f'--config=configs/quickstart.py --workdir={directory}, or name another directory: nothing is '
+    'downloaded here, hf download ORG/NAME --local-dir=DIR does that',
   )
   return downloaded

@@ -204,6 +204,8 @@ def test_a_run_without_a_checkpoint_is_named_by_its_flag(tmp_path):
 def test_a_directory_that_is_neither(tmp_path):
   with pytest.raises(moe_jax.InputError, match='neither a run .* nor a downloaded Hugging Face'):
     moe_jax.load(tmp_path)
+  with pytest.raises(moe_jax.InputError, match='hf download ORG/NAME --local-dir=DIR'):
+    moe_jax.load('deepseek-ai/DeepSeek-V2-Lite')
 
 
 def test_flags_of_the_other_kind_of_directory_are_refused(tmp_path):
