@@ -111,8 +111,8 @@ def questions(data: schema.DataConfig, most: int, *, heldout: bool = True) -> li
   errors.require(
     data.source in schema.CONVERSATION_SOURCES,
     f'config.data.source={data.source!r} must be a source of conversations '
-    f'({", ".join(schema.CONVERSATION_SOURCES)}) to be asked about; choose one with '
-    '--data_source and --data_path',
+    f'({", ".join(schema.CONVERSATION_SOURCES)}) to be asked about; take a run '
+    'that was tuned on some, or name one with --like (experiments.answers, experiments.make_pairs)',
   )
   (spec,) = sources.specs(data).values()
   found: list[Question] = []
