@@ -146,7 +146,9 @@ class PolicyConfig:
   # 'grpo'; 'rft' (online rejection fine-tuning): right answers alone are learned; 'ppo': advantages
   # by a value head in place of a group's mean, and the distance to the reference in the rewards.
   algorithm: str
-  reward: str  # a sum of rewards, such as 'answer + 0.1 * format' (moe_jax.rewards)
+  # A sum of rewards, such as 'answer + 0.1 * format' (moe_jax.rewards); one's own by
+  # module.function.
+  reward: str
   # Run of experiments.process_reward train, whose scores are the rewards of steps, or of whole
   # answers (`:outcome`), in place of those of `reward`; '' = none.
   reward_model: str

@@ -1,6 +1,13 @@
-"""Rewards by name, and sums of them: `answer + 0.1 * format + length(limit=200, margin=50)`."""
+"""Rewards by name, and sums of them: `answer + 0.1 * format + length(limit=200, margin=50)`.
+
+A name with a dot, `my_rewards.polite(word='please')`, is a function of a module that can be
+imported, and is a `reward.Function` that takes the options by name.
+"""
 
 import ast
+import functools
+import importlib
+import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +19,7 @@ from moe_jax.rewards import latex, programs, reward, steps, text
 class Term(NamedTuple):
   """One reward of a sum."""
 
-  name: str  # a key of REWARDS
+  name: str  # a key of REWARDS, or module.function
   weight: float
   options: Mapping[str, Any]
 
@@ -27,7 +34,7 @@ REWARDS: dict[str, Callable[..., reward.Function]] = {
   'math_verify': latex.math_verify,
 }
 IN_STEPS = ('steps',)  # those that are given at the end of every step too
-_TERM = re.compile(r'\s*(?:([-+]?[\d.]+)\s*\*\s*)?(\w+)\s*(?:\((.*)\))?\s*', re.DOTALL)
+_TERM = re.compile(r'\s*(?:([-+]?[\d.]+)\s*\*\s*)?([^\W\d][\w.]*)\s*(?:\((.*)\))?\s*', re.DOTALL)
 
 
 def by_name(name: str, **options: Any) -> reward.Function:
@@ -37,13 +44,31 @@ def by_name(name: str, **options: Any) -> reward.Function:
     errors.InputError: there is none, or it has no such option.
   """
   errors.require(
-    name in REWARDS,
-    f'the reward {name!r} must be one of {", ".join(REWARDS)}{errors.did_you_mean(name, REWARDS)}',
+    name in REWARDS or '.' in name,
+    f'the reward {name!r} must be one of {", ".join(REWARDS)}, or module.function'
+    f'{errors.did_you_mean(name, REWARDS)}',
   )
+  make = REWARDS[name] if name in REWARDS else functools.partial(_with_options, _imported(name))
   try:
-    return REWARDS[name](**options)
+    return make(**options)
   except TypeError as e:
     raise errors.InputError(f'the reward {name!r} with {options} has wrong options: {e}') from e
+
+
+def _imported(name: str) -> Callable[..., reward.Reward]:
+  module, _, function = name.rpartition('.')
+  try:
+    return getattr(importlib.import_module(module), function)
+  except (ImportError, AttributeError) as e:
+    raise errors.InputError(
+      f'the reward {name!r} must be a function of a module: {e}; correct the name, or put the '
+      'directory of the file into PYTHONPATH'
+    ) from e
+
+
+def _with_options(function: Callable[..., reward.Reward], **options: Any) -> reward.Function:
+  inspect.signature(function).bind('', (), '', {}, **options)  # or every answer would fail alike
+  return functools.partial(function, **options)
 
 
 def parse(spec: str) -> tuple[Term, ...]:

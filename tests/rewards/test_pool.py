@@ -141,6 +141,18 @@ def test_processes_that_hang_are_ended_and_replaced():
 
 
 @pytest.mark.slow
+def test_processes_import_what_is_in_their_path(tmp_path, monkeypatch):
+  (tmp_path / 'own_rewards.py').write_text(
+    'from moe_jax.rewards import reward\n'
+    'def brief(prompt, completion_ids, text, example, limit):\n'
+    "  return reward.Reward(float(len(text) <= limit), {}, 'right')\n"
+  )
+  monkeypatch.setenv('PYTHONPATH', str(tmp_path))
+  with pool.RewardPool('own_rewards.brief(limit=3)', 1) as one:
+    assert [r.value for r in one.score([item('12'), item('1234')])] == [1, 0]
+
+
+@pytest.mark.slow
 def test_a_refused_sum_and_a_python_that_does_not_start(monkeypatch):
   with pytest.raises(errors.InputError, match="did you mean 'answer'"):
     pool.RewardPool('answr')

@@ -44,6 +44,22 @@ def test_a_sum_is_weighted_and_has_the_kind_of_its_first_term():
   assert found.kind == 'no_answer' and found.step_rewards is None
 
 
+def test_a_reward_of_ones_own(tmp_path, monkeypatch):
+  (tmp_path / 'own_rewards.py').write_text(
+    'from moe_jax.rewards import reward\n'
+    'def brief(prompt, completion_ids, text, example, limit=9):\n'
+    "  return reward.Reward(float(len(text) <= limit), {}, 'right')\n"
+  )
+  monkeypatch.syspath_prepend(tmp_path)
+  found = registry.build('1.5 * own_rewards.brief(limit=3) + length')
+  assert [found('', (), text, {}).value for text in ('12', '1234')] == [1.5, 0]
+  with pytest.raises(errors.InputError, match="{'limits': 9} has wrong options"):
+    registry.build('own_rewards.brief(limits=9)')
+  for wrong in ('own_rewards.short', 'no_rewards.brief', 'answer.'):
+    with pytest.raises(errors.InputError, match=f'{wrong!r} must be a function of .*PYTHONPATH'):
+      registry.build(wrong)
+
+
 def test_options_of_the_sum_come_before_the_defaults():
   defaults = {'length': {'limit': 4, 'margin': 4}}
   assert registry.build('length', defaults)('', [0] * 4, '', {}).value == -1
