@@ -4,6 +4,19 @@ from moe_jax import errors
 from moe_jax.config import router_traits, schema
 
 
+def validate_start(config: schema.Config):
+  """Checks that there is a run to inherit from, before what it would have brought is missed.
+
+  Raises:
+    errors.InputError: there is none.
+  """
+  errors.require(
+    not config.objective.inherit or bool(config.init_from),
+    "config.init_from='' must name the run to go on from, as config.objective.inherit=True takes "
+    'its model; pass --config.init_from=WORKDIR, or set objective.inherit=False',
+  )
+
+
 def validate(config: schema.Config):
   """Checks the section `objective`, and what it asks of the others.
 
@@ -50,11 +63,6 @@ def validate(config: schema.Config):
       f'file of labelled steps, and config.train.batch_ramp={config.train.batch_ramp} be empty; '
       'write one with python -m experiments.process_reward label',
     )
-  errors.require(
-    not objective.inherit or bool(config.init_from),
-    "config.init_from='' must name the run to go on from, as config.objective.inherit=True takes "
-    'its model; pass --config.init_from=WORKDIR, or set objective.inherit=False',
-  )
 
 
 def _validate_dpo(dpo: schema.DpoConfig):

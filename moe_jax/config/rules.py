@@ -17,6 +17,7 @@ def validate(config: schema.Config):
   Raises:
     errors.InputError: names the field, its value, the rule and the way out.
   """
+  objective_rules.validate_start(config)
   validate_model(config.model)
   _validate_data(config.data)
   objective_rules.validate(config)

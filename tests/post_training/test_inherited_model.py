@@ -93,3 +93,8 @@ def test_a_record_of_nothing(tmp_path, record):
 def test_no_run_there(tmp_path):
   with pytest.raises(errors.InputError, match='config.init_from=.* must be the directory of a run'):
     inherited_model.applied(page(tmp_path / 'nowhere'))
+
+
+def test_a_page_without_a_start_is_told_so_first():
+  with pytest.raises(errors.InputError, match="config.init_from='' must name the run"):
+    parse.from_dict(sft.get_config().to_dict())
