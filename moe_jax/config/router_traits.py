@@ -251,8 +251,14 @@ def of(moe: MoEConfig) -> RouterTraits:
   Raises:
     errors.InputError: there is none of that name.
   """
-  errors.choice('model.moe.router', moe.router, list(known()))
-  return known()[moe.router]
+  there = known()
+  errors.require(
+    moe.router in there,
+    f'config.model.moe.router={moe.router!r} must be one of {", ".join(there)}'
+    f'{errors.did_you_mean(moe.router, there)}; one from outside of the library is known where '
+    'routers.register has been called',
+  )
+  return there[moe.router]
 
 
 def names_with(trait: str) -> list[str]:

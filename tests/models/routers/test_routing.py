@@ -142,7 +142,7 @@ def test_a_router_from_outside():
     return routing.Routing(gates, expert_idx, inputs.scores)
 
   traits = router_traits.RouterTraits(causal=True)
-  with pytest.raises(errors.InputError, match='model.moe.router'):
+  with pytest.raises(errors.InputError, match=r'moe\.router=.*routers\.register has'):
     tiny.make(model__moe__router='worst')
   routers.register('worst', routing.Router(route, traits))
   try:
