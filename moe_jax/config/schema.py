@@ -311,7 +311,9 @@ class PaperConfig:
 class Config:
   """One run, whole."""
 
-  init_from: str  # workdir whose newest weights a fresh run starts from; '' = random weights
+  # Workdir whose newest weights a fresh run starts from, or directory of a downloaded checkpoint;
+  # '' = random weights.
+  init_from: str
   model: ModelConfig
   data: DataConfig
   objective: ObjectiveConfig
