@@ -53,6 +53,7 @@ from moe_jax.training import (
 WORKERS = 2  # processes that judge answers
 MOST_QUESTIONS = 10**6  # of a source that are held in memory
 PART = 4096  # questions that are tokenised together
+EQUAL_ITERATIONS = 5  # in a row that teach nothing, until that is said
 
 
 class _Measured(NamedTuple):
@@ -127,7 +128,7 @@ class PolicyStage:
     if value_head.is_used(cfg):
       self.figures |= dict.fromkeys(policy_loss.PPO_ROLLOUT_FIGURES)
     self._state: train_state.TrainState | None = None
-    self._step, self._waited, self._told_unread = 0, 0.0, False
+    self._step, self._waited, self._told_unread, self._equal = 0, 0.0, False, 0
 
   def batches(
     self,
@@ -227,6 +228,7 @@ class PolicyStage:
     flat = [one for group in kept for one in group]
     batch, where = self._learnable(variables, flat)
     self.figures |= policy_batches.answer_figures(everything)
+    self._tell_equal()
     self.figures |= {
       'sampler_max_vio': _max_vio(self._cfg, flat),
       'rollout_seconds': time.perf_counter() - start,
@@ -267,6 +269,18 @@ class PolicyStage:
       return policy_batches.step_ends(self._tokenizer.decode, tokens, offsets, skipped)
 
     return policy_batches.judged(self._policy, written.answers, found, ends), written
+
+  def _tell_equal(self):
+    """Says that iteration after iteration teaches nothing; a value head may learn all the same."""
+    equal = self.figures['equal_groups'] == 1 and self._policy.algorithm != 'ppo'
+    self._equal = self._equal + 1 if equal else 0
+    if self._equal == EQUAL_ITERATIONS:
+      self._say(
+        f'warning: {EQUAL_ITERATIONS} iterations in a row the answers to each question were worth '
+        'the same, which teaches nothing: start from a run that is right now and then '
+        '(python -m experiments.answers says how often), ask easier questions, or raise '
+        'config.objective.policy.group_size or max_draws; this is said once for as long as it lasts'
+      )
 
   def _tell_unread(self, number: int):
     if not self._told_unread:

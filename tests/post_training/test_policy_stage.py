@@ -159,6 +159,27 @@ def test_steps_that_no_judge_can_read_are_told_once():
   assert len(told) == 1 and 'for 3 steps' in told[0] and 'worth 0' in told[0]
 
 
+@pytest.mark.parametrize('algorithm, told_of', [('grpo', [5, 12]), ('ppo', [])])
+def test_iterations_that_teach_nothing_are_told_once(monkeypatch, algorithm, told_of):
+  stage, told = made(eval_questions=0, algorithm=algorithm), []
+  shares = iter([1, 1, 1, 1, 1, 1, 0.5, 1, 1, 1, 1, 1])
+
+  def figures(unused_groups):
+    return {'equal_groups': next(shares)}
+
+  written = rollouts.Rollouts([], 1.0)
+  monkeypatch.setattr(stage, '_groups', lambda *unused: ([], written))
+  monkeypatch.setattr(stage, '_learnable', lambda *unused: ({}, []))
+  monkeypatch.setattr(stage, '_variables', dict)
+  monkeypatch.setattr(policy_stage, '_max_vio', lambda *unused: None)
+  monkeypatch.setattr(policy_batches, 'answer_figures', figures)
+  for iteration in range(1, 13):
+    stage._say = lambda line, number=iteration: told.append((number, line))
+    stage._iteration(iteration)
+  assert [number for number, _ in told] == told_of
+  assert all('5 iterations in a row' in line and 'max_draws' in line for _, line in told)
+
+
 def made(**policy):
   """A stage on sums that has started no run."""
   return stages.of(tiny.make(**(RUN | {f'objective__policy__{k}': v for k, v in policy.items()})))
