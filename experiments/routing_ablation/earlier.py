@@ -16,7 +16,8 @@ from moe_jax import errors
 from moe_jax.config import schema
 
 # Columns of results.csv beside the figures of claims; those from `seconds` on are of newer reports.
-KEPT = ('loss', 'train_drop_rate', 'step', 'seconds', 'commit', 'peak_lr', *measure.GATES)
+KEPT = ('loss', 'train_drop_rate', 'step', 'seconds', 'commit', 'peak_lr')
+KEPT += (*measure.GATES, measure.SAVED)
 
 
 def read(directory: pathlib.Path, pages: Mapping[str, schema.Config]) -> measure.Results:

@@ -14,7 +14,7 @@ import numpy as np
 from experiments.common import step_rates
 from experiments.routing_ablation import arms
 from moe_jax import atomic_files
-from moe_jax.analysis import interventions, observations
+from moe_jax.analysis import copying, interventions, observations
 from moe_jax.config import schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.runs import first_state, metric_log, trained_run
@@ -62,7 +62,8 @@ def write(
 def finished(workdir: pathlib.Path, arm: str, seed: int) -> bool:
   """Whether a run has every figure that it is to have."""
   where = path(workdir, arm, seed)
-  return where.exists() and {*GATES, *PROBES.get(arm, {})} <= set(json.loads(where.read_text()))
+  wanted = {*GATES, SAVED, *PROBES.get(arm, {})}
+  return where.exists() and wanted <= set(json.loads(where.read_text()))
 
 
 def _rise_without_top(subject: interventions.Subject, bits: float) -> float:
@@ -83,6 +84,9 @@ def _bits(unused_subject: interventions.Subject, bits: float) -> float:
 
 GATES = ('gates_at_start', 'gates_at_end')  # None for a dense arm
 GATE_TOKENS = 4096  # that they are averaged over
+# Nats per token that a repetition of held-out text saves; None without a document that is long
+# enough.
+SAVED = 'saved_when_repeated'
 
 
 def _gates(subject: interventions.Subject) -> dict[str, float | None]:
@@ -114,7 +118,7 @@ PROBES = {
 
 
 def probe(workdir: pathlib.Path, arm: str, seed: int):
-  """Adds its gates and the figures of `PROBES` to those of a trained run, from its checkpoint."""
+  """Adds gates, what repetition saves and `PROBES` to the figures of a run, from its checkpoint."""
   if finished(workdir, arm, seed):
     return
   where, start = path(workdir, arm, seed), time.perf_counter()
@@ -123,6 +127,8 @@ def probe(workdir: pathlib.Path, arm: str, seed: int):
   subject = interventions.Subject(loaded.cfg, loaded.variables, corpus, loaded.mesh)
   result = json.loads(where.read_text())
   result |= _gates(subject)
+  repeated = copying.measure(subject)
+  result[SAVED] = None if repeated is None else float(repeated.saved)
   for key, figure in PROBES.get(arm, {}).items():
     if key not in result:
       result[key] = figure(subject, result[arms.BITS])

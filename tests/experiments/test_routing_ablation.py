@@ -562,7 +562,7 @@ def test_nothing_finished_is_computed_again(finished):
   assert (workdir / 'report' / 'report.md').read_text() == first
   assert not re.search(r'/(tmp|home|root)/', first)
   kept = json.loads(results[0].read_text())
-  assert {'rise_without_shared', 'rise_without_top_experts'} <= set(kept)
+  assert {'rise_without_shared', 'rise_without_top_experts'} <= set(kept) and kept[measure.SAVED]
   read = measure.read({'gshard': workdir}, [0, 1, 2])
   assert list(read['gshard']) == [0, 1] and measure.column(read, 'gshard', 'max_vio')
 

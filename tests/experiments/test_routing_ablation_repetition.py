@@ -1,0 +1,54 @@
+"""How the scatter between seeds goes with what a repetition saves."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments.common import html_report
+from experiments.routing_ablation import arms, measure, repetition
+
+
+def runs(*pairs):
+  return {seed: {measure.SAVED: saved, arms.BITS: bits} for seed, (saved, bits) in enumerate(pairs)}
+
+
+RESULTS = {
+  'gshard': runs((0.1, 1.4), (0.6, 1.3), (0.2, 1.39), (0.5, 1.31)),
+  'deepseekmoe': runs((0.3, 1.33), (0.5, 1.31), (0.4, 1.3)),
+  # Too few seeds, or not known, as in earlier reports.
+  'm4': runs((0.0, 9.0), (1.0, 0.0)),
+  'dense': runs((None, 2.0), (None, 2.1), (0.3, 2.2)),
+}
+
+
+def test_against_a_regression_with_a_constant_for_each_arm():
+  found = repetition.together(repetition.figures(RESULTS))
+  x = np.array([0.1, 0.6, 0.2, 0.5, 0.3, 0.5, 0.4])
+  y = np.array([1.4, 1.3, 1.39, 1.31, 1.33, 1.31, 1.3])
+  arm = np.array([0, 0, 0, 0, 1, 1, 1])
+  design = np.stack([x, arm == 0, arm == 1], axis=1).astype(float)
+  assert found.slope == pytest.approx(np.linalg.lstsq(design, y, rcond=None)[0][0])
+  rest = [v - design[:, 1:] @ np.linalg.lstsq(design[:, 1:], v, rcond=None)[0] for v in (x, y)]
+  assert found.correlation == pytest.approx(stats.pearsonr(*rest).statistic)
+  assert found.low < found.correlation < found.high <= 0 and found.share > 0.8
+  assert (found.num_runs, found.num_arms) == (7, 2)
+
+
+def test_the_interval_of_one_arm_is_the_usual_one():
+  saved, bits = np.random.default_rng(0).normal(size=(2, 12))
+  found = repetition.together({'gshard': (saved, bits)})
+  interval = stats.pearsonr(saved, bits).confidence_interval(0.95)
+  assert (found.low, found.high) == pytest.approx(tuple(interval))
+
+
+def test_too_few_runs_or_none_that_differ_say_nothing(tmp_path):
+  few = {'gshard': RESULTS['gshard']}
+  assert repetition.together(repetition.figures(few)) is None
+  assert repetition.blocks(tmp_path / 'a.png', few) == []
+  assert repetition.together({'gshard': ([0.1] * 9, list(range(9)))}) is None
+
+
+def test_the_report_has_a_picture_and_a_sentence(tmp_path):
+  heading, picture, text = repetition.blocks(tmp_path / 'a.png', RESULTS)
+  assert isinstance(heading, html_report.Heading) and picture.path.stat().st_size > 5000
+  assert 'over 7 runs of 2: a nat' in text.text and 'correlation -0.9' in text.text
