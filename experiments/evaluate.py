@@ -2,14 +2,14 @@
 
 python -m experiments.evaluate --workdir=runs/quickstart [--step=200] [--json] \
   [--override=model.moe.num_experts_per_tok=3 ...]
-python -m experiments.evaluate --workdir=runs/code [--by_domain] [--infill=64]
+python -m experiments.evaluate --workdir=runs/code [--by_domain] [--infill=64] [--repeated]
 python -m experiments.evaluate --workdir=runs/v2_lite --tasks=hellaswag,gsm8k \
   [--limit=100 --num_fewshot=5 --batch_size=8 --include_path=DIR --json]
 """
 
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -18,6 +18,7 @@ from experiments.common import cli, json_output
 from moe_jax import errors
 
 if TYPE_CHECKING:
+  from moe_jax.analysis import copying
   from moe_jax.api import run
   from moe_jax.data import corpus as corpus_lib
   from moe_jax.post_training import infilling
@@ -37,6 +38,9 @@ def define_flags():
   flags.DEFINE_bool('by_domain', False, 'figures of each domain of the text for itself too')
   flags.DEFINE_integer(
     'infill', 0, 'fill this many gaps per domain of the text, and count exact matches'
+  )
+  flags.DEFINE_bool(
+    'repeated', False, 'what text costs the second time in a row too: whether the model copies'
   )
   flags.DEFINE_list(
     'tasks', [], 'tasks of lm-evaluation-harness (extra hf), in place of held-out text'
@@ -84,26 +88,57 @@ def main(unused_argv: Sequence[str]):
   with agreement.together():
     corpus = loaded.heldout_corpus(warn=_warn)
   agreement.require_same({'the text of config.data': corpus.fingerprint})
+  repeated = _repeated(loaded, corpus) if flags.FLAGS.repeated else None
   figures = loaded.evaluate(corpus, progress=first)
   domains = _by_domain(loaded, corpus) if flags.FLAGS.by_domain else {}
   filled = _infill(loaded) if flags.FLAGS.infill else {}
-  if not first:
-    return
-  if flags.FLAGS.json:
-    more = {'overrides': values} if values else {}
-    if domains:
-      more['domains'] = {label: one.as_dict(loaded.step) for label, one in domains.items()}
-    if filled:
-      more['infill'] = {label: count._asdict() for label, count in filled.items()}
-    json_output.show(figures.as_dict(loaded.step) | more)
-    return
-  under = ''.join(f' {key}={value}' for key, value in values.items())
-  num_bytes = pipeline.num_bytes(corpus.heldout, loaded.config.model.max_seq_len)
-  print(f'step={loaded.step}{under} {figures} bytes={num_bytes:,}')
-  for label, one in domains.items():
-    print(f'  {label}: bits_per_byte={one.bits_per_byte:.3f} loss={one.loss:.4f}')
-  for label, count in filled.items():
-    print(f'  {label}: gaps filled, {count}')
+  if first and flags.FLAGS.json:
+    json_output.show(
+      figures.as_dict(loaded.step)
+      | ({'overrides': values} if values else {})
+      | _objects(loaded.step, domains, filled, repeated)
+    )
+  elif first:
+    under = ''.join(f' {key}={value}' for key, value in values.items())
+    num_bytes = pipeline.num_bytes(corpus.heldout, loaded.config.model.max_seq_len)
+    print(f'step={loaded.step}{under} {figures} bytes={num_bytes:,}')
+    for line in _lines(domains, filled, repeated):
+      print(line)
+
+
+def _objects(
+  step: int,
+  domains: Mapping[str, 'evaluate_lib.Evaluation'],
+  filled: Mapping[str, 'infilling.Filled'],
+  repeated: 'copying.Copying | None',
+) -> dict[str, object]:
+  """What was asked for beyond the figures of the text, for JSON."""
+  found: dict[str, object] = {}
+  if domains:
+    found['domains'] = {label: one.as_dict(step) for label, one in domains.items()}
+  if filled:
+    found['infill'] = {label: count._asdict() for label, count in filled.items()}
+  if repeated:
+    found['repeated'] = repeated._asdict()
+  return found
+
+
+def _lines(
+  domains: Mapping[str, 'evaluate_lib.Evaluation'],
+  filled: Mapping[str, 'infilling.Filled'],
+  repeated: 'copying.Copying | None',
+) -> list[str]:
+  """The same in words."""
+  lines = [
+    f'  {label}: bits_per_byte={one.bits_per_byte:.3f} loss={one.loss:.4f}'
+    for label, one in domains.items()
+  ]
+  lines += [f'  {label}: gaps filled, {count}' for label, count in filled.items()]
+  if repeated:
+    lines.append(
+      f'  said twice: loss={repeated.first:.4f}, and {repeated.second:.4f} the second time'
+    )
+  return lines
 
 
 def _by_domain(
@@ -126,6 +161,19 @@ def _infill(loaded: 'run.Run') -> 'dict[str, infilling.Filled]':
   return {label: infilling.measure(loaded, found) for label, found in made}
 
 
+def _repeated(loaded: 'run.Run', corpus: 'corpus_lib.Corpus') -> 'copying.Copying':
+  from moe_jax.analysis import copying, interventions
+
+  one = loaded.trained
+  found = copying.measure(interventions.Subject(one.cfg, one.variables, corpus, one.mesh))
+  if found is None:
+    raise errors.InputError(
+      f'--repeated=True needs a held-out document longer than {one.cfg.model.max_seq_len // 2} '
+      'tokens, half a row (config.model.max_seq_len), and this text has none; leave it out'
+    )
+  return found
+
+
 def _warn(line: str):
   from moe_jax.processes import agreement
 
@@ -141,7 +189,8 @@ def _check_flags():
   if not values.tasks:
     cli.refuse_idle(('include_path', 'num_fewshot', 'limit', 'batch_size'), 'without --tasks')
     return
-  cli.refuse_idle(('by_domain', 'infill'), 'with --tasks, which are not asked of held-out text')
+  of_text = ('by_domain', 'infill', 'repeated')
+  cli.refuse_idle(of_text, 'with --tasks, which are not asked of held-out text')
   errors.require(
     importlib.util.find_spec('lm_eval') is not None,
     f'--tasks={",".join(values.tasks)} needs lm-eval, which is not installed; install the '

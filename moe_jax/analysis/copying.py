@@ -19,6 +19,7 @@ from moe_jax.config import schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.devices import partitioning
 from moe_jax.models import transformer
+from moe_jax.processes import agreement
 from moe_jax.training import cross_entropy
 
 ROWS = 64
@@ -103,7 +104,8 @@ def _losses(subject: interventions.Subject, batch: trees.HostBatch, size: int) -
     put = partitioning.put_global_batch(filled, subject.mesh)
     chunk = subject.cfg.train.loss_chunk
     found = _log_probs(subject.cfg.model, chunk, subject.variables, put)
-  return -np.asarray(jax.device_get(found))[:num]
+    whole = agreement.fetch(found)
+  return -whole[:num]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

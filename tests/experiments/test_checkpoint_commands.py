@@ -7,6 +7,7 @@ import pytest
 from configs import smoke
 from experiments import evaluate, leakage, routing, routing_drift
 from moe_jax import errors
+from moe_jax.analysis import copying, interventions
 from moe_jax.checkpoints import checkpointer
 from moe_jax.config import parse
 from moe_jax.devices import partitioning
@@ -60,6 +61,21 @@ def test_fewer_active_experts_cost_loss(workdir, capsys):
   assert out.startswith('step=25 model.moe.num_experts_per_tok=1 bits_per_byte=')
 
 
+def test_what_a_text_costs_the_second_time(workdir, capsys, monkeypatch):
+  here = f'--workdir={workdir}'
+  found = in_process.run_json(capsys, evaluate, here, '--repeated')['repeated']
+  one = trained_run.load(workdir)
+  corpus = trained_run.heldout_corpus(one, workdir, warn=print)
+  subject = interventions.Subject(one.cfg, one.variables, corpus, one.mesh)
+  assert found == copying.measure(subject)._asdict()
+  in_process.run(evaluate, here, '--repeated')
+  said = f'said twice: loss={found["first"]:.4f}, and {found["second"]:.4f} the second time'
+  assert said in capsys.readouterr().out
+  monkeypatch.setattr(copying, 'measure', lambda subject: None)
+  with pytest.raises(errors.InputError, match='document longer than 32 tokens, half a row'):
+    in_process.run(evaluate, here, '--repeated')
+
+
 def test_capacity_can_be_enforced_at_evaluation(workdir, capsys):
   given = {'policy': 'position', 'factor': '0.5', 'at_eval': 'true'}
   flags = [f'--override=model.moe.capacity.{key}={value}' for key, value in given.items()]
@@ -81,6 +97,7 @@ def test_capacity_can_be_enforced_at_evaluation(workdir, capsys):
     (evaluate, ['--limit=3'], '--limit=3 has no effect without --tasks; leave it out'),
     (evaluate, ['--batch_size=2'], '--batch_size=2 has no effect without --tasks'),
     (evaluate, ['--tasks=x', '--by_domain'], '--by_domain=True has no effect with --tasks'),
+    (evaluate, ['--tasks=x', '--repeated'], '--repeated=True has no effect with --tasks'),
     (evaluate, ['--tasks=x', '--infill=3'], '--infill=3 has no effect with --tasks'),
     (routing, ['--devices=3,x'], '--devices=3,x must be numbers of at least 1'),
     (routing, ['--devices=16'], '--devices=16: .*choose a divisor of 8'),
