@@ -12,10 +12,12 @@ from scipy import stats
 
 from experiments.common import html_report
 from experiments.routing_ablation import arms, measure
+from moe_jax.analysis import paired
 from moe_jax.runs import plots
 
 LEAST_SEEDS = 3  # of an arm whose scatter counts
 LEAST_RUNS = 4  # beyond one per arm, for an interval
+LEAST_PAIRS = 5  # of a line through the differences of a claim
 
 Figures = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # arm -> saved nats, bits per byte
 
@@ -67,11 +69,44 @@ def together(found: Figures) -> Together | None:
   return Together(num_runs, num_arms, float(x @ y / (x @ x)), r, low, high)
 
 
-def blocks(path: pathlib.Path, results: measure.Results) -> list[html_report.Block]:
-  """A picture and what it says, for the report; nothing where too few runs say it."""
+def at_equal_copying(results: measure.Results, claim: arms.Claim) -> paired.Interval | None:
+  """The difference of a claim in bits per byte where both arms would save as much by repetition.
+
+  The constant of a line through the differences by seed, over what the arm saves more than its
+  baseline; 95 % interval by Student's t with two degrees of freedom fewer than pairs. None for
+  other figures, with fewer than `LEAST_PAIRS` pairs that know both, or no spread in what is saved.
+  """
+  if claim.figure != arms.BITS:
+    return None
+  seeds = measure.common(results, claim.arm, claim.baseline)
+  saved, bits = (
+    [measure.column(results, name, key, seeds) for name in (claim.arm, claim.baseline)]
+    for key in (measure.SAVED, arms.BITS)
+  )
+  if len(seeds) < LEAST_PAIRS or None in saved:
+    return None
+  x, y = (np.subtract(*both) for both in (saved, bits))
+  if not np.isfinite(y).all() or np.ptp(x) == 0:
+    return None
+  line = stats.linregress(x, y)
+  half = float(stats.t.ppf(0.975, len(seeds) - 2) * line.intercept_stderr)
+  return paired.Interval(line.intercept, line.intercept - half, line.intercept + half, len(seeds))
+
+
+def blocks(
+  path: pathlib.Path, results: measure.Results, claims: Sequence[arms.Claim]
+) -> list[html_report.Block]:
+  """A picture and what it says, for the report; nothing where too few runs say it.
+
+  Args:
+    path: of the picture.
+    results: of all runs.
+    claims: those whose two arms were trained.
+  """
   found = figures(results)
   if (both := together(found)) is None:
     return []
+  equal = {claim: at_equal_copying(results, claim) for claim in claims}
   return [
     html_report.Heading('What the seeds differ in'),
     _draw(path, found),
@@ -80,7 +115,17 @@ def blocks(path: pathlib.Path, results: measure.Results) -> list[html_report.Blo
       'when held-out text is said a second time goes with '
       f'{both.slope:+.3f} held-out bits per byte; correlation {both.correlation:.2f} '
       f'[{both.low:.2f}, {both.high:.2f}], {both.share:.0%} of the scatter between seeds. Both '
-      'are outcomes of training: what one arm gains by copying sooner is part of its difference.'
+      'are outcomes of training: what one arm gains by copying sooner is part of its difference, '
+      'and what it would be between runs that copy as well answers another question:'
+    ),
+    html_report.Bullets(
+      [
+        f'`{claim.arm}` against `{claim.baseline}` where both save as much (constant of a line '
+        f'through the differences by seed): {found.text(4)}, {found.num_seeds} seeds.'
+        for claim, found in equal.items()
+        if found is not None
+      ]
+      or ['No claim has pairs enough.']
     ),
   ]
 

@@ -171,7 +171,8 @@ def write(out: pathlib.Path, study: Study, commands: Sequence[str]) -> list[path
   pairs = all_pairs.pairs(study.results)
   if pairs:
     drawn.append(all_pairs.draw(out / 'pairs.png', pairs))
-  repeated = repetition.blocks(out / 'repetition.png', study.results)
+  claims = [one.claim for one in graded]
+  repeated = repetition.blocks(out / 'repetition.png', study.results, claims)
   written = html_report.write(
     [
       *_verdicts(study, graded),

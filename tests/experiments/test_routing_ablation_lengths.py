@@ -74,7 +74,7 @@ def test_an_arm_that_is_behind_over_the_common_seeds_is_drawn(tmp_path):
 
 def test_the_published_lengths_are_those_of_the_published_reports(tmp_path):
   top = ROOT / 'experiments/routing_ablation'
-  names = ('tiny', 'tiny_1000', 'tiny_3000', 'tiny_6000')
+  names = ('tiny', 'tiny_1000', 'tiny_3000', 'tiny_6000', 'tiny_10000')
   given = ','.join(str(top / name) for name in names)
   in_process.run(lengths, f'--reports={given}', f'--out={tmp_path}')
   published = (top / 'lengths' / 'lengths.md').read_text()
