@@ -2,7 +2,7 @@
 
 Small decoders learn this late and all at once, as heads form that look for what followed the
 present token before (induction heads, Olsson et al., arXiv 2209.11895). Runs that differ in their
-seed alone may lie on either side of that step, which then decides their loss.
+seed alone may lie on either side of that step, and their losses with them.
 
 Rows are made of held-out text: half a row, and the same half again.
 """

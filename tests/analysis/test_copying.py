@@ -1,5 +1,7 @@
 """What a repetition saves: against logits computed whole, and which text is taken."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy import special
@@ -7,6 +9,7 @@ from scipy import special
 from moe_jax.analysis import copying
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.models import transformer
+from tests import tiny
 from tests.analysis import subjects
 
 
@@ -35,6 +38,15 @@ def test_against_the_logits_of_each_row(subject, num_rows):
   assert found.first == pytest.approx(-first.mean(), rel=1e-5)
   assert found.second == pytest.approx(-second.mean(), rel=1e-5)
   assert found.saved == found.first - found.second != 0
+
+
+def test_devices_and_rows_of_a_batch_change_nothing(subject):
+  want = copying.measure(subject, 5)
+  more = dataclasses.replace(subject.cfg.train, batch_size=3, micro_batch_size=0)
+  parted = subject._replace(
+    cfg=dataclasses.replace(subject.cfg, train=more), mesh=tiny.mesh(data=2)
+  )
+  assert copying.measure(parted, 5) == pytest.approx(want, rel=1e-5)
 
 
 def split(*documents):

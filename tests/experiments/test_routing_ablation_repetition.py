@@ -1,13 +1,18 @@
 """How the scatter between seeds goes with what a repetition saves."""
 
+import pathlib
+
 import numpy as np
 import pytest
 from scipy import stats
 
 from experiments.common import html_report
-from experiments.routing_ablation import arms, measure, repetition
+from experiments.routing_ablation import arms, earlier, measure, repetition
 
 MAIN = next(c for c in arms.CLAIMS if (c.arm, c.baseline) == ('deepseekmoe', 'gshard'))
+
+
+TOP = pathlib.Path(repetition.__file__).parent
 
 
 def runs(*pairs):
@@ -79,3 +84,15 @@ def test_the_difference_between_runs_that_copy_as_well():
   assert repetition.at_equal_copying(alike, MAIN) is None
   other = next(claim for claim in arms.CLAIMS if claim.figure != arms.BITS)
   assert repetition.at_equal_copying(results, other) is None
+
+
+def test_what_is_published_follows_from_the_published_runs(tmp_path):
+  pages = {arm.name: arms.resolve(arm, 'tiny') for arm in arms.of_scale('tiny')}
+  results = earlier.read(TOP / 'tiny_10000', pages)
+  *_, text, bullets = repetition.blocks(tmp_path / 'a.png', results, [MAIN])
+  published = (TOP / 'tiny_10000' / 'report.md').read_text()
+  assert text.text in published and f'- {bullets.items[0]}' in published
+  both, equal = repetition.together(repetition.figures(results)), repetition.at_equal_copying
+  page = (TOP / 'README.md').read_text()
+  assert f'{both.share:.0%} of the scatter'.replace('%', ' %') in page
+  assert equal(results, MAIN).text(3) in page
