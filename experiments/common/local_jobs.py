@@ -3,7 +3,8 @@
 Every process takes each jobs-th of the runs that are left, and is kept on its share of the cores:
 small models lose more by waiting for another core than they gain from it. A single run takes longer
 so, all of them less; and what each process holds, it holds for itself: weights, text, compiled
-programs.
+programs. None begins before all know what is left, or a run that ends early would shift the others'
+shares.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ def define_flags():
   """Defines `--jobs` and, for the processes that it starts, `--shard`."""
   flags.DEFINE_integer('jobs', 1, 'processes that train at the same time, each on its own cores')
   flags.DEFINE_integer('shard', -1, 'internal: only every jobs-th run, from this one on')
+  flags.DEFINE_list('start', [], 'internal: the pipes by which processes wait for each other')
 
 
 def is_shard() -> bool:
@@ -55,15 +57,19 @@ def run(
   shard, jobs = flags.FLAGS.shard, flags.FLAGS.jobs
   errors.require(jobs >= 1, f'--jobs={jobs} must be at least 1')
   if is_shard():
+    if pending:
+      _wait_for_the_others()
     for one in pending[shard::jobs]:
       train(one)
   elif jobs > 1 and len(pending) > 1:
     command = [sys.executable, '-m', module, *sys.argv[1:], *more_flags]
     places, shards = _cores(jobs), []
     print(cost(places), file=sys.stderr)
+    start = _Start()
     for i in range(jobs):
-      shards.append(subprocess.Popen([*command, f'--shard={i}']))
+      shards.append(start.process([*command, f'--shard={i}']))
       _keep_on_cores(shards[i].pid, places[i])
+    start.once_all_are_ready()
     if any([shard.wait() for shard in shards]):
       raise errors.InputError(
         'a shard failed, see above; the same command again goes on from there'
@@ -71,6 +77,36 @@ def run(
   else:
     for one in tqdm.tqdm(pending, desc='runs', unit='run'):
       train(one)
+
+
+class _Start:
+  """Processes that begin their work together: each says that it is ready, and waits."""
+
+  def __init__(self):
+    self._ready, self._say_ready = os.pipe()
+    self._wait, self._go = os.pipe()
+
+  def process(self, command: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Starts one."""
+    pipes = (self._say_ready, self._wait)
+    return subprocess.Popen([*command, f'--start={pipes[0]},{pipes[1]}'], pass_fds=pipes)
+
+  def once_all_are_ready(self):
+    """Lets them begin when each has said so, or has ended."""
+    os.close(self._say_ready)
+    os.close(self._wait)
+    while os.read(self._ready, 1):  # at its end no process holds the other side any more
+      _wait_for_the_others()
+    os.close(self._ready)
+    os.close(self._go)
+
+
+def _wait_for_the_others():
+  """In a process of `_Start`: says that this one is ready, and returns once all are."""
+  ready, wait = map(int, flags.FLAGS.start)
+  os.close(ready)
+  os.read(wait, 1)  # its end
+  os.close(wait)
 
 
 def seeds(words: Sequence[str]) -> list[int]:

@@ -41,7 +41,7 @@ def main(unused_argv: Sequence[str]):
   for stage in (('hyper', 'noise'), ('isoflop', 'heldout')):
     phases = [phase for phase in stage if phase in values.phases]
     points = [p for phase in phases for p in _points(scale, phase, _laws(scale, workdir, phase))]
-    models = _models(points, local_jobs.jobs())
+    models = _models(_unfinished(points, workdir), local_jobs.jobs())
 
     def train_one(found):
       return _train(scale, found, workdir)
@@ -123,10 +123,7 @@ def _row(point: study.Point, cfg: schema.Config, workdir: pathlib.Path) -> dict[
 
 
 def _models(points: Sequence[study.Point], jobs: int) -> list[list[study.Point]]:
-  """Points by model, those of each dealt out to the jobs: the points of a model share a program.
-
-  What is trained already is left in: it would be dealt out otherwise while others are training.
-  """
+  """Points by model, those of each dealt out to the jobs: the points of a model share a program."""
   models = {}
   for point in points:
     models.setdefault((point.kind, point.dial), {})[point.key] = point
@@ -138,13 +135,13 @@ def _unfinished(points: Sequence[study.Point], workdir: pathlib.Path) -> list[st
 
 
 def _train(scale: study.Scale, points: Sequence[study.Point], workdir: pathlib.Path):
-  """Trains the unfinished points of one model, if there are any.
+  """Trains points of one model, if there are any.
 
   Raises:
     KeyboardInterrupt: a signal came; the point in progress is saved.
     errors.InputError: the text is too short for a point, see `Scale.max_epochs`.
   """
-  if not _unfinished(points, workdir):
+  if not points:
     return
   (workdir / 'points').mkdir(parents=True, exist_ok=True)
   cfg = _page(scale, points[0])
@@ -152,7 +149,7 @@ def _train(scale: study.Scale, points: Sequence[study.Point], workdir: pathlib.P
   _check_text(scale, cfg, corpus, points)
   with stop_signal.StopSignal() as stop:
     model = trainer.Trainer(cfg, corpus, 2 * scale.rows[-1])
-    for point in tqdm.tqdm(_unfinished(points, workdir), unit='point', leave=False):
+    for point in tqdm.tqdm(points, unit='point', leave=False):
       outcome = model.run(study.recipe(point, cfg), workdir / 'unfinished' / point.key, stop)
       if outcome is None:
         raise KeyboardInterrupt

@@ -69,22 +69,38 @@ def write(out: pathlib.Path, scale: study.Scale, rows: Sequence[Mapping[str, Any
   return [out / 'report.md', *(out / name for name in tables), *drawn]
 
 
+_COLUMNS = (
+  *('phase', 'kind', 'dial', 'budget', 'rate', 'rows', 'seed', 'embed_dim', 'num_layers'),
+  *('M', 'N1', 'N2', 'parameters', 'steps', 'batch_tokens', 'tokens', 'compute'),
+  *('loss', 'bits_per_byte', 'seconds'),
+)
+
+
 def read_points(path: pathlib.Path) -> list[dict[str, Any]]:
   """The rows of a points.csv, numbers as numbers.
 
   Raises:
-    errors.InputError: it cannot be read, or is no such table.
+    errors.InputError: it cannot be read, is no such table, or lacks a phase of the study.
   """
   try:
     with path.open(newline='', encoding='utf-8') as file:
       rows = list(csv.DictReader(file))
   except (OSError, UnicodeDecodeError) as e:
     raise errors.InputError(f'--points={path} cannot be read ({e}); name a points.csv') from e
-  needed = {'phase', 'kind', 'budget', 'rate', 'batch_tokens', 'tokens', 'bits_per_byte'}
+  missing = [name for name in _COLUMNS if not rows or name not in rows[0]]
   errors.require(
-    bool(rows) and needed <= set(rows[0]),
-    f'--points={path} must be a table with the columns {", ".join(sorted(needed))}, as this '
-    'command writes it; name another one',
+    not missing,
+    f'--points={path} must be a table as this command writes it, and has no column '
+    f'{", ".join(missing)}; name another one',
+  )
+  needed = [(phase, 'dense') for phase in ('hyper', 'noise')]
+  needed += [(phase, kind) for phase in ('isoflop', 'heldout') for kind in study.KINDS]
+  found = {(row['phase'], row['kind']) for row in rows}
+  absent = [f'{phase} of {kind}' for phase, kind in needed if (phase, kind) not in found]
+  errors.require(
+    not absent,
+    f'--points={path} has no points of {", ".join(absent)}, which the report needs; train these '
+    'phases first, or name the table of a whole study',
   )
   return [{key: _number(value) for key, value in row.items()} for row in rows]
 

@@ -1,5 +1,6 @@
 import json
 import os
+import subprocess
 import sys
 
 import pytest
@@ -18,6 +19,27 @@ thread.join()
 shard = next(arg for arg in sys.argv if arg.startswith('--shard='))
 pathlib.Path(sys.argv[1], shard).write_text(json.dumps(found[0]))
 sys.exit(3 if '--fail' in sys.argv and shard == '--shard=1' else 0)
+"""
+
+SLOW_TO_START = """
+import pathlib, sys, time
+from absl import app, flags
+from experiments.common import local_jobs
+
+def main(_):
+  done = pathlib.Path(flags.FLAGS.done)
+  time.sleep(max(0, flags.FLAGS.shard))  # shard 0 would be through before shard 1 looks
+  left = [name for name in 'abcd' if not (done / name).exists()]
+
+  def train(name):
+    with (done / name).open('a') as file:
+      file.write(str(flags.FLAGS.shard))
+
+  local_jobs.run('slow_to_start', left, train)
+
+flags.DEFINE_string('done', '', '')
+local_jobs.define_flags()
+app.run(main)
 """
 
 
@@ -59,3 +81,12 @@ def test_what_more_processes_cost_is_said():
 def test_a_process_that_fails_is_an_error(jobs):
   with pytest.raises(errors.InputError, match='a shard failed'):
     jobs('--fail')
+
+
+def test_none_begins_before_all_know_what_is_left(tmp_path, monkeypatch):
+  (tmp_path / 'slow_to_start.py').write_text(SLOW_TO_START)
+  (tmp_path / 'b').write_text('trained before')
+  monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(tmp_path), *filter(None, sys.path)]))
+  command = [sys.executable, '-m', 'slow_to_start', f'--done={tmp_path}', '--jobs=2']
+  subprocess.run(command, check=True, timeout=120)
+  assert [(tmp_path / name).read_text() for name in 'abcd'] == ['0', 'trained before', '1', '0']

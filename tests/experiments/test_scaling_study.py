@@ -262,3 +262,17 @@ def test_a_point_goes_on_where_it_was_stopped(tmp_path):
   assert not (tmp_path / 'parts').exists() and not (tmp_path / 'whole').exists()
   assert json.loads(json.dumps(dataclasses.asdict(again)))['seconds'] > 0
   jax.clear_caches()
+
+
+def test_a_table_that_lacks_a_phase_or_a_column_is_refused(tmp_path):
+  lines = (ROOT / 'experiments/scaling_laws/results/tiny/points.csv').read_text().splitlines()
+  table = tmp_path / 'points.csv'
+  table.write_text('\n'.join(line for line in lines if not line.startswith('isoflop,moe')))
+  with pytest.raises(errors.InputError, match='no points of isoflop of moe, which the report'):
+    report.read_points(table)
+  table.write_text('\n'.join([lines[0].replace(',seed,', ',sead,'), *lines[1:]]))
+  with pytest.raises(errors.InputError, match='has no column seed; name another one'):
+    report.read_points(table)
+  table.write_text('')
+  with pytest.raises(errors.InputError, match='has no column phase, kind'):
+    report.read_points(table)
