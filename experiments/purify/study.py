@@ -77,12 +77,11 @@ def _one(workdir: pathlib.Path, variant: str, seed: int):
   """Everything of one variant and seed, written to its purify.json."""
   values, began = flags.FLAGS, time.perf_counter()
   place = _path(workdir, variant, seed).parent
+  found = attacks.split(_lines(), seed, values.attacker, values.defender, values.test)
   base = _trained(
     train_lib.resolve('purify' if variant == 'fine' else f'purify:{variant}', {'train.seed': seed}),
     place / 'base',
   )
-  lines = _lines()
-  found = attacks.split(lines, seed, values.attacker, values.defender, values.test)
   record: dict[str, Any] = {'settings': _settings(), 'attacks': {}}
   tuner = None
   for kind in (NONE, *values.attacks):

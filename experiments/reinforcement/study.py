@@ -4,6 +4,7 @@ import json
 import pathlib
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from experiments.reinforcement import arms as arms_lib
 from experiments.reinforcement import report
 from moe_jax import atomic_files, errors
 from moe_jax.api import train as train_lib
-from moe_jax.config import pages, schema
+from moe_jax.config import pages, parse, schema
 from moe_jax.data.tasks import arithmetic
 from moe_jax.interop import start_weights
 from moe_jax.post_training import (
@@ -61,7 +62,7 @@ def main(unused_argv: Sequence[str]):
   verify = 'verification' in values.parts
   found = [Seed(workdir, seed) for seed in seeds]
   for seed in found:
-    seed.check(learning)
+    seed.check(learning, verify)
   pending = [seed for seed in found if not seed.is_done(learning, verify)]
   local_jobs.run('experiments.reinforcement', pending, lambda seed: seed.fill(learning, verify))
   if not local_jobs.is_shard():
@@ -92,21 +93,37 @@ class Seed:
   def _bases(self, arms: Mapping[str, arms_lib.Arm]) -> list[str]:
     return list(dict.fromkeys(['base', *(arm.base for arm in arms.values())]))
 
-  def check(self, arms: Mapping[str, arms_lib.Arm]):
-    """Requires that what is there is of the settings that are asked for, before anything runs.
+  def check(self, arms: Mapping[str, arms_lib.Arm], verify: bool):
+    """Requires that all can be run, and what is there is of these settings, before anything runs.
 
     Raises:
       errors.InputError: it is not.
     """
-    bases = self._bases(arms)
+    bases = {name: self._base_config(name) for name in self._bases(arms)}
+    self._check_what_follows(bases, arms, verify)
     for name in [*bases, *arms]:
       where = self._place / name
-      start = name if name in arms_lib.BASES else arms[name].base
+      start = name if name in bases else arms[name].base
       if (where / 'config.json').exists() and (self._place / start / 'config.json').exists():
-        cfg = self._base_config(name) if name in bases else self._arm_config(name, arms[name])
+        cfg = bases[name] if name in bases else self._arm_config(arms[name], self._place)
         run_record.check_workdir(where, cfg, allow_change=False, allow_longer=False)
     for path in self._place.glob('*/result.json'):
       self._kept(path)
+
+  def _check_what_follows(
+    self, bases: Mapping[str, schema.Config], arms: Mapping[str, arms_lib.Arm], verify: bool
+  ):
+    """Resolves what starts from bases, as if these were there."""
+    with tempfile.TemporaryDirectory() as directory:
+      for name, cfg in bases.items():
+        (pathlib.Path(directory) / name).mkdir()
+        record = json.dumps({'config': parse.to_dict(cfg)})
+        (pathlib.Path(directory) / name / 'config.json').write_text(record)
+      for arm in arms.values():
+        self._arm_config(arm, pathlib.Path(directory))
+      judges = (PRM, ORM) if verify else (PRM,) if any(a.judged for a in arms.values()) else ()
+      for page in judges:
+        self._judge_config(page, pathlib.Path(directory))
 
   def _kept(self, path: pathlib.Path) -> dict[str, Any]:
     """A result that was measured before, of the same settings."""
@@ -133,7 +150,7 @@ class Seed:
         continue
       if arm.judged:
         self._judge('prm', PRM)
-      self._learn(name, self._arm_config(name, arm))
+      self._learn(name, self._arm_config(arm, self._place))
 
   def record(self, arms: Mapping[str, arms_lib.Arm], verify: bool) -> dict[str, Any]:
     """What was measured."""
@@ -146,10 +163,11 @@ class Seed:
       changes |= {'train.num_steps': steps, 'checkpoint.save_every': steps, 'train.eval_every': 0}
     return train_lib.resolve(arms_lib.BASES[name], changes)
 
-  def _arm_config(self, name: str, arm: arms_lib.Arm) -> schema.Config:
+  def _arm_config(self, arm: arms_lib.Arm, place: pathlib.Path) -> schema.Config:
+    """Of an arm that starts from a base in a directory."""
     updates = pages.values(arm.page).objective.policy.updates
     changes = {
-      'init_from': str(self._place / arm.base),
+      'init_from': str(place / arm.base),
       'train.seed': self.number,
       **arms_lib.changes(arm, flags.FLAGS.iterations, updates),
     }
@@ -188,14 +206,18 @@ class Seed:
     labels = self._place / 'labels.jsonl'
     if not labels.exists():
       self._label(labels)
+    return self._trained(name, self._judge_config(page, self._place))
+
+  def _judge_config(self, page: str, place: pathlib.Path) -> schema.Config:
+    """Of a judge that starts from the base in a directory."""
     changes: dict[str, Any] = {
-      'init_from': str(self._place / 'base'),
+      'init_from': str(place / 'base'),
       'train.seed': self.number,
-      'objective.process_reward.labels': str(labels),
+      'objective.process_reward.labels': str(self._place / 'labels.jsonl'),
     }
     if steps := flags.FLAGS.judge_steps:
       changes |= {'train.num_steps': steps, 'checkpoint.save_every': steps}
-    return self._trained(name, train_lib.resolve(page, changes))
+    return train_lib.resolve(page, changes)
 
   def _writer(self) -> tuple[solutions.Writer, schema.DataConfig]:
     run = trained_run.load(self._place / 'base')

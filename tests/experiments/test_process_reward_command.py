@@ -26,13 +26,13 @@ def run(action, *arguments):
 def test_labels_judges_and_choices(tmp_path, capsys):
   """Questions leave less room in a row than an answer may usually have."""
   page = reasoner.get_config('small')
-  page.train.num_steps, page.optim.warmup_steps, page.train.eval_every = 60, 5, 0
+  page.train.num_steps, page.optim.warmup_steps, page.train.eval_every = 20, 5, 0
   moe_jax.train(page, tmp_path / 'base', report=False, say=lambda line: None)
   base, labels = f'{tmp_path}/base', f'{tmp_path}/labels.jsonl'
-  label = (f'--workdir={base}', f'--out={labels}', '--questions=32', '--completions=2')
+  label = (f'--workdir={base}', f'--out={labels}', '--questions=16', '--completions=2')
   run('label', *label)
   said = capsys.readouterr().out
-  assert 'solutions of 32 questions' in said and 'N=2: precision' in said
+  assert 'solutions of 16 questions' in said and 'N=2: precision' in said
   for kind, variant in (('prm', 'small'), ('orm', 'small_outcome')):
     run(
       'train',
