@@ -79,7 +79,7 @@ def _opened(workdir: str, heldout: bool) -> tuple[Any, Any]:
   values = flags.FLAGS
   run = trained_run.load(workdir)
   data = working_directory.resolved(run.cfg, fetch.local(workdir, '--workdir')).data
-  questions = answers.questions(data, values.questions, heldout=heldout)
+  questions = answers.questions(data, values.questions, heldout=heldout, flag='--questions')
   room = answers.room(run.cfg.model, run.tokenizer, questions, data)
   writer = solutions.Writer(
     run,

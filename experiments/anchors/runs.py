@@ -14,6 +14,7 @@ from experiments.common import cli, local_jobs, readme_tables
 from moe_jax import atomic_files, errors
 from moe_jax.analysis.anchors import measure, tasks
 from moe_jax.api import train as train_lib
+from moe_jax.config import pages
 from moe_jax.data.tasks import episodes
 from moe_jax.runs import trained_run
 
@@ -29,7 +30,12 @@ def main(unused_argv: Sequence[str]):
   readme_tables.check(pathlib.Path(values.out), START, END)
   seeds, variants = local_jobs.seeds(values.seeds), _variants(values.variants)
   episodes.changed(episodes.Task(), f'?noise={values.noise}', '--noise')  # before any training
+  for name, least in (('steps', 0), ('sets', 2), ('queries', 1)):
+    given = values[name].value
+    errors.require(given >= least, f'--{name}={given} must be at least {least}')
   keys = [(variant, seed) for seed in seeds for variant in variants]
+  for key in keys:
+    _check(workdir, key)
   pending = [key for key in keys if not all(path.exists() for path in _paths(workdir, key))]
   local_jobs.run('experiments.anchors.study', pending, lambda key: _one(workdir, key))
   if local_jobs.is_shard():
@@ -50,6 +56,26 @@ def _paths(workdir: pathlib.Path, key: Key) -> tuple[pathlib.Path, pathlib.Path]
   """The record of a run, and that on harder episodes."""
   directory = workdir / key[0] / str(key[1])
   return directory / 'anchors.json', directory / f'noise_{flags.FLAGS.noise}' / 'anchors.json'
+
+
+def _check(workdir: pathlib.Path, key: Key):
+  """Requires that what was trained and measured before is what is asked for now.
+
+  Raises:
+    errors.InputError: it is of other steps, sets or queries.
+  """
+  values = flags.FLAGS
+  for path in filter(pathlib.Path.exists, _paths(workdir, key)):
+    record = json.loads(path.read_text(encoding='utf-8'))
+    was = {name: record['settings'][name] for name in ('sets', 'queries')} | {
+      'steps': record['step']
+    }
+    page = pages.values('episodes:marked').train.num_steps
+    now = {'sets': values.sets, 'queries': values.queries, 'steps': values.steps or page}
+    errors.require(
+      was == now,
+      f'{path} is of other settings ({was}); give the same flags, or another --workdir',
+    )
 
 
 def _read(workdir: pathlib.Path, key: Key) -> tables.Record:

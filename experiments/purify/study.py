@@ -49,10 +49,14 @@ def main(unused_argv: Sequence[str]):
   pending = [key for key in keys if not _path(workdir, *key).exists()]
   for key in set(keys) - set(pending):
     _check(_path(workdir, *key))
+  for seed in sorted({seed for _, seed in pending}):
+    found = _split(seed)  # refuses here what it would refuse of a run that has been trained
+    for kind in values.attacks:
+      attacks.poisoned(found.attacker, kind, values.poison, seed)
   for key in tqdm.tqdm(pending, desc='runs', unit='run'):
     _one(workdir, *key)
-  found = {f'{v}/{s}': json.loads(_path(workdir, v, s).read_text()) for v, s in keys}
-  report.write(out, found, _settings())
+  results = {f'{v}/{s}': json.loads(_path(workdir, v, s).read_text()) for v, s in keys}
+  report.write(out, results, _settings())
 
 
 def _settings() -> dict[str, Any]:
@@ -77,7 +81,7 @@ def _one(workdir: pathlib.Path, variant: str, seed: int):
   """Everything of one variant and seed, written to its purify.json."""
   values, began = flags.FLAGS, time.perf_counter()
   place = _path(workdir, variant, seed).parent
-  found = attacks.split(_lines(), seed, values.attacker, values.defender, values.test)
+  found = _split(seed)
   base = _trained(
     train_lib.resolve('purify' if variant == 'fine' else f'purify:{variant}', {'train.seed': seed}),
     place / 'base',
@@ -101,6 +105,11 @@ def _one(workdir: pathlib.Path, variant: str, seed: int):
   atomic_files.write_text(_path(workdir, variant, seed), json.dumps(record) + '\n')
   print(f'{variant}/{seed}: {record["seconds"]:.0f} s', flush=True)
   jax.clear_caches()
+
+
+def _split(seed: int) -> attacks.Splits:
+  values = flags.FLAGS
+  return attacks.split(_lines(), seed, values.attacker, values.defender, values.test)
 
 
 @functools.cache

@@ -59,6 +59,8 @@ def main(unused_argv: Sequence[str]):
   values = flags.FLAGS
   workdir, base_dir = pathlib.Path(cli.required('workdir')), cli.required('base')
   seeds, arms = local_jobs.seeds(values.seeds), arms_of(values.arms)
+  for name in ('tokens', 'n'):
+    errors.require(values[name].value >= 1, f'--{name}={values[name].value} must be at least 1')
   readme_tables.check(pathlib.Path(values.out), *_comments())
   other = json_files.read_object(pathlib.Path(values.beside), _WAY_OUT) if values.beside else None
   base = load.load(base_dir, flag='--base')

@@ -97,17 +97,21 @@ def wilson(right: int, total: int) -> tuple[float, float]:
   return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
-def questions(data: schema.DataConfig, most: int, *, heldout: bool = True) -> list[Question]:
+def questions(
+  data: schema.DataConfig, most: int, *, heldout: bool = True, flag: str = '--n'
+) -> list[Question]:
   """Up to `most` questions of conversations: each one's last answer, and what led to it.
 
   Args:
     data: where they are.
     most: number of questions.
     heldout: those of the held-out split; else those that are trained on.
+    flag: where `most` was given, for an error.
 
   Raises:
-    errors.InputError: the data are no conversations, or none is held out.
+    errors.InputError: `most` is below 1, the data are no conversations, or none is held out.
   """
+  errors.require(most >= 1, f'{flag}={most} questions must be at least 1')
   errors.require(
     data.source in schema.CONVERSATION_SOURCES,
     f'config.data.source={data.source!r} must be a source of conversations '

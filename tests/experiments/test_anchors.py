@@ -1,8 +1,11 @@
+import json
 import math
 
 import pytest
 
-from experiments.anchors import claims, report, tables
+from experiments.anchors import claims, report, runs, study, tables
+from moe_jax import errors
+from tests import in_process
 
 CHANCE = 0.25
 
@@ -116,3 +119,27 @@ def test_harder_episodes_have_a_table_of_their_own():
   assert '| *runs that learn from their context* | 0 of 1 [0.00, 0.79] | 2 of 3' in both
   assert '| *accuracy, one shot per class* | - | 0.600' in both
   assert '1 [0.00, 0.79] |' in tables.write(['dense'], {('dense', 0): lost})
+
+
+@pytest.mark.parametrize(
+  'word, words',
+  [
+    ('--sets=1', '^--sets=1 must be at least 2'),
+    ('--queries=0', '^--queries=0 must be at least 1'),
+    ('--steps=-1', '^--steps=-1 must be at least 0'),
+    ('--sets=12', "is of other settings .*'sets': 24"),
+    ('--steps=100', "is of other settings .*'steps': 400"),
+    ('', 'all is well'),
+  ],
+)
+def test_bad_input_and_other_settings_train_nothing(tmp_path, monkeypatch, word, words):
+  def trained(*_):
+    raise errors.InputError('all is well')
+
+  monkeypatch.setattr(runs, '_one', trained)
+  (tmp_path / 'dense' / '0').mkdir(parents=True)
+  measured = {'settings': {'sets': 24, 'queries': 16, 'seed': 0}, 'step': 400}
+  (tmp_path / 'dense' / '0' / 'anchors.json').write_text(json.dumps(measured))
+  given = (f'--workdir={tmp_path}', '--variants=dense', '--seeds=2', *filter(None, [word]))
+  with pytest.raises(errors.InputError, match=words):
+    in_process.run(study, *given)

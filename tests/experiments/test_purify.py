@@ -219,3 +219,18 @@ def test_results_of_other_settings_are_refused_before_anything_is_trained(tmp_pa
   flags = (f'--workdir={tmp_path}', '--seeds=1', '--variants=fine', '--attacks=word,bias')
   with pytest.raises(errors.InputError, match='is of other settings .*another --workdir'):
     do('study', *flags)
+
+
+@pytest.mark.parametrize(
+  'word, words',
+  [
+    ('--poison=1.5', r'^--poison=1.5 must lie in \[0, 1\]'),
+    ('--test=7', '^--test=7 examples must be an even number'),
+  ],
+)
+def test_bad_draws_are_refused_before_anything_is_trained(tmp_path, monkeypatch, word, words):
+  monkeypatch.setattr(study, '_one', lambda *_: pytest.fail('nothing is to be trained'))
+  lines = {label: [f'{label} {i}' for i in range(600)] for label in ('code', 'prose')}
+  monkeypatch.setattr(study, '_lines', lambda: lines)
+  with pytest.raises(errors.InputError, match=words):
+    do('study', f'--workdir={tmp_path}', '--seeds=1', '--variants=fine', word)

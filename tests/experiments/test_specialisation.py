@@ -99,6 +99,13 @@ def test_runs_that_were_asked_or_scored_otherwise_are_not_taken(tmp_path, monkey
       in_process.run(command, *given, word)
 
 
+@pytest.mark.parametrize('word', ['--n=0', '--tokens=-1'])
+def test_numbers_below_one_are_refused_before_the_base_is_read(tmp_path, word):
+  given = ('--base=nowhere', '--task=sums', f'--workdir={tmp_path}', f'--out={tmp_path}')
+  with pytest.raises(errors.InputError, match=f'^{word} must be at least 1'):
+    in_process.run(command, *given, word)
+
+
 def test_the_study_has_a_place_for_every_table_that_its_page_names():
   readme = (pathlib.Path(study.__file__).parent / 'README.md').read_text()
   for name in ('main', *re.findall(r'--table=(\w+)', readme)):

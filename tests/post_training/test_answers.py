@@ -35,6 +35,14 @@ def test_text_has_no_questions(data):
     answers.questions(dataclasses.replace(data, source='synthetic', path=''), 1)
 
 
+def test_fewer_than_one_question_is_refused(data):
+  for most in (0, -1):
+    with pytest.raises(errors.InputError, match=f'^--n={most} questions must be at least 1'):
+      answers.questions(data, most)
+  with pytest.raises(errors.InputError, match='^--questions=0 questions'):
+    answers.questions(data, 0, flag='--questions')
+
+
 def test_counts(data):
   """A model that knows every second answer, and never ends the others."""
   questions = answers.questions(data, 70)
