@@ -6,6 +6,7 @@ somebody asked for stop strings or for the text as it comes.
 
 import dataclasses
 import functools
+import operator
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -103,13 +104,32 @@ def in_buckets(length: int) -> int:
   return -(-length // LENGTH_BUCKET) * LENGTH_BUCKET
 
 
+def check_ids(cfg: schema.ModelConfig, ids: Sequence[int], where: str):
+  """Refuses what is no token id: arrays would take the nearest one instead.
+
+  Raises:
+    errors.InputError: one is no whole number, or not in the vocabulary.
+  """
+  for one in ids:
+    try:
+      known = 0 <= operator.index(one) < cfg.vocab_size
+    except TypeError:  # no whole number
+      known = False
+    errors.require(
+      known,
+      f'{where}: {one} is no token id; ids are whole numbers from 0 to {cfg.vocab_size - 1}, so '
+      "encode text with the run's own tokenizer",
+    )
+
+
 def padded(
   cfg: schema.ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """Prompts as [B, L] int32, padded on the right to a bucket, and their lengths [B] int32.
 
   Raises:
-    errors.InputError: a prompt is empty or does not fit the context; or see `check_router`.
+    errors.InputError: a prompt is empty, does not fit the context or holds what is no token id; or
+      see `check_router`.
   """
   if not prompts or not all(prompts):
     raise errors.InputError('--prompt must hold at least one token')
@@ -118,6 +138,7 @@ def padded(
   check_lengths(cfg, longest, max_new_tokens)
   rows = np.zeros((len(prompts), in_buckets(longest)), np.int32)
   for row, prompt in zip(rows, prompts):
+    check_ids(cfg, prompt, '--prompt')
     row[: len(prompt)] = prompt
   return rows, np.array([len(p) for p in prompts], np.int32)
 
@@ -254,9 +275,11 @@ class Generator:
       timed: compile before the clock starts (at the price of one more prefill).
 
     Raises:
-      errors.InputError: a prompt is empty, or does not fit the context; an empty stop string.
+      errors.InputError: a prompt is empty, or does not fit the context; an empty stop string; a
+        token id that is none.
     """
     errors.require(all(stop), "--stop='' would end every text at once; leave it out")
+    check_ids(self._cfg, stop_ids, '--stop_id')
     if decode_text is None and (stop or on_text):
       raise ValueError('stop strings and streaming need decode_text')
     prompt, length = padded(self._cfg, prompts, max_new_tokens)

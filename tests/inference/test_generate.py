@@ -97,7 +97,10 @@ def test_lengths_that_just_fit():
   generate.check_lengths(CFG, 10, 6)
 
 
-@pytest.mark.parametrize('prompts', [[[]], [[1, 2], []], [[1] * 11]])
+@pytest.mark.parametrize(
+  'prompts',
+  [[[]], [[1, 2], []], [[1] * 11], [[1], [-1]], [[CFG.vocab_size]], [[2**40]], [[0.5]]],
+)
 def test_bad_prompts_are_refused_before_compiling(prompts):
   with pytest.raises(errors.InputError, match='--prompt'):
     run(prompts)
@@ -256,6 +259,13 @@ def test_an_empty_stop_string_is_refused():
   generator = generate.Generator(CFG, {'params': tiny.params(CFG)}, (EOS,))
   with pytest.raises(errors.InputError, match="--stop='' would end"):
     generator.generate(PROMPTS, NEW, sampling_lib.Sampling(), decode_text=str, stop=[''])
+
+
+@pytest.mark.parametrize('stop', [-1, CFG.vocab_size, 0.5])
+def test_what_is_no_token_id_stops_nothing_and_is_refused(stop):
+  generator = generate.Generator(CFG, {'params': tiny.params(CFG)}, (EOS,))
+  with pytest.raises(errors.InputError, match=f'^--stop_id: {stop} is no token id; ids are whole'):
+    generator.generate(PROMPTS, NEW, sampling_lib.Sampling(), stop_ids=[stop])
 
 
 def test_the_nth_token_of_a_row_is_drawn_with_the_nth_key():
