@@ -10,6 +10,7 @@ def test_slow_tests_are_left_out_where_ci_is_late_and_no_others(monkeypatch):
     types.SimpleNamespace(get_closest_marker=lambda name, own=own: name if name in own else None)
     for own in (['slow'], ['parametrize'])
   )
+  monkeypatch.delenv('MOE_JAX_SLOW_UNTIL', raising=False)
   conftest.pytest_runtest_setup(slow)
   monkeypatch.setenv('MOE_JAX_SLOW_UNTIL', '9e12')
   conftest.pytest_runtest_setup(slow)

@@ -65,13 +65,12 @@ def _check(workdir: pathlib.Path, key: Key):
     errors.InputError: it is of other steps, sets or queries.
   """
   values = flags.FLAGS
+  steps = values.steps or pages.values('episodes:marked').train.num_steps
+  now = {'sets': values.sets, 'queries': values.queries, 'steps': steps}
   for path in filter(pathlib.Path.exists, _paths(workdir, key)):
     record = json.loads(path.read_text(encoding='utf-8'))
-    was = {name: record['settings'][name] for name in ('sets', 'queries')} | {
-      'steps': record['step']
-    }
-    page = pages.values('episodes:marked').train.num_steps
-    now = {'sets': values.sets, 'queries': values.queries, 'steps': values.steps or page}
+    was = {name: record['settings'][name] for name in ('sets', 'queries')}
+    was['steps'] = record['step']
     errors.require(
       was == now,
       f'{path} is of other settings ({was}); give the same flags, or another --workdir',

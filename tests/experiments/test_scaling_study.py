@@ -276,3 +276,15 @@ def test_a_table_that_lacks_a_phase_or_a_column_is_refused(tmp_path):
   table.write_text('')
   with pytest.raises(errors.InputError, match='has no column phase, kind'):
     report.read_points(table)
+
+
+def test_finished_points_are_not_dealt_out(tmp_path, monkeypatch):
+  dealt = []
+  monkeypatch.setattr(phases.local_jobs, 'run', lambda module, models, *_: dealt.extend(models))
+  first, *rest = study.points(study.TINY, 'hyper', 'dense', study.PAPER, 64)
+  (tmp_path / 'points').mkdir()
+  (tmp_path / 'points' / f'{first.key}.json').write_text('{}')
+  given = ('--scale=tiny', '--phases=hyper', '--kinds=dense', f'--workdir={tmp_path}')
+  monkeypatch.setattr(phases, '_report', lambda *_: None)
+  in_process.run(command, *given)
+  assert sorted(p.key for model in dealt for p in model) == sorted(p.key for p in rest)
