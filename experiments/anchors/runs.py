@@ -10,7 +10,7 @@ import numpy as np
 from absl import flags
 
 from experiments.anchors import pictures, report, tables
-from experiments.common import cli, local_jobs, readme_tables
+from experiments.common import cli, local_jobs, readme_tables, study_record
 from moe_jax import atomic_files, errors
 from moe_jax.analysis.anchors import measure, tasks
 from moe_jax.api import train as train_lib
@@ -71,10 +71,7 @@ def _check(workdir: pathlib.Path, key: Key):
     record = json.loads(path.read_text(encoding='utf-8'))
     was = {name: record['settings'][name] for name in ('sets', 'queries')}
     was['steps'] = record['step']
-    errors.require(
-      was == now,
-      f'{path} is of other settings ({was}); give the same flags, or another --workdir',
-    )
+    study_record.require_same(path, was, now)
 
 
 def _read(workdir: pathlib.Path, key: Key) -> tables.Record:

@@ -20,15 +20,26 @@ def check(workdir: pathlib.Path, given: Mapping[str, Any]):
   """
   path = workdir / 'study.json'
   if path.exists():
-    old = json.loads(path.read_text(encoding='utf-8'))
-    changed = [
-      f'--{key}={given[key]} (was {old.get(key)})' for key in given if given[key] != old.get(key)
-    ]
-    errors.require(
-      not changed,
-      f'--workdir={workdir} holds runs of another study: {", ".join(changed)}; give the old '
-      'values, or another --workdir',
-    )
+    require_same(path, json.loads(path.read_text(encoding='utf-8')), given)
   else:
     workdir.mkdir(parents=True, exist_ok=True)
     atomic_files.write_text(path, json.dumps(dict(given), indent=2) + '\n')
+
+
+def require_same(path: pathlib.Path, was: Mapping[str, Any], now: Mapping[str, Any]):
+  """Refuses what was measured under other settings than those asked for now.
+
+  Args:
+    path: where it is kept, for the error.
+    was: its settings by name, as JSON gave them back.
+    now: those that decide what it comes to; they may be Python's own values.
+
+  Raises:
+    errors.InputError: a setting differs, or was not there.
+  """
+  now = json.loads(json.dumps(dict(now)))
+  changed = [f'{key}={now[key]} (was {was.get(key)})' for key in now if now[key] != was.get(key)]
+  errors.require(
+    not changed,
+    f'{path} is of other settings: {", ".join(changed)}; give the old values, or another --workdir',
+  )

@@ -13,7 +13,7 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from experiments.common import cli, local_jobs, readme_tables
+from experiments.common import cli, local_jobs, readme_tables, study_record
 from experiments.purify import commands, measures, report
 from moe_jax import atomic_files, errors, trees
 from moe_jax.analysis.purification import attacks, examples, fisher, pruning, resets, shares
@@ -66,11 +66,7 @@ def _settings() -> dict[str, Any]:
 
 def _check(path: pathlib.Path):
   """Requires that what was measured before is what is asked for now."""
-  was = json.loads(path.read_text(encoding='utf-8'))['settings']
-  errors.require(
-    was == _settings(),
-    f'{path} is of other settings ({was}); give the same flags, or another --workdir',
-  )
+  study_record.require_same(path, json.loads(path.read_text())['settings'], _settings())
 
 
 def _path(workdir: pathlib.Path, variant: str, seed: int) -> pathlib.Path:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from experiments.common import cli, local_jobs, readme_tables
+from experiments.common import cli, local_jobs, readme_tables, study_record
 from experiments.reinforcement import arms as arms_lib
 from experiments.reinforcement import report
 from moe_jax import atomic_files, errors
@@ -131,11 +131,8 @@ class Seed:
     name = path.parent.name
     keys = BASE if name in arms_lib.BASES else LEARNING
     keys = VERIFICATION if name == 'verification' else keys
-    was, now = ({key: s[key] for key in keys} for s in (found['settings'], _settings()))
-    errors.require(
-      was == now,
-      f'{path} is of other settings ({was}); give the same flags, or another --workdir',
-    )
+    settings = _settings()
+    study_record.require_same(path, found['settings'], {key: settings[key] for key in keys})
     return found
 
   def fill(self, arms: Mapping[str, arms_lib.Arm], verify: bool):

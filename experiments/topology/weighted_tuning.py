@@ -14,8 +14,8 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from experiments.common import package_functions, readme_tables
-from moe_jax import atomic_files, errors
+from experiments.common import package_functions, readme_tables, study_record
+from moe_jax import atomic_files
 from moe_jax.analysis import paired
 from moe_jax.api import load
 from moe_jax.api import run as run_lib
@@ -100,11 +100,7 @@ def run_study(base_dir: str, workdir: pathlib.Path, seeds: Sequence[int], out: p
 
 def _read(path: pathlib.Path, settings: Mapping[str, Any]) -> dict[str, Any]:
   result = json.loads(path.read_text(encoding='utf-8'))
-  was = result.pop('settings')
-  errors.require(
-    was == dict(settings),
-    f'{path} is of other settings ({was}); give the same flags, or another --workdir',
-  )
+  study_record.require_same(path, result.pop('settings'), settings)
   return result
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments.common import cli, local_jobs, readme_tables
+from experiments.common import cli, local_jobs, readme_tables, study_record
 from experiments.watermark import arms as arms_lib
 from experiments.watermark import report
 from moe_jax import atomic_files, errors
@@ -102,10 +102,7 @@ def _kept(
     atomic_files.write_text(path, json.dumps(found) + '\n')
     print(f'{path}: {time.perf_counter() - started:.0f} s', flush=True)
   found = json.loads(path.read_text(encoding='utf-8'))
-  errors.require(
-    found['settings'] == json.loads(json.dumps(settings)),
-    f'{path} is of other settings; give another --workdir',
-  )
+  study_record.require_same(path, found['settings'], settings)
   return found['result']
 
 

@@ -127,8 +127,8 @@ def test_harder_episodes_have_a_table_of_their_own():
     ('--sets=1', '^--sets=1 must be at least 2'),
     ('--queries=0', '^--queries=0 must be at least 1'),
     ('--steps=-1', '^--steps=-1 must be at least 0'),
-    ('--sets=12', "is of other settings .*'sets': 24"),
-    ('--steps=100', "is of other settings .*'steps': 400"),
+    ('--sets=12', r'is of other settings: sets=12 \(was 24\)'),
+    ('--steps=100', r'is of other settings: steps=100 \(was 400\)'),
     ('', 'all is well'),
   ],
 )

@@ -217,7 +217,7 @@ def test_results_of_other_settings_are_refused_before_anything_is_trained(tmp_pa
   place.parent.mkdir(parents=True)
   place.write_text(json.dumps({'settings': {'attacks': ['word']}, 'attacks': {}}))
   flags = (f'--workdir={tmp_path}', '--seeds=1', '--variants=fine', '--attacks=word,bias')
-  with pytest.raises(errors.InputError, match='is of other settings .*another --workdir'):
+  with pytest.raises(errors.InputError, match='is of other settings: .*another --workdir'):
     do('study', *flags)
 
 

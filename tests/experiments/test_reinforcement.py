@@ -186,7 +186,7 @@ FLAGS = ('--seeds=1', '--base_steps=30', '--n=8', '--samples=1')
     (('--candidates=3',), '--candidates=3 must be among 1, 2, 4'),
     (('--iterations=2', '--arms=outcome'), 'warmup_steps=5 must be smaller than .*num_steps=2'),
     (('--judge_steps=2', '--parts=verification'), 'warmup_steps=.* must be smaller than .*=2'),
-    (('--samples=2',), 'base/result.json is of other settings .*another --workdir'),
+    (('--samples=2',), 'base/result.json is of other settings: samples=2 .was 1.; give'),
   ],
 )
 def test_bad_input_trains_nothing(tmp_path, monkeypatch, flags, words):

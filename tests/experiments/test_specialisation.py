@@ -94,7 +94,7 @@ def test_runs_that_were_asked_or_scored_otherwise_are_not_taken(tmp_path, monkey
   old = {'base': 'runs/base', 'task': 'sums', 'tokens': 16_384, 'n': 512}
   study_record.check(tmp_path, old)
   given = ('--base=runs/base', '--task=sums', f'--workdir={tmp_path}', f'--out={tmp_path}')
-  for word, words in (('--n=64', r'--n=64 \(was 512\)'), ('--tokens=9', r'\(was 16384\)')):
+  for word, words in (('--n=64', r'n=64 \(was 512\)'), ('--tokens=9', r'\(was 16384\)')):
     with pytest.raises(errors.InputError, match=words):
       in_process.run(command, *given, word)
 

@@ -203,6 +203,6 @@ def test_a_kept_result_of_other_settings_is_refused(tmp_path):
   for _ in range(2):
     assert study._kept(path, {'prompts': 2, 'arms': [(1, 2)]}, work, None, 7) == {'a': 1}
   assert calls == [7]
-  with pytest.raises(errors.InputError, match='is of other settings; give another --workdir'):
+  with pytest.raises(errors.InputError, match='is of other settings: .*another --workdir'):
     study._kept(path, {'prompts': 3, 'arms': [(1, 2)]}, work, None, 7)
   assert study.secret(0) != study.secret(1) != study.secret(1, 1)
