@@ -159,11 +159,19 @@ def _read(workdir: pathlib.Path, arm: str, seed: int) -> dict[str, Any]:
 
 
 def rates(workdir: pathlib.Path, configs: Mapping[str, schema.Config]) -> dict[str, float]:
-  """Training tokens per second by arm, one seed, all arms timed in turns; measured once."""
+  """Training tokens per second by arm, one seed, arms timed in turns; each is measured once.
+
+  Arms that come later are timed in turns with one of before, GShard if it is there: a machine that
+  is faster or slower by then is so for that one too, and what it makes of it is taken out.
+  """
   where = workdir / 'speed.json'
   found = json.loads(where.read_text()) if where.exists() else {}
-  if set(configs) - set(found):
-    found = step_rates.tokens_per_second(configs)
+  missing = [name for name in configs if name not in found]
+  if missing:
+    before = sorted(set(configs) & set(found), key=lambda name: name != 'gshard')[:1]
+    timed = step_rates.tokens_per_second({name: configs[name] for name in [*before, *missing]})
+    faster = timed[before[0]] / found[before[0]] if before else 1.0
+    found |= {name: timed[name] / faster for name in missing}
     atomic_files.write_text(where, json.dumps(found, indent=2) + '\n')
   return {name: found[name] for name in configs}
 

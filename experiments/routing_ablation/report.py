@@ -298,8 +298,8 @@ def _tables(study: Study, commands: Sequence[str]) -> list[html_report.Block]:
       'text, mean over layers; the gates of a token are added up before and after training, mean '
       'over layers and held-out tokens; saved when repeated are the nats per token that held-out '
       'text costs less the second time in a row (`moe_jax/analysis/copying.py`); dropped is over '
-      'the last fifth of training; tokens/s is the training step of one seed, all arms timed in '
-      'turns on the machine below.'
+      'the last fifth of training; tokens/s is the training step of one seed, arms timed in turns '
+      'on the machine below, those of a later call in turns with one of before.'
     ),
     *learning_rates.blocks(study.swept),
     html_report.Heading('Do the arms match?'),

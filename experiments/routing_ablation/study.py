@@ -14,6 +14,7 @@ from experiments.routing_ablation import (
   arms,
   budget,
   earlier,
+  finished,
   learning_rates,
   matching,
   measure,
@@ -50,13 +51,17 @@ def main(unused_argv: Sequence[str]):
   asked = [arm.name for arm in arms.choose(values.arms, values.scale)]
   numbers = local_jobs.seeds(values.seeds)
   known = earlier.read(pathlib.Path(values.earlier), pages) if values.earlier else {}
-  names = [name for name in pages if name in asked or name in known]
+  root = pathlib.Path(values.workdir or '.' if values.dry_run else cli.required('workdir'))
+  there = finished.arms_in(root, list(pages))
+  if values.learning_rates:  # the sweep trains these
+    there += [arms.ARMS[name].family for name in asked]
+  names = [name for name in pages if name in {*asked, *known, *there}]
   described = matching.describe({name: pages[name] for name in names})
   _say_costs({name: described[name] for name in asked}, matching.check(described), pages, numbers)
-  root = pathlib.Path(values.workdir or '.' if values.dry_run else cli.required('workdir'))
-  swept = _rates(root, asked, pages, known)
+  swept = _rates(root, asked, there, pages, known)
   if values.part == _SWEEP:
     return
+  names = [name for name in names if name in asked or name in known or _has_rate(name, swept)]
   found = learning_rates.applied({name: pages[name] for name in names}, learning_rates.best(swept))
   known = _at_these_rates(known, found)
   workdirs = {
@@ -65,15 +70,16 @@ def main(unused_argv: Sequence[str]):
   }
   wanted = {name: [n for n in numbers if n not in known.get(name, {})] for name in asked}
   if values.budget_hours:
-    wanted = _affordable(asked, found, known, workdirs, len(numbers))
+    wanted = _affordable(root, asked, found, known, workdirs, len(numbers))
   if values.dry_run:
     return
   units = _units(found, workdirs, wanted)
   _check_finished(units)
   _train_all(root, units)
   if not local_jobs.is_shard():
-    new = {n: measure.read({n: workdirs[n]}, wanted[n])[n] for n in asked}
-    results = earlier.joined(known, {name: runs for name, runs in new.items() if runs})
+    here, left_out = finished.read(root, found, workdirs)
+    print(*left_out, sep='\n', end='\n' if left_out else '', flush=True)
+    results = earlier.joined(known, here)
     _report(root, {name: found[name] for name in results}, results, described, swept)
     _name_failures(units)
 
@@ -94,9 +100,20 @@ def _by_rate() -> bool:
   return bool(flags.FLAGS.learning_rates or flags.FLAGS.rates_from)
 
 
+def _has_rate(name: str, swept: learning_rates.Bits) -> bool:
+  """Whether it is known at which rate this call would train an arm; prints if not."""
+  family = arms.ARMS[name].family
+  if not flags.FLAGS.learning_rates or family in swept:
+    return True
+  if not local_jobs.is_shard() and not flags.FLAGS.dry_run:
+    print(f'left out of the report: {name}: {family}, whose rate it has, is not swept like this')
+  return False
+
+
 def _rates(
   root: pathlib.Path,
   asked: Sequence[str],
+  there: Sequence[str],
   pages: Mapping[str, schema.Config],
   known: measure.Results,
 ) -> learning_rates.Bits:
@@ -112,7 +129,9 @@ def _rates(
   swept: learning_rates.Bits = {}
   if values.earlier:
     swept = learning_rates.from_csv(pathlib.Path(values.earlier) / learning_rates.FILE)
-  return {**swept, **_sweep(root, asked, pages, known, swept)} if values.learning_rates else swept
+  if values.learning_rates:
+    swept = {**swept, **_sweep(root, asked, there, pages, known, swept)}
+  return swept
 
 
 def _at_these_rates(known: measure.Results, found: Mapping[str, schema.Config]) -> measure.Results:
@@ -207,24 +226,32 @@ def _chains(units: Sequence[Unit]) -> list[list[Unit]]:
 def _sweep(
   root: pathlib.Path,
   asked: Sequence[str],
+  there: Sequence[str],
   pages: Mapping[str, schema.Config],
   known: measure.Results,
   swept: learning_rates.Bits,
 ) -> learning_rates.Bits:
-  """Trains the first arm of each family at every rate that it lacks; what came of it."""
+  """Trains the first arm of each family at every rate that it lacks; what came of it.
+
+  Families of other arms that are there are among them if an earlier call has swept them likewise.
+  """
   values = flags.FLAGS
   tried = learning_rates.rates(values.learning_rates)
   numbers = local_jobs.seeds(values.rate_seeds)
   families = list(dict.fromkeys(arms.ARMS[name].family for name in asked))
-  units = [
-    Unit(name, cfg, learning_rates.workdir(root, rate), (seed,))
-    for seed in numbers
-    for rate in tried
-    for name in families
-    for cfg in [learning_rates.with_rate(pages[name], rate)]
-    if seed not in earlier.at_rate(known.get(name, {}), cfg)
-    and seed not in swept.get(name, {}).get(rate, {})
-  ]
+
+  def units_of(names: Sequence[str]) -> list[Unit]:
+    return [
+      Unit(name, cfg, learning_rates.workdir(root, rate), (seed,))
+      for seed in numbers
+      for rate in tried
+      for name in names
+      for cfg in [learning_rates.with_rate(pages[name], rate)]
+      if seed not in earlier.at_rate(known.get(name, {}), cfg)
+      and seed not in swept.get(name, {}).get(rate, {})
+    ]
+
+  units = units_of(families)
   if values.dry_run:
     print(f'--learning_rates: {len(units)} runs of {", ".join(families)} come first')
     return {}
@@ -238,10 +265,22 @@ def _sweep(
     f'--learning_rates: {", ".join(missing)} did not end, see above for why; the same command '
     'tries again, or leave out a rate at which training fails',
   )
+  others = dict.fromkeys(arms.ARMS[name].family for name in there)
+  families += [
+    name for name in others if name not in families and all(map(_is_swept, units_of([name])))
+  ]
   return learning_rates.read(root, families, tried, numbers, known, swept)
 
 
+def _is_swept(unit: Unit) -> bool:
+  """Whether an earlier call has trained a run of a sweep, with these settings."""
+  return unit.finished() and not any(
+    finished.changes(unit.workdir, unit.arm, seed, unit.cfg) for seed in unit.seeds
+  )
+
+
 def _affordable(
+  root: pathlib.Path,
   asked: Sequence[str],
   configs: Mapping[str, schema.Config],
   known: measure.Results,
@@ -250,8 +289,8 @@ def _affordable(
 ) -> dict[str, list[int]]:
   """The seeds of each arm that decide most within --budget_hours; prints the plan."""
   values = flags.FLAGS
-  done = measure.read({name: workdirs[name] for name in asked}, range(budget.MOST_SEEDS))
-  results = earlier.joined(known, {name: runs for name, runs in done.items() if runs})
+  done, _ = finished.read(root, configs, workdirs)
+  results = earlier.joined(known, done)
   seconds = budget.seconds_per_run(configs, results)
   plan = budget.plan(
     asked, results, seconds, values.budget_hours * 3600 * max(1, values.jobs), first

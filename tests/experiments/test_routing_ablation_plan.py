@@ -4,18 +4,14 @@ import pathlib
 
 import pytest
 
-from experiments.routing_ablation import __main__ as command
 from experiments.routing_ablation import (
   arms,
   budget,
   learning_rates,
-  measure,
-  pictures,
   progress,
 )
 from experiments.routing_ablation import study as study_lib
 from moe_jax import errors
-from tests import in_process
 
 BITS = {
   'gshard': {0.003: {0: 2.0, 1: 2.2}, 0.006: {0: 1.9, 1: 2.2}, 0.012: {0: 2.5, 1: 1.9}},
@@ -127,56 +123,6 @@ def test_the_time_of_a_run_is_its_own_or_taken_from_its_flops():
   seconds = budget.seconds_per_run(configs, results(dense=[1.0, 2.0]))
   assert seconds['dense'] == 100.0 and seconds['dense_x16'] > 200.0
   assert budget.seconds_per_run(configs, {})['dense'] > 10.0
-
-
-@pytest.fixture
-def study(tmp_path, monkeypatch):
-  """Calls the command with a training that writes figures at once; returns what was trained."""
-  trained = []
-
-  def train(unit, unused_page):
-    seed = unit.seeds[0]
-    trained.append((unit.arm, unit.cfg.optim.peak_lr, seed))
-    if unit.arm in broken:
-      raise broken[unit.arm]
-    where = unit.workdir / unit.arm / str(seed)
-    where.mkdir(parents=True, exist_ok=True)
-    rate = unit.cfg.optim.peak_lr
-    (where / 'done').write_text(f'{2.0 + abs(rate - 0.012) + 0.1 * seed} {rate}')
-
-  def read(workdirs, seeds):
-    found = {}
-    for name, workdir in workdirs.items():
-      done = {seed: workdir / name / str(seed) / 'done' for seed in seeds}
-      found[name] = {
-        seed: {
-          **dict(zip((arms.BITS, 'peak_lr'), map(float, path.read_text().split()))),
-          **{'loss': 3.0, 'step': 3000, 'max_vio': 0.1, 'train_drop_rate': 0.0},
-          **{'seconds': 60.0, 'commit': 'c'},
-          'curve': {'step': [1, 2], 'loss': [3.0, 2.0], 'max_vio': [1, 1], 'drop_rate': [0, 0]},
-        }
-        for seed, path in done.items()
-        if path.exists()
-      }
-    return found
-
-  broken = {}
-  monkeypatch.setattr(study_lib, '_train', train)
-  monkeypatch.setattr(measure, 'read', read)
-  monkeypatch.setattr(
-    measure, 'finished', lambda workdir, arm, seed: bool(read({arm: workdir}, [seed])[arm])
-  )
-  monkeypatch.setattr(measure, 'rates', lambda _, configs: dict.fromkeys(configs, 1.0))
-  monkeypatch.setattr(pictures, 'draw', lambda *_: [])  # test_routing_ablation.py draws them
-
-  def call(*words, failing=None):
-    trained.clear()
-    broken.clear()
-    broken.update(failing or {})
-    in_process.run(command, f'--workdir={tmp_path}', '--together=1', *words)
-    return list(trained)
-
-  return call
 
 
 def report_of(tmp_path: pathlib.Path) -> str:
