@@ -21,6 +21,7 @@ from moe_jax.runs import first_state, metric_log, trained_run
 from moe_jax.training import evaluate
 
 Results = Mapping[str, Mapping[int, Mapping[str, Any]]]  # arm -> seed -> figures
+LEAST_POINTS = 3  # arms of a sweep, for a slope
 
 
 def path(workdir: pathlib.Path, arm: str, seed: int) -> pathlib.Path:
@@ -231,6 +232,19 @@ def against(
   seeds = common(results, arm, baseline)
   first, second = (column(results, name, figure, seeds) for name in (arm, baseline))
   return None if first is None or second is None else (first, second)
+
+
+def along(results: Results, sweep: arms.Sweep) -> tuple[np.ndarray, np.ndarray] | None:
+  """(logarithm to base 2 of the axis [P], bits per byte [P, S]) of a sweep's arms that have runs.
+
+  Over the seeds that all of them have; None with fewer arms than `LEAST_POINTS`, or no such seed.
+  """
+  names = [name for name in sweep.points if results.get(name)]
+  seeds = common(results, *names) if len(names) >= LEAST_POINTS else []
+  if not seeds:
+    return None
+  bits = [column(results, name, arms.BITS, seeds) for name in names]
+  return np.log2([sweep.points[name] for name in names]), np.asarray(bits)
 
 
 def curves(

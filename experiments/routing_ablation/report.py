@@ -151,12 +151,9 @@ def slope(results: measure.Results, sweep: arms.Sweep) -> tuple[paired.Interval,
   The slope is fitted seed by seed, over the seeds that all its arms have, on the logarithm to base
   2 of the axis. None with fewer than three arms, or no such seed.
   """
-  names = [name for name in sweep.points if results.get(name)]
-  seeds = measure.common(results, *names) if len(names) >= 3 else []
-  if not seeds:
+  if (found := measure.along(results, sweep)) is None:
     return None
-  points = {sweep.points[name]: measure.column(results, name, arms.BITS, seeds) for name in names}
-  x, bits = np.log2(list(points)), np.asarray(list(points.values()))  # [P], [P, S]
+  x, bits = found
   slopes = np.polyfit(x, bits, 1)[0]
   return paired.interval(slopes.tolist()), np.polyfit(x, bits.mean(axis=1), 2)
 

@@ -197,13 +197,19 @@ def _units(
     Unit(name, configs[name], workdirs[name], tuple(group))
     for i in range(0, most, size)
     for name, numbers in wanted.items()
-    for group in _groups(name, numbers[i : i + size])
+    for group in _groups(name, workdirs[name], numbers[i : i + size])
   ]
 
 
-def _groups(name: str, numbers: Sequence[int]) -> list[Sequence[int]]:
-  """Seeds of an arm that train as one; of one that starts from other runs, each by itself."""
-  return [[n] for n in numbers] if arms.ARMS[name].start else [numbers] if numbers else []
+def _groups(name: str, workdir: pathlib.Path, numbers: Sequence[int]) -> list[Sequence[int]]:
+  """Seeds of an arm that train as one; of one that starts from other runs, each by itself.
+
+  Those that are trained already stay by themselves: a group is trained whole or not at all.
+  """
+  if arms.ARMS[name].start:
+    return [[n] for n in numbers]
+  trained = [n for n in numbers if measure.path(workdir, name, n).exists()]
+  return [group for group in (trained, [n for n in numbers if n not in trained]) if group]
 
 
 def _chains(units: Sequence[Unit]) -> list[list[Unit]]:
@@ -292,14 +298,12 @@ def _affordable(
   done, _ = finished.read(root, configs, workdirs)
   results = earlier.joined(known, done)
   seconds = budget.seconds_per_run(configs, results)
-  plan = budget.plan(
-    asked, results, seconds, values.budget_hours * 3600 * max(1, values.jobs), first
-  )
+  elsewhere = {name: set(runs) - set(done.get(name, {})) for name, runs in known.items()}
+  available = values.budget_hours * 3600 * max(1, values.jobs)
+  plan = budget.plan(asked, results, seconds, available, first, elsewhere)
   if not local_jobs.is_shard():
     print(*budget.lines(plan, values.budget_hours, values.jobs), sep='\n', flush=True)
-  return {
-    name: [n for n in range(plan.seeds[name]) if n not in known.get(name, {})] for name in asked
-  }
+  return {name: [n for n in plan.seeds[name] if n not in known.get(name, {})] for name in asked}
 
 
 def _check_finished(units: Sequence[Unit]):

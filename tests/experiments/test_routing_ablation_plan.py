@@ -8,6 +8,7 @@ from experiments.routing_ablation import (
   arms,
   budget,
   learning_rates,
+  measure,
   progress,
 )
 from experiments.routing_ablation import study as study_lib
@@ -95,10 +96,11 @@ def test_a_budget_is_spent_on_claims_in_their_order():
   assert (m4.have, m4.need, m4.first_look, m4.seconds) == (1, 6, True, 500.0)  # gshard has 25
   switch = parts['gshard against switch: bits_per_byte']
   assert (switch.need, switch.seconds, switch.chosen) == (4, 0.0, True)
+  planned = {'gshard': 25, 'deepseekmoe': 25, 'switch': 4, 'm4': 6, 'hash': 0}
   left_out = parts['switch against hash: bits_per_byte']
   assert (left_out.need, left_out.chosen) == (6, False)
-  assert plan.seeds == {'gshard': 25, 'deepseekmoe': 25, 'switch': 4, 'm4': 6, 'hash': 0}
-  assert plan.seconds == 4700.0
+  assert {name: list(range(n)) for name, n in planned.items()} == plan.seeds
+  assert plan.seconds == 4700.0 and plan.rest == []
   said = '\n'.join(budget.lines(plan, 1.5, 1))
   assert 'decided:  gshard against switch' in said and 'left out: switch against hash' in said
   assert 'train:    deepseekmoe against gshard, bits_per_byte: 4 -> 25 seeds' in said
@@ -114,8 +116,90 @@ def test_what_no_number_of_seeds_decides_is_left_out():
 def test_one_pair_asks_for_another():
   found = results(gshard=[2.0], deepseekmoe=[1.9])
   plan = budget.plan(list(found), found, dict.fromkeys(found, 1.0), available=1e9, first=1)
-  assert plan.parts[0].first_look and plan.seeds == {'gshard': 2, 'deepseekmoe': 2}
+  assert plan.parts[0].first_look and plan.seeds == {'gshard': [0, 1], 'deepseekmoe': [0, 1]}
   assert 'no 100 seeds' not in ''.join(budget.lines(plan, 1.0, 1))
+
+
+def planned(asked, found, first=5, available=1e9, **more):
+  return budget.plan(asked, found, dict.fromkeys(arms.ARMS, 3600.0), available, first, **more)
+
+
+def test_an_arm_is_planned_with_the_runs_that_it_starts_from():
+  asked = ['gshard', 'dense', 'upcycled']
+  plan = planned(asked, {})
+  assert plan.seeds == dict.fromkeys(asked, [0, 1, 2, 3, 4]) and plan.seconds == 15 * 3600
+  assert planned(asked, {}, available=14.5 * 3600).seconds == 0.0  # with `dense` it does not fit
+  # Runs of an earlier report have no checkpoints here: other seeds of `dense` are trained.
+  found = results(gshard=[2.0] * 8, dense=[2.5] * 3)
+  plan = planned(asked, found, elsewhere={'dense': {0, 1, 2}})
+  assert plan.seeds['upcycled'] == [3, 4, 5, 6, 7] and plan.seeds['dense'] == [*range(8)]
+  plan = planned(asked, found)  # here they have, so that only two are to be trained
+  assert plan.seeds['upcycled'] == [*range(5)] == plan.seeds['dense'] and plan.seconds == 7 * 3600
+
+
+def test_an_arm_without_the_arm_that_it_starts_from_is_left_out():
+  plan = planned(['gshard', 'upcycled'], {})
+  assert plan.seeds == {'gshard': [], 'upcycled': []}
+  (line,) = budget.lines(plan, 1.0, 1)[1:]
+  assert '0 -> 5 seeds: upcycled starts from runs of dense, which is not among --arms' in line
+
+
+def test_a_plan_is_over_seed_numbers():
+  """A gap is filled, nothing that is there is left, and what one arm has is not trained again."""
+  runs = results(gshard=[2.0, 2.1, 0, 2.0, 2.1], deepseekmoe=[2.1, 2.0, 0, 2.1, 2.2])
+  for one in runs.values():
+    del one[2]
+  plan = planned(list(runs), runs, first=7)
+  assert plan.parts[0].have == 4 and 4 < plan.parts[0].need <= 100
+  assert plan.seeds['gshard'] == list(range(plan.parts[0].need))
+  assert plan.seconds == 2 * 3600 * (plan.parts[0].need - 4)
+  late = {'gshard': {seed: runs['gshard'][0] for seed in (5, 6, 300)}}
+  plan = planned(['gshard', 'deepseekmoe'], late, first=4)
+  assert plan.seeds == {'gshard': [0, 5, 6, 300], 'deepseekmoe': [0, 5, 6, 300]}
+  assert plan.seconds == 5 * 3600
+
+
+def test_an_arm_that_is_there_counts_though_it_is_not_asked_for():
+  runs = results(switch=[2.0, 2.1])
+  plan = planned(['hash'], runs, first=2)
+  assert plan.seeds == {'hash': [0, 1]} and plan.seconds == 2 * 3600
+  plan = planned(['hash'], runs, first=3)
+  assert plan.seeds == {'hash': []}
+  assert '0 -> 3 seeds: switch is not among --arms and has 2' in budget.lines(plan, 1.0, 1)[1]
+
+
+def test_sweeps_are_planned_as_claims_are():
+  asked = ['m2', 'm4', 'm8', 'm16']
+  plan = planned(asked, {}, first=3)
+  assert plan.seeds == dict.fromkeys(asked, [0, 1, 2]) and plan.seconds == 12 * 3600
+  assert 'granularity, slope through m2, m4, m8, m16: 0 -> 3 seeds' in budget.lines(plan, 1, 1)[1]
+  found = results(m2=[2.0, 2.1, 2.2], m4=[1.9, 2.0, 2.1], m8=[1.8, 1.9, 2.0001])
+  plan = planned(['m2', 'm8'], found, first=3)  # -0.1 per doubling in every seed
+  assert budget.lines(plan, 1, 1)[1].endswith('slope through m2, m4, m8: by 3 seeds')
+  found = results(m2=[2.0, 2.0, 2.0], m4=[2.0, 2.1, 2.0], m8=[2.1, 1.9, 1.9])
+  plan = planned(['m2', 'm4', 'm8'], found, first=3)
+  (part,) = plan.parts  # slopes 0.05, -0.05, -0.05
+  assert part.have == 3 and 80 < part.need <= 100 and part.chosen
+  assert plan.seconds == part.seconds == 3 * (part.need - 3) * 3600
+  plan = planned(asked, found, first=3)  # m16 has no run yet
+  assert plan.parts[0].first_look and plan.seeds['m16'] == [0, 1, 2] and plan.seconds == 3 * 3600
+
+
+def test_arms_that_nothing_is_planned_for_are_named():
+  plan = planned(['m8', 'm16', 'e15', 'e127', 'v3', 'mla'], results(m8=[2.0]), first=3)
+  assert plan.seconds == 0.0
+  said = budget.lines(plan, 1.0, 1)
+  assert said[1:] == [
+    f'  left out: {arm}: {why} without --budget_hours are {more}.0 hours'
+    for arm, why, more in (
+      ('m8', 'the sweep granularity needs 3 of m2, m4, m8, m16; 2 seeds', 2),
+      ('m16', 'the sweep granularity needs 3 of m2, m4, m8, m16; 3 seeds', 3),
+      ('e15', 'the sweep experts needs 3 of e15, e31, m4, e127; 3 seeds', 3),
+      ('e127', 'the sweep experts needs 3 of e15, e31, m4, e127; 3 seeds', 3),
+      ('v3', 'no claim or sweep has it; 3 seeds', 3),
+      ('mla', 'its claims need mha; 3 seeds', 3),
+    )
+  ]
 
 
 def test_the_time_of_a_run_is_its_own_or_taken_from_its_flops():
@@ -231,6 +315,24 @@ def test_the_time_that_is_left_is_that_of_the_steps_that_are_left():
 def test_input_that_no_arm_can_use_stops_at_the_first(study):
   with pytest.raises(errors.InputError, match='no such text'):
     study('--arms=gshard,hash', '--seeds=2', failing={'gshard': errors.InputError('no such text')})
+
+
+def test_a_budget_trains_seeds_that_are_not_there(study, tmp_path):
+  study('--arms=gshard,hash', '--seeds=5,6')
+  trained = study('--arms=gshard,hash,switch', '--seeds=3', '--budget_hours=9')
+  seeds = {'gshard': [0], 'hash': [0], 'switch': [0, 5, 6]}
+  assert sorted(trained) == [(arm, 0.006, seed) for arm, own in seeds.items() for seed in own]
+  text = report_of(tmp_path)
+  assert text.count(' | 3 | 0.006 |') == 3  # 0, 5 and 6 of each
+
+
+def test_seeds_that_are_trained_join_no_group(tmp_path):
+  path = measure.path(tmp_path, 'gshard', 1)
+  path.parent.mkdir(parents=True)
+  path.write_text('{}')
+  assert study_lib._groups('gshard', tmp_path, [0, 1, 2]) == [[1], [0, 2]]
+  assert study_lib._groups('hash', tmp_path, [0, 1, 2]) == [[0, 1, 2]]
+  assert study_lib._groups('upcycled', tmp_path, [0, 1]) == [[0], [1]]
 
 
 def test_a_budget_trains_what_it_plans(study, capsys):
