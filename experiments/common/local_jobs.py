@@ -20,6 +20,10 @@ from absl import flags
 from moe_jax import errors
 
 
+class ShardError(errors.InputError):
+  """One of the processes of `run` failed and has said why; the others have done their parts."""
+
+
 def define_flags():
   """Defines `--jobs` and, for the processes that it starts, `--shard`."""
   flags.DEFINE_integer('jobs', 1, 'processes that train at the same time, each on its own cores')
@@ -52,7 +56,7 @@ def run(
     more_flags: for the processes, after the flags of this one.
 
   Raises:
-    errors.InputError: one of the processes failed; it has said why.
+    ShardError: one of the processes failed; all have ended.
   """
   shard, jobs = flags.FLAGS.shard, flags.FLAGS.jobs
   errors.require(jobs >= 1, f'--jobs={jobs} must be at least 1')
@@ -71,9 +75,7 @@ def run(
       _keep_on_cores(shards[i].pid, places[i])
     start.once_all_are_ready()
     if any([shard.wait() for shard in shards]):
-      raise errors.InputError(
-        'a shard failed, see above; the same command again goes on from there'
-      )
+      raise ShardError('a shard failed, see above; the same command again goes on from there')
   else:
     for one in tqdm.tqdm(pending, desc='runs', unit='run'):
       train(one)

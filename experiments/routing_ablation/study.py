@@ -75,13 +75,20 @@ def main(unused_argv: Sequence[str]):
     return
   units = _units(found, workdirs, wanted)
   _check_finished(units)
-  _train_all(root, units)
+  _check_starts(units, known)
+  stopped = None
+  try:
+    _train_all(root, units)
+  except local_jobs.ShardError as error:
+    stopped = error  # what has ended is reported first
   if not local_jobs.is_shard():
     here, left_out = finished.read(root, found, workdirs)
     print(*left_out, sep='\n', end='\n' if left_out else '', flush=True)
     results = earlier.joined(known, here)
     _report(root, {name: found[name] for name in results}, results, described, swept)
     _name_failures(units)
+  if stopped:
+    raise stopped
 
 
 def _say_costs(
@@ -315,9 +322,38 @@ def _check_finished(units: Sequence[Unit]):
         run_record.check_workdir(where, one, allow_change=False, allow_longer=False)
 
 
+def _check_starts(units: Sequence[Unit], known: measure.Results):
+  """Refuses arms that start from runs that this call neither has nor trains."""
+  trained = {(unit.arm, unit.workdir, seed) for unit in units for seed in unit.seeds}
+  lacking: dict[tuple[str, pathlib.Path], list[int]] = {}
+  for unit in units:
+    start = arms.ARMS[unit.arm].start
+    for seed in unit.seeds if start and not unit.finished() else ():
+      there = upcycle_run.checkpoints(unit.workdir / unit.arm / str(seed))
+      there = there or measure.path(unit.workdir, start, seed).exists()
+      if not there and (start, unit.workdir, seed) not in trained:
+        lacking.setdefault((unit.arm, unit.workdir), []).append(seed)
+  for (name, workdir), numbers in lacking.items():
+    start = arms.ARMS[name].start
+    given = ','.join(map(str, numbers * 2 if len(numbers) == 1 else numbers))
+    if set(numbers) <= set(known.get(start, {})):
+      raise errors.InputError(
+        f'--arms: {name} starts from runs of {start}, and those of --seeds={given} are in '
+        f'--earlier alone, without checkpoints; train them here first, without --earlier '
+        f'(--arms={start} --seeds={given} and the same --workdir), or leave {name} out'
+      )
+    raise errors.InputError(
+      f'--arms: {name} starts from runs of {start}, and those of --seeds={given} are not in '
+      f'{workdir / start}; name both, as in --arms={start},{name}, or leave {name} out'
+    )
+
+
 def _train_all(root: pathlib.Path, units: Sequence[Unit], more_flags: Sequence[str] = ()):
   """Trains those that are left; one that fails is left for the next call."""
   page, ended = progress.Page(root, units), []
+  left = [unit for unit in units if not unit.finished()]
+  refused: dict[str, set[str]] = {}  # what was said -> arms
+  several = min(2, len({unit.arm for unit in left}))
   page.write()
 
   def train_chain(chain: Sequence[Unit]):
@@ -330,13 +366,14 @@ def _train_all(root: pathlib.Path, units: Sequence[Unit], more_flags: Sequence[s
       ended.append(unit)
     except Exception as error:  # whatever it is, it is one arm's; the caller names it at the end
       if isinstance(error, errors.InputError) and not ended:
-        raise  # what was asked for cannot be had, by the other arms as little
+        refused.setdefault(str(error), set()).add(unit.arm)
+        if len(refused[str(error)]) == several:
+          raise  # what was asked for cannot be had, by the other arms as little
       progress.failed(unit.workdir / unit.arm / str(unit.seeds[0]), error)
       print(f'{unit.arm} seed {unit.seeds[0]} failed: {error}', file=sys.stderr, flush=True)
     page.write()
     jax.clear_caches()  # dozens of compiled models would fill the memory
 
-  left = [unit for unit in units if not unit.finished()]
   local_jobs.run(MODULE, _chains(left), train_chain, more_flags)
 
 
@@ -378,7 +415,7 @@ def _make_of_start(unit: Unit, cfg: schema.Config):
   base = measure.path(unit.workdir, start, seed)
   errors.require(
     base.exists(),
-    f'--arms: {unit.arm} starts from {start}, whose run of seed {seed} is not in {base.parent}; '
-    f'name both, as in --arms={start},{unit.arm}, or leave {unit.arm} out',
+    f'{unit.arm} starts from the run of {start} in {base.parent}, which has not ended; '
+    f'{progress.FAILURE} there says why, and the same command tries both again',
   )
   upcycle_run.create(base.parent, None, cfg, where, argv=sys.argv)

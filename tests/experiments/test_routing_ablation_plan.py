@@ -4,6 +4,7 @@ import pathlib
 
 import pytest
 
+from experiments.common import local_jobs
 from experiments.routing_ablation import (
   arms,
   budget,
@@ -295,12 +296,40 @@ def test_an_arm_that_starts_from_another_one_follows_it_in_one_process(study, tm
   assert found == [[dense, unit('upcycled', 1)], [unit('gshard', 1)], [other], [rate]]
 
 
-def test_an_arm_without_the_run_that_it_starts_from_says_what_to_name(tmp_path):
-  cfg = arms.resolve(arms.ARMS['upcycled'], 'tiny')
+def test_an_arm_without_the_runs_that_it_starts_from_is_refused_first(study, tmp_path):
   with pytest.raises(
-    errors.InputError, match='seed 0 is not in .*; name both, as in --arms=dense,upcy'
+    errors.InputError,
+    match='--seeds=0,1 are not in .*dense; name both, as in --arms=dense,upcycled, or leave',
   ):
+    study('--arms=gshard,upcycled', '--seeds=2')
+  assert not list(tmp_path.glob('*/*/result.json'))
+  study('--arms=dense', '--seeds=2')  # enough, whichever call trained it
+  assert study('--arms=upcycled', '--seeds=2') == [('upcycled', 0.006, seed) for seed in (0, 1)]
+  # In the report there are figures, but nothing to start from.
+  words = (f'--earlier={tmp_path / "report"}', f'--workdir={tmp_path / "other"}', '--seeds=3')
+  (tmp_path / 'report/results.csv').write_text(
+    ''.join(
+      line
+      for line in (tmp_path / 'report/results.csv').read_text().splitlines(keepends=True)
+      if not line.startswith('upcycled')
+    )
+  )
+  with pytest.raises(errors.InputError, match='--seeds=0,1 are in --earlier alone, without ch'):
+    study('--arms=dense,upcycled', *words)
+  assert study('--arms=dense', '--seeds=2', words[1])
+  assert ('upcycled', 0.006, 1) in study('--arms=dense,upcycled', *words)
+
+
+def test_an_arm_whose_start_failed_says_so(tmp_path):
+  cfg = arms.resolve(arms.ARMS['upcycled'], 'tiny')
+  with pytest.raises(errors.InputError, match='dense/0, which has not ended; failure.txt there'):
     study_lib._make_of_start(study_lib.Unit('upcycled', cfg, tmp_path, (0,)), cfg)
+
+
+def test_a_budget_trains_what_an_arm_starts_from(study, tmp_path):
+  trained = study('--arms=gshard,dense,upcycled', '--seeds=2', '--budget_hours=9')
+  starts = [(arm, seed) for arm, _, seed in trained if arm != 'gshard']
+  assert starts == [('dense', 0), ('upcycled', 0), ('dense', 1), ('upcycled', 1)]
 
 
 def test_the_time_that_is_left_is_that_of_the_steps_that_are_left():
@@ -312,9 +341,47 @@ def test_the_time_that_is_left_is_that_of_the_steps_that_are_left():
   assert 'once a run has ended' in progress._time_left([half], 1)
 
 
-def test_input_that_no_arm_can_use_stops_at_the_first(study):
+def test_input_that_no_arm_can_use_stops_at_the_second(study, tmp_path):
+  wrong = errors.InputError('no such text')
   with pytest.raises(errors.InputError, match='no such text'):
-    study('--arms=gshard,hash', '--seeds=2', failing={'gshard': errors.InputError('no such text')})
+    study('--arms=gshard,hash,switch', '--seeds=2', failing={'gshard': wrong, 'hash': wrong})
+  assert not (tmp_path / 'switch').exists()
+  with pytest.raises(errors.InputError, match='no such text'):
+    study('--arms=gshard', '--seeds=2', failing={'gshard': wrong})
+
+
+def test_input_that_one_arm_cannot_use_stops_no_other(study, tmp_path, monkeypatch):
+  wrong = {'gshard': errors.InputError('its page is wrong')}
+  with pytest.raises(errors.InputError, match='2 of 4 did not end.*gshard seed 0; gshard seed 1'):
+    study('--arms=gshard,hash', '--seeds=2', failing=wrong)
+  assert '`hash`' in report_of(tmp_path)
+  # Nor does it end a process of --jobs, which has every second run of both.
+  monkeypatch.setattr(local_jobs, '_wait_for_the_others', lambda: None)
+  words = ('--arms=gshard,switch,hash', '--seeds=3', '--jobs=2', '--shard=0')
+  assert study(*words, failing=wrong) == [
+    ('gshard', 0.006, 0),
+    ('gshard', 0.006, 1),
+    ('gshard', 0.006, 2),
+    ('hash', 0.006, 2),
+  ]
+
+
+def test_a_process_that_fails_costs_no_report(study, tmp_path, monkeypatch):
+  study('--arms=gshard', '--seeds=2')
+  (tmp_path / 'report/report.md').unlink()
+
+  def run(unused_module, pending, train, more):
+    for one in pending[::2]:
+      train(one)
+    raise local_jobs.ShardError('a shard failed')
+
+  monkeypatch.setattr(local_jobs, 'run', run)
+  words = ('--arms=gshard,hash', '--seeds=2', '--jobs=2')
+  with pytest.raises(errors.InputError, match='1 of 4 did not end.*hash seed 1'):
+    study(*words)
+  assert '`hash` | 0 shared + 1 of 16 by token id: Hash Layer | 1 |' in report_of(tmp_path)
+  with pytest.raises(errors.InputError, match='a shard failed'):
+    study(*words)  # all has ended, and yet a process said that it had not
 
 
 def test_a_budget_trains_seeds_that_are_not_there(study, tmp_path):
