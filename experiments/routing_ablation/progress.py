@@ -17,6 +17,16 @@ FAILURE = 'failure.txt'  # in the workdir of a run that ended in an error
 EVERY = 20.0  # seconds between pages while a run trains
 
 
+class Later(NamedTuple):
+  """What follows a sweep of learning rates, whose rates are not known yet."""
+
+  runs: Sequence[tuple[str, int]] = ()  # arm and seed
+  words: str = ''  # about them, or about what cannot be counted
+
+
+NOTHING = Later()
+
+
 class Page:
   """`progress/report.html` and `.md` in the directory of a study.
 
@@ -25,10 +35,12 @@ class Page:
   Args:
     root: of the study.
     units: all that is to be trained, finished or not.
+    later: what comes after these.
   """
 
-  def __init__(self, root: pathlib.Path, units: Sequence[Any]):
+  def __init__(self, root: pathlib.Path, units: Sequence[Any], later: Later = NOTHING):
     self._directory, self._units, self._written = root / 'progress', list(units), 0.0
+    self._later = later
 
   def write_now_and_then(self):
     """`write`, if the last page is `EVERY` seconds old."""
@@ -41,7 +53,7 @@ class Page:
     if self._units:
       with atomic_files.dispensable(self._directory):
         self._directory.mkdir(parents=True, exist_ok=True)
-        html_report.write(blocks(self._units, local_jobs.jobs()), self._directory)
+        html_report.write(blocks(self._units, local_jobs.jobs(), self._later), self._directory)
 
 
 def failed(workdir: pathlib.Path, error: BaseException):
@@ -56,7 +68,7 @@ class _Run(NamedTuple):
   """How far a run is."""
 
   arm: str
-  peak_lr: float
+  peak_lr: float | None  # None: of the sweep
   seed: int
   state: str  # done, running, failed or left
   share: float = 0.0  # of its steps
@@ -64,25 +76,28 @@ class _Run(NamedTuple):
   seconds: float | None = None  # that one took
 
 
-def blocks(units: Sequence[Any], jobs: int) -> list[html_report.Block]:
+def blocks(units: Sequence[Any], jobs: int, later: Later = NOTHING) -> list[html_report.Block]:
   """The page.
 
   Args:
     units: `study.Unit`s.
     jobs: processes that share what is left.
+    later: what follows.
   """
   runs = [_look(unit, seed) for unit in units for seed in unit.seeds]
-  rows: dict[tuple[str, float], list[_Run]] = {}
+  runs += [_Run(arm, None, seed, 'left') for arm, seed in later.runs]
+  rows: dict[tuple[str, float | None], list[_Run]] = {}
   for run in runs:
     rows.setdefault((run.arm, run.peak_lr), []).append(run)
   table = [
-    [f'`{arm}`', f'{rate:g}', _ended(found), *_others(found)] for (arm, rate), found in rows.items()
+    [f'`{arm}`', 'best' if rate is None else f'{rate:g}', _ended(found), *_others(found)]
+    for (arm, rate), found in rows.items()
   ]
   done = sum(run.state == 'done' for run in runs)
   now = datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%d %H:%M UTC')
   return [
     html_report.Heading(f'{done} of {len(runs)} runs done', 1),
-    html_report.Text(f'{now}. {_time_left(runs, jobs)}'),
+    html_report.Text(f'{now}. {_time_left(runs, jobs)} {later.words}'.rstrip()),
     html_report.Table(
       ['arm', 'peak rate', 'done: held-out bits per byte by seed', 'running', 'failed', 'left'],
       table,
@@ -122,7 +137,7 @@ def _others(found: Sequence[_Run]) -> list[str]:
 
 
 def _time_left(runs: Sequence[_Run], jobs: int) -> str:
-  """What the runs that ended took says how long the rest will."""
+  """What the runs that ended took, of an arm or of its family, says how long the rest will."""
   seconds: dict[str, list[float]] = {}
   for run in runs:
     if run.seconds is not None:
@@ -131,7 +146,11 @@ def _time_left(runs: Sequence[_Run], jobs: int) -> str:
     return 'How long the rest takes is known once a run has ended.'
   known = {arm: statistics.fmean(found) for arm, found in seconds.items()}
   usual = statistics.fmean(known.values())
-  left = sum((1 - run.share) * known.get(run.arm, usual) for run in runs)
+
+  def of(arm: str) -> float:
+    return known.get(arm, known.get(arms.ARMS[arm].family, usual))
+
+  left = sum((1 - run.share) * of(run.arm) for run in runs)
   return (
     f'About {left / jobs / 3600:.1f} hours are left with {jobs} process(es), failures included.'
   )

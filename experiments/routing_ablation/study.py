@@ -269,7 +269,7 @@ def _sweep(
     print(f'--learning_rates: {len(units)} runs of {", ".join(families)} come first')
     return {}
   _check_finished(units)
-  _train_all(root, units, [f'--part={_SWEEP}'])
+  _train_all(root, units, [f'--part={_SWEEP}'], _after_sweep(asked, families, numbers, known))
   if values.part == _SWEEP:
     return {}
   missing = [f'{u.arm} at {u.cfg.optim.peak_lr:g}' for u in units if not u.finished()]
@@ -283,6 +283,33 @@ def _sweep(
     name for name in others if name not in families and all(map(_is_swept, units_of([name])))
   ]
   return learning_rates.read(root, families, tried, numbers, known, swept)
+
+
+def _after_sweep(
+  asked: Sequence[str], families: Sequence[str], tried: Sequence[int], known: measure.Results
+) -> progress.Later:
+  """What follows a sweep, for the page of progress.
+
+  Args:
+    asked: arms of the study.
+    families: arms that are swept; of each seed they have, one run will be the study's too.
+    tried: the seeds of the sweep.
+    known: runs of an earlier report, which are taken as runs at the best rate here.
+  """
+  values = flags.FLAGS
+  if values.budget_hours:
+    return progress.Later(words=f'Then follows what --budget_hours={values.budget_hours:g} plans.')
+  runs = [
+    (name, seed)
+    for seed in local_jobs.seeds(values.seeds)
+    for name in asked
+    if seed not in known.get(name, {}) and not (name in families and seed in tried)
+  ]
+  words = (
+    f'{len(runs)} of these runs follow at the best rates of the sweep, whose own runs at these '
+    'are not counted twice.'
+  )
+  return progress.Later(runs, words if runs else '')
 
 
 def _is_swept(unit: Unit) -> bool:
@@ -348,9 +375,14 @@ def _check_starts(units: Sequence[Unit], known: measure.Results):
     )
 
 
-def _train_all(root: pathlib.Path, units: Sequence[Unit], more_flags: Sequence[str] = ()):
+def _train_all(
+  root: pathlib.Path,
+  units: Sequence[Unit],
+  more_flags: Sequence[str] = (),
+  later: progress.Later = progress.NOTHING,
+):
   """Trains those that are left; one that fails is left for the next call."""
-  page, ended = progress.Page(root, units), []
+  page, ended = progress.Page(root, units, later), []
   left = [unit for unit in units if not unit.finished()]
   refused: dict[str, set[str]] = {}  # what was said -> arms
   several = min(2, len({unit.arm for unit in left}))

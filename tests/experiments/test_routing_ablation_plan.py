@@ -339,6 +339,28 @@ def test_the_time_that_is_left_is_that_of_the_steps_that_are_left():
   assert progress._time_left([done, half, other], 1).startswith('About 3.5 hours are left')
   assert progress._time_left([done, half, other], 2).startswith('About 1.8 hours are left')
   assert 'once a run has ended' in progress._time_left([half], 1)
+  # Of an arm without any the family's: hash takes what gshard takes, m4 the mean.
+  slow = progress._Run('loss_free', 0.006, 0, 'done', 1.0, 2.0, 3 * 7200.0)
+  m4 = progress._Run('m4', None, 0, 'left')
+  assert progress._time_left([done, slow, other], 1).startswith('About 2.0 hours are left')
+  assert progress._time_left([done, slow, m4], 1).startswith('About 4.0 hours are left')
+
+
+def test_the_page_of_a_sweep_counts_the_runs_that_follow(study, tmp_path):
+  words = ('--arms=gshard,hash,m4', '--seeds=3', '--learning_rates=0.003,0.006,0.012')
+  words += ('--rate_seeds=1',)
+  with pytest.raises(errors.InputError, match='--learning_rates: m4 at 0.003.*did not end'):
+    study(*words, failing={'m4': FloatingPointError('nan')})
+  page = (tmp_path / 'progress' / 'report.md').read_text()
+  # Six of the sweep; then three of hash, and two of each arm that was swept with seed 0.
+  assert page.startswith('# 3 of 13 runs done')
+  assert '| `hash` | best |  |  |  | 0, 1, 2 |' in page
+  assert '| `gshard` | best |  |  |  | 1, 2 |' in page and '| `gshard` | 0.006 | 0: 2.0' in page
+  assert 'About 0.2 hours are left' in page and '7 of these runs follow at the best' in page
+  with pytest.raises(errors.InputError, match='did not end'):
+    study(*words, '--budget_hours=9', failing={'m4': FloatingPointError('nan')})
+  page = (tmp_path / 'progress' / 'report.md').read_text()
+  assert page.startswith('# 3 of 6 runs') and 'Then follows what --budget_hours=9 plans' in page
 
 
 def test_input_that_no_arm_can_use_stops_at_the_second(study, tmp_path):
