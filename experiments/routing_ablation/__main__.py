@@ -7,7 +7,8 @@ python -m experiments.routing_ablation --scale=tiny|mini|small|2b --workdir=W [-
 
 Prints what the arms cost and refuses pairs that do not match; trains each arm with all seeds, as an
 axis of one compiled step where they fit; evaluates, probes, times; writes the report. The same
-command again goes on where it stopped, and computes no finished arm again. WORKDIR/progress says
+command again goes on where it stopped, and computes no finished arm again; the report has every
+finished run of the workdir with these settings, whichever call trained it. WORKDIR/progress says
 what is done and how long the rest takes; an arm that fails does not stop the others.
 """
 

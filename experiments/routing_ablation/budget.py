@@ -263,7 +263,7 @@ def lines(found: Plan, hours: float, jobs: int) -> list[str]:
   said = [f'--budget_hours={hours:g} with --jobs={jobs}: {found.seconds / 3600:.1f} process hours']
   said += [f'  {_line(part)}' for part in found.parts]
   for arm, why, more, seconds in found.rest:
-    cost = f'; {more} seeds without --budget_hours are {seconds / 3600:.1f} hours' if more else ''
+    cost = f'; without --budget_hours {more} seeds take {seconds / 3600:.1f} hours' if more else ''
     said.append(f'  left out: {arm}: {why}{cost}')
   return said
 

@@ -191,14 +191,14 @@ def test_arms_that_nothing_is_planned_for_are_named():
   assert plan.seconds == 0.0
   said = budget.lines(plan, 1.0, 1)
   assert said[1:] == [
-    f'  left out: {arm}: {why} without --budget_hours are {more}.0 hours'
+    f'  left out: {arm}: {why}; without --budget_hours {more} seeds take {more}.0 hours'
     for arm, why, more in (
-      ('m8', 'the sweep granularity needs 3 of m2, m4, m8, m16; 2 seeds', 2),
-      ('m16', 'the sweep granularity needs 3 of m2, m4, m8, m16; 3 seeds', 3),
-      ('e15', 'the sweep experts needs 3 of e15, e31, m4, e127; 3 seeds', 3),
-      ('e127', 'the sweep experts needs 3 of e15, e31, m4, e127; 3 seeds', 3),
-      ('v3', 'no claim or sweep has it; 3 seeds', 3),
-      ('mla', 'its claims need mha; 3 seeds', 3),
+      ('m8', 'the sweep granularity needs 3 of m2, m4, m8, m16', 2),
+      ('m16', 'the sweep granularity needs 3 of m2, m4, m8, m16', 3),
+      ('e15', 'the sweep experts needs 3 of e15, e31, m4, e127', 3),
+      ('e127', 'the sweep experts needs 3 of e15, e31, m4, e127', 3),
+      ('v3', 'no claim or sweep has it', 3),
+      ('mla', 'its claims need mha', 3),
     )
   ]
 
