@@ -42,7 +42,7 @@ class Study(NamedTuple):
   results: measure.Results
   rates: Mapping[str, float]  # training tokens per second, by arm
   described: Mapping[str, describe.Description]
-  swept: learning_rates.Bits  # what each learning rate came to, {} where none was swept
+  swept: learning_rates.Sweep  # what each learning rate came to, {} where none was swept
 
 
 class Graded(NamedTuple):
@@ -63,14 +63,24 @@ class Graded(NamedTuple):
     return difference_curves.NOT_YET if self.moves else self.plain
 
 
-def commands_of(argv: Sequence[str], results: measure.Results) -> list[str]:
+def commands_of(
+  argv: Sequence[str], results: measure.Results, swept: learning_rates.Sweep
+) -> list[str]:
   """The commands that train all runs of a report, without the machine's own paths.
 
   One for the arms of each set of seeds; those that came from earlier reports are among them.
+
+  Args:
+    argv: of the command that writes the report.
+    results: its runs.
+    swept: what their rates were chosen by. Rates of a sweep that came with earlier runs are those
+      of the report itself.
   """
   own = ('--out=', '--workdir=', '--shard=', '--part=', '--earlier=', '--jobs=', '--budget_hours=')
   own += ('--arms=', '--seeds=')
   words = [word for word in _with_equals_signs(argv) if not word.startswith(own)]
+  if swept and not any(word.startswith(('--rates_from=', '--learning_rates=')) for word in words):
+    words.append('--rates_from=REPORT')
   lines = []
   for seeds, names in _by_seeds(results).items():
     first = seeds == tuple(range(len(seeds)))
@@ -309,6 +319,9 @@ def _tables(study: Study, commands: Sequence[str]) -> list[html_report.Block]:
     html_report.Code(commands),
     html_report.Bullets(
       [
+        *(
+          ['REPORT is the directory of this page'] if any('=REPORT' in c for c in commands) else []
+        ),
         f'{_whose_seeds(study.results)}; {cfg.train.num_steps} steps of '
         f'{cfg.train.batch_size} x {cfg.model.max_seq_len} tokens; data `{cfg.data.source}`',
         f'{measure.hours_text(study.results)} of one process on {_hardware()}',

@@ -99,7 +99,7 @@ def _rates(
   asked: Sequence[str],
   pages: Mapping[str, schema.Config],
   known: measure.Results,
-) -> learning_rates.Bits:
+) -> learning_rates.Sweep:
   """What learning rates came to, in a sweep that is trained here and in reports that are given."""
   values = flags.FLAGS
   errors.require(
@@ -109,7 +109,7 @@ def _rates(
   )
   if values.rates_from:
     return learning_rates.of_report(pathlib.Path(values.rates_from))
-  swept: learning_rates.Bits = {}
+  swept: learning_rates.Sweep = {}
   if values.earlier:
     swept = learning_rates.from_csv(pathlib.Path(values.earlier) / learning_rates.FILE)
   return {**swept, **_sweep(root, asked, pages, known, swept)} if values.learning_rates else swept
@@ -134,7 +134,7 @@ def _report(
   configs: Mapping[str, schema.Config],
   results: measure.Results,
   described: Mapping[str, describe.Description],
-  swept: learning_rates.Bits,
+  swept: learning_rates.Sweep,
 ):
   """Writes the report of the arms that have runs."""
   if not configs:
@@ -150,7 +150,7 @@ def _report(
       {name: described[name] for name in configs},
       swept,
     ),
-    commands=report.commands_of(sys.argv[1:], results),
+    commands=report.commands_of(sys.argv[1:], results, swept),
   )
   print('wrote: ' + ' '.join(str(path) for path in written))
 
@@ -209,8 +209,8 @@ def _sweep(
   asked: Sequence[str],
   pages: Mapping[str, schema.Config],
   known: measure.Results,
-  swept: learning_rates.Bits,
-) -> learning_rates.Bits:
+  swept: learning_rates.Sweep,
+) -> learning_rates.Sweep:
   """Trains the first arm of each family at every rate that it lacks; what came of it."""
   values = flags.FLAGS
   tried = learning_rates.rates(values.learning_rates)
@@ -223,7 +223,7 @@ def _sweep(
     for name in families
     for cfg in [learning_rates.with_rate(pages[name], rate)]
     if seed not in earlier.at_rate(known.get(name, {}), cfg)
-    and seed not in swept.get(name, {}).get(rate, {})
+    and seed not in learning_rates.at_length(swept, name, cfg.train.num_steps).get(rate, {})
   ]
   if values.dry_run:
     print(f'--learning_rates: {len(units)} runs of {", ".join(families)} come first')
@@ -238,7 +238,8 @@ def _sweep(
     f'--learning_rates: {", ".join(missing)} did not end, see above for why; the same command '
     'tries again, or leave out a rate at which training fails',
   )
-  return learning_rates.read(root, families, tried, numbers, known, swept)
+  lengths = {name: pages[name].train.num_steps for name in families}
+  return learning_rates.read(root, lengths, tried, numbers, known, swept)
 
 
 def _affordable(
