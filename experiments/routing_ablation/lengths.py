@@ -159,13 +159,17 @@ def _rate(runs: Mapping[int, Mapping[str, Any]]) -> float:
 def blocks(found: Mapping[arms.Claim, Sequence[Point]], drawn: Sequence[Any]) -> list[Any]:
   """The page: the pictures, then a table per claim."""
   from experiments.common import html_report
+  from experiments.routing_ablation import length_pictures
   from moe_jax.analysis import difference_curves
 
   made = [
     html_report.Heading('Claims against the length of training', 1),
     html_report.Text(
       'Every point is the end of whole runs, each with the learning-rate schedule of its length; '
-      'differences are paired by seed, with 95 % intervals.'
+      'differences are paired by seed, with 95 % intervals. A crossover lies on the line between '
+      'two lengths, over the logarithm of the tokens; its interval reaches from the last length '
+      'whose interval is on the old side of zero to the first whose interval is on the new one. '
+      'The last column corrects the verdict for the number of claims at its length (Holm).'
     ),
     *drawn,
   ]
@@ -174,9 +178,9 @@ def blocks(found: Mapping[arms.Claim, Sequence[Point]], drawn: Sequence[Any]) ->
     against = f' against `{claim.baseline}`' if claim.baseline else ''
     made += [
       html_report.Heading(f'`{claim.arm}`{against}: {what}'),
-      html_report.Text(f'The paper: {claim.paper}.'),
+      html_report.Text(f'The paper: {claim.paper}. {length_pictures.over_lengths(some)}.'),
       html_report.Table(
-        ['tokens', 'difference', 'seeds', 'peak rates', 'verdict'],
+        ['tokens', 'difference', 'seeds', 'peak rates', 'verdict', 'all claims together'],
         [
           [
             difference_curves.millions(point.tokens),
@@ -184,6 +188,7 @@ def blocks(found: Mapping[arms.Claim, Sequence[Point]], drawn: Sequence[Any]) ->
             str(point.graded.difference.num_seeds),
             ', '.join(f'{rate:g}' for rate in point.rates),
             point.graded.plain,
+            point.graded.holm or '-',
           ]
           for point in some
         ],

@@ -11,6 +11,7 @@ does not hold (`same_rates`); whole runs of several lengths tell.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -124,17 +125,34 @@ def verdicts(found: Curve, direction: str, margin: float = 0.0) -> list[str]:
 def crossover(found: Curve) -> Crossover | None:
   """Where the mean changes sign for the last time; None if it never does.
 
-  The interval is that of the windows' bands: between the last one before the crossing that lies on
-  the old side of zero, and the first one behind it that lies on the new side.
+  The interval is that of the windows' bands, see `crossing`.
   """
-  around = band(found)
-  mean, at = np.asarray([one.mean for one in around]), found.tokens
+  return crossing(found.tokens, band(found))
+
+
+def crossing(
+  tokens: npt.ArrayLike, around: Sequence[paired.Interval], *, geometric: bool = False
+) -> Crossover | None:
+  """Where differences at several numbers of tokens change sign for the last time; None = never.
+
+  The interval is between the last one before the crossing that lies on the old side of zero, and
+  the first one behind it that lies on the new side.
+
+  Args:
+    tokens: [points] rising.
+    around: the difference at each of them.
+    geometric: draw the line to the crossing over the logarithm of the tokens, as suits points that
+      are whole runs of several lengths.
+  """
+  mean, at = np.asarray([one.mean for one in around]), np.asarray(tokens, np.float64)
   signed = np.flatnonzero(mean)  # arms that have not parted yet differ by nothing at all
   changes = [(i, j) for i, j in zip(signed, signed[1:]) if mean[i] * mean[j] < 0]
   if not changes:
     return None
   old, new = changes[-1]
   share = mean[old] / (mean[old] - mean[new])
+  first, second = (np.log(at[i]) if geometric else at[i] for i in (old, new))
+  where = first + share * (second - first)
   lower_after = bool(mean[new] < 0)
 
   def lies(one: paired.Interval, below: bool) -> bool:
@@ -143,7 +161,7 @@ def crossover(found: Curve) -> Crossover | None:
   before = [i for i in range(old + 1) if lies(around[i], not lower_after)]
   after = [i for i in range(new, len(at)) if lies(around[i], lower_after)]
   return Crossover(
-    float(at[old] + share * (at[new] - at[old])),
+    float(np.exp(where) if geometric else where),
     float(at[before[-1]]) if before else 0.0,
     float(at[after[0]]) if after else math.inf,
     lower_after,
