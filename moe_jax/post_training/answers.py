@@ -12,7 +12,7 @@ from moe_jax.data import chat_formats, conversations, sources
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.data.tasks import arithmetic, generated
 from moe_jax.inference import generate, sampling
-from moe_jax.rewards import pool, reward
+from moe_jax.rewards import numbers, pool, reward
 
 _Z = 1.959964  # of a two-sided interval of 95 %
 BATCH = 32  # prompts that are continued together
@@ -154,15 +154,16 @@ def check_readable(source: str):
 
 
 def is_right(source: str) -> Callable[[str, str], bool]:
-  """What judges (text, answer): for sums the number, else equality but for space at the ends.
+  """What judges (text, answer of the data): for sums their own form, else as the reward `answer`.
+
+  That reads what both give as their answer. Texts are compared where the data's answer is neither
+  stated nor a number.
 
   Raises:
     errors.InputError: see `check_readable`.
   """
   check_readable(source)
-  if source == 'arithmetic':
-    return arithmetic.is_right
-  return lambda text, answer: text.strip() == answer.strip()
+  return arithmetic.is_right if source == 'arithmetic' else numbers.is_right
 
 
 def measure(

@@ -11,6 +11,7 @@ from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.inference import generate
 from moe_jax.post_training import answers
 from moe_jax.rewards import reward
+from moe_jax.rewards import text as text_rewards
 
 
 @pytest.fixture
@@ -69,9 +70,21 @@ def test_counts(data):
   assert [right for _, _, right in told] == [False, True] * 35
 
 
-def test_equality_judges_other_answers():
-  judge = answers.is_right('conversations')
-  assert judge(' {"a": 1}\n', '{"a": 1}') and not judge('{"a": 2}', '{"a": 1}')
+@pytest.mark.parametrize(
+  'gold, text, right',
+  [
+    ('{"a": 1}', ' {"a": 1}\n', True),
+    ('{"a": 1}', '{"a": 2}', False),
+    ('7 * 6 = 42.\n#### 42', 'That is 6 * 7, so 42.\n#### 42', True),
+    ('7 * 6 = 42.\n#### 42', '7 * 6 = 42.\n#### 41', False),
+    ('7 * 6 = 42.\n#### 42', '42', False),  # the form is the solution's
+    ('42', 'It is 42.', True),
+    (r'So it is \boxed{x}.', r'\boxed{x}', True),
+  ],
+)
+def test_conversations_are_judged_by_the_answer_as_the_reward_does(gold, text, right):
+  assert answers.is_right('conversations')(text, gold) == right
+  assert text_rewards.answer('', (), text, {'answer': gold}).value == right
 
 
 def test_wilsons_interval():
