@@ -6,7 +6,7 @@ import pytest
 from configs import base, sft
 from moe_jax import errors
 from moe_jax.config import schema
-from moe_jax.data import sources
+from moe_jax.data import chat_template, conversations, sources, template_worker
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.inference import generate
 from moe_jax.post_training import answers
@@ -128,3 +128,31 @@ def test_programs_are_judged_by_what_runs_them(tmp_path):
   assert str(found).endswith('40 ended within the limit; error 20; right 10; time 10')
   with pytest.raises(errors.InputError, match='answers that must be run'):
     answers.measure(model, questions, data, 8)
+
+
+def test_what_a_template_writes_before_an_answer_is_no_part_of_it(data, monkeypatch):
+  monkeypatch.setattr(
+    chat_template, '_ask', lambda request: template_worker.answer(request, lambda: None)
+  )
+  thinks = (
+    "{% for m in messages %}{{ '<' + m.role + '>' }}{% if m.role == 'assistant' %}"
+    "{{ '<think></think>' }}{% endif %}{{ m.content + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+  )
+  data = dataclasses.replace(
+    data, source='conversations', path='', chat_format='template', chat_template=thinks
+  )
+  asked = answers.Question((conversations.Turn('user', 'Capital of France?', False),), 'Paris')
+  tokenizer = tokenizer_lib.byte_tokenizer(data.bos_token, data.eos_token)
+  written = generate.Generation([[0] * 5], ['<think></think>Paris'], 1.0)
+  model = types.SimpleNamespace(config=None, tokenizer=tokenizer, complete=lambda *unused: written)
+  told, items = [], []
+  found = answers.measure(model, [asked], data, 8, lambda *one: told.append(one))
+  assert found.right == 1 and told == [(asked, 'Paris', True)]
+
+  def submit(batch):
+    items.extend(batch)
+    return types.SimpleNamespace(result=lambda: [reward.Reward(1.0, {}, 'right')])
+
+  answers.measure(model, [asked], data, 8, rewards=types.SimpleNamespace(submit=submit))
+  assert [item.text for item in items] == ['Paris']
