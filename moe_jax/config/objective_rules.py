@@ -52,7 +52,7 @@ def validate(config: schema.Config):
   _validate_dpo(objective.dpo)
   _validate_policy(objective.policy)
   _validate_process_reward(objective.process_reward)
-  if objective.kind in schema.WITHOUT_MTP:
+  if objective.kind in schema.OF_ANSWERS:
     _validate_tuned(config)
   if objective.kind == 'policy':
     _validate_rollouts(config)
@@ -208,6 +208,13 @@ def _validate_tuned(config: schema.Config):
     f'config.model.moe.capacity.policy={moe.capacity.policy!r} with router={moe.router!r} leaves '
     f'tokens out by what else is in the batch, so that objective.kind={kind!r} would compare '
     "log-probabilities of other computations; set policy='none' and a router without a bound",
+  )
+  factor = moe.exchange.buffer_factor
+  errors.require(
+    not config.model.is_moe or not factor or config.mesh.expert == 1,
+    f'config.model.moe.exchange.buffer_factor={factor} with mesh.expert={config.mesh.expert} does '
+    f'not compute what overflows, by what else is in the batch, so that objective.kind={kind!r} '
+    'would compare log-probabilities of other computations; set buffer_factor=0, or mesh.expert=1',
   )
   if kind in ('dpo', 'policy') and config.model.is_moe:
     _validate_one_model(config)

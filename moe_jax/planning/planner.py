@@ -168,8 +168,11 @@ def prepared(request: Request) -> tuple[schema.Config, tuple[str, ...]]:
     notes.append('the batch is train.batch_size; the smaller steps of the ramp need less')
     cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, batch_ramp=()))
   if request.max_vio is not None and cfg.model.is_moe:
-    moe = cfg.model.moe
-    bounded = dataclasses.replace(moe.exchange, buffer_factor=1.0 + request.max_vio)
+    moe, factor = cfg.model.moe, 1.0 + request.max_vio
+    if cfg.objective.kind in schema.OF_ANSWERS:  # a run would refuse it
+      factor, kind = 0.0, cfg.objective.kind
+      notes.append(f'objective.kind={kind!r} loses no assignment: buffers are of the worst case')
+    bounded = dataclasses.replace(moe.exchange, buffer_factor=factor)
     moe = dataclasses.replace(moe, exchange=bounded)
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, moe=moe))
   return cfg, tuple(notes)

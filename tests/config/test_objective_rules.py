@@ -1,6 +1,7 @@
 import pytest
 
 from moe_jax import errors
+from moe_jax.config import schema
 from tests import tiny
 from tests.training.test_policy_loss import RUN
 
@@ -39,6 +40,7 @@ def test_values_are_refused_whatever_the_objective(changes, words):
       tiny.make(**changed)
 
 
+BUFFERS = {'model__moe__exchange__buffer_factor': 1.5}
 NO_REPLAY = {'objective__policy__replay': 'none'}
 DENSE_TRAINING = {
   'model__moe__router': 'ds_moe',
@@ -61,6 +63,8 @@ DENSE_TRAINING = {
     ({'model__moe__router': 'expert_choice'}, 'router'),
     ({'model__moe__options__input_jitter': 0.1}, 'input_jitter=0.1'),
     ({'model__moe__capacity__policy': 'score'}, "'score' with router='topk' leaves tokens out"),
+    (BUFFERS | {'mesh__expert': 2}, 'buffer_factor=1.5 with mesh.expert=2 does not compute what'),
+    (BUFFERS | {'mesh__expert': -1, 'mesh__data': 1}, 'buffer_factor=1.5 with mesh.expert=-1'),
     ({'model__moe__options__random_second_expert': True}, 'random_second_expert=True must be off'),
     (
       NO_REPLAY | {'model__moe__router': 'sinkhorn'},
@@ -77,6 +81,18 @@ def test_a_run_of_rewards_refuses_what_it_cannot_do(changes, words):
   tiny.make(**RUN)
   with pytest.raises(errors.InputError, match=words):
     tiny.make(**(RUN | changes))
+
+
+@pytest.mark.parametrize('kind', schema.OF_ANSWERS)
+def test_answers_are_computed_whole_on_an_expert_mesh(kind):
+  """Fine are buffers that hold everything, no expert axis, and small ones of another loss."""
+  changes = RUN | {'objective__kind': kind, 'objective__process_reward__labels': 'labels.jsonl'}
+  changes |= {'data__source': 'preferences' if kind == 'dpo' else 'arithmetic', 'data__path': ''}
+  tiny.make(**changes | {'mesh__expert': 2})
+  tiny.make(**changes | BUFFERS)
+  tiny.make(**BUFFERS | {'mesh__expert': 2})
+  with pytest.raises(errors.InputError, match=f"buffer_factor=1.5 .* objective.kind='{kind}'"):
+    tiny.make(**changes | BUFFERS | {'mesh__expert': 2})
 
 
 def test_replayed_choices_make_one_model_of_two():
