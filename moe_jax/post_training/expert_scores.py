@@ -1,7 +1,8 @@
 """How much a task uses each routed expert: ESFT's two scores (arXiv 2407.01906, section 3).
 
-The model reads text as it stands, prompts and answers, in evaluation mode and without drops. The
-token score of an expert is the share of choices that fall on it, 1[g > 0] / K, so a layer's add up
+The model reads text as it stands, prompts and answers, in evaluation mode and without drops,
+whatever its config says of them: what a layer drops would change what later ones choose. The token
+score of an expert is the share of choices that fall on it, 1[g > 0] / K, so a layer's add up
 to 1; its gate score is the mean gate that it gets, so a layer's add up to the gate mass that the K
 best keep: below 1 without `norm_topk_prob`, and p is then an absolute mass, not a share of it.
 `routed_scaling_factor` is left out, which the paper's model has at 1: it would scale p.
@@ -9,6 +10,7 @@ Means are over tokens, as in the released scores; the paper's mean over sequence
 all are of one length.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable
@@ -42,6 +44,16 @@ def check(model: schema.ModelConfig):
     f'config.model.moe.router={model.moe.router!r} with num_experts={model.moe.num_experts}: ESFT '
     'scores the K choices that every token makes; use a model whose tokens choose experts',
   )
+
+
+def _without_drops(model: schema.ModelConfig) -> schema.ModelConfig:
+  """The model with every choice computed outside of training, on any mesh."""
+  moe = dataclasses.replace(
+    model.moe,
+    capacity=dataclasses.replace(model.moe.capacity, at_eval=False),
+    exchange=dataclasses.replace(model.moe.exchange, buffer_factor=0.0),
+  )
+  return dataclasses.replace(model, moe=moe)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -102,6 +114,7 @@ def measure(
     errors.InputError: see `check`; or there is no token.
   """
   check(model)
+  model = _without_drops(model)
   shape = (model.num_moe_layers, model.moe.num_experts)
   chosen, gates, num_tokens = np.zeros(shape), np.zeros(shape), 0
   for batch in batches:
