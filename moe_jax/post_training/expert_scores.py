@@ -74,14 +74,21 @@ def _sums(
   return chosen.sum((1, 2, 3)), mass / model.moe.routed_scaling_factor
 
 
-def score(run: trained_run.Run, cfg: schema.Config, tokens: int) -> expert_selection.ExpertScores:
-  """Scores of a run's experts over the first training rows of `cfg`, about `tokens` of them.
+def score(
+  run: trained_run.Run, cfg: schema.Config, corpus: corpus_lib.Corpus, tokens: int
+) -> expert_selection.ExpertScores:
+  """Scores of a run's experts over the first training rows of a corpus.
+
+  Args:
+    run: whose experts they are.
+    cfg: how long the rows are, how many are read together, and the seed of their order.
+    corpus: in ids of the run's own tokenizer.
+    tokens: that are read, about.
 
   Raises:
     errors.InputError: see `check`.
   """
   check(run.cfg.model)
-  corpus = corpus_lib.load_corpus(cfg.data, cfg.model.vocab_size, cfg.train.seed)
   ways, length = partitioning.row_ways(run.mesh), cfg.model.max_seq_len
   rows = -(-cfg.train.batch_size // ways) * ways
   steps = -(-tokens // (rows * length))
