@@ -400,12 +400,7 @@ class Run:
         f'the text has {len(row)} tokens, but must have 1 to model.max_seq_len='
         f'{model.max_seq_len}; cut it',
       )
-      bad = row[(row < 0) | (row >= model.vocab_size)]
-      errors.require(
-        not bad.size,
-        f'id {bad[:1]} is not in the vocabulary: ids are 0 to {model.vocab_size - 1}; encode text '
-        "with the run's own tokenizer",
-      )
+      generate_lib.check_ids(model, row, 'ids')
 
 
 def _integers(ids: Any) -> np.ndarray:
