@@ -40,6 +40,7 @@ class Curve(NamedTuple):
 
   tokens: np.ndarray  # [windows] mean of each window, rising
   differences: np.ndarray  # [seeds, windows]
+  end: float  # tokens at its last step, where `tokens` has the middle of a window
 
 
 class Crossover(NamedTuple):
@@ -60,7 +61,7 @@ class Crossover(NamedTuple):
 class Outcome(NamedTuple):
   """What a curve says of a claim at its end."""
 
-  end: paired.Interval  # of the difference at the last token, on each seed's line
+  end: paired.Interval  # of the difference at the curve's `end`, on each seed's line
   slope: paired.Interval  # of the difference, per doubling of the tokens
   moves: bool  # whether the rule of the module's docstring holds
   verdict: str  # of `paired`, or NOT_YET
@@ -109,17 +110,13 @@ def curve(
   return Curve(
     np.asarray([at[part].mean() for part in parts]),
     np.stack([differences[:, part].mean(axis=1) for part in parts], axis=1),
+    float(at[-1]),
   )
 
 
 def band(found: Curve, confidence: float = 1 - paired.LEVEL) -> list[paired.Interval]:
   """Mean and interval over the seeds, window by window; each holds for itself, not all at once."""
   return [paired.interval(column.tolist(), confidence) for column in found.differences.T]
-
-
-def verdicts(found: Curve, direction: str, margin: float = 0.0) -> list[str]:
-  """What the differences of each window alone say of a claim, see `paired.verdict`."""
-  return [paired.verdict(one, direction, margin) for one in band(found)]
 
 
 def crossover(found: Curve) -> Crossover | None:
@@ -187,7 +184,7 @@ def outcome(found: Curve, direction: str, margin: float = 0.0) -> Outcome:
   )
   tail = found.tokens > (1 - TAIL) * found.tokens[-1]
   tail[-MIN_POINTS:] = True
-  doublings = np.log2(found.tokens[tail] / found.tokens[-1])
+  doublings = np.log2(found.tokens[tail] / found.end)
   slopes, ends = np.polyfit(doublings, found.differences[:, tail].T, 1)
   slope, end = paired.interval(slopes.tolist()), paired.interval(ends.tolist())
   moves = still_moves(end, slope, direction, margin)
@@ -224,7 +221,7 @@ def scaled(found: paired.Interval, by: float) -> paired.Interval:
 
 def sentence(found: Curve, verdict: str, digits: int = 3) -> str:
   """A verdict with the end of its curve, the slope there and the crossover, in words."""
-  text = f'{verdict} at {millions(float(found.tokens[-1]))} tokens'
+  text = f'{verdict} at {millions(found.end)} tokens'
   if len(found.tokens) >= MIN_POINTS:
     one = outcome(found, 'lower')
     text += f': {one.end.text(digits)}, slope {one.slope.text(digits)} per doubling of the tokens'
