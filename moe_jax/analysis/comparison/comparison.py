@@ -81,7 +81,8 @@ class Comparison:
     if curve is None or len(curve.tokens) < difference_curves.MIN_POINTS:
       return paired.UNDECIDED
     found = difference_curves.outcome(curve, 'lower')
-    if fairness.same_rates(self.group(arm), self.group(baseline or self.baseline)):
+    first, second = self.group(arm), self.group(baseline or self.baseline)
+    if difference_curves.same_rates(first.cfg.optim, second.cfg.optim):
       return verdicts.in_words(found.verdict)
     return verdicts.in_words(paired.verdict(found.end, 'lower'))
 

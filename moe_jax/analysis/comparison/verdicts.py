@@ -1,6 +1,7 @@
 """What the runs of two groups say: paired differences of held-out figures, and of the loss.
 
-A difference is called lower or higher only between pairs of runs that saw the same batches.
+A difference is called lower or higher only between pairs of runs that saw the same batches, with
+schedules of one length.
 """
 
 import math
@@ -146,7 +147,7 @@ def _moves(
   """Whether bits per byte wait for longer runs, by the slope of the training loss."""
   if curve is None or len(curve.tokens) < difference_curves.MIN_POINTS:
     return False
-  if not fairness.same_rates(arm, baseline):
+  if not difference_curves.same_rates(arm.cfg.optim, baseline.cfg.optim):
     return False
   bits, nats = (held_out(baseline, key) for key in (BITS, 'loss'))
   if not all(seed in nats for seed in seeds):

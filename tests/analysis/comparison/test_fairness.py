@@ -31,6 +31,11 @@ def test_pairs_are_pairs(tmp_path):
       {'model__max_seq_len': 8},
       'the data order differs (model.max_seq_len: 16 and 8)',
     ),
+    (
+      {'train__num_steps': 48},
+      'the schedules differ in length (train.num_steps: 24 and 48), so they are not comparable at '
+      'equal steps',
+    ),
     ({'seed': 1}, 'they have no seed in common'),
   ],
 )
