@@ -100,7 +100,7 @@ def points(by_steps: Mapping[int, Any], scale: str) -> dict[arms.Claim, list[Poi
     by_steps: of `read`.
     scale: of all runs.
   """
-  from experiments.routing_ablation import report
+  from experiments.routing_ablation import matching, report
 
   found: dict[arms.Claim, list[Point]] = {}
   for steps, results in by_steps.items():
@@ -108,7 +108,7 @@ def points(by_steps: Mapping[int, Any], scale: str) -> dict[arms.Claim, list[Poi
     for graded in report.grade(results, configs):
       claim = graded.claim
       rates = [_rate(results[name]) for name in (claim.arm, claim.baseline) if name]
-      tokens = _tokens(configs[claim.arm])
+      tokens = matching.tokens(configs[claim.arm])
       found.setdefault(claim, []).append(Point(tokens, graded, tuple(rates)))
   return {claim: some for claim, some in found.items() if len(some) >= 2}
 
@@ -122,7 +122,7 @@ def with_their_start(by_steps: Mapping[int, Any], scale: str) -> dict[arms.Claim
     by_steps: of `read`.
     scale: of all runs.
   """
-  from experiments.routing_ablation import measure, report
+  from experiments.routing_ablation import matching, measure, report
   from moe_jax.analysis import paired
 
   found: dict[arms.Claim, list[Point]] = {}
@@ -142,14 +142,10 @@ def with_their_start(by_steps: Mapping[int, Any], scale: str) -> dict[arms.Claim
       difference = paired.difference(*pair)
       verdict = paired.verdict(difference, 'equal', arms.EQUAL_MARGIN * base)
       graded = report.Graded(counted, difference, verdict, base, 1.0)
-      tokens = _tokens(arms.resolve(arms.ARMS[claim.arm], scale, steps))
+      tokens = matching.tokens(arms.resolve(arms.ARMS[claim.arm], scale, steps))
       rates = tuple(_rate(runs) for runs in both.values())
       found.setdefault(counted, []).append(Point(tokens, graded, rates))
   return found
-
-
-def _tokens(cfg: Any) -> int:
-  return cfg.train.num_steps * cfg.train.batch_size * cfg.model.max_seq_len
 
 
 def _rate(runs: Mapping[int, Mapping[str, Any]]) -> float:

@@ -211,7 +211,6 @@ def write(out: pathlib.Path, study: Study, commands: Sequence[str]) -> list[path
 
 def _verdicts(study: Study, graded: Sequence[Graded]) -> list[html_report.Block]:
   cfg = next(iter(study.configs.values()))
-  tokens = cfg.train.num_steps * cfg.train.batch_size * cfg.model.max_seq_len
   counts = {v: sum(g.verdict == v for g in graded) for v in _VERDICTS}
   plain = [sum(g.plain == v for g in graded) for v in _PLAIN]
   holm = [sum(g.holm == v for g in graded) for v in _PLAIN]
@@ -230,7 +229,7 @@ def _verdicts(study: Study, graded: Sequence[Graded]) -> list[html_report.Block]
     parts = ', '.join(f'{count} {verdict}' for verdict, count in counts.items() if count)
     blocks.append(
       html_report.Text(
-        f'Of {len(graded)} claims of the papers, runs of {tokens:,} tokens with '
+        f'Of {len(graded)} claims of the papers, runs of {matching.tokens(cfg):,} tokens with '
         f'{_seeds(*(g.difference.num_seeds for g in graded))} give: **{parts}**. This is what runs '
         "of this size show, not what the papers' do."
       )

@@ -143,6 +143,24 @@ def test_spread_of_one_value_and_of_none():
   assert spread.spread([None], 2) == '-' and spread.spread([], 2) == '-'
 
 
+def test_tokens_of_a_run_count_its_ramp(study, monkeypatch):
+  # 200 steps of 4 rows of 128 tokens, then 100 of 8.
+  def ramped(cfg):
+    train = dataclasses.replace(cfg.train, num_steps=300, batch_size=8, batch_ramp=((200, 4),))
+    return dataclasses.replace(cfg, train=train)
+
+  configs = {name: ramped(cfg) for name, cfg in study.configs.items()}
+  assert matching.tokens(configs['gshard']) == 128 * (200 * 4 + 100 * 8) == 204_800
+  assert 'seeds, 204,800 to 204,800 tokens' in matching.text(study.described, configs, 2)
+  study = study._replace(configs=configs)
+  said = report._verdicts(study, report.grade(study.results, configs))[2]
+  assert 'runs of 204,800 tokens' in said.text
+  resolve = arms.resolve
+  monkeypatch.setattr(arms, 'resolve', lambda *given: ramped(resolve(*given)))
+  (points, *_) = lengths.points({100: study.results, 300: study.results}, 'tiny').values()
+  assert [point.tokens for point in points] == [204_800] * 2
+
+
 def test_speed_counts_the_tokens_of_the_steps(monkeypatch):
   monkeypatch.setattr(step_rates, 'ROUNDS', 1)
   monkeypatch.setattr(step_rates, 'STEPS', 2)
