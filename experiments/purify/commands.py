@@ -141,9 +141,11 @@ def write(workdir: pathlib.Path, tuned: trained_run.Run, params: trees.Params, o
   tree = {**tuned.variables, 'params': params}
   arrays = source_lib.by_name(jax.device_get(tree))
   num_bytes = sum(array.nbytes for array in arrays.values())
-  meta = trained_run.read_meta(workdir)
-  meta = {key: meta[key] for key in ('data_fingerprint', 'tokenizer', 'config')}
-  meta['config'] = parse.to_dict(tuned.cfg)
+  meta = {
+    'config': parse.to_dict(tuned.cfg),
+    'data_fingerprint': tuned.data_fingerprint,
+    'tokenizer': trained_run.digest(tuned.tokenizer),
+  }
   with huggingface.staged(out, '--out', num_bytes) as staging:
     step = max(tuned.step, 1)
     with stream_writer.Writer(staging / 'checkpoints', step, leaves, meta) as writer:
