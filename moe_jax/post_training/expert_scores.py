@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import errors, trees
-from moe_jax.config import router_traits, schema
+from moe_jax.config import batch_sizes, router_traits, schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import pipeline
 from moe_jax.devices import partitioning
@@ -96,7 +96,7 @@ def score(
     corpus,
     seed=cfg.train.seed,
     max_seq_len=length,
-    batch_size_at=lambda step: rows,
+    batch_sizes=batch_sizes.BatchSizes(rows),
     start_step=0,
     num_steps=steps,
   )

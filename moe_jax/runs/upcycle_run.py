@@ -15,14 +15,14 @@ import jax.numpy as jnp
 from moe_jax import atomic_files, errors, trees
 from moe_jax.balance import expert_similarity
 from moe_jax.checkpoints import checkpointer as checkpointer_lib
-from moe_jax.config import moe_config, router_traits, schema
+from moe_jax.config import batch_sizes, moe_config, router_traits, schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import kept_files, pipeline
 from moe_jax.devices import partitioning
 from moe_jax.models import transformer
 from moe_jax.runs import checks, first_state, run_record, trained_run, upcycle
 from moe_jax.storage import fetch, upload
-from moe_jax.training import cross_entropy, objective, optim, train_state
+from moe_jax.training import cross_entropy, objective, train_state
 
 Array = jax.Array
 
@@ -199,7 +199,7 @@ def _difference(
     corpus,
     seed=cfg.train.seed,
     max_seq_len=cfg.model.max_seq_len,
-    batch_size_at=lambda step: optim.batch_size_at(cfg.train, step),
+    batch_sizes=batch_sizes.of(cfg.train),
     num_steps=1,
   )
   rows = _fewest_rows(cfg.model, partitioning.row_ways(mesh))

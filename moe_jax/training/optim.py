@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from moe_jax import trees
-from moe_jax.config import schema
+from moe_jax.config import batch_sizes, schema
 from moe_jax.training import loss_spikes, skipped_steps
 
 
@@ -62,18 +62,13 @@ def _stages(cfg: schema.OptimConfig, num_steps: int) -> optax.Schedule:
 
 def batch_size_at(cfg: schema.TrainConfig, step: int) -> int:
   """Sequences in the global batch of `step`: the ramp entry still in force, or `batch_size`."""
-  return next((size for until, size in cfg.batch_ramp if step < until), cfg.batch_size)
+  return batch_sizes.of(cfg).at(step)
 
 
 def tokens_at(cfg: schema.TrainConfig, max_seq_len: int, steps: Sequence[int]) -> list[int]:
   """Tokens that a run was trained on after each of `steps`, every row counted as full."""
-  ends = [until for until, _ in cfg.batch_ramp]
-
-  def rows(step: int) -> int:
-    edges = [0, *(end for end in ends if end < step), step]
-    return sum((b - a) * batch_size_at(cfg, a) for a, b in zip(edges, edges[1:]))
-
-  return [rows(step) * max_seq_len for step in steps]
+  sizes = batch_sizes.of(cfg)
+  return [sizes.before(step) * max_seq_len for step in steps]
 
 
 def mtp_weight(cfg: schema.TrainConfig, step: jax.Array) -> jax.Array:

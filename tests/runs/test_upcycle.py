@@ -16,7 +16,7 @@ from experiments import upcycle
 from moe_jax import atomic_files, errors
 from moe_jax.analysis.comparison import workdirs
 from moe_jax.balance import expert_similarity, routing_figures
-from moe_jax.config import parse, schema
+from moe_jax.config import batch_sizes, parse, schema
 from moe_jax.data import kept_files, pipeline
 from moe_jax.devices import partitioning
 from moe_jax.models import model_variables, transformer
@@ -263,7 +263,7 @@ def first_loss(loaded: trained_run.Run, cfg: schema.Config) -> float:
     corpus,
     seed=cfg.train.seed,
     max_seq_len=cfg.model.max_seq_len,
-    batch_size_at=lambda step: size,
+    batch_sizes=batch_sizes.BatchSizes(size),
     num_steps=1,
   )[0]
   inputs = [batch[key] for key in ('tokens', 'positions', 'segment_ids')]
