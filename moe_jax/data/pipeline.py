@@ -61,6 +61,16 @@ def num_bytes(split: corpus_lib.TokenSplit, max_seq_len: int) -> int:
   return int(split.doc_bytes[whole_documents.fits(split, max_seq_len)].sum())
 
 
+def heldout_bytes(corpus: corpus_lib.Corpus, max_seq_len: int) -> bytes:
+  """The held-out text whose bytes `num_bytes` counts: without conversations that are left out."""
+  text, split = corpus.heldout_bytes(), corpus.heldout
+  if split.learned is None:
+    return text
+  ends, fits = np.cumsum(split.doc_bytes), whole_documents.fits(split, max_seq_len)
+  parts = zip((ends - split.doc_bytes)[fits].tolist(), ends[fits].tolist())
+  return b''.join(text[begin:end] for begin, end in parts)
+
+
 def num_left_out(split: corpus_lib.TokenSplit, max_seq_len: int) -> int:
   """Conversations that no row has room for, or in which there is nothing to predict."""
   if split.learned is None:
