@@ -392,7 +392,7 @@ class Run:
     self._check(rows)
     return rows, ids.shape
 
-  def _encoded(self, texts: Sequence[str], name: str) -> list[np.ndarray]:
+  def _encoded(self, texts: Sequence[Any], name: str) -> list[np.ndarray]:
     """Ids of every text; `name` is the argument that holds them."""
     for i, one in enumerate(texts):
       errors.require(
