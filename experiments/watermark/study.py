@@ -257,7 +257,7 @@ def _windows(models: Models, seed: int, unused_directory: pathlib.Path) -> dict[
     ids = text[: scheme.window + count * size].astype(int).tolist()
     hits = decode.look(scheme, _proxy(models, kind), ids, models.writer.config.model.vocab_size)
     parts = (slice(n * size, (n + 1) * size) for n in range(count))
-    found[kind] = [decode.read(scheme, decode.Hits(hits.seeds[p], hits.found[p])) for p in parts]
+    found[kind] = [decode.read(scheme, decode.Hits(hits.seeds[p], hits.found[p]), 0) for p in parts]
   return {kind: [(c.p_value, c.hits, c.places) for c in chunks] for kind, chunks in found.items()}
 
 

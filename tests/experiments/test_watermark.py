@@ -89,6 +89,23 @@ def test_a_number_and_a_text_are_written_attacked_and_read(do):
   assert len(json.loads(pathlib.Path('cut.json').read_text())[0]['ids']) == 150 and len(said) <= 1
 
 
+def test_a_message_has_no_more_bits_than_its_key_says(do):
+  few = ('--message_bits=8', '--chunk_bits=20', '--tokens_per_bit=2', '--secret=5')
+  assert '8 bits in 50 tokens' in do('key', *KEY, *few)
+  pathlib.Path('plain.txt').write_text('No message stands in this text, which anyone may have.' * 2)
+  read = ('decode', *KEY, '--file=plain.txt', '--threshold=0')
+  said = json.loads(do(*read))
+  assert 0 <= said['message'] < 2**8
+  assert json.loads(do(*read, '--as_text'))['message'] is not None
+
+
+def test_a_key_that_is_refused_leaves_no_file(do):
+  for rate in ('inf', 'nan', '1e308'):
+    with pytest.raises(errors.InputError, match='tokens_per_bit=.* must be finite'):
+      do('key', *KEY, f'--tokens_per_bit={rate}')
+    assert not pathlib.Path('key.json').exists()
+
+
 def test_bad_input_is_one_error(do, run, monkeypatch):
   do('key', *KEY, *SMALL)
   write = ('encode', *KEY, '--workdir=W', '--prompt=ab', '--out=t.json')
