@@ -1,5 +1,6 @@
 """The commands on a model of random weights, and the study's figures on made-up results."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -223,3 +224,67 @@ def test_a_kept_result_of_other_settings_is_refused(tmp_path):
   with pytest.raises(errors.InputError, match='is of other settings: .*another --workdir'):
     study._kept(path, {'prompts': 3, 'arms': [(1, 2)]}, work, None, 7)
   assert study.secret(0) != study.secret(1) != study.secret(1, 1)
+
+
+@pytest.fixture
+def studied(run, monkeypatch, tmp_path):
+  """The study with works that note their names; `given` has what `_load` gives."""
+  given = {
+    'writer': run,
+    'judge': run,
+    'small': run,
+    'known': None,
+    'prompts': {},
+    'unmarked': np.zeros(600, int),
+  }
+  done = []
+  monkeypatch.setattr(study, '_load', lambda: study.Models(**given))
+  monkeypatch.setattr(report, 'write', lambda *_: None)
+  for name in ('_texts', '_attacks', '_windows', '_times'):
+    monkeypatch.setattr(study, name, lambda *_, name=name: done.append(name))
+
+  class Study:
+    __name__ = 'watermark'
+    define_flags = staticmethod(command.define_flags)
+    main = staticmethod(study.main)
+
+  def call(*arguments):
+    in_process.run(Study, f'--workdir={tmp_path}/runs', f'--out={tmp_path}/out', *arguments)
+
+  return call, given, done
+
+
+def of_other_weights(run):
+  params = jax.tree.map(lambda a: a + 1, run.variables['params'])
+  trained = dataclasses.replace(run.trained, variables={'params': params})
+  return run_lib.Run(trained, 'W')
+
+
+@pytest.mark.parametrize('name, field', [('small', 'proxy'), ('writer', 'runs'), ('judge', 'runs')])
+def test_results_of_another_run_are_refused(studied, run, name, field):
+  call, given, done = studied
+  for _ in range(2):
+    call('--seeds=1', '--windows=5')
+  assert done == ['_texts', '_attacks', '_windows', '_times']  # the second time nothing
+  given[name] = of_other_weights(run)
+  with pytest.raises(errors.InputError, match=f'is of other settings: {field}=.*another --workdir'):
+    call('--seeds=1', '--windows=5')
+
+
+def test_windows_that_cannot_be_read_are_refused_before_anything_is_written(studied):
+  call, given, done = studied
+  # A window takes 50 tokens, and 10 stand before the first one: 600 hold 11 for every seed.
+  for flags, words in (
+    (('--windows=0',), '--windows=0 must be at least 1 for each of 5 seeds'),
+    (('--windows=4',), '--windows=4 must be at least 1 for each of 5 seeds'),
+    (('--windows=60',), '--windows=60 needs 610 held-out tokens per seed, and there are 600'),
+  ):
+    with pytest.raises(errors.InputError, match=words):
+      call(*flags)
+  given['unmarked'] = np.zeros(300, int)
+  with pytest.raises(errors.InputError, match='has 300 tokens, and must have more than 300'):
+    call('--windows=5')
+  assert not done
+  given['unmarked'] = np.zeros(600, int)
+  call('--windows=55')
+  assert done.count('_windows') == 5
