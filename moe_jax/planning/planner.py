@@ -115,6 +115,7 @@ def plan(request: Request, *, progress: bool = False) -> Plan:
   way = exchange_kind(cfg, request.topology)
   if request.decode:
     generate.check_router(cfg.model)
+    check_rows(rows, mesh)
     counted = estimate_decode.estimate(cfg, mesh, rows, way)
     tokens, flops = rows, estimate_decode.flops_per_token(cfg.model) * rows / mesh.size
   else:
@@ -131,6 +132,25 @@ def plan(request: Request, *, progress: bool = False) -> Plan:
   )
   compiled = compile_ahead.run(job, cfg.data.cache_dir, progress=progress)
   return facts.compiled(compiled, counted)
+
+
+def check_rows(rows: int, mesh: jax.sharding.AbstractMesh):
+  """Refuses sequences that the devices of a mesh cannot share evenly.
+
+  Args:
+    rows: sequences that are decoded together, over all devices.
+    mesh: sizes of the axes.
+
+  Raises:
+    errors.InputError: the mesh splits rows into a number of parts that does not divide them.
+  """
+  ways = partitioning.row_ways(mesh)
+  errors.require(
+    rows % ways == 0,
+    f'--rows={rows} must be divisible by {ways}, the parts into which the mesh splits rows: '
+    f'choose {" or ".join(str(n * ways) for n in (rows // ways, rows // ways + 1) if n)}, or '
+    'another --mesh',
+  )
 
 
 def check_stages(stages: int):
