@@ -264,9 +264,10 @@ class PolicyStage:
       found = judged_by(self._judge, found, owners, plain, self._tell_unread)
 
     def ends(number: int) -> list[int]:
-      tokens, skipped = written.answers[number].tokens, texts[number][1]
+      one, skipped = written.answers[number], texts[number][1]
       offsets = [offset for offset, _ in found[number].step_rewards or ()]
-      return policy_batches.step_ends(self._tokenizer.decode, tokens, offsets, skipped)
+      decode = self._tokenizer.decode
+      return policy_batches.step_ends(decode, one.tokens, offsets, skipped, one.ended)
 
     return policy_batches.judged(self._policy, written.answers, found, ends), written
 

@@ -13,7 +13,7 @@ import moe_jax
 from moe_jax import errors
 from moe_jax.data import conversations
 from moe_jax.post_training import answers, policy_batches, policy_stage, rollouts, stages
-from moe_jax.rewards import pool, reward
+from moe_jax.rewards import pool, registry, reward
 from moe_jax.runs import metric_log, policy_plot
 from tests import tiny
 from tests.inference.test_generate import sentencepiece
@@ -238,7 +238,7 @@ def test_steps_end_where_they_do_whatever_a_decoder_leaves_out():
   answer = rollouts.Answer(0, prompt, new, False, scores, scores, scores, None)
   said, skipped = stage._text(answer)
   assert said == 'h h h'
-  ends = policy_batches.step_ends(inner.decode, new, [1, 3, 5], skipped)
+  ends = policy_batches.step_ends(inner.decode, new, [1, 3, 5], skipped, False)
   assert [inner.decode(new[: end + 1]) for end in ends] == ['h', 'h h', 'h h h']
 
 
@@ -271,3 +271,69 @@ def test_answers_are_judged_as_they_end_and_each_gets_its_own_reward(monkeypatch
   first, second = (question.prompt[-1].content for question in stage._asked(0))
   assert events == [(second, '2'), (first, '0'), (second, '3'), (first, '1'), 'written']
   assert [[one.reward.value for one in group] for group in groups] == [[0, 1], [2, 3]]
+
+
+END = 256  # a token of the end behind the 256 bytes
+
+
+def grouped(monkeypatch, texts, found, **policy):
+  """The first group of answers of these texts, a token a byte; those that end in '$' are complete.
+
+  Args:
+    monkeypatch: of pytest.
+    texts: of the answers.
+    found: what each is worth, or None for what the policy's own reward says of it.
+    policy: of the run.
+  """
+  policy = {'prompts': 1, 'group_size': len(texts), 'eval_questions': 0} | policy
+  stage = made(**policy)
+  written = []
+  for text in texts:
+    ids = [*text.removesuffix('$').encode(), *([END] if text.endswith('$') else [])]
+    zeros = np.zeros(len(ids), np.float32)
+    written.append(
+      rollouts.Answer(0, [1], ids, text.endswith('$'), zeros, zeros, zeros, experts=None)
+    )
+
+  def decode(ids):
+    return bytes(i for i in ids if i < END).decode(errors='replace')
+
+  def sample(variables, prompts, draw, *, on_answer):
+    for number, one in enumerate(written):
+      on_answer(number, one)
+    return rollouts.Rollouts(written, 1.0)
+
+  def submit(items):
+    ((_, ids, text, _),) = items
+    future, given = concurrent.futures.Future(), found
+    if given is None:
+      worth = registry.build(stage._policy.reward)('', ids, text, SUM)
+    else:
+      worth = given[next(numbers)]
+    future.set_result((worth, ''))
+    return pool.Scored([future])
+
+  numbers = iter(range(len(texts)))
+  stage._sampler = types.SimpleNamespace(sample=sample)
+  stage._pool = types.SimpleNamespace(submit=submit)
+  stage._tokenizer = types.SimpleNamespace(decode=decode)
+  monkeypatch.setattr(stage, '_prompts', lambda questions: [[1]] * len(questions))
+  monkeypatch.setattr(policy_stage.chat_formats, 'said', lambda data, text: text)
+  ((group,), _) = stage._groups({}, 0)
+  return group
+
+
+SUM = {'question': 'What is 7 + 5 - 3?', 'answer': '7 + 5 = 12\n12 - 3 = 9\nThe answer is 9.'}
+
+
+def test_a_reward_of_one_step_at_the_end_is_that_of_the_outcome(monkeypatch):
+  """Of the end token too: an answer's last step ends with it."""
+  texts = ['The answer is 9.$', 'The answer is 8.\n$', '九$']
+  steps = [
+    reward.Reward(v, {}, 'right', [(len(t.strip('\n$')), v)]) for v, t in zip([1, 0, 0.2], texts)
+  ]
+  outcome = grouped(monkeypatch, texts, steps)
+  process = grouped(monkeypatch, texts, steps, supervision='process', reward='steps')
+  for a, b in zip(outcome, process, strict=True):
+    assert a.advantages.all() and len(a.advantages) == len(a.answer.tokens)
+    np.testing.assert_allclose(b.advantages, a.advantages, rtol=1e-9)
