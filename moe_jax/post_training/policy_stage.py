@@ -241,7 +241,7 @@ class PolicyStage:
     self, variables: trees.Variables, draw: int
   ) -> tuple[list[list[policy_batches.Judged]], rollouts.Rollouts]:
     """Groups of answers to one batch of questions, judged."""
-    questions = self._asked(draw)
+    policy, questions = self._policy, self._asked(draw)
     prompts = self._prompts(questions)
     said: dict[int, tuple[str, int]] = {}
     submitted: dict[int, pool_lib.Scored] = {}
@@ -262,6 +262,10 @@ class PolicyStage:
     if self._judge is not None:
       plain = [text for text, _ in texts]
       found = judged_by(self._judge, found, owners, plain, self._tell_unread)
+    found = [
+      value_targets.of_what_came(policy, one, text, worth)
+      for one, (text, _), worth in zip(written.answers, texts, found, strict=True)
+    ]
 
     def ends(number: int) -> list[int]:
       one, skipped = written.answers[number], texts[number][1]
@@ -269,7 +273,7 @@ class PolicyStage:
       decode = self._tokenizer.decode
       return policy_batches.step_ends(decode, one.tokens, offsets, skipped, one.ended)
 
-    return policy_batches.judged(self._policy, written.answers, found, ends), written
+    return policy_batches.judged(policy, written.answers, found, ends), written
 
   def _tell_equal(self):
     """Says that iteration after iteration teaches nothing; a value head may learn all the same."""

@@ -337,3 +337,17 @@ def test_a_reward_of_one_step_at_the_end_is_that_of_the_outcome(monkeypatch):
   for a, b in zip(outcome, process, strict=True):
     assert a.advantages.all() and len(a.advantages) == len(a.answer.tokens)
     np.testing.assert_allclose(b.advantages, a.advantages, rtol=1e-9)
+
+
+def test_a_cut_answer_is_not_punished_for_the_steps_that_did_not_come(monkeypatch):
+  """Of PPO with bootstrapped values: the phantom ones were -1.33, and raised all others by 0.33."""
+  texts = [f'{SUM["answer"]}$', '7 + 5 = 12\n12 - 3', '7 + 5 = 13\n13 - 3 = 10\nThe answer is 10.$']
+  policy = {'algorithm': 'ppo', 'supervision': 'process', 'reward': 'steps'}
+  policy |= {'kl_weight': 0.0, 'truncated': 'bootstrap'}
+  right, cut = grouped(monkeypatch, texts[:2], None, **policy)
+  assert not right.rewards.any() and not cut.rewards.any()  # each step is as good as the mean
+  right, cut, wrong = grouped(monkeypatch, texts, None, **policy)
+  mean = 5 / 7  # steps 1 1 1, 1, 0 1 0
+  assert right.rewards[[9, 20, -1]] == pytest.approx([1 - mean] * 3)
+  assert cut.rewards.nonzero()[0].tolist() == [9] and cut.rewards[9] == pytest.approx(1 - mean)
+  assert wrong.rewards[[9, -1]] == pytest.approx([-mean] * 2)
