@@ -112,7 +112,7 @@ def rows(
   Args:
     cfg: the run; the number of rows is a multiple of `train.batch_size`, see `filled`.
     answers: those that are learned from.
-    num_layers: MoE layers whose experts the answers bring; 0 for none.
+    num_layers: MoE layers whose experts, K per token, are to be replayed; 0 for none.
 
   Returns:
     (arrays [B, L] of `packing` and `policy_loss`, old log-probabilities 0 and experts those of the

@@ -334,7 +334,9 @@ class PolicyStage:
   ) -> tuple[dict[str, np.ndarray], list[tuple[int, int]]]:
     """The batch of an iteration with the log-probabilities that its steps are measured against."""
     cfg, policy = self._cfg, self._policy
-    layers = cfg.model.num_moe_layers if cfg.model.is_moe else 0
+    # Others than those to be replayed may be no K per token: a router that is not ranked has all.
+    replays = cfg.model.is_moe and policy.replay == 'rollout'
+    layers = cfg.model.num_moe_layers if replays else 0
     batch, where = policy_batches.rows(cfg, answers, layers)
     replayed = batch.pop(policy_loss.EXPERTS, None)
     assert self._state is not None
@@ -427,8 +429,9 @@ def judged_by(
   """Rewards whose values are a model's; whether the answer is right stays what the checker says.
 
   A judge of steps gives every step its score, and the answer the least of them; one of whole
-  solutions gives the answer its score. An answer without a step is worth 0, and so is a step that
-  a row of the judge has no room for.
+  solutions gives the answer its score. A step that a row of the judge has no room for is worth 0,
+  and so is an answer without a step: this is one behind its end, at the token that ends it, or
+  saying nothing would be worth more than steps below the mean.
 
   Args:
     judge: a run of objective.kind='process_reward'.
@@ -445,9 +448,11 @@ def judged_by(
   scores = step_scores.score(judge, solutions, tell_unread=tell_unread)
   whole = judge.cfg.objective.process_reward.outcome
   new = []
-  for one, own, score in zip(found, ends, scores, strict=True):
+  for one, text, own, score in zip(found, texts, ends, scores, strict=True):
     value = verification.aggregate(score.tolist(), 'min')
     steps = None if whole else [(end, float(s)) for end, s in zip(own, score, strict=True)]
+    if steps == []:
+      steps = [(len(text) + 1, value)]
     new.append(one._replace(value=value, step_rewards=steps))
   return new
 

@@ -15,6 +15,7 @@ from moe_jax.data import conversations
 from moe_jax.post_training import answers, policy_batches, policy_stage, rollouts, stages
 from moe_jax.rewards import pool, registry, reward
 from moe_jax.runs import metric_log, policy_plot
+from moe_jax.training import policy_loss
 from tests import tiny
 from tests.inference.test_generate import sentencepiece
 from tests.post_training.conftest import SIZES
@@ -98,6 +99,14 @@ def test_a_reward_is_won_and_replay_changes_nothing_in_float32(base, tmp_path):
   replayed = lines(tune(base, tmp_path / 'rollout', **changes | {'train.num_steps': 2}))
   np.testing.assert_allclose(replayed[0]['loss'], free[0]['loss'], atol=1e-6)
   np.testing.assert_allclose(replayed[0]['grad_norm'], free[0]['grad_norm'], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_router_that_keeps_all_experts_learns(base, tmp_path):
+  changes = {'model.moe.router': 'ds_moe', 'model.moe.dispatch': 'dense', 'train.num_steps': 2}
+  changes |= {'model.moe.expert_bias.update_rule': 'none', 'objective.policy.replay': 'none'}
+  (first, _) = lines(tune(base, tmp_path / 'run', **changes))
+  assert first['experts_differ'] == 0 and first['sampler_log_ratio_max'] < 1e-4
 
 
 def test_another_objective_has_no_such_stage(base, tmp_path):
@@ -276,18 +285,19 @@ def test_answers_are_judged_as_they_end_and_each_gets_its_own_reward(monkeypatch
 END = 256  # a token of the end behind the 256 bytes
 
 
-def grouped(monkeypatch, texts, found, **policy):
+def grouped(monkeypatch, texts, found, judge=None, **policy):
   """The first group of answers of these texts, a token a byte; those that end in '$' are complete.
 
   Args:
     monkeypatch: of pytest.
     texts: of the answers.
     found: what each is worth, or None for what the policy's own reward says of it.
+    judge: of steps.
     policy: of the run.
   """
   policy = {'prompts': 1, 'group_size': len(texts), 'eval_questions': 0} | policy
-  stage = made(**policy)
-  written = []
+  stage, written = made(**policy), []
+  stage._judge = judge
   for text in texts:
     ids = [*text.removesuffix('$').encode(), *([END] if text.endswith('$') else [])]
     zeros = np.zeros(len(ids), np.float32)
@@ -351,3 +361,43 @@ def test_a_cut_answer_is_not_punished_for_the_steps_that_did_not_come(monkeypatc
   assert right.rewards[[9, 20, -1]] == pytest.approx([1 - mean] * 3)
   assert cut.rewards.nonzero()[0].tolist() == [9] and cut.rewards[9] == pytest.approx(1 - mean)
   assert wrong.rewards[[9, -1]] == pytest.approx([-mean] * 2)
+
+
+def test_a_judge_finds_an_answer_without_a_step_the_worst(monkeypatch):
+  """Its end token is a wrong step: it had no advantage, and others, below the mean, a lower one."""
+  monkeypatch.setattr(
+    policy_stage.step_scores,
+    'score',
+    lambda judge, solutions, tell_unread: [np.full(len(one.ends), 0.5) for one in solutions],
+  )
+  judge = types.SimpleNamespace(cfg=tiny.make())
+  found = [reward.Reward(0.0, {}, 'wrong')] * 3
+  policy = {'supervision': 'process', 'reward': 'steps', 'std': 'none'}
+  spoken, empty, blank = grouped(monkeypatch, ['a\nb$', '$', ' \n$'], found, judge, **policy)
+  assert empty.reward.step_rewards == [(1, 0.0)] and empty.reward.value == 0
+  # Steps 0.5, 0.5, 0, 0: mean 0.25.
+  np.testing.assert_allclose(spoken.advantages, [0.5, 0.25, 0.25, 0.25])
+  np.testing.assert_allclose(empty.advantages, [-0.25])
+  np.testing.assert_allclose(blank.advantages, [-0.25] * 3)
+
+
+def test_answers_of_a_router_that_keeps_all_experts_are_learned_from(monkeypatch):
+  """E columns, not K: they are not replayed, and only compared with what the trainer chooses."""
+  ds_moe = {'model__moe__router': 'ds_moe', 'model__moe__dispatch': 'dense'}
+  plain = {'objective__policy__replay': 'none', 'objective__policy__kl_weight': 0.0}
+  cfg = tiny.make(**RUN | ds_moe | plain)
+  stage, experts = stages.of(cfg), np.tile(np.arange(8, dtype=np.int32), (2, 3, 1))
+  scores = np.zeros(2, np.float32)
+  answer = rollouts.Answer(0, [1, 2], [5, 3], True, scores, scores, scores, experts)
+  one = policy_batches.Judged(answer, reward.Reward(1.0, {}, 'right'), np.ones(2))
+  params = tiny.params(cfg.model)
+  stage._state = types.SimpleNamespace(params=params)
+
+  def measured(variables, batch, value=None):
+    assert policy_loss.EXPERTS not in batch
+    shape = batch['tokens'].shape
+    return policy_stage._Measured(np.zeros(shape), np.tile(experts[0, 0], (*shape, 2, 1)), None)
+
+  monkeypatch.setattr(stage, '_measured', measured)
+  batch, _ = stage._learnable({}, [one])
+  assert policy_loss.EXPERTS not in batch and stage.figures['experts_differ'] == 0
