@@ -97,7 +97,7 @@ class PolicyStage:
     """Reads the questions.
 
     Raises:
-      errors.InputError: the reward is unknown, or there are too few questions.
+      errors.InputError: the reward is unknown or not read, or there are too few questions.
     """
     policy = cfg.objective.policy
     terms = registry.parse(policy.reward)
@@ -114,6 +114,12 @@ class PolicyStage:
       f'config.objective.policy.reward={policy.reward!r} must begin with a reward of steps '
       f'({", ".join(registry.IN_STEPS)}), or reward_model={policy.reward_model!r} be a judge of '
       "steps, for supervision='process'",
+    )
+    errors.require(
+      policy.supervision == 'outcome' or self._judge is not None or len(terms) == 1,
+      f'config.objective.policy.reward={policy.reward!r} must be one reward with '
+      "supervision='process', which reads the rewards of steps alone, and so nothing but the first "
+      f"term; leave the others out, or take supervision='outcome'",
     )
     self._questions = answers_lib.questions(cfg.data, MOST_QUESTIONS, heldout=False)
     errors.require(

@@ -31,6 +31,17 @@ from tests.training.test_policy_loss import RUN
     ({'policy__algorithm': 'ppo', 'policy__ratio': 'sequence'}, "ratio='sequence' is not read"),
     ({'policy__algorithm': 'ppo', 'policy__max_draws': 2}, 'max_draws=2 is not read'),
     ({'policy__algorithm': 'ppo', 'policy__group_size': 0}, 'group_size=0'),
+    ({'policy__algorithm': 'rft', 'policy__std': 'none'}, "std='none' is not read"),
+    ({'policy__algorithm': 'rft', 'policy__ratio': 'sequence'}, "ratio='sequence' is not read"),
+    ({'policy__algorithm': 'rft', 'policy__clip_low': 0.1}, 'clip_low=0.1 is not read'),
+    ({'policy__algorithm': 'rft', 'policy__clip_high': 0.28}, 'clip_high=0.28 is not read'),
+    ({'policy__algorithm': 'rft', 'policy__dual_clip': 3.0}, 'dual_clip=3.0 is not read'),
+    ({'policy__algorithm': 'rft', 'policy__reward_model': 'prm'}, "reward_model='prm' is not read"),
+    ({'policy__reference_every': 2, 'policy__kl_weight': 0.0}, 'reference_every=2 is not read'),
+    (
+      {'process_reward__target': 'soft', 'process_reward__outcome': True},
+      "target='soft' is not read with outcome=True",
+    ),
   ],
 )
 def test_values_are_refused_whatever_the_objective(changes, words):

@@ -113,6 +113,10 @@ def test_another_objective_has_no_such_stage(base, tmp_path):
   assert stages.of(base.config) is None
   with pytest.raises(errors.InputError, match='must begin with a reward of steps'):
     tune(base, tmp_path / 'run', **{'objective.policy.supervision': 'process'})
+  with pytest.raises(errors.InputError, match=r"reward='steps \+ length' must be one reward"):
+    made(reward='steps + length', supervision='process')
+  made(reward='2 * steps', supervision='process')
+  made(reward='steps + length')
   with pytest.raises(errors.InputError, match='prompts=400'):
     tune(base, tmp_path / 'run', **{'objective.policy.prompts': 400})
   assert not (tmp_path / 'run').exists()
