@@ -1,7 +1,7 @@
 """Learning-rate schedules, the batch-size ramp and the AdamW chain."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import optax
 
 from moe_jax import trees
 from moe_jax.config import batch_sizes, schema
-from moe_jax.training import loss_spikes, skipped_steps
+from moe_jax.training import loss_spikes, skipped_steps, value_head
 
 
 def learning_rate(cfg: schema.OptimConfig, num_steps: int) -> optax.Schedule:
@@ -92,15 +92,29 @@ def decay_mask(params: trees.Tree) -> trees.Tree:
   return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
-def optimizer(cfg: schema.OptimConfig, num_steps: int) -> optax.GradientTransformationExtraArgs:
+class Rested(NamedTuple):
+  """Updates that the value head has seen alone; beside Adam's state where a policy may rest."""
+
+  count: jax.Array  # [] int32
+
+
+def optimizer(
+  cfg: schema.OptimConfig, num_steps: int, *, rests: bool = False
+) -> optax.GradientTransformationExtraArgs:
   """Global-norm clipping, then AdamW with decoupled decay scaled by the learning rate.
 
   `update(..., applied=flag)` leaves the moments alone where the [] bool `flag` is False; what the
-  learning-rate schedule counts goes on.
+  learning-rate schedule counts goes on. With `rests`, `update(..., resting=flag)` says whether all
+  gradients but those of the value head are 0 because the policy rests.
+
+  Args:
+    cfg: rate, decays and clipping.
+    num_steps: of the run.
+    rests: whether the policy rests in some steps, see `value_head.may_rest`.
   """
   clip = [optax.clip_by_global_norm(cfg.clip_norm)] if cfg.clip_norm else []
   adamw = optax.chain(
-    _adam(cfg),
+    _adam_that_rests(cfg) if rests else _adam(cfg),
     optax.add_decayed_weights(cfg.weight_decay, decay_mask),
     optax.scale_by_learning_rate(learning_rate(cfg, num_steps)),
   )
@@ -122,13 +136,41 @@ def _adam(cfg: schema.OptimConfig) -> optax.GradientTransformationExtraArgs:
     applied, new = extra.get('applied'), adam.update(updates, state, params)
     if applied is None:
       return new
-    count = state.count + 1
     kept = skipped_steps.select(applied, new[1], state)
-    mu = optax.tree.bias_correction(kept.mu, cfg.beta1, count)
-    nu = optax.tree.bias_correction(kept.nu, cfg.beta2, count)
-    return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + cfg.eps), mu, nu), kept
+    return _direction(cfg, kept.mu, kept.nu, state.count + 1), kept
 
   return optax.GradientTransformationExtraArgs(adam.init, update)
+
+
+def _direction(cfg: schema.OptimConfig, mu: trees.Tree, nu: trees.Tree, count: jax.Array) -> Any:
+  """Adam's update from moments that have seen `count` gradients."""
+  mu = optax.tree.bias_correction(mu, cfg.beta1, count)
+  nu = optax.tree.bias_correction(nu, cfg.beta2, count)
+  return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + cfg.eps), mu, nu)
+
+
+def _adam_that_rests(cfg: schema.OptimConfig) -> optax.GradientTransformationExtraArgs:
+  """`_adam` whose moments, but those of the value head, have seen no gradient while they rested.
+
+  They are 0 until then; divided as if they had seen every step, the first updates would be of
+  another size than the learning rate.
+  """
+  adam = _adam(cfg)
+
+  def init(params: trees.Tree) -> Any:
+    return adam.init(params), Rested(jnp.zeros((), jnp.int32))
+
+  def update(
+    updates: trees.Tree, state: Any, params: trees.Tree = None, **extra: Any
+  ) -> tuple[Any, Any]:
+    (before, rested), applied = state, extra['applied']
+    found, kept = adam.update(updates, before, params, applied=applied)
+    model = (value_head.without(moments) for moments in (kept.mu, kept.nu))
+    own = _direction(cfg, *model, before.count + 1 - rested.count)
+    total = rested.count + (applied & extra['resting'])
+    return {**own, value_head.KEY: found[value_head.KEY]}, (kept, Rested(total))
+
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _kept_in(
