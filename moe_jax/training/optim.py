@@ -164,9 +164,10 @@ def _adam_that_rests(cfg: schema.OptimConfig) -> optax.GradientTransformationExt
     updates: trees.Tree, state: Any, params: trees.Tree = None, **extra: Any
   ) -> tuple[Any, Any]:
     (before, rested), applied = state, extra['applied']
-    found, kept = adam.update(updates, before, params, applied=applied)
-    model = (value_head.without(moments) for moments in (kept.mu, kept.nu))
-    own = _direction(cfg, *model, before.count + 1 - rested.count)
+    both: Any = adam.update(updates, before, params, applied=applied)
+    found, kept = both
+    mu, nu = value_head.without(kept.mu), value_head.without(kept.nu)
+    own = _direction(cfg, mu, nu, before.count + 1 - rested.count)
     total = rested.count + (applied & extra['resting'])
     return {**own, value_head.KEY: found[value_head.KEY]}, (kept, Rested(total))
 
