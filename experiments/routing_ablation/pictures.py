@@ -177,8 +177,9 @@ def _sweep(
   fig = figure.Figure(figsize=(6.5, 4.2), layout='constrained')
   axes = fig.subplots()
   points = {x: n for n, x in sweep.points.items() if n in results}
+  seeds = measure.common(results, *points.values())  # those of the parabola
   for x, name in points.items():
-    bits = measure.column(results, name, arms.BITS)
+    bits = measure.column(results, name, arms.BITS, seeds)
     axes.plot([x] * len(bits), bits, 'o', color=plots.BLUE, ms=4, alpha=0.6)
   fine = np.geomspace(min(points), max(points), 100)
   axes.plot(fine, np.polyval(parabola, np.log2(fine)), color=plots.ORANGE)
@@ -190,5 +191,5 @@ def _sweep(
   axes.grid(True)
   plots.save(fig, path)
   return html_report.Picture(
-    path, f'{sweep.title}: a dot per seed, and a parabola through the means'
+    path, f'{sweep.title}: a dot per seed that all have, and a parabola through the means'
   )
