@@ -1,4 +1,4 @@
-"""How many held-out questions a run answers rightly: exact match, with its interval.
+"""How many held-out questions a run answers rightly, by the answers given, with an interval.
 
 python -m experiments.answers --workdir=runs/sft [--n=256 --max_new_tokens=64] [--show=3] [--json]
 python -m experiments.answers --workdir=runs/base --like=runs/sft

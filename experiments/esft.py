@@ -93,7 +93,7 @@ def _score(out: pathlib.Path):
     'which its ids are other text; pass '
     f'--config.data.tokenizer={pathlib.PurePath(workdir) / "tokenizer.json"}',
   )
-  found = expert_scores.score(loaded.trained, cfg, tokens)
+  found = expert_scores.score(loaded.trained, cfg, text, tokens)
   out.mkdir(parents=True, exist_ok=True)
   expert_selection.write_scores(out / 'summary.json', found)
   busiest = found.token.max(axis=1)

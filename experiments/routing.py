@@ -64,6 +64,11 @@ def main(unused_argv: Sequence[str]):
   if path:
     assignments.check_writable(path)
   loaded = trained_run.load(workdir, values.step)
+  model = (
+    loaded.cfg.model
+  )  # another one, where an older step was taken because the newest is damaged
+  if values.devices is None:
+    devices = [model.moe.num_virtual_devices]
   corpus = trained_run.heldout_corpus(
     loaded, workdir, warn=lambda line: print(line, file=sys.stderr)
   )

@@ -35,7 +35,9 @@ def define_flags():
   flags.DEFINE_integer('queries', 16, 'queries of each set')
   flags.DEFINE_integer('batch', 32, 'prompts at a time')
   flags.DEFINE_integer('seed', 0, 'decides sets and random words')
-  cli.path_flag('out', '', 'directory of the report; WORKDIR/anchors without')
+  cli.path_flag(
+    'out', '', 'directory of the report; WORKDIR/anchors without, unless that is in a bucket'
+  )
   flags.DEFINE_bool('json', False, 'print one JSON object and nothing else')
 
 
@@ -60,8 +62,14 @@ def main(unused_argv: Sequence[str]):
   from moe_jax.analysis.anchors import measure, tasks
   from moe_jax.api import load
   from moe_jax.data.tasks import episodes
+  from moe_jax.storage import urls
 
   values, workdir, parts = flags.FLAGS, cli.required('workdir'), _parts()
+  errors.require(
+    bool(values.out) or not urls.is_remote(workdir),
+    f'--out is missing: the report is written to this disk, and --workdir={workdir} is a bucket; '
+    'name a directory for it',
+  )
   for name in ('sets', 'queries', 'batch'):
     least = 2 if name in ('sets', 'batch') else 1
     errors.require(

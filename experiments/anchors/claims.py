@@ -20,7 +20,8 @@ class Claim(NamedTuple):
 
   text: str
   part: str  # of `measure.PARTS`
-  values: Callable[[Figures], Sequence[float]]  # figures of the part -> one number per unit
+  # Figures of the part -> one number per unit; none where the figures are not defined.
+  values: Callable[[Figures], Sequence[float]]
 
 
 def thirds(num_layers: int) -> tuple[slice, slice]:
@@ -63,7 +64,9 @@ def _compressed(baseline: str) -> Callable[[Figures], Sequence[float]]:
 
 
 def _deeper(figures: Figures) -> Sequence[float]:
-  auc = np.asarray(figures['auc'])
+  auc = np.asarray(figures['auc'], float)
+  if np.isnan(auc).any():
+    return []
   first, last = thirds(len(auc))
   return [float(auc[last].mean() - auc[first].mean())]
 
@@ -122,8 +125,9 @@ def reweighting(record: Figures, rate: str, baseline: str = 'plain') -> list[flo
 
 
 def differences(record: Figures) -> dict[str, list[float]]:
-  """Of every claim whose part was measured: text -> one number per unit."""
-  out = {c.text: list(c.values(record[c.part])) for c in CLAIMS.values() if c.part in record}
+  """Of every claim whose part was measured and is defined: text -> one number per unit."""
+  measured = ((c.text, c.values(record[c.part])) for c in CLAIMS.values() if c.part in record)
+  out = {text: list(values) for text, values in measured if len(values)}
   found = record.get('reweighting', {})
   for rate in (key for key in found if key.startswith('rate_')):
     name = f're-weighting at rate {rate.removeprefix("rate_")}'
@@ -146,9 +150,16 @@ class RankCorrelation(NamedTuple):
   pairs: int
 
 
+def asked_pairs(record: Figures) -> list[Sequence[Any]]:
+  """The pairs of classes whose confusion was measured: queries of both were asked."""
+  # Records of older versions have NaN in place of null.
+  pairs = record['confusion']['pairs']
+  return [pair for pair in pairs if pair[3] is not None and pair[3] == pair[3]]
+
+
 def rank_correlation(record: Figures) -> RankCorrelation:
   """Whether classes whose keys are near each other are confused; 1 = the measured order."""
-  pairs = [pair for pair in record['confusion']['pairs'] if pair[3] == pair[3]]
+  pairs = asked_pairs(record)
   if len(pairs) < 3 or len({pair[3] for pair in pairs}) < 2:
     return RankCorrelation(float('nan'), float('nan'), len(pairs))
   found: Any = stats.spearmanr([pair[2] for pair in pairs], [pair[3] for pair in pairs])

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib import figure
 from matplotlib.backends import backend_agg
 
+from experiments.anchors import claims
 from moe_jax import atomic_files
 from moe_jax.analysis import paired
 from moe_jax.runs import plots
@@ -111,7 +112,7 @@ def blocking(record: Record, axes: Any):
 
 def correlation(record: Record, axes: Any):
   """AUCROC by layer with its interval, or a line per run, and R."""
-  found = record['correlation']
+  found = {key: np.asarray(value, float) for key, value in record['correlation'].items()}
   layers = _layers(axes, len(found['auc']))
   axes.plot(layers, found['auc'], marker='.', color=plots.BLUE, label='AUCROC')
   if 'by_run' in found:
@@ -152,7 +153,7 @@ def compression(record: Record, axes: Any):
 
 def confusion(record: Record, axes: Any):
   """Predicted against measured confusion, a point per pair of classes."""
-  pairs = [pair for pair in record['confusion']['pairs'] if pair[3] == pair[3]]
+  pairs = claims.asked_pairs(record)
   axes.scatter([p[2] for p in pairs], [p[3] for p in pairs], color=plots.BLUE, s=18)
   for one, two, predicted, measured, _ in sorted(pairs, key=lambda p: p[3])[:4]:
     axes.annotate(f'{one}, {two}', (predicted, measured), fontsize=8)

@@ -40,9 +40,12 @@ def readings(record: Mapping[str, Any]) -> dict[str, str]:
   """A sentence on what only one figure says, by part."""
   out = {}
   if 'correlation' in record:
-    auc = record['correlation']['auc']
-    top = int(np.argmax(auc))
-    out['correlation'] = f'AUCROC is largest in layer {top + 1} of {len(auc)}, {auc[top]:.3f}.'
+    auc = np.asarray(record['correlation']['auc'], float)
+    if np.isnan(auc).any():
+      out['correlation'] = 'The model predicts one label only, so that AUCROC is undefined.'
+    else:
+      top = int(np.argmax(auc))
+      out['correlation'] = f'AUCROC is largest in layer {top + 1} of {len(auc)}, {auc[top]:.3f}.'
   if 'compression' in record:
     found, seconds = record['compression'], record['compression']['seconds']
     out['compression'] = (
@@ -54,12 +57,7 @@ def readings(record: Mapping[str, Any]) -> dict[str, str]:
       f'{seconds["cached"] / seconds["compressed"]:.2f} times as fast.'
     )
   if 'confusion' in record:
-    rho, p, count = claims.rank_correlation(record)
-    layer = record['confusion']['layer'] + 1
-    out['confusion'] = (
-      f'Keys of layer {layer}: rank correlation of predicted and measured confusion over {count} '
-      f'pairs {rho:.2f} (p = {p:.2g}; 1 = the order of the measured one).'
-    )
+    out['confusion'] = _confusion(record)
   if 'experts' in record:
     found = record['experts']
     apart = ', '.join(f'{value:.2f}' for value in found['separation_text'])
@@ -70,6 +68,21 @@ def readings(record: Mapping[str, Any]) -> dict[str, str]:
       + '.'
     )
   return out
+
+
+def _confusion(record: Mapping[str, Any]) -> str:
+  rho, p, count = claims.rank_correlation(record)
+  layer, total = record['confusion']['layer'] + 1, len(record['confusion']['pairs'])
+  said = (
+    f'Keys of layer {layer}: rank correlation of predicted and measured confusion over {count} '
+  )
+  if rho == rho:
+    said += f'pairs {rho:.2f} (p = {p:.2g}; 1 = the order of the measured one).'
+  else:
+    said += 'pairs is undefined: it needs three pairs, not all of them told apart alike.'
+  if count < total:
+    said += f' The AUC of {total - count} pairs is undefined: no query was of one of the classes.'
+  return said
 
 
 def write(record: Mapping[str, Any], directory: pathlib.Path) -> list[pathlib.Path]:

@@ -1,6 +1,7 @@
 """The study's runs: each trained, and measured on episodes as in training and on harder ones."""
 
 import json
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from experiments import anchors
 from experiments.anchors import pictures, report, tables
 from experiments.common import cli, local_jobs, readme_tables, study_record
 from moe_jax import atomic_files, errors
@@ -19,7 +21,6 @@ from moe_jax.data.tasks import episodes
 from moe_jax.runs import trained_run
 
 START, END = '<!-- table: written by the command -->', '<!-- end of table -->'
-VARIANTS = ('dense', 'gshard', 'fine')
 PICTURES = ('flow', 'blocking', 'correlation', 'compression', 'experts')
 Key = tables.Key
 
@@ -46,8 +47,9 @@ def main(unused_argv: Sequence[str]):
 def _variants(names: Sequence[str]) -> list[str]:
   for name in names:
     errors.require(
-      name in VARIANTS,
-      f'--variants={name} must be among {", ".join(VARIANTS)}{errors.did_you_mean(name, VARIANTS)}',
+      name in anchors.VARIANTS,
+      f'--variants={name} must be among {", ".join(anchors.VARIANTS)}'
+      f'{errors.did_you_mean(name, anchors.VARIANTS)}',
     )
   return list(names)
 
@@ -150,8 +152,11 @@ def write(
 
 
 def _rounded(value: Any) -> Any:
+  """With four places; NaN, which JSON has not, as None."""
   if isinstance(value, Mapping):
     return {key: _rounded(one) for key, one in value.items()}
   if isinstance(value, list | tuple):
     return [_rounded(one) for one in value]
-  return round(value, 4) if isinstance(value, float) else value
+  if isinstance(value, float):
+    return round(value, 4) if math.isfinite(value) else None
+  return value

@@ -13,15 +13,16 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from experiments import anchors
 from experiments.common import cli, local_jobs
-
-VARIANTS = ('dense', 'gshard', 'fine')
 
 
 def define_flags():
   """Defines the command's flags."""
   cli.workdir_flag('directory that holds a workdir per variant and seed')
-  flags.DEFINE_list('variants', list(VARIANTS), 'variants of configs/episodes.py; fine = the page')
+  flags.DEFINE_list(
+    'variants', list(anchors.VARIANTS), 'variants of configs/episodes.py; fine = the page'
+  )
   flags.DEFINE_list('seeds', ['5'], 'values of train.seed, or how many')
   flags.DEFINE_integer('steps', 0, 'training steps of each stage; 0 = as the page says')
   flags.DEFINE_integer('sets', 24, 'demonstration sets')

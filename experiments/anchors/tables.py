@@ -44,11 +44,13 @@ def merged(records: Sequence[Record]) -> dict[str, Any]:
     arm: {'label_loyalty': _over_units([r['blocking'][arm]['label_loyalty'] for r in records])}
     for arm in first['blocking']
   }
-  auc = np.asarray([r['correlation']['auc'] for r in records])
+  auc, cumulative = (  # NaN where a run has none
+    np.asarray([r['correlation'][key] for r in records], float) for key in ('auc', 'cumulative')
+  )
   out['correlation'] = {
     'auc': auc.mean(axis=0).tolist(),
     'by_run': auc.tolist(),
-    'cumulative': np.mean([r['correlation']['cumulative'] for r in records], axis=0).tolist(),
+    'cumulative': cumulative.mean(axis=0).tolist(),
   }
   arms = {
     arm: {

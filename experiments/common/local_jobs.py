@@ -115,7 +115,7 @@ def seeds(words: Sequence[str]) -> list[int]:
   """The seeds of `--seeds=0,1,2`, or of a single number N: 0, 1, ..., N - 1; `7,7` is seed 7.
 
   Raises:
-    errors.InputError: a word is no whole number, or there is none.
+    errors.InputError: a word is no whole number or a negative one, or there is none.
   """
   try:
     found = [int(word) for word in words]
@@ -123,6 +123,11 @@ def seeds(words: Sequence[str]) -> list[int]:
     raise errors.InputError(
       f'--seeds={",".join(words)} must be whole numbers, as in --seeds=0,1,2, or how many'
     ) from error
+  errors.require(
+    min(found, default=0) >= 0,
+    f'--seeds={",".join(words)} must be at least 0, which is what the generators of numbers take; '
+    'choose others',
+  )
   found = list(range(found[0])) if len(found) == 1 else list(dict.fromkeys(found))
   errors.require(bool(found), f'--seeds={",".join(words)} must be at least one seed')
   return found

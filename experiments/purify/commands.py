@@ -18,7 +18,7 @@ from moe_jax.api import load
 from moe_jax.checkpoints import stream_writer
 from moe_jax.config import parse
 from moe_jax.data import json_files, kept_files
-from moe_jax.interop import huggingface
+from moe_jax.interop import huggingface, merged_leaves
 from moe_jax.interop import source as source_lib
 from moe_jax.post_training import answers
 from moe_jax.runs import run_record, trained_run, working_directory
@@ -134,16 +134,21 @@ def coverage(
 def write(workdir: pathlib.Path, tuned: trained_run.Run, params: trees.Params, out: str):
   """Writes `tuned` with other weights as a new run, which `init_from` takes.
 
+  It holds the weights of the model, and its config says so: no pairs of LoRA, no value head.
+
   Raises:
     errors.InputError: the directory is not empty.
   """
-  leaves = source_lib.abstract_leaves(tuned.cfg.model)
+  cfg = merged_leaves.config(tuned.cfg)
+  leaves = source_lib.abstract_leaves(cfg.model)
   tree = {**tuned.variables, 'params': params}
   arrays = source_lib.by_name(jax.device_get(tree))
   num_bytes = sum(array.nbytes for array in arrays.values())
-  meta = trained_run.read_meta(workdir)
-  meta = {key: meta[key] for key in ('data_fingerprint', 'tokenizer', 'config')}
-  meta['config'] = parse.to_dict(tuned.cfg)
+  meta = {
+    'config': parse.to_dict(cfg),
+    'data_fingerprint': tuned.data_fingerprint,
+    'tokenizer': trained_run.digest(tuned.tokenizer),
+  }
   with huggingface.staged(out, '--out', num_bytes) as staging:
     step = max(tuned.step, 1)
     with stream_writer.Writer(staging / 'checkpoints', step, leaves, meta) as writer:
@@ -153,7 +158,7 @@ def write(workdir: pathlib.Path, tuned: trained_run.Run, params: trees.Params, o
     kept_files.carry(workdir, staging)
     run_record.write(
       staging,
-      tuned.cfg,
+      cfg,
       argv=sys.argv,
       data_fingerprint=meta['data_fingerprint'],
       directory=working_directory.recorded(workdir),

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.routing_ablation import arms, measure
+from experiments.routing_ablation import arms, matching, measure
 from moe_jax.analysis import paired
 from moe_jax.config import schema
 from moe_jax.planning import describe
@@ -58,10 +58,7 @@ def seconds_per_run(
   Without any run that says so, a core's 5e9 FLOPs a second, about that of `tiny` on a CPU.
   """
   flops = {
-    name: describe.describe(cfg, name).train_flops_per_token
-    * cfg.train.num_steps
-    * cfg.train.batch_size
-    * cfg.model.max_seq_len
+    name: describe.describe(cfg, name).train_flops_per_token * matching.tokens(cfg)
     for name, cfg in configs.items()
   }
   known = {

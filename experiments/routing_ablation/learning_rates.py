@@ -12,14 +12,25 @@ import math
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from experiments.common import html_report, spread
 from experiments.routing_ablation import arms, measure
 from moe_jax import errors
 from moe_jax.config import schema
 
-Bits = Mapping[str, Mapping[float, Mapping[int, float]]]  # family -> rate -> seed -> bits per byte
 FILE = 'rates.csv'  # in the directory of a report
+_UNKNOWN = 0  # steps, of the oldest reports
+
+
+class Tried(NamedTuple):
+  """What the learning rates of one family came to."""
+
+  steps: int  # of its runs; a rate that is best at one length need not be at another
+  bits: Mapping[float, Mapping[int, float]]  # rate -> seed -> bits per byte
+
+
+Sweep = Mapping[str, Tried]  # by family
 
 
 def rates(words: Sequence[str]) -> list[float]:
@@ -52,48 +63,57 @@ def workdir(root: pathlib.Path, rate: float) -> pathlib.Path:
 
 def read(
   root: pathlib.Path,
-  families: Sequence[str],
+  families: Mapping[str, int],
   tried: Sequence[float],
   seeds: Sequence[int],
   known: measure.Results,
-  swept: Bits,
-) -> Bits:
+  swept: Sweep,
+) -> dict[str, Tried]:
   """What the finished runs of a sweep came to.
 
   Args:
     root: of the study.
-    families: names of their first arms.
+    families: names of their first arms, and the steps of these.
     tried: rates.
     seeds: of each.
-    known: runs of an earlier report, which were not trained again.
-    swept: its sweep, likewise.
+    known: runs of an earlier report of these steps, which were not trained again.
+    swept: its sweep; what is of other steps is not taken.
   """
-  found: dict[str, dict[float, dict[int, float]]] = {}
-  for family in families:
-    for rate in sorted({*tried, *swept.get(family, {})}):  # no rate of an earlier sweep is lost
+  found: dict[str, Tried] = {}
+  for family, steps in families.items():
+    bits: dict[float, dict[int, float]] = {}
+    before = at_length(swept, family, steps)
+    for rate in sorted({*tried, *before}):  # no rate of an earlier sweep is lost
       runs = measure.read({family: workdir(root, rate)}, seeds)[family]
       runs |= {
         seed: run
         for seed, run in known.get(family, {}).items()
         if seed in seeds and math.isclose(run['peak_lr'], rate, rel_tol=1e-6)
       }
-      by_seed = {seed: run[arms.BITS] for seed, run in runs.items()}
-      before = swept.get(family, {}).get(rate, {})
-      by_seed |= {seed: bits for seed, bits in before.items() if seed in seeds}
+      by_seed = {seed: value for seed, value in before.get(rate, {}).items() if seed in seeds}
+      by_seed |= {seed: run[arms.BITS] for seed, run in runs.items()}
       if by_seed:
-        found.setdefault(family, {})[rate] = dict(sorted(by_seed.items()))
+        bits[rate] = dict(sorted(by_seed.items()))
+    if bits:
+      found[family] = Tried(steps, bits)
   return found
 
 
-def best(bits: Bits) -> dict[str, float]:
+def at_length(swept: Sweep, family: str, steps: int) -> Mapping[float, Mapping[int, float]]:
+  """What a sweep says of a family's rates by runs of so many steps: rate -> seed -> bits."""
+  one = swept.get(family)
+  return one.bits if one and one.steps == steps else {}
+
+
+def best(sweep: Sweep) -> dict[str, float]:
   """The rate of the lowest mean, by family; a rate at which a seed diverged is worst."""
 
   def mean(values: Sequence[float]) -> float:
     return statistics.fmean(values) if all(map(math.isfinite, values)) else math.inf
 
   return {
-    family: min(by_rate, key=lambda rate: mean(list(by_rate[rate].values())))
-    for family, by_rate in bits.items()
+    family: min(bits, key=lambda rate: mean(list(bits[rate].values())))
+    for family, (_, bits) in sweep.items()
   }
 
 
@@ -107,29 +127,31 @@ def applied(configs: Mapping[str, schema.Config], chosen: Mapping[str, float]):
   }
 
 
-def csv_text(bits: Bits) -> str:
+def csv_text(sweep: Sweep) -> str:
   """A line per family, rate and seed."""
   text = io.StringIO()
   writer = csv.writer(text, lineterminator='\n')
-  writer.writerow(['family', 'peak_lr', 'seed', arms.BITS])
-  for family, by_rate in bits.items():
-    for rate, by_seed in by_rate.items():
-      writer.writerows([family, f'{rate:g}', seed, value] for seed, value in by_seed.items())
+  writer.writerow(['family', 'steps', 'peak_lr', 'seed', arms.BITS])
+  for family, (steps, bits) in sweep.items():
+    for rate, by_seed in bits.items():
+      writer.writerows([family, steps, f'{rate:g}', seed, value] for seed, value in by_seed.items())
   return text.getvalue()
 
 
-def from_csv(path: pathlib.Path) -> dict[str, dict[float, dict[int, float]]]:
+def from_csv(path: pathlib.Path) -> dict[str, Tried]:
   """What `csv_text` wrote to a file; {} without the file."""
   found: dict[str, dict[float, dict[int, float]]] = {}
+  steps: dict[str, int] = {}
   if path.exists():
     with path.open(newline='') as file:
       for row in csv.DictReader(file):
+        steps[row['family']] = int(row.get('steps') or _UNKNOWN)
         by_rate = found.setdefault(row['family'], {})
         by_rate.setdefault(float(row['peak_lr']), {})[int(row['seed'])] = float(row[arms.BITS])
-  return found
+  return {family: Tried(steps[family], bits) for family, bits in found.items()}
 
 
-def of_report(directory: pathlib.Path) -> dict[str, dict[float, dict[int, float]]]:
+def of_report(directory: pathlib.Path) -> dict[str, Tried]:
   """The sweep of a report, whose best rates are to be used.
 
   Raises:
@@ -144,20 +166,20 @@ def of_report(directory: pathlib.Path) -> dict[str, dict[float, dict[int, float]
   return found
 
 
-def blocks(bits: Bits) -> list[html_report.Block]:
+def blocks(sweep: Sweep) -> list[html_report.Block]:
   """The table of the sweep for the report; nothing without a sweep."""
-  if not bits:
+  if not sweep:
     return []
-  tried, chosen = sorted({rate for by_rate in bits.values() for rate in by_rate}), best(bits)
+  tried, chosen = sorted({rate for one in sweep.values() for rate in one.bits}), best(sweep)
   rows, edges = [], []
-  for family, by_rate in bits.items():
-    cells = [_cell(by_rate.get(rate, {}), rate == chosen[family]) for rate in tried]
+  for family, (_, bits) in sweep.items():
+    cells = [_cell(bits.get(rate, {}), rate == chosen[family]) for rate in tried]
     rows.append([f'`{family}`', *cells])
-    if chosen[family] in (min(by_rate), max(by_rate)):
+    if chosen[family] in (min(bits), max(bits)):
       edges.append(f'`{family}`')
-  seeds = sorted({s for by_rate in bits.values() for runs in by_rate.values() for s in runs})
+  seeds = sorted({s for one in sweep.values() for runs in one.bits.values() for s in runs})
   words = (
-    'Held-out bits per byte by peak learning rate, at the length of the sweep, mean ± sample '
+    f'Held-out bits per byte by peak learning rate, {_lengths(sweep)}, mean ± sample '
     f'standard deviation over seeds {", ".join(map(str, seeds))}; the rate in bold is that of '
     'every arm of the family. Choosing by seeds that are also compared favours each arm by about '
     'as much.'
@@ -169,6 +191,20 @@ def blocks(bits: Bits) -> list[html_report.Block]:
     html_report.Table(['family', *(f'{rate:g}' for rate in tried)], rows),
     html_report.Text(words),
   ]
+
+
+def _lengths(sweep: Sweep) -> str:
+  """How long the runs of the sweep are: `after 3,000 steps`, or by family."""
+  by_steps: dict[int, list[str]] = {}
+  for family, one in sweep.items():
+    by_steps.setdefault(one.steps, []).append(f'`{family}`')
+  words = {
+    steps: f'after {steps:,} steps' if steps != _UNKNOWN else 'at a length that it does not say'
+    for steps in by_steps
+  }
+  if len(words) == 1:
+    return words[next(iter(words))]
+  return ', '.join(f'{words[steps]} of {" and ".join(names)}' for steps, names in by_steps.items())
 
 
 def _cell(by_seed: Mapping[int, float], chosen: bool) -> str:

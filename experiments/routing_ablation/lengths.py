@@ -100,7 +100,7 @@ def points(by_steps: Mapping[int, Any], scale: str) -> dict[arms.Claim, list[Poi
     by_steps: of `read`.
     scale: of all runs.
   """
-  from experiments.routing_ablation import report
+  from experiments.routing_ablation import matching, report
 
   found: dict[arms.Claim, list[Point]] = {}
   for steps, results in by_steps.items():
@@ -108,7 +108,7 @@ def points(by_steps: Mapping[int, Any], scale: str) -> dict[arms.Claim, list[Poi
     for graded in report.grade(results, configs):
       claim = graded.claim
       rates = [_rate(results[name]) for name in (claim.arm, claim.baseline) if name]
-      tokens = _tokens(configs[claim.arm])
+      tokens = matching.tokens(configs[claim.arm])
       found.setdefault(claim, []).append(Point(tokens, graded, tuple(rates)))
   return {claim: some for claim, some in found.items() if len(some) >= 2}
 
@@ -122,7 +122,7 @@ def with_their_start(by_steps: Mapping[int, Any], scale: str) -> dict[arms.Claim
     by_steps: of `read`.
     scale: of all runs.
   """
-  from experiments.routing_ablation import measure, report
+  from experiments.routing_ablation import matching, measure, report
   from moe_jax.analysis import paired
 
   found: dict[arms.Claim, list[Point]] = {}
@@ -142,14 +142,10 @@ def with_their_start(by_steps: Mapping[int, Any], scale: str) -> dict[arms.Claim
       difference = paired.difference(*pair)
       verdict = paired.verdict(difference, 'equal', arms.EQUAL_MARGIN * base)
       graded = report.Graded(counted, difference, verdict, base, 1.0)
-      tokens = _tokens(arms.resolve(arms.ARMS[claim.arm], scale, steps))
+      tokens = matching.tokens(arms.resolve(arms.ARMS[claim.arm], scale, steps))
       rates = tuple(_rate(runs) for runs in both.values())
       found.setdefault(counted, []).append(Point(tokens, graded, rates))
   return found
-
-
-def _tokens(cfg: Any) -> int:
-  return cfg.train.num_steps * cfg.train.batch_size * cfg.model.max_seq_len
 
 
 def _rate(runs: Mapping[int, Mapping[str, Any]]) -> float:
@@ -159,13 +155,17 @@ def _rate(runs: Mapping[int, Mapping[str, Any]]) -> float:
 def blocks(found: Mapping[arms.Claim, Sequence[Point]], drawn: Sequence[Any]) -> list[Any]:
   """The page: the pictures, then a table per claim."""
   from experiments.common import html_report
+  from experiments.routing_ablation import length_pictures
   from moe_jax.analysis import difference_curves
 
   made = [
     html_report.Heading('Claims against the length of training', 1),
     html_report.Text(
       'Every point is the end of whole runs, each with the learning-rate schedule of its length; '
-      'differences are paired by seed, with 95 % intervals.'
+      'differences are paired by seed, with 95 % intervals. A crossover lies on the line between '
+      'two lengths, over the logarithm of the tokens; its interval reaches from the last length '
+      'whose interval is on the old side of zero to the first whose interval is on the new one. '
+      'The last column corrects the verdict for the number of claims at its length (Holm).'
     ),
     *drawn,
   ]
@@ -174,9 +174,9 @@ def blocks(found: Mapping[arms.Claim, Sequence[Point]], drawn: Sequence[Any]) ->
     against = f' against `{claim.baseline}`' if claim.baseline else ''
     made += [
       html_report.Heading(f'`{claim.arm}`{against}: {what}'),
-      html_report.Text(f'The paper: {claim.paper}.'),
+      html_report.Text(f'The paper: {claim.paper}. {length_pictures.over_lengths(some)}.'),
       html_report.Table(
-        ['tokens', 'difference', 'seeds', 'peak rates', 'verdict'],
+        ['tokens', 'difference', 'seeds', 'peak rates', 'verdict', 'all claims together'],
         [
           [
             difference_curves.millions(point.tokens),
@@ -184,6 +184,7 @@ def blocks(found: Mapping[arms.Claim, Sequence[Point]], drawn: Sequence[Any]) ->
             str(point.graded.difference.num_seeds),
             ', '.join(f'{rate:g}' for rate in point.rates),
             point.graded.plain,
+            point.graded.holm or '-',
           ]
           for point in some
         ],

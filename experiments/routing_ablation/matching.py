@@ -8,6 +8,7 @@ from moe_jax import errors
 from moe_jax.config import schema
 from moe_jax.planning import describe as describe_lib
 from moe_jax.planning import matched_budgets
+from moe_jax.training import optim
 
 # Routers grow with the number of experts, and the papers count them nowhere.
 LABELS = {
@@ -29,6 +30,11 @@ def quantities(described: describe_lib.Description) -> dict[str, int]:
 def describe(configs: Mapping[str, schema.Config]) -> dict[str, describe_lib.Description]:
   """What `experiments.describe` says of every arm."""
   return {name: describe_lib.describe(cfg, name) for name, cfg in configs.items()}
+
+
+def tokens(cfg: schema.Config) -> int:
+  """Tokens that a whole run is trained on."""
+  return optim.tokens_at(cfg.train, cfg.model.max_seq_len, [cfg.train.num_steps])[0]
 
 
 def rows(described: Mapping[str, describe_lib.Description]) -> list[list[str]]:
@@ -96,14 +102,10 @@ def text(
   table = [HEADER, *rows(described)]
   widths = [max(map(len, column)) for column in zip(*table)]
   lines = ['  '.join(cell.rjust(w) for cell, w in zip(row, widths)) for row in table]
-  tokens = {
-    name: cfg.train.num_steps * cfg.train.batch_size * cfg.model.max_seq_len
-    for name, cfg in configs.items()
-    if name in described
-  }
-  flops = num_seeds * sum(d.train_flops_per_token * tokens[name] for name, d in described.items())
+  per_run = {name: tokens(cfg) for name, cfg in configs.items() if name in described}
+  flops = num_seeds * sum(d.train_flops_per_token * per_run[name] for name, d in described.items())
   total = (
-    f'{len(described)} arms x {num_seeds} seeds, {min(tokens.values()):,} to '
-    f'{max(tokens.values()):,} tokens each: {flops:.2e} FLOPs'
+    f'{len(described)} arms x {num_seeds} seeds, {min(per_run.values()):,} to '
+    f'{max(per_run.values()):,} tokens each: {flops:.2e} FLOPs'
   )
   return '\n'.join([*lines, total])

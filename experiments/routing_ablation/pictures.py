@@ -8,11 +8,11 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib import figure
-from scipy import stats
 
 from experiments.common import html_report
 from experiments.routing_ablation import arms, measure, over_tokens
 from moe_jax.analysis import difference_pictures
+from moe_jax.analysis.comparison import pictures as comparison_pictures
 from moe_jax.runs import plots
 
 COLOURS = difference_pictures.COLOURS
@@ -117,15 +117,6 @@ def _short(claim: arms.Claim) -> str:
   return f'{what[claim.figure]}  (paper: {sign})'
 
 
-def _band(axes: Any, steps: np.ndarray, values: np.ndarray, label: str, colour: Any):
-  """Mean [N] of values [S, N] and its 95 % interval."""
-  mean, num = values.mean(axis=0), len(values)
-  (line,) = axes.plot(steps, mean, label=label, color=colour, lw=1.5)
-  if num > 1:
-    half = stats.t.ppf(0.975, num - 1) * values.std(axis=0, ddof=1) / np.sqrt(num)
-    axes.fill_between(steps, mean - half, mean + half, color=line.get_color(), alpha=0.2, lw=0)
-
-
 def _palette(names: Sequence[str]) -> dict[str, Any]:
   colours = matplotlib.colormaps['viridis_r'](np.linspace(0.12, 1, len(names)))
   return dict(zip(names, colours))
@@ -139,10 +130,10 @@ def _curves(
   base = 'gshard' if 'gshard' in names else names[0]
   for name, colour in _palette(names).items():
     steps, loss = measure.curves(results, name, 'loss')
-    _band(left, steps, loss, name, colour)
+    comparison_pictures.band(left, steps, loss, name, colour)
     if seeds := measure.common(results, name, base):
       both = (measure.curves(results, one, 'loss', seeds)[1] for one in (name, base))
-      _band(right, steps, operator.sub(*both), name, colour)
+      comparison_pictures.band(right, steps, operator.sub(*both), name, colour)
   left.set_title('training loss, nats per token')
   right.set_title(f'minus {base}, same seed and batch')
   for axes in (left, right):
@@ -166,7 +157,7 @@ def _balance(
     for axes, key in ((left, 'max_vio'), (right, 'drop_rate')):
       found = measure.curves(results, name, key)
       if found is not None:
-        _band(axes, *found, name, f'C{i}')
+        comparison_pictures.band(axes, *found, name, f'C{i}')
   left.set_title('MaxVio of the batch, mean over layers')
   right.set_title('share of dropped assignments')
   left.set_ylim(bottom=0)
@@ -186,8 +177,9 @@ def _sweep(
   fig = figure.Figure(figsize=(6.5, 4.2), layout='constrained')
   axes = fig.subplots()
   points = {x: n for n, x in sweep.points.items() if n in results}
+  seeds = measure.common(results, *points.values())  # those of the parabola
   for x, name in points.items():
-    bits = measure.column(results, name, arms.BITS)
+    bits = measure.column(results, name, arms.BITS, seeds)
     axes.plot([x] * len(bits), bits, 'o', color=plots.BLUE, ms=4, alpha=0.6)
   fine = np.geomspace(min(points), max(points), 100)
   axes.plot(fine, np.polyval(parabola, np.log2(fine)), color=plots.ORANGE)
@@ -199,5 +191,5 @@ def _sweep(
   axes.grid(True)
   plots.save(fig, path)
   return html_report.Picture(
-    path, f'{sweep.title}: a dot per seed, and a parabola through the means'
+    path, f'{sweep.title}: a dot per seed that all have, and a parabola through the means'
   )

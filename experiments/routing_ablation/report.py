@@ -42,7 +42,7 @@ class Study(NamedTuple):
   results: measure.Results
   rates: Mapping[str, float]  # training tokens per second, by arm
   described: Mapping[str, describe.Description]
-  swept: learning_rates.Bits  # what each learning rate came to, {} where none was swept
+  swept: learning_rates.Sweep  # what each learning rate came to, {} where none was swept
 
 
 class Graded(NamedTuple):
@@ -63,14 +63,24 @@ class Graded(NamedTuple):
     return difference_curves.NOT_YET if self.moves else self.plain
 
 
-def commands_of(argv: Sequence[str], results: measure.Results) -> list[str]:
+def commands_of(
+  argv: Sequence[str], results: measure.Results, swept: learning_rates.Sweep
+) -> list[str]:
   """The commands that train all runs of a report, without the machine's own paths.
 
   One for the arms of each set of seeds; those that came from earlier reports are among them.
+
+  Args:
+    argv: of the command that writes the report.
+    results: its runs.
+    swept: what their rates were chosen by. Rates of a sweep that came with earlier runs are those
+      of the report itself.
   """
   own = ('--out=', '--workdir=', '--shard=', '--part=', '--earlier=', '--jobs=', '--budget_hours=')
   own += ('--arms=', '--seeds=')
   words = [word for word in _with_equals_signs(argv) if not word.startswith(own)]
+  if swept and not any(word.startswith(('--rates_from=', '--learning_rates=')) for word in words):
+    words.append('--rates_from=REPORT')
   lines = []
   for seeds, names in _by_seeds(results).items():
     first = seeds == tuple(range(len(seeds)))
@@ -198,7 +208,6 @@ def write(out: pathlib.Path, study: Study, commands: Sequence[str]) -> list[path
 
 def _verdicts(study: Study, graded: Sequence[Graded]) -> list[html_report.Block]:
   cfg = next(iter(study.configs.values()))
-  tokens = cfg.train.num_steps * cfg.train.batch_size * cfg.model.max_seq_len
   counts = {v: sum(g.verdict == v for g in graded) for v in _VERDICTS}
   plain = [sum(g.plain == v for g in graded) for v in _PLAIN]
   holm = [sum(g.holm == v for g in graded) for v in _PLAIN]
@@ -217,7 +226,7 @@ def _verdicts(study: Study, graded: Sequence[Graded]) -> list[html_report.Block]
     parts = ', '.join(f'{count} {verdict}' for verdict, count in counts.items() if count)
     blocks.append(
       html_report.Text(
-        f'Of {len(graded)} claims of the papers, runs of {tokens:,} tokens with '
+        f'Of {len(graded)} claims of the papers, runs of {matching.tokens(cfg):,} tokens with '
         f'{_seeds(*(g.difference.num_seeds for g in graded))} give: **{parts}**. This is what runs '
         "of this size show, not what the papers' do."
       )
@@ -306,6 +315,9 @@ def _tables(study: Study, commands: Sequence[str]) -> list[html_report.Block]:
     html_report.Code(commands),
     html_report.Bullets(
       [
+        *(
+          ['REPORT is the directory of this page'] if any('=REPORT' in c for c in commands) else []
+        ),
         f'{_whose_seeds(study.results)}; {cfg.train.num_steps} steps of '
         f'{cfg.train.batch_size} x {cfg.model.max_seq_len} tokens; data `{cfg.data.source}`',
         f'{measure.hours_text(study.results)} of one process on {_hardware()}',

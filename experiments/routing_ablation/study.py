@@ -107,7 +107,7 @@ def _by_rate() -> bool:
   return bool(flags.FLAGS.learning_rates or flags.FLAGS.rates_from)
 
 
-def _has_rate(name: str, swept: learning_rates.Bits) -> bool:
+def _has_rate(name: str, swept: learning_rates.Sweep) -> bool:
   """Whether it is known at which rate this call would train an arm; prints if not."""
   family = arms.ARMS[name].family
   if not flags.FLAGS.learning_rates or family in swept:
@@ -123,7 +123,7 @@ def _rates(
   there: Sequence[str],
   pages: Mapping[str, schema.Config],
   known: measure.Results,
-) -> learning_rates.Bits:
+) -> learning_rates.Sweep:
   """What learning rates came to, in a sweep that is trained here and in reports that are given."""
   values = flags.FLAGS
   errors.require(
@@ -133,7 +133,7 @@ def _rates(
   )
   if values.rates_from:
     return learning_rates.of_report(pathlib.Path(values.rates_from))
-  swept: learning_rates.Bits = {}
+  swept: learning_rates.Sweep = {}
   if values.earlier:
     swept = learning_rates.from_csv(pathlib.Path(values.earlier) / learning_rates.FILE)
   if values.learning_rates:
@@ -160,7 +160,7 @@ def _report(
   configs: Mapping[str, schema.Config],
   results: measure.Results,
   described: Mapping[str, describe.Description],
-  swept: learning_rates.Bits,
+  swept: learning_rates.Sweep,
 ):
   """Writes the report of the arms that have runs."""
   if not configs:
@@ -176,7 +176,7 @@ def _report(
       {name: described[name] for name in configs},
       swept,
     ),
-    commands=report.commands_of(sys.argv[1:], results),
+    commands=report.commands_of(sys.argv[1:], results, swept),
   )
   print('wrote: ' + ' '.join(str(path) for path in written))
 
@@ -242,8 +242,8 @@ def _sweep(
   there: Sequence[str],
   pages: Mapping[str, schema.Config],
   known: measure.Results,
-  swept: learning_rates.Bits,
-) -> learning_rates.Bits:
+  swept: learning_rates.Sweep,
+) -> learning_rates.Sweep:
   """Trains the first arm of each family at every rate that it lacks; what came of it.
 
   Families of other arms that are there are among them if an earlier call has swept them likewise.
@@ -261,7 +261,7 @@ def _sweep(
       for name in names
       for cfg in [learning_rates.with_rate(pages[name], rate)]
       if seed not in earlier.at_rate(known.get(name, {}), cfg)
-      and seed not in swept.get(name, {}).get(rate, {})
+      and seed not in learning_rates.at_length(swept, name, cfg.train.num_steps).get(rate, {})
     ]
 
   units = units_of(families)
@@ -282,7 +282,8 @@ def _sweep(
   families += [
     name for name in others if name not in families and all(map(_is_swept, units_of([name])))
   ]
-  return learning_rates.read(root, families, tried, numbers, known, swept)
+  lengths = {name: pages[name].train.num_steps for name in families}
+  return learning_rates.read(root, lengths, tried, numbers, known, swept)
 
 
 def _after_sweep(

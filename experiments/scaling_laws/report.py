@@ -386,9 +386,10 @@ def _power_text(hyper: analyse.Hyper) -> str:
       for decades in _DECADES
     ],
   )
+  told = f'{scaling_power.POWER * scaling_power.STUDIES:.0f} of {scaling_power.STUDIES}'
   return (
     f'{table}\n\nThe fewest seeds per point of the grid whose {_PERCENT} % interval leaves out 0 '
-    f"in {100 * scaling_power.POWER:.0f} of 100 drawn studies, if the exponent is the paper's, "
+    f"in {told} drawn studies, if the exponent is the paper's, "
     'with the scatter and the mean curvature found above, budgets a factor of 2 apart and one grid '
     f'that holds all optima; at most {scaling_power.REPEATS[-1]} seeds are tried.'
   )

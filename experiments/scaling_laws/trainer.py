@@ -23,7 +23,7 @@ import optax
 
 from moe_jax import errors, integer_hash
 from moe_jax.checkpoints import checkpointer as checkpointer_lib
-from moe_jax.config import schema
+from moe_jax.config import batch_sizes, schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import packing, pipeline
 from moe_jax.devices import partitioning
@@ -186,7 +186,7 @@ class Trainer:
       self._corpus,
       seed=recipe.seed,
       max_seq_len=length,
-      batch_size_at=lambda step: recipe.rows,
+      batch_sizes=batch_sizes.BatchSizes(recipe.rows),
       start_step=start,
       num_steps=recipe.num_steps,
     ):

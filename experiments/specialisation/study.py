@@ -19,7 +19,7 @@ from moe_jax.api import load
 from moe_jax.api import run as run_lib
 from moe_jax.api import train as train_lib
 from moe_jax.config import schema
-from moe_jax.data import json_files
+from moe_jax.data import corpus, json_files
 from moe_jax.interop import start_weights
 from moe_jax.planning import compile_ahead
 from moe_jax.post_training import answers, expert_scores, expert_selection
@@ -133,7 +133,8 @@ def _scores(base: run_lib.Run, base_dir: str, workdir: pathlib.Path, seed: int) 
   if not path.exists():
     page, changes = _task()
     cfg = train_lib.resolve(page, changes | {'init_from': base_dir, 'train.seed': seed})
-    found = expert_scores.score(base.trained, cfg, flags.FLAGS.tokens)
+    text = corpus.load_corpus(cfg.data, cfg.model.vocab_size, cfg.train.seed)
+    found = expert_scores.score(base.trained, cfg, text, flags.FLAGS.tokens)
     path.parent.mkdir(parents=True, exist_ok=True)
     expert_selection.write_scores(path, found)
   return path

@@ -27,14 +27,14 @@ from experiments.torture import damage, random_configs
 from moe_jax import errors
 from moe_jax.balance import routing_figures
 from moe_jax.checkpoints import checkpointer as checkpointer_lib
-from moe_jax.config import parse, router_traits, schema
+from moe_jax.config import batch_sizes, parse, router_traits, schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import pipeline
 from moe_jax.devices import partitioning
 from moe_jax.inference import cached_model
 from moe_jax.models import transformer
 from moe_jax.runs import checks, first_state
-from moe_jax.training import objective, optim, optimizer_step, train_state
+from moe_jax.training import objective, optimizer_step, train_state
 
 ROOT = pathlib.Path(__file__).parents[2]
 ENV = {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
@@ -101,7 +101,7 @@ def try_one(
     corpus,
     seed=cfg.train.seed,
     max_seq_len=cfg.model.max_seq_len,
-    batch_size_at=lambda n: optim.batch_size_at(cfg.train, n),
+    batch_sizes=batch_sizes.of(cfg.train),
     start_step=0,
     num_steps=2,
     num_shards=partitioning.row_ways(mesh),

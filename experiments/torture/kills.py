@@ -347,12 +347,16 @@ def final_state(workdir: pathlib.Path) -> dict[str, bytes]:
   import jax
   import numpy as np
 
+  from moe_jax.config import parse
   from moe_jax.runs import trained_run
   from moe_jax.training import train_state
 
-  cfg, mesh = trained_run.on_devices_here(trained_run.read_config(workdir))
+  def abstract(meta):
+    cfg, mesh = trained_run.on_devices_here(parse.from_record(meta['config']))
+    return train_state.abstract_state(cfg, mesh)
+
   with trained_run.reader(workdir) as reader:
-    restored = reader.restore(train_state.abstract_state(cfg, mesh))
+    restored = reader.restore(abstract)
   leaves = jax.tree_util.tree_leaves_with_path(restored.state)
   return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
 

@@ -6,6 +6,7 @@ from moe_jax.watermark import partition
 
 NEW_TOKENS = 110
 PROMPT_TOKENS = 32
+HOST_TOKENS = 300  # of human text, into which a marked one is pasted
 DELTAS = (0.5, 1.0, 2.0, 4.0)
 # Rises of the judge's loss, in nats per token, at which kinds are compared.
 RISES = (0.02, 0.05, 0.1)

@@ -30,6 +30,7 @@ class Models(NamedTuple):
 
   writer: run_lib.Run
   judge: run_lib.Run
+  small: run_lib.Run  # the proxy's
   known: proxy.Proxy
   prompts: Mapping[str, np.ndarray]  # training tokens by domain
   unmarked: np.ndarray  # held-out tokens of code
@@ -41,14 +42,21 @@ def main(unused_argv: Sequence[str]):
   workdir = pathlib.Path(cli.required('workdir'))
   seeds = local_jobs.seeds(values.seeds)
   errors.require(values.prompts >= 2, f'--prompts={values.prompts} must be at least 2')
+  errors.require(
+    values.windows >= len(seeds),
+    f'--windows={values.windows} must be at least 1 for each of {len(seeds)} seeds; raise it, or '
+    'lower --seeds',
+  )
   out = pathlib.Path(values.out or pathlib.Path(__file__).parent)
   readme_tables.check(out, report.START, report.END)
   models = _load()
+  _check_heldout(len(models.unmarked), values.windows // len(seeds))
   settings = {
     'prompts': values.prompts,
     'windows': values.windows,
     'arms': [list(arm) for arm in arms_lib.ARMS],
     'runs': [key_file.digest(run.variables)[:12] for run in (models.writer, models.judge)],
+    'proxy': key_file.digest(models.small.variables)[:12],
   }
   results = {}
   for seed in seeds:
@@ -80,7 +88,42 @@ def _load() -> Models:
   code = corpus.heldout.doc_domain == 0
   places = zip(corpus.heldout.offsets[:-1][code], corpus.heldout.offsets[1:][code])
   unmarked = np.concatenate([corpus.heldout.tokens[a:b] for a, b in places])
-  return Models(writer, judge, proxy.of(small.config.model, small.variables), prompts, unmarked)
+  known = proxy.of(small.config.model, small.variables)
+  return Models(writer, judge, small, known, prompts, unmarked)
+
+
+def _check_heldout(tokens: int, count: int):
+  """Refuses too few held-out tokens for a seed's windows, or for the text around a pasted one.
+
+  Args:
+    tokens: of held-out code.
+    count: windows of a seed.
+
+  Raises:
+    errors.InputError: names what there is and what is needed.
+  """
+  needed = max(_window_tokens(kind, count) for kind in partition.KINDS)
+  errors.require(
+    tokens >= needed,
+    f'--windows={flags.FLAGS.windows} needs {needed} held-out tokens per seed, and there are '
+    f'{tokens}; ask for fewer',
+  )
+  errors.require(
+    tokens > arms_lib.HOST_TOKENS,
+    f'the held-out code of --writer has {tokens} tokens, and must have more than '
+    f'{arms_lib.HOST_TOKENS}, into which texts are pasted; train it on more text',
+  )
+
+
+def _window_scheme(kind: str, seed: int) -> partition.Scheme:
+  """What the windows of human text are read with."""
+  return arms_lib.Arm(kind, 0.0).scheme(secret(seed))
+
+
+def _window_tokens(kind: str, count: int) -> int:
+  """Tokens that so many windows take."""
+  scheme = _window_scheme(kind, 0)
+  return scheme.window + count * scheme.chunk_tokens
 
 
 def _kept(
@@ -223,8 +266,8 @@ def _attacked(models: Models, seed: int, kind: str, texts: list[Ids]) -> dict[st
   rows = [_chunks(models, arm, secret(seed, 1), ids) for ids in texts]
   found['wrong_key_p_values'] = [[chunk.p_value for chunk in row] for row in rows]
   for ids, message in zip(texts, messages):
-    start = int(rng.integers(len(models.unmarked) - 300))
-    host = models.unmarked[start : start + 300].astype(int).tolist()
+    start = int(rng.integers(len(models.unmarked) - arms_lib.HOST_TOKENS))
+    host = models.unmarked[start : start + arms_lib.HOST_TOKENS].astype(int).tolist()
     found['scan'].append(_scanned(models, arm, seed, attacks.paste(ids, host, rng), message))
   return found
 
@@ -247,17 +290,12 @@ def _windows(models: Models, seed: int, unused_directory: pathlib.Path) -> dict[
   found = {}
   count = flags.FLAGS.windows // len(local_jobs.seeds(flags.FLAGS.seeds))
   for kind in partition.KINDS:
-    scheme = arms_lib.Arm(kind, 0.0).scheme(secret(seed))
-    size, text = scheme.chunk_tokens, models.unmarked
-    errors.require(
-      len(text) >= scheme.window + count * size,
-      f'--windows={flags.FLAGS.windows} needs {count * size} held-out tokens per seed, and there '
-      f'are {len(text)}; ask for fewer',
-    )
-    ids = text[: scheme.window + count * size].astype(int).tolist()
+    scheme = _window_scheme(kind, seed)
+    size = scheme.chunk_tokens
+    ids = models.unmarked[: _window_tokens(kind, count)].astype(int).tolist()
     hits = decode.look(scheme, _proxy(models, kind), ids, models.writer.config.model.vocab_size)
     parts = (slice(n * size, (n + 1) * size) for n in range(count))
-    found[kind] = [decode.read(scheme, decode.Hits(hits.seeds[p], hits.found[p])) for p in parts]
+    found[kind] = [decode.read(scheme, decode.Hits(hits.seeds[p], hits.found[p]), 0) for p in parts]
   return {kind: [(c.p_value, c.hits, c.places) for c in chunks] for kind, chunks in found.items()}
 
 

@@ -18,14 +18,13 @@ import numpy as np
 
 from moe_jax import errors, trees
 from moe_jax.balance import routing_figures
-from moe_jax.config import moe_config, moe_rules, schema
+from moe_jax.config import batch_sizes, moe_config, moe_rules, schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import pipeline
 from moe_jax.devices import partitioning
 from moe_jax.models import transformer
 from moe_jax.planning import virtual_devices
 from moe_jax.runs import trained_run
-from moe_jax.training import optim
 
 _INPUTS = ('tokens', 'positions', 'segment_ids')
 
@@ -99,7 +98,7 @@ def collect(run: trained_run.Run, corpus: corpus_lib.Corpus, num_batches: int) -
     corpus,
     seed=cfg.train.seed,
     max_seq_len=cfg.model.max_seq_len,
-    batch_size_at=lambda step: optim.batch_size_at(cfg.train, step),
+    batch_sizes=batch_sizes.of(cfg.train),
     num_steps=num_batches,
   )
   for number in range(num_batches):

@@ -11,6 +11,7 @@ does not hold (`same_rates`); whole runs of several lengths tell.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +40,7 @@ class Curve(NamedTuple):
 
   tokens: np.ndarray  # [windows] mean of each window, rising
   differences: np.ndarray  # [seeds, windows]
+  end: float  # tokens at its last step, where `tokens` has the middle of a window
 
 
 class Crossover(NamedTuple):
@@ -59,7 +61,7 @@ class Crossover(NamedTuple):
 class Outcome(NamedTuple):
   """What a curve says of a claim at its end."""
 
-  end: paired.Interval  # of the difference at the last token, on each seed's line
+  end: paired.Interval  # of the difference at the curve's `end`, on each seed's line
   slope: paired.Interval  # of the difference, per doubling of the tokens
   moves: bool  # whether the rule of the module's docstring holds
   verdict: str  # of `paired`, or NOT_YET
@@ -108,6 +110,7 @@ def curve(
   return Curve(
     np.asarray([at[part].mean() for part in parts]),
     np.stack([differences[:, part].mean(axis=1) for part in parts], axis=1),
+    float(at[-1]),
   )
 
 
@@ -116,25 +119,37 @@ def band(found: Curve, confidence: float = 1 - paired.LEVEL) -> list[paired.Inte
   return [paired.interval(column.tolist(), confidence) for column in found.differences.T]
 
 
-def verdicts(found: Curve, direction: str, margin: float = 0.0) -> list[str]:
-  """What the differences of each window alone say of a claim, see `paired.verdict`."""
-  return [paired.verdict(one, direction, margin) for one in band(found)]
-
-
 def crossover(found: Curve) -> Crossover | None:
   """Where the mean changes sign for the last time; None if it never does.
 
-  The interval is that of the windows' bands: between the last one before the crossing that lies on
-  the old side of zero, and the first one behind it that lies on the new side.
+  The interval is that of the windows' bands, see `crossing`.
   """
-  around = band(found)
-  mean, at = np.asarray([one.mean for one in around]), found.tokens
+  return crossing(found.tokens, band(found))
+
+
+def crossing(
+  tokens: npt.ArrayLike, around: Sequence[paired.Interval], *, geometric: bool = False
+) -> Crossover | None:
+  """Where differences at several numbers of tokens change sign for the last time; None = never.
+
+  The interval is between the last one before the crossing that lies on the old side of zero, and
+  the first one behind it that lies on the new side.
+
+  Args:
+    tokens: [points] rising.
+    around: the difference at each of them.
+    geometric: draw the line to the crossing over the logarithm of the tokens, as suits points that
+      are whole runs of several lengths.
+  """
+  mean, at = np.asarray([one.mean for one in around]), np.asarray(tokens, np.float64)
   signed = np.flatnonzero(mean)  # arms that have not parted yet differ by nothing at all
   changes = [(i, j) for i, j in zip(signed, signed[1:]) if mean[i] * mean[j] < 0]
   if not changes:
     return None
   old, new = changes[-1]
   share = mean[old] / (mean[old] - mean[new])
+  first, second = (np.log(at[i]) if geometric else at[i] for i in (old, new))
+  where = first + share * (second - first)
   lower_after = bool(mean[new] < 0)
 
   def lies(one: paired.Interval, below: bool) -> bool:
@@ -143,7 +158,7 @@ def crossover(found: Curve) -> Crossover | None:
   before = [i for i in range(old + 1) if lies(around[i], not lower_after)]
   after = [i for i in range(new, len(at)) if lies(around[i], lower_after)]
   return Crossover(
-    float(at[old] + share * (at[new] - at[old])),
+    float(np.exp(where) if geometric else where),
     float(at[before[-1]]) if before else 0.0,
     float(at[after[0]]) if after else math.inf,
     lower_after,
@@ -169,7 +184,7 @@ def outcome(found: Curve, direction: str, margin: float = 0.0) -> Outcome:
   )
   tail = found.tokens > (1 - TAIL) * found.tokens[-1]
   tail[-MIN_POINTS:] = True
-  doublings = np.log2(found.tokens[tail] / found.tokens[-1])
+  doublings = np.log2(found.tokens[tail] / found.end)
   slopes, ends = np.polyfit(doublings, found.differences[:, tail].T, 1)
   slope, end = paired.interval(slopes.tolist()), paired.interval(ends.tolist())
   moves = still_moves(end, slope, direction, margin)
@@ -206,7 +221,7 @@ def scaled(found: paired.Interval, by: float) -> paired.Interval:
 
 def sentence(found: Curve, verdict: str, digits: int = 3) -> str:
   """A verdict with the end of its curve, the slope there and the crossover, in words."""
-  text = f'{verdict} at {millions(float(found.tokens[-1]))} tokens'
+  text = f'{verdict} at {millions(found.end)} tokens'
   if len(found.tokens) >= MIN_POINTS:
     one = outcome(found, 'lower')
     text += f': {one.end.text(digits)}, slope {one.slope.text(digits)} per doubling of the tokens'

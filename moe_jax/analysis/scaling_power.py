@@ -18,6 +18,7 @@ from moe_jax.analysis import scaling_laws
 PER_DECADE = math.log(10) / math.log(2)  # budgets are factors of 2 apart
 REPEATS = (1, 2, 4, 8, 16, 32, 64)  # seeds per point that are tried
 POWER = 0.8  # share of the studies that must exclude 0
+STUDIES = 40  # that are drawn
 
 
 class Truth(NamedTuple):
@@ -60,7 +61,7 @@ def power(
   repeats: int,
   *,
   band: float = scaling_laws.NEAR_OPTIMAL,
-  studies: int = 40,
+  studies: int = STUDIES,
   samples: int = 100,
   seed: int = 0,
 ) -> Study:

@@ -127,13 +127,13 @@ class Run:
       return found[: len(rows), : len(rows[0])].reshape(*shape, -1)
     return [found[i, : len(row)] for i, row in enumerate(rows)]
 
-  def embed(self, texts: Sequence[str]) -> np.ndarray:
+  def embed(self, texts: str | Sequence[str]) -> np.ndarray:
     """A vector per text: the mean over its tokens of the last layer's normed output.
 
         vectors = run.embed(['def f(x): ...', 'class A: ...'])
 
     Args:
-      texts: each is read alone, in batches of texts of similar length.
+      texts: each is read alone, in batches of texts of similar length; one text is a batch of one.
 
     Returns:
       [B, D] float32.
@@ -141,7 +141,7 @@ class Run:
     Raises:
       errors.InputError: see `logits`.
     """
-    rows = [np.asarray(self.encode(one), np.int32) for one in texts]
+    rows = self._encoded([texts] if isinstance(texts, str) else texts, 'texts')
     self._check(rows)
     found = np.zeros((len(rows), self.config.model.embed_dim), np.float32)
     order = np.argsort([len(row) for row in rows], kind='stable')
@@ -384,13 +384,23 @@ class Run:
     if isinstance(text, str):
       text = np.asarray(self.encode(text), np.int32)
     elif not isinstance(text, (np.ndarray, Array)) and any(isinstance(one, str) for one in text):
-      rows = [np.asarray(self.encode(str(one)), np.int32) for one in text]
+      rows = self._encoded(text, 'text')
       self._check(rows)
       return rows, None
     ids = _integers(text)
     rows = list(ids.reshape(-1, ids.shape[-1]))
     self._check(rows)
     return rows, ids.shape
+
+  def _encoded(self, texts: Sequence[Any], name: str) -> list[np.ndarray]:
+    """Ids of every text; `name` is the argument that holds them."""
+    for i, one in enumerate(texts):
+      errors.require(
+        isinstance(one, str),
+        f'{name}[{i}]={one!r} must be a text as the others are: give texts alone, or to `logits` '
+        'ids alone, which `encode` makes of a text',
+      )
+    return [np.asarray(self.encode(one), np.int32) for one in texts]
 
   def _check(self, rows: Sequence[np.ndarray]):
     model = self.config.model
@@ -400,12 +410,7 @@ class Run:
         f'the text has {len(row)} tokens, but must have 1 to model.max_seq_len='
         f'{model.max_seq_len}; cut it',
       )
-      bad = row[(row < 0) | (row >= model.vocab_size)]
-      errors.require(
-        not bad.size,
-        f'id {bad[:1]} is not in the vocabulary: ids are 0 to {model.vocab_size - 1}; encode text '
-        "with the run's own tokenizer",
-      )
+      generate_lib.check_ids(model, row, 'ids')
 
 
 def _integers(ids: Any) -> np.ndarray:

@@ -19,7 +19,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -164,7 +164,11 @@ class Checkpointer:
       return self._manager.save(step, args=items, force=True)
 
   def restore(
-    self, abstract_state: trees.Tree, step: int | None = None, *, partial: bool = False
+    self,
+    abstract_state: trees.Tree | Callable[[dict[str, Any]], trees.Tree],
+    step: int | None = None,
+    *,
+    partial: bool = False,
   ) -> Restored | None:
     """Restores the newest whole step, or exactly `step`.
 
@@ -172,7 +176,8 @@ class Checkpointer:
     numbers, and keep_last counts whole checkpoints only.
 
     Args:
-      abstract_state: pytree of `jax.ShapeDtypeStruct` with the shardings to restore to.
+      abstract_state: pytree of `jax.ShapeDtypeStruct` with the shardings to restore to; or what
+        makes it of the meta of the step that is tried, where steps may have other configs.
       step: the step wanted; None for the newest whole one.
       partial: read only the arrays of `abstract_state`, say the dict of `params` and
         `router_state`, whatever else the checkpoint holds. A step is whole if these are.
@@ -187,12 +192,11 @@ class Checkpointer:
     self._reload()
     if step is not None:
       self._require_step(step)
-    target = jax.tree.map(_with_sharding, abstract_state)
     orbax_noise.drop_abandoned_reads()
     damaged = {}
     for candidate in [step] if step is not None else self._newest_first():
       try:
-        restored = self._restore_whole(candidate, target, partial)
+        restored = self._restore_whole(candidate, abstract_state, partial)
       except _DamagedError as e:
         damaged[candidate] = str(e)
         continue
@@ -210,8 +214,8 @@ class Checkpointer:
   def read_meta(self, step: int | None = None) -> dict[str, Any] | None:
     """Meta of `step`, or of the newest step whose meta is readable, without restoring arrays.
 
-    It lets a command rebuild the model before it knows the abstract state. `restore` may still fall
-    back to an older step; the meta that belongs to the arrays is `Restored.meta`.
+    For what is checked or shown before arrays are read. `restore` may still fall back to an older
+    step; the meta that belongs to the arrays is `Restored.meta`.
 
     Returns:
       None when there are no steps at all.
@@ -360,17 +364,24 @@ class Checkpointer:
       raise _DamagedError('its state/_METADATA or what it points to is missing')
     return json_item
 
-  def _restore_whole(self, step: int, target: trees.Tree, partial: bool) -> Restored:
+  def _restore_whole(
+    self,
+    step: int,
+    abstract_state: trees.Tree | Callable[[dict[str, Any]], trees.Tree],
+    partial: bool,
+  ) -> Restored:
     state, reason = None, 'another process could not read it'
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
-    arrays = ocp.args.PyTreeRestore(
-      target,
-      restore_args=ocp.checkpoint_utils.construct_restore_args(target, shardings),
-      partial_restore=partial,
-    )
-    items = ocp.args.Composite(state=arrays)
     try:
       saved = self._read_record(step)
+      made = abstract_state(saved['meta']) if callable(abstract_state) else abstract_state
+      target = jax.tree.map(_with_sharding, made)
+      shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
+      arrays = ocp.args.PyTreeRestore(
+        target,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(target, shardings),
+        partial_restore=partial,
+      )
+      items = ocp.args.Composite(state=arrays)
       integrity.check_leaves(saved['leaves'], target, self._directory / str(step), partial)
       state = self._reader.restore(self._directory / str(step), args=items).state
     except errors.InputError:

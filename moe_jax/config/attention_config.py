@@ -77,11 +77,6 @@ class AttentionConfig:
     return self.mla.v_head_dim if self.kind == 'mla' else self.head_dim
 
   @property
-  def rope_dim(self) -> int:
-    """Width of the part of a query that is rotated."""
-    return self.mla.qk_rope_head_dim if self.kind == 'mla' else self.head_dim
-
-  @property
   def softmax_scale(self) -> float:
     """Factor on every logit: qk_head_dim^-0.5, times m(mscale_all_dim)^2 under YaRN."""
     yarn = self.rope.yarn

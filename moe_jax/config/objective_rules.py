@@ -3,6 +3,24 @@
 from moe_jax import errors
 from moe_jax.config import router_traits, schema
 
+# Of an algorithm: (field that it does not read, the value at which that is no mistake, why).
+_UNREAD = {
+  'ppo': (
+    ('std', 'sample', 'advantages are whitened over the batch, not divided by group'),
+    ('kl', 'k3', 'the log-ratio to the reference is part of the rewards, not of the loss'),
+    ('ratio', 'token', 'an advantage belongs to its token'),
+    ('max_draws', 1, 'answers of equal rewards teach too'),
+  ),
+  'rft': (
+    ('std', 'sample', 'an answer is right or not, and no advantage is divided'),
+    ('ratio', 'token', 'its loss has no ratio'),
+    ('clip_low', 0.2, 'its loss has no ratio that could be clipped'),
+    ('clip_high', 0.2, 'its loss has no ratio that could be clipped'),
+    ('dual_clip', 0.0, 'no answer has a negative advantage'),
+    ('reward_model', '', 'which answers are right is said by `reward`, and no score is needed'),
+  ),
+}
+
 
 def validate_start(config: schema.Config):
   """Checks that there is a run to inherit from, before what it would have brought is missed.
@@ -52,7 +70,7 @@ def validate(config: schema.Config):
   _validate_dpo(objective.dpo)
   _validate_policy(objective.policy)
   _validate_process_reward(objective.process_reward)
-  if objective.kind in schema.WITHOUT_MTP:
+  if objective.kind in schema.OF_ANSWERS:
     _validate_tuned(config)
   if objective.kind == 'policy':
     _validate_rollouts(config)
@@ -129,6 +147,7 @@ def _validate_policy(policy: schema.PolicyConfig):
     f'config.{where}.reward_seconds={policy.reward_seconds} must be positive',
   )
   _validate_ppo(policy)
+  _validate_unread(policy)
   errors.require(
     policy.algorithm != 'rft' or policy.supervision == 'outcome',
     f"config.{where}.supervision={policy.supervision!r} must be 'outcome' with algorithm="
@@ -137,7 +156,7 @@ def _validate_policy(policy: schema.PolicyConfig):
 
 
 def _validate_ppo(policy: schema.PolicyConfig):
-  """The section `ppo` by itself, and what PPO and the others do not read of each other."""
+  """The section `ppo` by itself, and what needs its value head."""
   ppo, where = policy.ppo, 'objective.policy.ppo'
   for name in ('gamma', 'gae_lambda'):
     value = getattr(ppo, name)
@@ -157,19 +176,23 @@ def _validate_ppo(policy: schema.PolicyConfig):
       "config.objective.policy.truncated='bootstrap' needs a value of the last state, which "
       f"algorithm={policy.algorithm!r} does not learn; take 'keep' or 'leave_out', or 'ppo'",
     )
-    return
-  for name, neutral, why in (
-    ('std', 'sample', 'advantages are whitened over the batch, not divided by group'),
-    ('kl', 'k3', 'the log-ratio to the reference is part of the rewards, not of the loss'),
-    ('ratio', 'token', 'an advantage belongs to its token'),
-    ('max_draws', 1, 'answers of equal rewards teach too'),
-  ):
+
+
+def _validate_unread(policy: schema.PolicyConfig):
+  """What is set although the algorithm does not read it."""
+  where = 'config.objective.policy'
+  for name, neutral, why in _UNREAD.get(policy.algorithm, ()):
     value = getattr(policy, name)
     errors.require(
       value == neutral,
-      f"config.objective.policy.{name}={value!r} is not read by algorithm='ppo': {why}; leave it "
-      f'at {neutral!r}',
+      f'{where}.{name}={value!r} is not read by algorithm={policy.algorithm!r}: {why}; leave it at '
+      f'{neutral!r}',
     )
+  errors.require(
+    not policy.reference_every or policy.kl_weight > 0,
+    f'{where}.reference_every={policy.reference_every} is not read with kl_weight=0: no reference '
+    'is kept that could be renewed; leave it at 0, or set kl_weight (0.04 in the paper)',
+  )
 
 
 def _validate_process_reward(process: schema.ProcessRewardConfig):
@@ -179,6 +202,11 @@ def _validate_process_reward(process: schema.ProcessRewardConfig):
     bool(process.step_token) and process.good != process.bad,
     f'config.{where}.step_token={process.step_token!r} must name a special token, and good='
     f"{process.good!r} and bad={process.bad!r} differ; for example '+' and '-'",
+  )
+  errors.require(
+    process.target == 'hard' or not process.outcome,
+    f'config.{where}.target={process.target!r} is not read with outcome=True, whose one label is '
+    "whether the solution is right; leave it at 'hard', or set outcome=False",
   )
 
 
@@ -208,6 +236,13 @@ def _validate_tuned(config: schema.Config):
     f'config.model.moe.capacity.policy={moe.capacity.policy!r} with router={moe.router!r} leaves '
     f'tokens out by what else is in the batch, so that objective.kind={kind!r} would compare '
     "log-probabilities of other computations; set policy='none' and a router without a bound",
+  )
+  factor = moe.exchange.buffer_factor
+  errors.require(
+    not config.model.is_moe or not factor or config.mesh.expert == 1,
+    f'config.model.moe.exchange.buffer_factor={factor} with mesh.expert={config.mesh.expert} does '
+    f'not compute what overflows, by what else is in the batch, so that objective.kind={kind!r} '
+    'would compare log-probabilities of other computations; set buffer_factor=0, or mesh.expert=1',
   )
   if kind in ('dpo', 'policy') and config.model.is_moe:
     _validate_one_model(config)

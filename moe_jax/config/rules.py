@@ -289,6 +289,11 @@ def _validate_train(train: schema.TrainConfig):
     'sample_tokens',
   )
   errors.require(
+    train.num_steps < 2**31,
+    f'config.train.num_steps={train.num_steps} must be below 2^31, as 32 bits count the steps; '
+    'choose a smaller number',
+  )
+  errors.require(
     train.seed < 2**32,
     f'config.train.seed={train.seed} must be below 2^32; choose a smaller number',
   )

@@ -29,7 +29,9 @@ SOURCES = (
   *CHAT_SOURCES,
 )
 OBJECTIVES = ('next_token', 'sft', 'dpo', 'policy', 'process_reward')
-WITHOUT_MTP = ('dpo', 'policy', 'process_reward')  # objectives that train no multi-token prediction
+# Objectives of a trained model's answers: they train no multi-token prediction, and what else is in
+# a batch must change nothing.
+OF_ANSWERS = ('dpo', 'policy', 'process_reward')
 LABEL_TARGETS = ('hard', 'soft')
 POLICY_ALGORITHMS = ('grpo', 'rft', 'ppo')
 POLICY_SUPERVISION = ('outcome', 'process')

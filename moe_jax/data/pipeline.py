@@ -11,13 +11,14 @@ Axis letters are those of `moe_jax.models`, B being a global batch; its `num_sha
 shared out among the processes.
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import NamedTuple, cast
 
 import grain
 import numpy as np
 
 from moe_jax import errors
+from moe_jax.config import batch_sizes as batch_sizes_lib
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import packing, whole_documents
 
@@ -32,9 +33,9 @@ class StreamStart(NamedTuple):
   step: int = 0
   row: int = 0  # the first one of that step's batch
 
-  def first_row(self, batch_size_at: Callable[[int], int], step: int) -> int:
+  def first_row(self, sizes: batch_sizes_lib.BatchSizes, step: int) -> int:
     """The row with which the batch of `step` begins; `step` may not lie before the start."""
-    return self.row + sum(map(batch_size_at, range(self.step, step)))
+    return self.row + sizes.before(step) - sizes.before(self.step)
 
 
 START = StreamStart()
@@ -58,6 +59,16 @@ def num_bytes(split: corpus_lib.TokenSplit, max_seq_len: int) -> int:
   if split.learned is None:
     return split.num_bytes
   return int(split.doc_bytes[whole_documents.fits(split, max_seq_len)].sum())
+
+
+def heldout_bytes(corpus: corpus_lib.Corpus, max_seq_len: int) -> bytes:
+  """The held-out text whose bytes `num_bytes` counts: without conversations that are left out."""
+  text, split = corpus.heldout_bytes(), corpus.heldout
+  if split.learned is None:
+    return text
+  ends, fits = np.cumsum(split.doc_bytes), whole_documents.fits(split, max_seq_len)
+  parts = zip((ends - split.doc_bytes)[fits].tolist(), ends[fits].tolist())
+  return b''.join(text[begin:end] for begin, end in parts)
 
 
 def num_left_out(split: corpus_lib.TokenSplit, max_seq_len: int) -> int:
@@ -156,32 +167,30 @@ class TrainBatches:
     *,
     seed: int,
     max_seq_len: int,
-    batch_size_at: Callable[[int], int],
+    batch_sizes: batch_sizes_lib.BatchSizes,
     num_steps: int,
     stream: StreamStart = START,
     shards: Sequence[int] = (0,),
     num_shards: int = 1,
   ):
     """Lays out the row stream; arguments as in `train_batches`."""
-    sizes = np.fromiter((batch_size_at(n) for n in range(num_steps)), np.int64, num_steps)
     check_corpus(
       corpus,
       max_seq_len=max_seq_len,
-      batch_sizes=np.unique(sizes).tolist(),
+      batch_sizes=batch_sizes.used(num_steps),
       num_shards=num_shards,
     )
-    starts = np.concatenate([[0], np.cumsum(sizes)])  # [num_steps + 1] first row of each step
-    self._starts = starts + (stream.row - starts[min(stream.step, num_steps)])
+    self._sizes, self._stream, self._num_steps = batch_sizes, stream, num_steps
     self._rows = _row_stream(corpus, seed, max_seq_len)
     self._shards, self._num_shards = tuple(shards), num_shards
 
   def __len__(self) -> int:
-    return len(self._starts) - 1
+    return self._num_steps
 
   def __getitem__(self, step: int) -> Batch:
     """The own parts of the batch of `step`, arrays [own rows, L] int32, see `packing.Packing`."""
-    start, size = int(self._starts[step]), int(self._starts[step + 1] - self._starts[step])
-    share = size // self._num_shards
+    start = self._stream.first_row(self._sizes, step)
+    share = self._sizes.at(step) // self._num_shards
     begins = [start + shard * share for shard in self._shards]
     return packing.stack([self._rows[i] for begin in begins for i in range(begin, begin + share)])
 
@@ -206,7 +215,7 @@ def train_batches(
   *,
   seed: int,
   max_seq_len: int,
-  batch_size_at: Callable[[int], int],
+  batch_sizes: batch_sizes_lib.BatchSizes,
   start_step: int,
   num_steps: int,
   stream: StreamStart = START,
@@ -220,7 +229,7 @@ def train_batches(
     corpus: the text.
     seed: decides the order of documents and rows.
     max_seq_len: L.
-    batch_size_at: step -> B, the global batch size; must be a pure function.
+    batch_sizes: B of each step.
     start_step: first step to yield.
     num_steps: length of the whole run.
     stream: where the batch sizes took over; no earlier step is asked for.
@@ -239,7 +248,7 @@ def train_batches(
     corpus,
     seed=seed,
     max_seq_len=max_seq_len,
-    batch_size_at=batch_size_at,
+    batch_sizes=batch_sizes,
     num_steps=num_steps,
     stream=stream,
     shards=shards,

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import operator
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -104,7 +104,7 @@ def in_buckets(length: int) -> int:
   return -(-length // LENGTH_BUCKET) * LENGTH_BUCKET
 
 
-def check_ids(cfg: schema.ModelConfig, ids: Sequence[int], where: str):
+def check_ids(cfg: schema.ModelConfig, ids: Iterable[Any], where: str):
   """Refuses what is no token id: arrays would take the nearest one instead.
 
   Raises:

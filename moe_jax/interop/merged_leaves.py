@@ -1,10 +1,15 @@
-"""Reads the weights of a run trained with LoRA slice by slice, pairs merged into their matrices."""
+"""The weights of a model alone, without what its training has added: LoRA's pairs, a value head.
 
+Pairs are merged into their matrices, slice by slice.
+"""
+
+import dataclasses
 import itertools
 
 import numpy as np
 
 from moe_jax.checkpoints import stream_reader
+from moe_jax.config import parse, schema
 from moe_jax.training import lora, value_head
 
 PAIRS = f'params/{lora.KEY}/'
@@ -23,3 +28,19 @@ def read(
   weight, a, b = (reader.read(leaf, lead) for leaf in (name, f'{pair}/a', f'{pair}/b'))
   found = lora.add(name.rpartition('/')[2], weight, a, b, reader.read(f'{PAIRS}{lora.SCALE}'))
   return np.array(found)[index[len(lead) :]]
+
+
+def config(cfg: schema.Config) -> schema.Config:
+  """The config to record of a new run that holds a trained run's weights, and nothing added.
+
+  All weights are trained in it, and PPO, whose value head is missing, is recorded as fine-tuning on
+  the same conversations.
+
+  Args:
+    cfg: of the trained run.
+  """
+  objective = cfg.objective
+  if value_head.is_used(cfg):
+    objective = dataclasses.replace(objective, kind='sft')
+  trained = schema.TrainableConfig(**parse.ADDED['trainable'])
+  return dataclasses.replace(cfg, objective=objective, trainable=trained)

@@ -147,6 +147,11 @@ class Topology:
     return f'{self.chip.name}:{"x".join(map(str, self.dims))}'
 
 
+def gpus(count: int) -> int:
+  """The most GPUs up to `count` that are part of one node or whole nodes."""
+  return min(count, NODE) if count < 2 * NODE else count - count % NODE
+
+
 def parse(text: str) -> Topology:
   """'v5p:8x8x8', 'v5e:16x16*2' (two slices) or 'h200:16' -> Topology.
 
@@ -169,7 +174,7 @@ def parse(text: str) -> Topology:
   )
   if chip.kind == 'gpu':
     errors.require(
-      num_slices == 1 and (dims[0] <= NODE or dims[0] % NODE == 0),
+      num_slices == 1 and dims[0] == gpus(dims[0]),
       f'--topology={text!r} must name at most {NODE} GPUs of one node, or whole nodes of {NODE}',
     )
   return Topology(chip, dims, num_slices)

@@ -221,15 +221,6 @@ class ModelScale:
   complete: float  # N2, with one of them
   flops_per_token: float  # M, non-embedding training FLOPs per token, attention included
 
-  @property
-  def flops_by_measure(self) -> dict[str, float]:
-    """What each measure takes for the training FLOPs per token."""
-    return {
-      'M': self.flops_per_token,
-      '6N1': TRAIN_FLOPS_PER_WEIGHT * self.non_embedding,
-      '6N2': TRAIN_FLOPS_PER_WEIGHT * self.complete,
-    }
-
 
 def model_scale(model: schema.ModelConfig, paper: schema.PaperConfig) -> ModelScale:
   """N1, N2 and M of a model; `paper` has its FFN widths where these were rounded."""

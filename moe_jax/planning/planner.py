@@ -115,6 +115,7 @@ def plan(request: Request, *, progress: bool = False) -> Plan:
   way = exchange_kind(cfg, request.topology)
   if request.decode:
     generate.check_router(cfg.model)
+    check_rows(rows, mesh)
     counted = estimate_decode.estimate(cfg, mesh, rows, way)
     tokens, flops = rows, estimate_decode.flops_per_token(cfg.model) * rows / mesh.size
   else:
@@ -131,6 +132,25 @@ def plan(request: Request, *, progress: bool = False) -> Plan:
   )
   compiled = compile_ahead.run(job, cfg.data.cache_dir, progress=progress)
   return facts.compiled(compiled, counted)
+
+
+def check_rows(rows: int, mesh: jax.sharding.AbstractMesh):
+  """Refuses sequences that the devices of a mesh cannot share evenly.
+
+  Args:
+    rows: sequences that are decoded together, over all devices.
+    mesh: sizes of the axes.
+
+  Raises:
+    errors.InputError: the mesh splits rows into a number of parts that does not divide them.
+  """
+  ways = partitioning.row_ways(mesh)
+  errors.require(
+    rows % ways == 0,
+    f'--rows={rows} must be divisible by {ways}, the parts into which the mesh splits rows: '
+    f'choose {" or ".join(str(n * ways) for n in (rows // ways, rows // ways + 1) if n)}, or '
+    'another --mesh',
+  )
 
 
 def check_stages(stages: int):
@@ -168,8 +188,11 @@ def prepared(request: Request) -> tuple[schema.Config, tuple[str, ...]]:
     notes.append('the batch is train.batch_size; the smaller steps of the ramp need less')
     cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, batch_ramp=()))
   if request.max_vio is not None and cfg.model.is_moe:
-    moe = cfg.model.moe
-    bounded = dataclasses.replace(moe.exchange, buffer_factor=1.0 + request.max_vio)
+    moe, factor = cfg.model.moe, 1.0 + request.max_vio
+    if cfg.objective.kind in schema.OF_ANSWERS:  # a run would refuse it
+      factor, kind = 0.0, cfg.objective.kind
+      notes.append(f'objective.kind={kind!r} loses no assignment: buffers are of the worst case')
+    bounded = dataclasses.replace(moe.exchange, buffer_factor=factor)
     moe = dataclasses.replace(moe, exchange=bounded)
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, moe=moe))
   return cfg, tuple(notes)

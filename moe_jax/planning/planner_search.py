@@ -176,10 +176,15 @@ def larger(request: planner.Request) -> list[str]:
 
 
 def _doubled(request: planner.Request) -> planner.Request:
-  """Twice the devices: the shortest dimension grows, as pods do; beyond a pod, the slices."""
+  """Twice the devices: the shortest dimension grows, as pods do; beyond a pod, the slices.
+
+  GPUs beyond a node are whole nodes, so that 6 of them become 8 and not 12.
+  """
   topology, mesh = request.topology, request.cfg.mesh
   dims = list(topology.dims)
-  if topology.chip.torus == 2 and min(dims) >= topology.chip.wraps:
+  if topology.chip.kind == 'gpu':
+    topology = dataclasses.replace(topology, dims=(chips.gpus(2 * dims[0]),))
+  elif topology.chip.torus == 2 and min(dims) >= topology.chip.wraps:
     topology = dataclasses.replace(topology, num_slices=2 * topology.num_slices)
     mesh = dataclasses.replace(mesh, dcn_fsdp=2 * mesh.dcn_fsdp)
   else:

@@ -218,8 +218,7 @@ def merge(
   base = trained_run.read_config(workdir)
   tuned, part = read(directory, base)
   new = {f'params/{name}': array for name, array in source_lib.by_name(part).items()}
-  whole = parse.ADDED['trainable']
-  cfg = dataclasses.replace(base, trainable=schema.TrainableConfig(**whole))
+  cfg = merged_leaves.config(base)
   leaves = source_lib.abstract_leaves(cfg.model)
   num_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(leaves))
   with (

@@ -12,7 +12,7 @@ from moe_jax.data import chat_formats, conversations, sources
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.data.tasks import arithmetic, generated
 from moe_jax.inference import generate, sampling
-from moe_jax.rewards import pool, reward
+from moe_jax.rewards import numbers, pool, reward
 
 _Z = 1.959964  # of a two-sided interval of 95 %
 BATCH = 32  # prompts that are continued together
@@ -154,15 +154,16 @@ def check_readable(source: str):
 
 
 def is_right(source: str) -> Callable[[str, str], bool]:
-  """What judges (text, answer): for sums the number, else equality but for space at the ends.
+  """What judges (text, answer of the data): for sums their own form, else as the reward `answer`.
+
+  That reads what both give as their answer. Texts are compared where the data's answer is neither
+  stated nor a number.
 
   Raises:
     errors.InputError: see `check_readable`.
   """
   check_readable(source)
-  if source == 'arithmetic':
-    return arithmetic.is_right
-  return lambda text, answer: text.strip() == answer.strip()
+  return arithmetic.is_right if source == 'arithmetic' else numbers.is_right
 
 
 def measure(
@@ -181,7 +182,8 @@ def measure(
     questions: see `questions`.
     data: where they come from, which decides what is right; and the format in which they are asked.
     max_new_tokens: limit of an answer; what does not end within it is judged as it stands.
-    tell: is told every question with its text and whether that is right.
+    tell: is told every question with what is said to it, see `chat_formats.said`, and whether that
+      is right.
     rewards: what judges in place of `is_right`, while the next answers are written.
     how: tokens are chosen. Each batch draws by its `seed` plus the number of its first question.
 
@@ -199,12 +201,13 @@ def measure(
     prompts = chat_formats.prompts(data, [q.prompt for q in batch], model.tokenizer)
     drawn = dataclasses.replace(how, seed=how.seed + begin)
     written = model.complete(prompts, max_new_tokens, drawn)
-    texts += written.texts
+    said = [chat_formats.said(data, text) for text in written.texts]
+    texts += said
     ended += sum(len(tokens) < max_new_tokens for tokens in written.tokens)
     if rewards is not None:
-      scored.append(rewards.submit(_items(batch, written, data)))
+      scored.append(rewards.submit(_items(batch, written.tokens, said, data)))
     if data.source == 'arithmetic':
-      for question, text in zip(batch, written.texts):
+      for question, text in zip(batch, said):
         found = arithmetic.num_right_steps(text, question.prompt[-1].content)
         right_steps, steps = right_steps + found[0], steps + found[1]
   kinds = [one.kind for batch in scored for one in batch.result()]
@@ -218,9 +221,12 @@ def measure(
 
 
 def _items(
-  batch: Sequence[Question], written: generate.Generation, data: schema.DataConfig
+  batch: Sequence[Question],
+  tokens: Sequence[Sequence[int]],
+  texts: Sequence[str],
+  data: schema.DataConfig,
 ) -> list[reward.Item]:
   return [
-    reward.Item(q.prompt[-1].content, tokens, text, example(data, q))
-    for q, tokens, text in zip(batch, written.tokens, written.texts)
+    reward.Item(q.prompt[-1].content, ids, text, example(data, q))
+    for q, ids, text in zip(batch, tokens, texts)
   ]

@@ -1,7 +1,8 @@
 """How much a task uses each routed expert: ESFT's two scores (arXiv 2407.01906, section 3).
 
-The model reads text as it stands, prompts and answers, in evaluation mode and without drops. The
-token score of an expert is the share of choices that fall on it, 1[g > 0] / K, so a layer's add up
+The model reads text as it stands, prompts and answers, in evaluation mode and without drops,
+whatever its config says of them: what a layer drops would change what later ones choose. The token
+score of an expert is the share of choices that fall on it, 1[g > 0] / K, so a layer's add up
 to 1; its gate score is the mean gate that it gets, so a layer's add up to the gate mass that the K
 best keep: below 1 without `norm_topk_prob`, and p is then an absolute mass, not a share of it.
 `routed_scaling_factor` is left out, which the paper's model has at 1: it would scale p.
@@ -9,6 +10,7 @@ Means are over tokens, as in the released scores; the paper's mean over sequence
 all are of one length.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable
@@ -19,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import errors, trees
-from moe_jax.config import router_traits, schema
+from moe_jax.config import batch_sizes, router_traits, schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import pipeline
 from moe_jax.devices import partitioning
@@ -44,6 +46,16 @@ def check(model: schema.ModelConfig):
   )
 
 
+def _without_drops(model: schema.ModelConfig) -> schema.ModelConfig:
+  """The model with every choice computed outside of training, on any mesh."""
+  moe = dataclasses.replace(
+    model.moe,
+    capacity=dataclasses.replace(model.moe.capacity, at_eval=False),
+    exchange=dataclasses.replace(model.moe.exchange, buffer_factor=0.0),
+  )
+  return dataclasses.replace(model, moe=moe)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _sums(
   model: schema.ModelConfig, variables: trees.Variables, batch: trees.Batch
@@ -62,14 +74,21 @@ def _sums(
   return chosen.sum((1, 2, 3)), mass / model.moe.routed_scaling_factor
 
 
-def score(run: trained_run.Run, cfg: schema.Config, tokens: int) -> expert_selection.ExpertScores:
-  """Scores of a run's experts over the first training rows of `cfg`, about `tokens` of them.
+def score(
+  run: trained_run.Run, cfg: schema.Config, corpus: corpus_lib.Corpus, tokens: int
+) -> expert_selection.ExpertScores:
+  """Scores of a run's experts over the first training rows of a corpus.
+
+  Args:
+    run: whose experts they are.
+    cfg: how long the rows are, how many are read together, and the seed of their order.
+    corpus: in ids of the run's own tokenizer.
+    tokens: that are read, about.
 
   Raises:
     errors.InputError: see `check`.
   """
   check(run.cfg.model)
-  corpus = corpus_lib.load_corpus(cfg.data, cfg.model.vocab_size, cfg.train.seed)
   ways, length = partitioning.row_ways(run.mesh), cfg.model.max_seq_len
   rows = -(-cfg.train.batch_size // ways) * ways
   steps = -(-tokens // (rows * length))
@@ -77,7 +96,7 @@ def score(run: trained_run.Run, cfg: schema.Config, tokens: int) -> expert_selec
     corpus,
     seed=cfg.train.seed,
     max_seq_len=length,
-    batch_size_at=lambda step: rows,
+    batch_sizes=batch_sizes.BatchSizes(rows),
     start_step=0,
     num_steps=steps,
   )
@@ -102,6 +121,7 @@ def measure(
     errors.InputError: see `check`; or there is no token.
   """
   check(model)
+  model = _without_drops(model)
   shape = (model.num_moe_layers, model.moe.num_experts)
   chosen, gates, num_tokens = np.zeros(shape), np.zeros(shape), 0
   for batch in batches:

@@ -35,7 +35,7 @@ def applied(values: dict[str, Any]) -> dict[str, Any]:
   source = _record(place)
   new = copy.deepcopy(values)
   new['model'] = source['model']
-  if objective.get('kind') in schema.WITHOUT_MTP:
+  if objective.get('kind') in schema.OF_ANSWERS:
     new['model']['num_mtp_layers'] = 0
   if not objective.get('balance'):
     _without_balance(new['model']['moe'])

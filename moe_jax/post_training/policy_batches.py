@@ -10,7 +10,7 @@ import numpy as np
 
 from moe_jax.config import schema
 from moe_jax.data import packing, whole_documents
-from moe_jax.post_training import advantages, rollouts, value_targets
+from moe_jax.post_training import advantages, rollouts, token_ends, value_targets
 from moe_jax.rewards import reward
 from moe_jax.training import policy_loss
 
@@ -27,26 +27,30 @@ class Judged(NamedTuple):
 
 
 def step_ends(
-  decode: Decode, ids: Sequence[int], offsets: Sequence[int], skipped: int
+  decode: Decode, ids: Sequence[int], offsets: Sequence[int], skipped: int, ended: bool
 ) -> list[int]:
-  """Index of the token with which the text of `ids` reaches each offset; the last one if none does.
+  """Index of the token with which each step ends: its text reaches the offset; or the last one.
+
+  The last step of an answer with an end token ends with that, if only space is between: to stop is
+  part of it, as it is of the answer. What is behind the text is at the last token.
 
   Args:
     decode: ids to text.
     ids: of an answer.
     offsets: rising, characters behind the last one of each step, counted behind `skipped`.
     skipped: characters of the text that come before the one that offsets count from.
+    ended: whether the last id is an end token.
   """
-  found = []
-  for offset in offsets:
-    low, high = 1, len(ids)  # the fewest tokens whose text is that long
-    while low < high:
-      middle = (low + high) // 2
-      if len(decode(ids[:middle])) >= offset + skipped:
-        high = middle
-      else:
-        low = middle + 1
-    found.append(low - 1)
+  written = ids[:-1] if ended else ids
+  text, last, found = decode(written), len(ids) - 1, []
+  for number, offset in enumerate(offsets, start=1):
+    at = offset + skipped
+    stops = ended and number == len(offsets) and not text[at:].strip()
+    if stops or at > len(text):
+      found.append(last)
+    else:
+      size = token_ends.reaching(lambda n: decode(written[:n]), len(written), text[:at])
+      found.append(size - 1)
   return found
 
 
@@ -108,7 +112,7 @@ def rows(
   Args:
     cfg: the run; the number of rows is a multiple of `train.batch_size`, see `filled`.
     answers: those that are learned from.
-    num_layers: MoE layers whose experts the answers bring; 0 for none.
+    num_layers: MoE layers whose experts, K per token, are to be replayed; 0 for none.
 
   Returns:
     (arrays [B, L] of `packing` and `policy_loss`, old log-probabilities 0 and experts those of the

@@ -97,7 +97,7 @@ class PolicyStage:
     """Reads the questions.
 
     Raises:
-      errors.InputError: the reward is unknown, or there are too few questions.
+      errors.InputError: the reward is unknown or not read, or there are too few questions.
     """
     policy = cfg.objective.policy
     terms = registry.parse(policy.reward)
@@ -114,6 +114,12 @@ class PolicyStage:
       f'config.objective.policy.reward={policy.reward!r} must begin with a reward of steps '
       f'({", ".join(registry.IN_STEPS)}), or reward_model={policy.reward_model!r} be a judge of '
       "steps, for supervision='process'",
+    )
+    errors.require(
+      policy.supervision == 'outcome' or self._judge is not None or len(terms) == 1,
+      f'config.objective.policy.reward={policy.reward!r} must be one reward with '
+      "supervision='process', which reads the rewards of steps alone, and so nothing but the first "
+      f"term; leave the others out, or take supervision='outcome'",
     )
     self._questions = answers_lib.questions(cfg.data, MOST_QUESTIONS, heldout=False)
     errors.require(
@@ -241,7 +247,7 @@ class PolicyStage:
     self, variables: trees.Variables, draw: int
   ) -> tuple[list[list[policy_batches.Judged]], rollouts.Rollouts]:
     """Groups of answers to one batch of questions, judged."""
-    questions = self._asked(draw)
+    policy, questions = self._policy, self._asked(draw)
     prompts = self._prompts(questions)
     said: dict[int, tuple[str, int]] = {}
     submitted: dict[int, pool_lib.Scored] = {}
@@ -262,13 +268,18 @@ class PolicyStage:
     if self._judge is not None:
       plain = [text for text, _ in texts]
       found = judged_by(self._judge, found, owners, plain, self._tell_unread)
+    found = [
+      value_targets.of_what_came(policy, one, text, worth)
+      for one, (text, _), worth in zip(written.answers, texts, found, strict=True)
+    ]
 
     def ends(number: int) -> list[int]:
-      tokens, skipped = written.answers[number].tokens, texts[number][1]
+      one, skipped = written.answers[number], texts[number][1]
       offsets = [offset for offset, _ in found[number].step_rewards or ()]
-      return policy_batches.step_ends(self._tokenizer.decode, tokens, offsets, skipped)
+      decode = self._tokenizer.decode
+      return policy_batches.step_ends(decode, one.tokens, offsets, skipped, one.ended)
 
-    return policy_batches.judged(self._policy, written.answers, found, ends), written
+    return policy_batches.judged(policy, written.answers, found, ends), written
 
   def _tell_equal(self):
     """Says that iteration after iteration teaches nothing; a value head may learn all the same."""
@@ -329,7 +340,9 @@ class PolicyStage:
   ) -> tuple[dict[str, np.ndarray], list[tuple[int, int]]]:
     """The batch of an iteration with the log-probabilities that its steps are measured against."""
     cfg, policy = self._cfg, self._policy
-    layers = cfg.model.num_moe_layers if cfg.model.is_moe else 0
+    # Others than those to be replayed may be no K per token: a router that is not ranked has all.
+    replays = cfg.model.is_moe and policy.replay == 'rollout'
+    layers = cfg.model.num_moe_layers if replays else 0
     batch, where = policy_batches.rows(cfg, answers, layers)
     replayed = batch.pop(policy_loss.EXPERTS, None)
     assert self._state is not None
@@ -422,8 +435,9 @@ def judged_by(
   """Rewards whose values are a model's; whether the answer is right stays what the checker says.
 
   A judge of steps gives every step its score, and the answer the least of them; one of whole
-  solutions gives the answer its score. An answer without a step is worth 0, and so is a step that
-  a row of the judge has no room for.
+  solutions gives the answer its score. A step that a row of the judge has no room for is worth 0,
+  and so is an answer without a step: this is one behind its end, at the token that ends it, or
+  saying nothing would be worth more than steps below the mean.
 
   Args:
     judge: a run of objective.kind='process_reward'.
@@ -440,9 +454,11 @@ def judged_by(
   scores = step_scores.score(judge, solutions, tell_unread=tell_unread)
   whole = judge.cfg.objective.process_reward.outcome
   new = []
-  for one, own, score in zip(found, ends, scores, strict=True):
+  for one, text, own, score in zip(found, texts, ends, scores, strict=True):
     value = verification.aggregate(score.tolist(), 'min')
     steps = None if whole else [(end, float(s)) for end, s in zip(own, score, strict=True)]
+    if steps == []:
+      steps = [(len(text) + 1, value)]
     new.append(one._replace(value=value, step_rewards=steps))
   return new
 

@@ -6,7 +6,6 @@ with the last token that lies before the next step whole: one that holds the end
 first word of the next would tell the completer how to go on.
 """
 
-import bisect
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -16,7 +15,7 @@ from moe_jax.data import chat_formats
 from moe_jax.data.tasks import arithmetic
 from moe_jax.inference import generate
 from moe_jax.post_training import answers as answers_lib
-from moe_jax.post_training import rollouts, step_labels
+from moe_jax.post_training import rollouts, step_labels, token_ends
 from moe_jax.rewards import registry
 from moe_jax.runs import trained_run
 
@@ -203,11 +202,12 @@ class Writer:
     def decoded(size: int) -> str:
       return self._texts(one.prompt, one.tokens[:size])[0]
 
-    whole = decoded(len(one.tokens))[:most]
-    sizes = range(len(one.tokens) + 1)
-    size = bisect.bisect_right(sizes, most, key=lambda n: len(decoded(n))) - 1
-    # The first bytes of a character are decoded to another one.
-    while not whole.startswith(decoded(size)):
+    size = len(one.tokens)
+    whole = decoded(size)
+    if len(whole) > most:
+      size = token_ends.reaching(decoded, size, whole[: most + 1]) - 1
+    # The first bytes of the next character are decoded to another one.
+    while not whole[:most].startswith(decoded(size)):
       size -= 1
     return size
 

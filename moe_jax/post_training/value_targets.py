@@ -29,6 +29,27 @@ def goes_on(policy: schema.PolicyConfig, answer: rollouts.Answer) -> bool:
   return not answer.ended and policy.truncated == 'bootstrap'
 
 
+def of_what_came(
+  policy: schema.PolicyConfig, answer: rollouts.Answer, text: str, found: reward.Reward
+) -> reward.Reward:
+  """A reward without the steps that an answer that goes on has not completed.
+
+  These are the line that is cut off, and behind the text the answer that is missing: both may still
+  come, and the value of the last state stands for them. Of other answers the reward as it is.
+
+  Args:
+    policy: whether answers go on.
+    answer: that the reward is of.
+    text: what it says.
+    found: its reward, whose steps are lines.
+  """
+  if found.step_rewards is None or not goes_on(policy, answer):
+    return found
+  # A line is complete once another one has begun, if with nothing yet.
+  came = [one for one in found.step_rewards if len(f'{text[one[0] :]}.'.splitlines()) > 1]
+  return found._replace(step_rewards=came)
+
+
 def rewards(
   policy: schema.PolicyConfig,
   answers: Sequence[rollouts.Answer],
@@ -40,7 +61,7 @@ def rewards(
   Args:
     policy: how the run is supervised.
     answers: of an iteration; those that do not count get 0.
-    found: what they are worth.
+    found: what they are worth, see `of_what_came`.
     ends: number of an answer -> index of the last token of each of its steps.
   """
   made = [np.zeros(len(one.tokens)) for one in answers]

@@ -78,6 +78,11 @@ def answer_in(text: str, solution: str) -> str | None:
   return str(value) if value is not None else given.strip() or None
 
 
+def is_right(text: str, solution: str) -> bool:
+  """Whether a text gives the answer of a solution, see `answer_in`."""
+  return answer_in(text, solution) == answer_in(solution, solution)
+
+
 def stated(text: str, form: str) -> str | None:
   r"""The last answer of a text in one of FORMS, as text; None if it has none of that form.
 

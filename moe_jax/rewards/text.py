@@ -15,7 +15,7 @@ def answer(
   """1 for the example's answer, exactly, else 0; see `numbers.answer_in` for what a text gives."""
   solution = str(example['answer'])
   given = numbers.answer_in(text, solution)
-  return _judged(given == numbers.answer_in(solution, solution), given is not None)
+  return _judged(numbers.is_right(text, solution), given is not None)
 
 
 def _judged(right: bool, given: bool) -> reward.Reward:

@@ -12,6 +12,7 @@ from moe_jax import atomic_files
 from moe_jax.balance import routing_figures
 from moe_jax.config import schema
 from moe_jax.data import corpus as corpus_lib
+from moe_jax.data import pipeline
 from moe_jax.inference import generate
 from moe_jax.inference import sampling as sampling_lib
 from moe_jax.processes import agreement
@@ -108,7 +109,8 @@ def _write(
   figures: evaluate.Evaluation,
   say: trained_run.Say,
 ):
-  baselines = compressed_bits_per_byte(corpus.heldout_bytes())
+  text = pipeline.heldout_bytes(corpus, run.cfg.model.max_seq_len)
+  baselines = compressed_bits_per_byte(text)
   record = {**figures.as_dict(run.step), 'compressors_bits_per_byte': baselines}
   atomic_files.write_text(workdir / 'evaluation.json', json.dumps(record, indent=2) + '\n')
   if figures.routing is not None:
@@ -120,7 +122,7 @@ def _write(
     written = draw(run.cfg, workdir, run.step, figures)
   others = ', '.join(f'{name} {value:.3f}' for name, value in baselines.items())
   say(f'held-out: {figures}')
-  say(f'held-out: bits per byte of the same {corpus.heldout.num_bytes:,} bytes: {others}')
+  say(f'held-out: bits per byte of the same {len(text):,} bytes: {others}')
   train = run.cfg.train
   if train.sample_prompt and train.sample_tokens:
     say(_sample(run, workdir))

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import jax
 
 from moe_jax import trees
-from moe_jax.config import parse, schema
+from moe_jax.config import schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import kept_files
 from moe_jax.runs import router_tables, trained_run, warm_start
@@ -18,7 +18,7 @@ from moe_jax.training import train_state, trainable
 class Weights(Protocol):
   """What stands at `config.init_from`, opened to be started from."""
 
-  meta: trees.Json  # 'config' and 'tokenizer', as `trained_run.meta` has them
+  meta: trees.Json  # 'config' and 'tokenizer' as in `trained_run.meta`, to be checked before `read`
 
   def read(
     self, cfg: schema.Config, mesh: jax.sharding.Mesh, say: trained_run.Say
@@ -45,7 +45,7 @@ class _RunWeights:
     self, cfg: schema.Config, mesh: jax.sharding.Mesh, say: trained_run.Say
   ) -> dict[str, Any]:
     with trained_run.reader(self._workdir) as checkpointer:
-      return warm_start.read(cfg, parse.from_record(self.meta['config']), mesh, checkpointer, say)
+      return warm_start.read(cfg, mesh, checkpointer, say)
 
   def carry(self, workdir: pathlib.Path):
     kept_files.carry(self._workdir, workdir)

@@ -7,7 +7,6 @@ it is still that of the first of them when the guard finds out, some steps behin
 
 import collections
 import dataclasses
-import functools
 import itertools
 import pathlib
 from collections.abc import Callable, Generator, Sequence
@@ -16,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from moe_jax import errors, trees
+from moe_jax.config import batch_sizes
 from moe_jax.processes import agreement
 from moe_jax.runs import loop_actions, nonfinite_dump
-from moe_jax.training import loop, optim
+from moe_jax.training import loop
 
 
 class RecentBatches:
@@ -100,9 +100,9 @@ class NonfiniteGuard:
 
 def _rows(one: loop_actions.Member, step: int) -> tuple[int, int]:
   """The first and the last row of a step's batch, counted over the whole run."""
-  size_at = functools.partial(optim.batch_size_at, one.cfg.train)
-  begin = one.stream.first_row(size_at, step - 1)
-  return begin, begin + size_at(step - 1) - 1
+  sizes = batch_sizes.of(one.cfg.train)
+  begin = one.stream.first_row(sizes, step - 1)
+  return begin, begin + sizes.at(step - 1) - 1
 
 
 def _kept(directory: pathlib.Path, write: Callable[[], None]) -> str:

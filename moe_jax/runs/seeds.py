@@ -38,6 +38,8 @@ from moe_jax.runs import (
 )
 from moe_jax.training import batches, objective, optimizer_step, stop_signal, train_state
 
+_DONE = 'together.done'  # what `together` is called while it is deleted
+
 
 def configs(cfg: schema.Config, seeds: Sequence[int]) -> list[schema.Config]:
   """The run of every seed."""
@@ -148,29 +150,21 @@ def run_training(
   for one in cfgs:
     run_record.check_workdir(workdir / str(one.train.seed), one, allow_change=False)
   together = workdir / 'together'
-  with contextlib.ExitStack() as stack:
-    stack.enter_context(atomic_files.lock(together))
-    checkpointer = stack.enter_context(
-      checkpointer_lib.Checkpointer(together / 'checkpoints', cfg.checkpoint)
-    )
-    stop = stack.enter_context(stop_signal.StopSignal())
-    restored = checkpointer.restore(abstract_state(cfg, mesh, len(seeds)))
-    if restored is not None:
-      _check_continues(restored.meta, cfgs, corpora, together)
-      state = restored.state
-      say(f'resuming after step {restored.step} of {cfg.train.num_steps}')
-    else:
-      state = _trained(cfgs, corpora, workdir, mesh) or init_state(cfgs, mesh, corpora)
-    for one, corpus, seed in zip(cfgs, corpora, seeds):
-      fingerprint = corpus.fingerprint
-      run_record.write(workdir / str(seed), one, argv=argv, data_fingerprint=fingerprint)
-      corpus.tokenizer.save(workdir / str(seed) / 'tokenizer.json')
-    state, stopped_by = _fit(cfgs, workdir, corpora, mesh, state, checkpointer, stop, say, began)
-    step = int(state.step[0])
-  if not stopped_by:
-    for i, one in enumerate(cfgs):
-      save_one(one, workdir / str(one.train.seed), corpora[i], mesh, take(state, i))
-    shutil.rmtree(together)  # every state now lies in a workdir of its own
+  with contextlib.ExitStack() as locks:
+    # The seeds' own workdirs too, to which all is written but the states on the way.
+    for place in (together, *(workdir / str(seed) for seed in seeds)):
+      locks.enter_context(atomic_files.lock(place))
+    done = workdir / _DONE
+    if done.exists():
+      shutil.rmtree(done)  # of a start that was killed meanwhile
+    state, stopped_by = _train(cfgs, workdir, corpora, mesh, argv, say, began)
+    if not stopped_by:
+      for i, one in enumerate(cfgs):
+        save_one(one, workdir / str(one.train.seed), corpora[i], mesh, take(state, i))
+      # Every state now lies in a workdir of its own. A step half deleted would be a damaged one.
+      together.rename(done)
+      shutil.rmtree(done)
+  step = int(state.step[0])
   runs = [
     trained_run.Run(
       one, mesh, take(state, i).variables, corpus.tokenizer, step, corpus.fingerprint, stopped_by
@@ -178,6 +172,35 @@ def run_training(
     for i, (one, corpus) in enumerate(zip(cfgs, corpora))
   ]
   return runs, corpora
+
+
+def _train(
+  cfgs: Sequence[schema.Config],
+  workdir: pathlib.Path,
+  corpora: Sequence[corpus_lib.Corpus],
+  mesh: jax.sharding.Mesh,
+  argv: Sequence[str],
+  say: trained_run.Say,
+  began: float,
+) -> tuple[train_state.TrainState, str]:
+  """(the states, why training ended early): from the newest checkpoint on; see `fit.fit`."""
+  together = workdir / 'together'
+  with (
+    checkpointer_lib.Checkpointer(together / 'checkpoints', cfgs[0].checkpoint) as checkpointer,
+    stop_signal.StopSignal() as stop,
+  ):
+    restored = checkpointer.restore(abstract_state(cfgs[0], mesh, len(cfgs)))
+    if restored is not None:
+      _check_continues(restored.meta, cfgs, corpora, together)
+      state = restored.state
+      say(f'resuming after step {restored.step} of {cfgs[0].train.num_steps}')
+    else:
+      state = _trained(cfgs, corpora, workdir, mesh) or init_state(cfgs, mesh, corpora)
+    for one, corpus in zip(cfgs, corpora):
+      own = workdir / str(one.train.seed)
+      run_record.write(own, one, argv=argv, data_fingerprint=corpus.fingerprint)
+      corpus.tokenizer.save(own / 'tokenizer.json')
+    return _fit(cfgs, workdir, corpora, mesh, state, checkpointer, stop, say, began)
 
 
 def _check_continues(

@@ -6,7 +6,6 @@ tensorboard/, profile/, routing/<step>.npz, checkpoints/<step>/, plots/, evaluat
 
 import contextlib
 import dataclasses
-import functools
 import os
 import pathlib
 import time
@@ -16,7 +15,7 @@ import jax
 
 from moe_jax import atomic_files, errors, trees
 from moe_jax.checkpoints import checkpointer as checkpointer_lib
-from moe_jax.config import paths, schema
+from moe_jax.config import batch_sizes, paths, schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import kept_files, pipeline
 from moe_jax.devices import partitioning
@@ -38,7 +37,6 @@ from moe_jax.storage import parts as parts_lib
 from moe_jax.training import (
   batches,
   objective,
-  optim,
   optimizer_step,
   stop_signal,
   train_state,
@@ -240,8 +238,7 @@ def _stream_start(meta: trees.Json, step: int, cfg: schema.Config) -> pipeline.S
   sizes = dataclasses.replace(cfg.train, batch_size=old['batch_size'], batch_ramp=ramp)
   if (sizes.batch_size, sizes.batch_ramp) == (cfg.train.batch_size, cfg.train.batch_ramp):
     return start
-  size_at = functools.partial(optim.batch_size_at, sizes)
-  return pipeline.StreamStart(step, start.first_row(size_at, step))
+  return pipeline.StreamStart(step, start.first_row(batch_sizes.of(sizes), step))
 
 
 def _prefixed(what: str, changes: Sequence[str]) -> list[str]:

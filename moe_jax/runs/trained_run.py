@@ -66,6 +66,7 @@ def read_meta(
 ) -> dict[str, Any]:
   """The `meta` of the newest checkpoint, or of that of `step`; restores no arrays.
 
+  Whether the arrays are whole is not known: `load` may go back to an older one, with another meta.
   `flag` is what the user calls the directory.
 
   Raises:
@@ -90,7 +91,7 @@ def read_meta(
 def read_config(
   workdir: str | os.PathLike[str], step: int | None = None, flag: str = '--workdir'
 ) -> schema.Config:
-  """The config of a checkpoint, see `read_meta`."""
+  """The config of a checkpoint, see `read_meta`; what is computed takes that of what was loaded."""
   return parse.from_record(read_meta(workdir, step, flag)['config'])
 
 
@@ -107,14 +108,15 @@ def load(workdir: str | os.PathLike[str], step: int | None = None, flag: str = '
       tokenizer is not the one trained with.
   """
   workdir = fetch.local(workdir, flag)
-  cfg, mesh = on_devices_here(read_config(workdir, step, flag))
+  read_meta(workdir, step, flag)
   with reader(workdir) as checkpointer:
     # The optimizer's moments, twice the size of the weights, are left on the disk.
-    abstract = _abstract_variables(cfg, mesh)
     restored = errors.present(
-      checkpointer.restore(abstract, step, partial=True),
+      checkpointer.restore(abstract_variables, step, partial=True),
       f'{flag}={workdir} holds no finished checkpoint; give a workdir that has one',
     )
+  # Of the step that was whole: a newer one that is damaged may have had another.
+  cfg, mesh = on_devices_here(parse.from_record(restored.meta['config']))
   where = f'{flag}={workdir}: the checkpoint of step {restored.step}'
   integrity.require_finite(restored.state, where)
   if not (workdir / 'tokenizer.json').is_file():
@@ -146,8 +148,9 @@ def load(workdir: str | os.PathLike[str], step: int | None = None, flag: str = '
   )
 
 
-def _abstract_variables(cfg: schema.Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-  """Shape, dtype and sharding of what is read of a checkpoint."""
+def abstract_variables(meta: trees.Json) -> dict[str, Any]:
+  """Shape, dtype and sharding of what is read of the checkpoint with this `meta`."""
+  cfg, mesh = on_devices_here(parse.from_record(meta['config']))
 
   def with_pairs(params: trees.Params) -> trees.Params:
     return lora.started(cfg, params, jax.random.key(0))

@@ -15,14 +15,14 @@ import jax.numpy as jnp
 from moe_jax import atomic_files, errors, trees
 from moe_jax.balance import expert_similarity
 from moe_jax.checkpoints import checkpointer as checkpointer_lib
-from moe_jax.config import moe_config, parse, router_traits, schema
+from moe_jax.config import batch_sizes, moe_config, router_traits, schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import kept_files, pipeline
 from moe_jax.devices import partitioning
 from moe_jax.models import transformer
 from moe_jax.runs import checks, first_state, run_record, trained_run, upcycle
 from moe_jax.storage import fetch, upload
-from moe_jax.training import cross_entropy, objective, optim, train_state
+from moe_jax.training import cross_entropy, objective, train_state
 
 Array = jax.Array
 
@@ -77,19 +77,20 @@ def _create(
 ):
   """`create` in a folder on this disk."""
   _check_no_checkpoints(workdir)
-  meta = trained_run.read_meta(source, step, '--from')
-  layout = upcycle.plan(parse.from_record(meta['config']).model, cfg.model)
+  # Loaded before it is compared: an older step may be taken, with another config than the newest.
+  loaded = trained_run.load(source, step, '--from')
+  layout = upcycle.plan(loaded.cfg.model, cfg.model)
   if not cfg.model.tie_embeddings:
     kept_files.require_untied(source, '--from')
   mesh, corpus = checks.prepare(cfg)
   errors.require(
-    trained_run.digest(corpus.tokenizer) == meta['tokenizer'],
+    trained_run.digest(corpus.tokenizer) == trained_run.digest(loaded.tokenizer),
     f'config.data.tokenizer={cfg.data.tokenizer!r} is not the tokenizer of the dense run, whose '
     f'embedding is copied; pass --config.data.tokenizer={os.path.join(source, "tokenizer.json")}',
   )
   # A record without a checkpoint is of a run that never was; it is kept beside the new one.
   run_record.check_workdir(workdir, cfg, allow_change=True)
-  dense = _on_mesh(trained_run.load(source, step, '--from'), mesh)
+  dense = _on_mesh(loaded, mesh)
   state = _state(dense, cfg, mesh, corpus, noise)
   summary = _summary(dense, cfg, state, layout, noise, _difference(dense, cfg, mesh, corpus, state))
   first = jax.process_index() == 0
@@ -198,7 +199,7 @@ def _difference(
     corpus,
     seed=cfg.train.seed,
     max_seq_len=cfg.model.max_seq_len,
-    batch_size_at=lambda step: optim.batch_size_at(cfg.train, step),
+    batch_sizes=batch_sizes.of(cfg.train),
     num_steps=1,
   )
   rows = _fewest_rows(cfg.model, partitioning.row_ways(mesh))

@@ -54,16 +54,14 @@ def changed_settings(cfg: schema.Config, source: schema.Config) -> list[str]:
 
 def read(
   cfg: schema.Config,
-  source: schema.Config,
   mesh: jax.sharding.Mesh,
   checkpointer: checkpointer_lib.Checkpointer,
   say: Callable[[str], None],
 ) -> dict[str, Any]:
-  """The newest weights of the source, in the new run's dtypes, and what routing remembers there.
+  """The newest whole weights of the source in the new run's dtypes, and what routing remembers.
 
   Args:
     cfg: the new run, see `check`.
-    source: config of those weights.
     mesh: where to put them.
     checkpointer: a reader of the source's checkpoints.
     say: prints one line.
@@ -72,18 +70,25 @@ def read(
     `params`, and those leaves of `router_state` that the new run has too.
 
   Raises:
-    errors.InputError: no checkpoint there is whole.
+    errors.InputError: no checkpoint there is whole, or the newest that is does not fit.
   """
-  fresh, theirs = (train_state.abstract_state(c, mesh) for c in (cfg, source))
-  shared = common(theirs.router_state, fresh.router_state)
-  wanted = {'params': theirs.params} | ({'router_state': shared} if shared else {})
+  fresh = train_state.abstract_state(cfg, mesh)
+
+  def wanted(meta: trees.Json) -> dict[str, Any]:
+    source = parse.from_record(meta['config'])
+    check(cfg, source)
+    theirs = train_state.abstract_state(source, mesh)
+    shared = common(theirs.router_state, fresh.router_state)
+    return {'params': theirs.params} | ({'router_state': shared} if shared else {})
+
   restored = checkpointer.restore(wanted, partial=True)
   if restored is None:
     raise errors.InputError(
       f'config.init_from={cfg.init_from} holds no finished checkpoint; give a workdir that has one'
     )
   say(f'starting from the weights of {cfg.init_from}, step {restored.step}')
-  return adapted(cfg, source, restored.state, fresh, say)
+  # A damaged newer step may have had another config.
+  return adapted(cfg, parse.from_record(restored.meta['config']), restored.state, fresh, say)
 
 
 def adapted(

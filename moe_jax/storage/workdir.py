@@ -6,6 +6,10 @@ first, then each checkpoint step, `_CHECKPOINT_METADATA` last, after a compariso
 deleted here is deleted there, of a step that object first. So whoever reads the bucket, or starts
 there with an empty disk, finds steps that are whole, and a config and metrics at least as new.
 
+Only what this run has written or brought is ever deleted: not what others have put there meanwhile,
+no names that a run does not upload (`is_uploaded`), and nothing in a folder below that is a run of
+its own.
+
 A lease (`lease.py`) keeps other writers out. Each start that uploads writes a new token to the
 object `.session`. A later start on this machine keeps its folder, and with it what could not be
 uploaded, only if that token is still the one it knows; otherwise the bucket is right and the folder
@@ -92,11 +96,34 @@ def copied(url: urls.Url, flag: str, process: int) -> Iterator[pathlib.Path]:
     place = home / 'files' / url.key
     place.mkdir(parents=True)
     try:
-      found = fetch.finished(client.find(url.key), where)
+      own, _ = _own(client.find(url.key), url)
+      found = fetch.finished(own, where)
       fetch.download(client, found, home / 'files', home / 'versions', where)
       yield place
     finally:
       shutil.rmtree(home)
+
+
+def _own(
+  found: Mapping[str, bucket_lib.Object], url: urls.Url
+) -> tuple[dict[str, bucket_lib.Object], tuple[str, ...]]:
+  """(the objects of the run at `url`, beginnings of the names in folders of other runs below it).
+
+  The others are told by a lease or a session of their own. What guards this run is left out.
+  """
+  begin = len(url.below('x').key) - 1
+  lease_part, session_end = f'/{fetch.LEASE}/', f'/{fetch.SESSION}'
+  others = set()
+  for name in (key[begin:] for key in found):
+    if lease_part in name:
+      others.add(name[: name.index(lease_part) + 1])
+    elif name.endswith(session_end):
+      others.add(name.removesuffix(fetch.SESSION))
+  # Nobody's run takes the checkpoints of this one away from it.
+  others = {name for name in others if not name.startswith(('checkpoints/', f'{fetch.PARTS}/'))}
+  left_out = (fetch.SESSION, f'{fetch.LEASE}/', f'{fetch.PARTS}/', *others)
+  own = {key: one for key, one in found.items() if not key[begin:].startswith(left_out)}
+  return own, tuple(sorted(others))
 
 
 def _home(url: urls.Url, ending: str = '') -> pathlib.Path:
@@ -129,26 +156,30 @@ class Mirror:
     self._session = url.below(fetch.SESSION).key
     self._claimed = False
     self._sent: dict[str, Stat] = {}  # as they were when they were uploaded
-    self._there: set[str] = set()  # names in the bucket
+    self._there: set[str] = set()  # names in the bucket that this run has brought or written
+    self._others: tuple[str, ...] = ()  # how names in folders of other runs begin
     self._ended = threading.Event()
     self._thread = threading.Thread(target=self._run, name='upload', daemon=True)
 
   def bring(self):
     """Makes the folder here what a run goes on from: the bucket's, or its own if that is newer."""
     token = (self._client.read(self._session) or b'').decode()
-    found = self._client.find(self._url.key)
-    folders = (self._url.below(f'{name}/').key for name in (fetch.LEASE, fetch.PARTS))
-    guards = (self._session, *folders)
-    found = {key: one for key, one in found.items() if not key.startswith(guards)}
+    found, self._others = _own(self._client.find(self._url.key), self._url)
     finished = fetch.finished(found, self._where)
     begin = len(self._url.below('x').key) - 1
-    self._there = {key[begin:] for key in found}
-    kept = self.place.exists() and token in self._known()
+    # What is left of a step that was cut off is cleared away, in the run's own folder only.
+    unfinished = self._url.below('checkpoints/').key
+    brought = {key[begin:] for key in found if key in finished or key.startswith(unfinished)}
+    self._there = set(filter(is_uploaded, brought))
+    kept = self.place.exists() and token in self._read('session.json')
     if not kept:
       for folder in (self._files, self._home / 'versions'):
         shutil.rmtree(folder, ignore_errors=True)
       self.place.mkdir(parents=True)
       fetch.download(self._client, finished, self._files, self._home / 'versions', self._where)
+      self._write('names.json', sorted(self._there))
+    else:  # what others have put there since is not here, and stays
+      self._there &= scan(self.place).keys() | set(self._read('names.json'))
     self._remember([token, self.token])
     # Of a folder that was kept, steps do not change, and what else there is goes up again.
     self._sent = {
@@ -159,15 +190,22 @@ class Mirror:
       and one.size == stat[0]
     }
 
-  def _known(self) -> list[str]:
-    """The tokens in the bucket with which the folder here is at least as new."""
+  def _read(self, name: str) -> list[str]:
+    """A list that an earlier process has left beside the folder here.
+
+    `session.json` are the tokens in the bucket with which the folder is at least as new, and
+    `names.json` what the run had in the bucket.
+    """
     try:
-      return json.loads((self._home / 'session.json').read_text(encoding='utf-8'))
+      return json.loads((self._home / name).read_text(encoding='utf-8'))
     except (OSError, ValueError):
       return []
 
+  def _write(self, name: str, values: list[str]):
+    atomic_files.write_text(self._home / name, json.dumps(values))
+
   def _remember(self, tokens: list[str]):
-    atomic_files.write_text(self._home / 'session.json', json.dumps(tokens))
+    self._write('session.json', tokens)
 
   def start(self, say: Callable[[str], None]):
     """Uploads in a thread from now on."""
@@ -226,7 +264,9 @@ class Mirror:
     Raises:
       errors.InputError: the bucket fails, or is another's.
     """
-    files = scan(self.place)
+    files = {
+      name: stat for name, stat in scan(self.place).items() if not name.startswith(self._others)
+    }
     due = [name for name, stat in files.items() if self._sent.get(name) != stat]
     gone = sorted(
       self._there - files.keys(), key=lambda name: (not name.endswith(fetch.LAST), name)
@@ -238,6 +278,7 @@ class Mirror:
       self._client.write(self._session, self.token.encode())
       self._remember([self.token])
       self._claimed = True
+    self._write('names.json', sorted(self._there | files.keys()))
     groups: dict[str, list[str]] = {}
     for name in due:
       groups.setdefault(fetch.step_of(name)[0], []).append(name)
@@ -297,15 +338,21 @@ def scan(place: pathlib.Path) -> dict[str, Stat]:
   found = {}
   for path in sorted(_files(place)):
     name = path.relative_to(place).as_posix()
-    step, number = fetch.step_of(name)
-    hidden = not step and any(part.startswith('.') for part in name.split('/'))
-    if hidden or (step and not fetch.is_step_name(number)):
+    if not is_uploaded(name):
       continue
     with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
       if path.is_file():
         stat = path.stat()
         found[name] = (stat.st_size, stat.st_mtime_ns)
   return found
+
+
+def is_uploaded(name: str) -> bool:
+  """Whether a file of this name, below the folder of a run, is one that goes to the bucket."""
+  step, number = fetch.step_of(name)
+  if step:
+    return fetch.is_step_name(number)
+  return not any(part.startswith('.') for part in name.split('/'))
 
 
 def _files(place: pathlib.Path) -> Iterator[pathlib.Path]:

@@ -5,11 +5,10 @@ from collections.abc import Generator
 import jax
 
 from moe_jax import trees
-from moe_jax.config import schema
+from moe_jax.config import batch_sizes, schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import pipeline
 from moe_jax.devices import partitioning
-from moe_jax.training import optim
 
 
 def of_run(
@@ -33,7 +32,7 @@ def of_run(
     corpus,
     seed=cfg.train.seed,
     max_seq_len=cfg.model.max_seq_len,
-    batch_size_at=lambda step: optim.batch_size_at(cfg.train, step),
+    batch_sizes=batch_sizes.of(cfg.train),
     start_step=start,
     num_steps=cfg.train.num_steps,
     stream=stream,

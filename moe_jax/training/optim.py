@@ -1,15 +1,15 @@
 """Learning-rate schedules, the batch-size ramp and the AdamW chain."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from moe_jax import trees
-from moe_jax.config import schema
-from moe_jax.training import loss_spikes, skipped_steps
+from moe_jax.config import batch_sizes, schema
+from moe_jax.training import loss_spikes, skipped_steps, value_head
 
 
 def learning_rate(cfg: schema.OptimConfig, num_steps: int) -> optax.Schedule:
@@ -62,18 +62,13 @@ def _stages(cfg: schema.OptimConfig, num_steps: int) -> optax.Schedule:
 
 def batch_size_at(cfg: schema.TrainConfig, step: int) -> int:
   """Sequences in the global batch of `step`: the ramp entry still in force, or `batch_size`."""
-  return next((size for until, size in cfg.batch_ramp if step < until), cfg.batch_size)
+  return batch_sizes.of(cfg).at(step)
 
 
 def tokens_at(cfg: schema.TrainConfig, max_seq_len: int, steps: Sequence[int]) -> list[int]:
   """Tokens that a run was trained on after each of `steps`, every row counted as full."""
-  ends = [until for until, _ in cfg.batch_ramp]
-
-  def rows(step: int) -> int:
-    edges = [0, *(end for end in ends if end < step), step]
-    return sum((b - a) * batch_size_at(cfg, a) for a, b in zip(edges, edges[1:]))
-
-  return [rows(step) * max_seq_len for step in steps]
+  sizes = batch_sizes.of(cfg)
+  return [sizes.before(step) * max_seq_len for step in steps]
 
 
 def mtp_weight(cfg: schema.TrainConfig, step: jax.Array) -> jax.Array:
@@ -97,15 +92,29 @@ def decay_mask(params: trees.Tree) -> trees.Tree:
   return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
-def optimizer(cfg: schema.OptimConfig, num_steps: int) -> optax.GradientTransformationExtraArgs:
+class Rested(NamedTuple):
+  """Updates that the value head has seen alone; beside Adam's state where a policy may rest."""
+
+  count: jax.Array  # [] int32
+
+
+def optimizer(
+  cfg: schema.OptimConfig, num_steps: int, *, rests: bool = False
+) -> optax.GradientTransformationExtraArgs:
   """Global-norm clipping, then AdamW with decoupled decay scaled by the learning rate.
 
   `update(..., applied=flag)` leaves the moments alone where the [] bool `flag` is False; what the
-  learning-rate schedule counts goes on.
+  learning-rate schedule counts goes on. With `rests`, `update(..., resting=flag)` says whether all
+  gradients but those of the value head are 0 because the policy rests.
+
+  Args:
+    cfg: rate, decays and clipping.
+    num_steps: of the run.
+    rests: whether the policy rests in some steps, see `value_head.may_rest`.
   """
   clip = [optax.clip_by_global_norm(cfg.clip_norm)] if cfg.clip_norm else []
   adamw = optax.chain(
-    _adam(cfg),
+    _adam_that_rests(cfg) if rests else _adam(cfg),
     optax.add_decayed_weights(cfg.weight_decay, decay_mask),
     optax.scale_by_learning_rate(learning_rate(cfg, num_steps)),
   )
@@ -127,13 +136,42 @@ def _adam(cfg: schema.OptimConfig) -> optax.GradientTransformationExtraArgs:
     applied, new = extra.get('applied'), adam.update(updates, state, params)
     if applied is None:
       return new
-    count = state.count + 1
     kept = skipped_steps.select(applied, new[1], state)
-    mu = optax.tree.bias_correction(kept.mu, cfg.beta1, count)
-    nu = optax.tree.bias_correction(kept.nu, cfg.beta2, count)
-    return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + cfg.eps), mu, nu), kept
+    return _direction(cfg, kept.mu, kept.nu, state.count + 1), kept
 
   return optax.GradientTransformationExtraArgs(adam.init, update)
+
+
+def _direction(cfg: schema.OptimConfig, mu: trees.Tree, nu: trees.Tree, count: jax.Array) -> Any:
+  """Adam's update from moments that have seen `count` gradients."""
+  mu = optax.tree.bias_correction(mu, cfg.beta1, count)
+  nu = optax.tree.bias_correction(nu, cfg.beta2, count)
+  return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + cfg.eps), mu, nu)
+
+
+def _adam_that_rests(cfg: schema.OptimConfig) -> optax.GradientTransformationExtraArgs:
+  """`_adam` whose moments, but those of the value head, have seen no gradient while they rested.
+
+  They are 0 until then; divided as if they had seen every step, the first updates would be of
+  another size than the learning rate.
+  """
+  adam = _adam(cfg)
+
+  def init(params: trees.Tree) -> Any:
+    return adam.init(params), Rested(jnp.zeros((), jnp.int32))
+
+  def update(
+    updates: trees.Tree, state: Any, params: trees.Tree = None, **extra: Any
+  ) -> tuple[Any, Any]:
+    (before, rested), applied = state, extra['applied']
+    both: Any = adam.update(updates, before, params, applied=applied)
+    found, kept = both
+    mu, nu = value_head.without(kept.mu), value_head.without(kept.nu)
+    own = _direction(cfg, mu, nu, before.count + 1 - rested.count)
+    total = rested.count + (applied & extra['resting'])
+    return {**own, value_head.KEY: found[value_head.KEY]}, (kept, Rested(total))
+
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _kept_in(

@@ -110,7 +110,8 @@ def step_function(
     as_moments: lays out trained weights and gradients as the optimizer's moments lie.
   """
   schedule = optim.learning_rate(cfg.optim, cfg.train.num_steps)
-  optimizer = optim.optimizer(cfg.optim, cfg.train.num_steps)
+  rests = value_head.may_rest(cfg)
+  optimizer = optim.optimizer(cfg.optim, cfg.train.num_steps, rests=rests)
 
   def train_step(
     state: train_state.TrainState, batch: Batch
@@ -133,7 +134,8 @@ def step_function(
         figures = loss.main, norm
         applied &= ~(most & loss_spikes.is_spike(state.opt_state, *figures, cfg.optim.spike_sigma))
       opt_state = skipped_steps.at_step(state.opt_state, state.step)
-      updates, opt_state = optimizer.update(grads, opt_state, trained, applied=applied)
+      flags = {'applied': applied} | ({} if resting is None else {'resting': resting})
+      updates, opt_state = optimizer.update(grads, opt_state, trained, **flags)
       new = optax.apply_updates(trained, value_head.scaled(cfg, updates))
       trained = skipped_steps.select(applied, value_head.alone(resting, new, trained), trained)
       in_row = jnp.where(applied, 0, before.in_row + 1)

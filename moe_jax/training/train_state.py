@@ -58,7 +58,9 @@ def has_reference(cfg: schema.Config) -> bool:
 
 def _opt_state(cfg: schema.Config, params: trees.Params) -> trees.Tree:
   """The optimizer's state at step 0, of the trained weights only."""
-  return optim.optimizer(cfg.optim, cfg.train.num_steps).init(trainable.select(cfg, params))
+  rests = value_head.may_rest(cfg)
+  optimizer = optim.optimizer(cfg.optim, cfg.train.num_steps, rests=rests)
+  return optimizer.init(trainable.select(cfg, params))
 
 
 def abstract_state(cfg: schema.Config, mesh: partitioning.Mesh) -> TrainState:

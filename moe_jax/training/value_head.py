@@ -57,10 +57,15 @@ def values(head: trees.Params, normed: Array) -> Array:
   return (found + head['bias'])[..., 0]
 
 
+def may_rest(cfg: schema.Config) -> bool:
+  """Whether the policy rests in some steps of a run."""
+  return is_used(cfg) and cfg.objective.policy.ppo.value_warmup > 0
+
+
 def rests(cfg: schema.Config, step: Array) -> Array | None:
   """[] bool, whether the policy rests at `step` while the head learns; None if it never does."""
   policy = cfg.objective.policy
-  if not is_used(cfg) or not policy.ppo.value_warmup:
+  if not may_rest(cfg):
     return None
   return step < policy.ppo.value_warmup * policy.updates
 

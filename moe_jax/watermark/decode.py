@@ -8,7 +8,8 @@ How sure a message is: divisions of a message are random, so that under "this te
 it" its hits are a sum of independent draws, one for each group of places with the same tokens
 before, from what was counted there. The tail of that sum is exact for any text, repetitions and
 certain tokens included; where all places differ and half of all divisions are hit, it is the tail
-of a binomial. Times the number of messages it bounds the probability that some message has as many.
+of a binomial. Times the number of messages it bounds the probability that some message has as many:
+of a chunk 2^bits, where the first chunk of a message may have fewer bits than the others.
 
 Axis letters: W tokens before, Z divisions.
 """
@@ -133,25 +134,24 @@ def _look(
   return seeds, found
 
 
-def read(scheme: partition.Scheme, hits: Hits) -> Chunk:
+def read(scheme: partition.Scheme, hits: Hits, number: int) -> Chunk:
   """The most likely chunk of a message in a piece of text, and how sure that is.
 
   Args:
     scheme: of the key.
     hits: of the places of one chunk, or of more or fewer.
+    number: which chunk of the message it is, from 0 on: that says how many bits it has.
   """
+  bits = scheme.bits_of(number)
   seeds, where = np.unique(hits.seeds, return_inverse=True)
   sums = np.zeros((len(seeds), scheme.partitions), np.int32)
   np.add.at(sums, where, hits.found.astype(np.int32))
   fill = -len(seeds) % _GROUPS
   rows = (np.pad(seeds, (0, fill)), np.pad(sums, ((0, fill), (0, 0))))
   best, count, second = (
-    int(n)
-    for n in _best(
-      *rows, scheme=dataclasses.replace(scheme.divisions, chunk_bits=scheme.chunk_bits)
-    )
+    int(n) for n in _best(*rows, scheme=dataclasses.replace(scheme.divisions, chunk_bits=bits))
   )
-  p_value = min(1.0, tail(sums, count) * 2**scheme.chunk_bits)
+  p_value = min(1.0, tail(sums, count) * 2**bits)
   return Chunk(best, count, len(hits.seeds), second, p_value)
 
 
@@ -198,7 +198,7 @@ def read_all(scheme: partition.Scheme, hits: Hits) -> list[Chunk]:
     'the key that it was written with',
   )
   parts = (slice(n * size, (n + 1) * size) for n in range(count))
-  return [read(scheme, Hits(hits.seeds[part], hits.found[part])) for part in parts]
+  return [read(scheme, Hits(hits.seeds[p], hits.found[p]), n) for n, p in enumerate(parts)]
 
 
 def scan(

@@ -17,6 +17,7 @@ Axis letters: W tokens before, Z divisions.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
@@ -55,7 +56,12 @@ class Scheme:
       ('key', 0 <= self.key < 2**64, 'at least 0 and below 2^64'),
       ('chunk_bits', 1 <= self.chunk_bits <= _MAX_BITS, f'1 to {_MAX_BITS}'),
       ('message_bits', self.message_bits >= 1, 'at least 1'),
-      ('tokens_per_bit', self.chunk_bits * self.tokens_per_bit >= 1, 'at least a token per chunk'),
+      (
+        'tokens_per_bit',
+        1 <= self.chunk_bits * self.tokens_per_bit < math.inf,
+        f'finite and at least a token per chunk: 1/{self.chunk_bits} with chunk_bits='
+        f'{self.chunk_bits}',
+      ),
       ('partitions', 2 <= self.partitions <= 2**16, '2 to 65536'),
       ('window', self.window >= 1, 'at least 1'),
       ('prefix', 1 <= self.prefix <= self.window, f'1 to window={self.window}'),
@@ -83,6 +89,11 @@ class Scheme:
   def num_chunks(self) -> int:
     """Chunks of a message."""
     return -(-self.message_bits // self.chunk_bits)
+
+  def bits_of(self, number: int) -> int:
+    """Bits of the chunk of that number: the first has what the others leave over."""
+    first = self.message_bits - (self.num_chunks - 1) * self.chunk_bits
+    return self.chunk_bits if number else first
 
   @property
   def num_tokens(self) -> int:

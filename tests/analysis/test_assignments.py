@@ -1,7 +1,6 @@
 """Recording a model's choices, replaying them in training, and what they would cost on devices."""
 
 import dataclasses
-import functools
 import json
 import pathlib
 
@@ -13,11 +12,11 @@ from configs import routing, smoke
 from moe_jax import errors
 from moe_jax.analysis import assignments
 from moe_jax.balance import routing_figures
-from moe_jax.config import parse, schema
+from moe_jax.config import batch_sizes, parse, schema
 from moe_jax.data import pipeline
 from moe_jax.devices import partitioning
 from moe_jax.runs import checks, metric_log, train_run, trained_run
-from moe_jax.training import cross_entropy, optim, train_state
+from moe_jax.training import cross_entropy, train_state
 
 MAKE_MESH = partitioning.make_mesh
 SIZES = {
@@ -82,7 +81,7 @@ def first_batch(fresh):
     corpus,
     seed=loaded.cfg.train.seed,
     max_seq_len=loaded.cfg.model.max_seq_len,
-    batch_size_at=functools.partial(optim.batch_size_at, loaded.cfg.train),
+    batch_sizes=batch_sizes.of(loaded.cfg.train),
     num_steps=1,
   )
   batch = batches[0]

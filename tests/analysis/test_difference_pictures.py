@@ -10,7 +10,7 @@ from moe_jax.runs import plots
 def panel(mean, title='a − b', verdict=paired.UNDECIDED):
   at = np.geomspace(1e4, 3e6, len(mean))
   values = np.asarray(mean) + np.asarray([[-0.01], [0.0], [0.01]])
-  return difference_pictures.Panel(title, difference_curves.Curve(at, values), verdict)
+  return difference_pictures.Panel(title, difference_curves.Curve(at, values, at[-1]), verdict)
 
 
 def drawn(monkeypatch, panels, **options):

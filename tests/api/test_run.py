@@ -74,6 +74,13 @@ def test_vectors_of_texts_are_means_over_their_own_tokens(run):
     run.embed(['x' * 10_000])
 
 
+def test_the_vector_of_one_text_is_a_batch_of_one(run):
+  np.testing.assert_array_equal(run.embed(TEXT), run.embed([TEXT]))
+  assert run.embed(TEXT).shape == (1, run.config.model.embed_dim)
+  with pytest.raises(errors.InputError, match=r'texts\[1\]=\[1, 2\] must be a text'):
+    run.embed(['a', [1, 2]])
+
+
 def test_what_was_trained_is_what_is_loaded(trained, run):
   assert (run.step, run.interrupted_by) == (2, '') and run.config.model == trained.config.model
   jax.tree.map(np.testing.assert_array_equal, dict(run.variables), dict(trained.variables))
@@ -104,10 +111,12 @@ def test_logits_of_texts_and_ids(run):
     ([], 'must be integers'),
     ([0.5], 'must be integers'),
     ([[1, 2], [3]], 'all be of one length'),
-    ([-1], 'not in the vocabulary'),
-    ([288], 'not in the vocabulary'),
+    ([-1], '^ids: -1 is no token id; ids are whole numbers from 0 to 287'),
+    ([[1, 2], [3, 288]], '^ids: 288 is no token id'),
     ('x' * 200, 'has 201 tokens, but must have 1 to model.max_seq_len=128'),
     ('\ud800', 'must be UTF-8'),
+    (['a', [1, 2]], r'text\[1\]=\[1, 2\] must be a text as the others are'),
+    ([[1, 2], 'a'], r'text\[0\]=\[1, 2\] must be a text as the others are'),
   ],
 )
 def test_what_cannot_be_read_is_refused(run, text, message):

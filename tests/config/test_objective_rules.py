@@ -1,6 +1,7 @@
 import pytest
 
 from moe_jax import errors
+from moe_jax.config import schema
 from tests import tiny
 from tests.training.test_policy_loss import RUN
 
@@ -30,6 +31,17 @@ from tests.training.test_policy_loss import RUN
     ({'policy__algorithm': 'ppo', 'policy__ratio': 'sequence'}, "ratio='sequence' is not read"),
     ({'policy__algorithm': 'ppo', 'policy__max_draws': 2}, 'max_draws=2 is not read'),
     ({'policy__algorithm': 'ppo', 'policy__group_size': 0}, 'group_size=0'),
+    ({'policy__algorithm': 'rft', 'policy__std': 'none'}, "std='none' is not read"),
+    ({'policy__algorithm': 'rft', 'policy__ratio': 'sequence'}, "ratio='sequence' is not read"),
+    ({'policy__algorithm': 'rft', 'policy__clip_low': 0.1}, 'clip_low=0.1 is not read'),
+    ({'policy__algorithm': 'rft', 'policy__clip_high': 0.28}, 'clip_high=0.28 is not read'),
+    ({'policy__algorithm': 'rft', 'policy__dual_clip': 3.0}, 'dual_clip=3.0 is not read'),
+    ({'policy__algorithm': 'rft', 'policy__reward_model': 'prm'}, "reward_model='prm' is not read"),
+    ({'policy__reference_every': 2, 'policy__kl_weight': 0.0}, 'reference_every=2 is not read'),
+    (
+      {'process_reward__target': 'soft', 'process_reward__outcome': True},
+      "target='soft' is not read with outcome=True",
+    ),
   ],
 )
 def test_values_are_refused_whatever_the_objective(changes, words):
@@ -39,6 +51,7 @@ def test_values_are_refused_whatever_the_objective(changes, words):
       tiny.make(**changed)
 
 
+BUFFERS = {'model__moe__exchange__buffer_factor': 1.5}
 NO_REPLAY = {'objective__policy__replay': 'none'}
 DENSE_TRAINING = {
   'model__moe__router': 'ds_moe',
@@ -61,6 +74,8 @@ DENSE_TRAINING = {
     ({'model__moe__router': 'expert_choice'}, 'router'),
     ({'model__moe__options__input_jitter': 0.1}, 'input_jitter=0.1'),
     ({'model__moe__capacity__policy': 'score'}, "'score' with router='topk' leaves tokens out"),
+    (BUFFERS | {'mesh__expert': 2}, 'buffer_factor=1.5 with mesh.expert=2 does not compute what'),
+    (BUFFERS | {'mesh__expert': -1, 'mesh__data': 1}, 'buffer_factor=1.5 with mesh.expert=-1'),
     ({'model__moe__options__random_second_expert': True}, 'random_second_expert=True must be off'),
     (
       NO_REPLAY | {'model__moe__router': 'sinkhorn'},
@@ -77,6 +92,18 @@ def test_a_run_of_rewards_refuses_what_it_cannot_do(changes, words):
   tiny.make(**RUN)
   with pytest.raises(errors.InputError, match=words):
     tiny.make(**(RUN | changes))
+
+
+@pytest.mark.parametrize('kind', schema.OF_ANSWERS)
+def test_answers_are_computed_whole_on_an_expert_mesh(kind):
+  """Fine are buffers that hold everything, no expert axis, and small ones of another loss."""
+  changes = RUN | {'objective__kind': kind, 'objective__process_reward__labels': 'labels.jsonl'}
+  changes |= {'data__source': 'preferences' if kind == 'dpo' else 'arithmetic', 'data__path': ''}
+  tiny.make(**changes | {'mesh__expert': 2})
+  tiny.make(**changes | BUFFERS)
+  tiny.make(**BUFFERS | {'mesh__expert': 2})
+  with pytest.raises(errors.InputError, match=f"buffer_factor=1.5 .* objective.kind='{kind}'"):
+    tiny.make(**changes | BUFFERS | {'mesh__expert': 2})
 
 
 def test_replayed_choices_make_one_model_of_two():

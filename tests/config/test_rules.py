@@ -44,6 +44,12 @@ def test_minima(minimum, path):
   assert f'at least {minimum}' in str(error.value)
 
 
+@pytest.mark.parametrize('steps', [2**31, 5 * 10**9])
+def test_steps_are_counted_in_32_bits(steps):
+  parse.from_dict(changes.change('train.num_steps', 2**31 - 1))
+  changes.assert_refused({'train__num_steps': steps}, [f'num_steps={steps}', 'below 2^31'])
+
+
 @pytest.mark.parametrize(
   'path',
   [

@@ -18,7 +18,7 @@ from flax import traverse_util
 
 from configs import loss_free, routing, smoke
 from moe_jax.balance import balance_losses
-from moe_jax.config import parse, schema
+from moe_jax.config import batch_sizes, parse, schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import pipeline
 from moe_jax.devices import partitioning
@@ -329,7 +329,7 @@ def test_routing_presets_see_the_same_data(variant, tmp_path):
       corpus,
       seed=cfg.train.seed,
       max_seq_len=cfg.model.max_seq_len,
-      batch_size_at=lambda step: optim.batch_size_at(cfg.train, step),
+      batch_sizes=batch_sizes.of(cfg.train),
       start_step=0,
       num_steps=cfg.train.num_steps,
     )

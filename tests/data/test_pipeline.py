@@ -2,15 +2,19 @@ import itertools
 import subprocess
 import sys
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from moe_jax import errors
+from moe_jax.config import batch_sizes as batch_sizes_lib
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import packing, pipeline
 
 LENGTH = 8
+SIZES = batch_sizes_lib.BatchSizes
+RAMP = SIZES(12, ((3, 4), (7, 8)))
 
 
 @pytest.fixture
@@ -20,7 +24,7 @@ def corpus(make_split, make_corpus):
 
 
 def options(**overrides):
-  defaults = dict(seed=0, max_seq_len=LENGTH, batch_size_at=lambda n: 4, num_steps=30)
+  defaults = dict(seed=0, max_seq_len=LENGTH, batch_sizes=SIZES(4), num_steps=30)
   return defaults | overrides
 
 
@@ -28,22 +32,18 @@ def equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
   return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
 
 
-def ramp(step: int) -> int:
-  return 4 if step < 3 else 8 if step < 7 else 12
-
-
-@pytest.mark.parametrize('batch_size_at', [lambda n: 4, ramp])
+@pytest.mark.parametrize('batch_sizes', [SIZES(4), RAMP])
 @pytest.mark.parametrize('prefetch', [1, 8])
-def test_a_batch_is_a_pure_function_of_its_step(corpus, batch_size_at, prefetch):
-  batches = pipeline.TrainBatches(corpus, **options(batch_size_at=batch_size_at))
+def test_a_batch_is_a_pure_function_of_its_step(corpus, batch_sizes, prefetch):
+  batches = pipeline.TrainBatches(corpus, **options(batch_sizes=batch_sizes))
   for start in (0, 1, 5, 29, 30, 31):
     stream = pipeline.train_batches(
-      corpus, **options(batch_size_at=batch_size_at), start_step=start, prefetch=prefetch
+      corpus, **options(batch_sizes=batch_sizes), start_step=start, prefetch=prefetch
     )
     got = list(stream)
     assert len(got) == max(30 - start, 0)
     for step, batch in enumerate(got, start=start):
-      assert batch['tokens'].shape == (batch_size_at(step), LENGTH)
+      assert batch['tokens'].shape == (batch_sizes.at(step), LENGTH)
       assert all(array.dtype == np.int32 for array in batch.values())
       assert equal(batch, batches[step])
 
@@ -51,13 +51,13 @@ def test_a_batch_is_a_pure_function_of_its_step(corpus, batch_size_at, prefetch)
 @pytest.mark.parametrize('other', [2, 8])
 def test_another_batch_size_goes_on_behind_the_last_row(corpus, other):
   before = pipeline.TrainBatches(corpus, **options())
-  stream = pipeline.StreamStart(5, pipeline.START.first_row(lambda n: 4, 5))
-  after = pipeline.TrainBatches(corpus, **options(batch_size_at=lambda n: other), stream=stream)
+  stream = pipeline.StreamStart(5, pipeline.START.first_row(SIZES(4), 5))
+  after = pipeline.TrainBatches(corpus, **options(batch_sizes=SIZES(other)), stream=stream)
   rows = [before[n]['tokens'] for n in range(5)] + [after[n]['tokens'] for n in range(5, 8)]
-  unbroken = pipeline.TrainBatches(corpus, **options(batch_size_at=lambda n: 1, num_steps=99))
+  unbroken = pipeline.TrainBatches(corpus, **options(batch_sizes=SIZES(1), num_steps=99))
   for i, row in enumerate(np.concatenate(rows)):
     np.testing.assert_array_equal(row, unbroken[i]['tokens'][0])
-  assert stream.first_row(lambda n: other, 8) == 5 * 4 + 3 * other == i + 1
+  assert stream.first_row(SIZES(other), 8) == 5 * 4 + 3 * other == i + 1
 
 
 def test_a_longer_run_begins_with_the_same_batches(corpus):
@@ -66,14 +66,43 @@ def test_a_longer_run_begins_with_the_same_batches(corpus):
   assert all(equal(short[n], long[n]) for n in range(30))
 
 
+@pytest.mark.parametrize('sizes', [SIZES(4), RAMP, SIZES(4, ((30, 8),)), SIZES(4, ((40, 8),))])
+@pytest.mark.parametrize('start', [(0, 0), (5, 17), (29, 9)])
+def test_a_batch_has_the_rows_that_sums_over_all_steps_give(corpus, sizes, start):
+  """As they were computed when there was an array with an entry per step."""
+  num_steps = 30
+  ends = np.concatenate([[0], np.cumsum([sizes.at(n) for n in range(num_steps)])])
+  firsts = ends + (start[1] - ends[start[0]])
+  stream = pipeline.StreamStart(*start)
+  batches = pipeline.TrainBatches(corpus, **options(batch_sizes=sizes), stream=stream)
+  unbroken = pipeline.TrainBatches(corpus, **options(batch_sizes=SIZES(1), num_steps=500))
+  for step in range(start[0], num_steps):
+    rows = [unbroken[int(i)] for i in range(firsts[step], firsts[step + 1])]
+    want = {key: np.concatenate([row[key] for row in rows]) for key in packing.KEYS}
+    assert equal(batches[step], want)
+
+
+def test_the_longest_run_needs_no_memory_for_its_steps(corpus):
+  longest = options(num_steps=2**31 - 1, batch_sizes=RAMP)
+  tracemalloc.start()
+  try:
+    first = next(pipeline.train_batches(corpus, **longest, start_step=0))
+    batches = pipeline.TrainBatches(corpus, **longest)
+    assert len(batches) == 2**31 - 1 and equal(first, batches[0])
+    assert len(batches[2**31 - 2]['tokens']) == 12
+    assert tracemalloc.get_traced_memory()[1] < 2**25
+  finally:
+    tracemalloc.stop()
+
+
 @pytest.mark.parametrize('count', [1, 2])
 def test_processes_share_the_global_batch(corpus, count):
-  whole = pipeline.TrainBatches(corpus, **options(batch_size_at=ramp))
+  whole = pipeline.TrainBatches(corpus, **options(batch_sizes=RAMP))
   # Process i has the parts i and i + count: those of a process need not be neighbours.
   streams = [
     pipeline.train_batches(
       corpus,
-      **options(batch_size_at=ramp, num_steps=10),
+      **options(batch_sizes=RAMP, num_steps=10),
       start_step=2,
       shards=(i, i + count),
       num_shards=2 * count,
@@ -88,7 +117,7 @@ def test_processes_share_the_global_batch(corpus, count):
 
 def test_epochs_hold_every_row_once_in_a_new_order(corpus):
   rows = packing.num_rows(corpus.train[0], LENGTH)
-  batches = pipeline.TrainBatches(corpus, **options(batch_size_at=lambda n: 1, num_steps=3 * rows))
+  batches = pipeline.TrainBatches(corpus, **options(batch_sizes=SIZES(1), num_steps=3 * rows))
   firsts = [int(batches[n]['tokens'][0, 0]) for n in range(3 * rows)]
   epochs = [firsts[e * rows : (e + 1) * rows] for e in range(3)]
   assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
@@ -99,7 +128,7 @@ def test_epochs_hold_every_row_once_in_a_new_order(corpus):
 def test_an_epoch_predicts_every_token_but_the_first_of_each_document_once(corpus):
   (split,) = corpus.train
   rows = packing.num_rows(split, LENGTH)
-  batches = pipeline.TrainBatches(corpus, **options(batch_size_at=lambda n: rows, num_steps=2))
+  batches = pipeline.TrainBatches(corpus, **options(batch_sizes=SIZES(rows), num_steps=2))
   for n in range(2):
     targets = batches[n]['targets']
     assert (targets >= 0).sum() == split.num_tokens - split.num_documents
@@ -109,7 +138,7 @@ def test_an_epoch_predicts_every_token_but_the_first_of_each_document_once(corpu
 def test_neighbouring_seeds_share_nothing(corpus):
   # Grain shuffles epoch e with seed + e: unhashed, epoch 1 of seed 0 would be epoch 0 of seed 1.
   rows = packing.num_rows(corpus.train[0], LENGTH)
-  size = {'batch_size_at': lambda n: rows, 'num_steps': 2}
+  size = {'batch_sizes': SIZES(rows), 'num_steps': 2}
   first = pipeline.TrainBatches(corpus, **options(seed=0, **size))
   second = pipeline.TrainBatches(corpus, **options(seed=1, **size))
   for a, b in itertools.product(range(2), range(2)):
@@ -121,7 +150,7 @@ def test_mixture_shares_approach_the_weights(make_split, make_corpus):
   parts = [make_split([9] * 20, first=1 + 200 * i, domain=i) for i in range(3)]
   weights = (0.2, 0.5, 0.3)
   corpus = make_corpus(*parts, weights=weights)
-  batches = pipeline.TrainBatches(corpus, **options(batch_size_at=lambda n: 10, num_steps=50))
+  batches = pipeline.TrainBatches(corpus, **options(batch_sizes=SIZES(10), num_steps=50))
   domains = np.concatenate([batches[n]['domain_ids'][:, 0] for n in range(50)])
   shares = np.bincount(domains, minlength=3) / len(domains)
   assert np.abs(shares - weights).max() < 0.01
@@ -168,12 +197,14 @@ def test_leaving_the_iterator_ends_its_threads(corpus):
 
 SCRIPT = """
 import numpy as np
+from moe_jax.config import batch_sizes
 from moe_jax.data import corpus, pipeline
 split = corpus.TokenSplit(
   np.arange(300, dtype=np.uint16), np.arange(0, 301, 10), np.full(30, 10), np.zeros(30, np.int32))
 whole = corpus.Corpus(None, (split,), (1.0,), split, ('a',), '', ())
 stream = pipeline.train_batches(
-  whole, seed=0, max_seq_len=8, batch_size_at=lambda n: 4, start_step=0, num_steps=10**5)
+  whole, seed=0, max_seq_len=8, batch_sizes=batch_sizes.BatchSizes(4), start_step=0,
+  num_steps=10**5)
 next(stream), next(stream)
 """
 
@@ -195,7 +226,7 @@ def test_a_corpus_smaller_than_a_batch(corpus):
   with pytest.raises(errors.InputError, match=message):
     pipeline.check_corpus(corpus, max_seq_len=LENGTH, batch_sizes=[4, 39])
   with pytest.raises(errors.InputError, match=message):  # at once, not at the first batch
-    pipeline.train_batches(corpus, **options(batch_size_at=lambda n: 39), start_step=0)
+    pipeline.train_batches(corpus, **options(batch_sizes=SIZES(39)), start_step=0)
 
 
 def test_a_component_smaller_than_its_share(make_split, make_corpus):

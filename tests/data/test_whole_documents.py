@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from moe_jax import errors
+from moe_jax.config import batch_sizes
 from moe_jax.data import pipeline, whole_documents
 
 LENGTH = 8
@@ -82,7 +83,12 @@ def test_nothing_is_lost_between_pipeline_and_rows(make_split, make_corpus):
   steps = pipeline.num_rows(split, LENGTH)
   batches = list(
     pipeline.train_batches(
-      corpus, seed=3, max_seq_len=LENGTH, batch_size_at=lambda n: 1, start_step=0, num_steps=steps
+      corpus,
+      seed=3,
+      max_seq_len=LENGTH,
+      batch_sizes=batch_sizes.BatchSizes(1),
+      start_step=0,
+      num_steps=steps,
     )
   )
   targets = np.concatenate([batch['targets'].ravel() for batch in batches])

@@ -3,8 +3,10 @@ import math
 
 import pytest
 
+from experiments.anchors import __main__ as command
 from experiments.anchors import claims, report, runs, study, tables
 from moe_jax import errors
+from moe_jax.api import load
 from tests import in_process
 
 CHANCE = 0.25
@@ -44,6 +46,27 @@ def harder(one_shot, rate, shots):
     },
     'confusion': {'layer': 1, 'pairs': pairs},
   }
+
+
+@pytest.mark.parametrize('place', ['gs://bucket/run', 's3://bucket/run'])
+def test_the_report_on_a_run_in_a_bucket_needs_a_directory(tmp_path, monkeypatch, place):
+  def loaded(*_, **__):
+    raise errors.InputError('all is well')
+
+  monkeypatch.setattr(load, 'load', loaded)
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(
+    errors.InputError, match=f'^--out is missing: .*--workdir={place} is a bucket'
+  ):
+    in_process.run(command, f'--workdir={place}')
+  for given in ((f'--workdir={place}', '--out=report'), ('--workdir=run',)):
+    with pytest.raises(errors.InputError, match='^all is well'):
+      in_process.run(command, *given)
+  assert not list(tmp_path.iterdir())
+
+
+def test_figures_that_are_not_defined_are_null_in_results():
+  assert runs._rounded({'auc': [float('nan'), 0.123456], 'n': 3}) == {'auc': [None, 0.1235], 'n': 3}
 
 
 def test_a_model_at_chance_confirms_nothing():

@@ -1,5 +1,7 @@
 """Commands that look at a trained run, in one process: evaluate --override, routing, leakage."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from moe_jax.config import parse
 from moe_jax.devices import partitioning
 from moe_jax.runs import train_run, trained_run
 from tests import in_process
+from tests.runs import damaged_step
 
 MAKE_MESH = partitioning.make_mesh
 
@@ -132,6 +135,14 @@ def test_routing_reports_and_records(workdir, capsys, tmp_path):
   assert '--config.model.moe.options.replay_rows=16' in out
   with np.load(path) as file:
     assert file['expert_idx'].shape == (1, 16, 64, 3)
+
+
+def test_routing_of_an_older_step_is_counted_as_its_config_says(workdir, capsys, tmp_path):
+  workdir = shutil.copytree(workdir, tmp_path / 'run')
+  devices = trained_run.read_config(workdir).model.moe.num_virtual_devices
+  damaged_step.add(workdir, {'model.moe.num_virtual_devices': 2 * devices})
+  found = in_process.run_json(capsys, routing, f'--workdir={workdir}', '--batches=1')
+  assert found['step'] == 25 and list(found['devices']) == [str(devices)]
 
 
 def test_leakage_of_a_causal_router(workdir, capsys):

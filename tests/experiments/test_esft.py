@@ -13,6 +13,7 @@ from experiments import esft
 from experiments.common import cli
 from moe_jax import errors
 from moe_jax.api import load
+from moe_jax.data import corpus
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.post_training import expert_scores, expert_selection
 from tests import in_process
@@ -42,9 +43,14 @@ def test_scores_are_of_text_that_the_run_can_read(tmp_path, monkeypatch):
   own = tokenizer_lib.byte_tokenizer(data.bos_token, data.eos_token)
   other = tokenizer_lib.train_bpe(['def f(x):'] * 9, 280, data.bos_token, data.eos_token)
   other.save(tmp_path / 'other.json')
-  asked = []
+  asked, read, load_corpus = [], [], corpus.load_corpus
 
-  def score(run, cfg, tokens):
+  def read_once(*arguments):
+    read.append(load_corpus(*arguments))
+    return read[-1]
+
+  def score(run, cfg, text, tokens):
+    assert [text] == read
     asked.append(tokens)
     return expert_selection.ExpertScores(np.ones((1, 8)) / 8, np.ones((1, 8)) / 8, tokens, 1)
 
@@ -54,6 +60,7 @@ def test_scores_are_of_text_that_the_run_can_read(tmp_path, monkeypatch):
   )
   monkeypatch.setattr(load, 'load', lambda workdir, flag: run)
   monkeypatch.setattr(expert_scores, 'score', score)
+  monkeypatch.setattr(corpus, 'load_corpus', read_once)
   command = types.SimpleNamespace(
     __name__=esft.__name__,
     define_flags=esft.define_flags,

@@ -71,6 +71,12 @@ def test_each_process_and_its_threads_stay_on_their_own_cores(jobs, tmp_path, ca
     assert ','.join(map(str, cores)) in line
 
 
+@pytest.mark.parametrize('words', [['-1', '3'], ['3', '-1'], ['-2']])
+def test_negative_seeds_are_refused(words):
+  with pytest.raises(errors.InputError, match=f'--seeds={",".join(words)} must be at least 0'):
+    local_jobs.seeds(words)
+
+
 def test_what_more_processes_cost_is_said():
   assert 'wait for each other' not in local_jobs.cost([[0, 2], [1]])
   assert '--jobs=2: processes on cores 0,2 | 1; a single run' in local_jobs.cost([[0, 2], [1]])

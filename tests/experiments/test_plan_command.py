@@ -104,6 +104,8 @@ def test_decode(capsys):
     ((*H200, '--max_vio=inf'), 'must be a number and not negative'),
     ((*H200, '--search', '--best=0'), '--best=0 must be at least 1'),
     ((*H200, '--decode', '--rows=-3'), '--rows=-3 must be a number of sequences'),
+    ((*H200, '--decode', '--rows=24'), '--rows=24 must be divisible by 16, .* choose 16 or 32'),
+    ((*H200, '--decode', '--rows=3', '--estimate'), '--rows=3 must be .* by 16, .* choose 16, or'),
     ((*H200, '--pipeline=-2'), '--pipeline=-2 must be a number of stages'),
     ((*H200, '--rows=4'), '--rows=4 has no effect without --decode'),
     ((*H200, '--best=4'), '--best=4 has no effect without --search'),

@@ -1,5 +1,6 @@
 """The actions on tiny runs, the clean tuning of the study, and its tables on made-up results."""
 
+import functools
 import json
 import pathlib
 
@@ -13,8 +14,13 @@ from experiments.purify import commands, measures, report, study
 from moe_jax import errors
 from moe_jax.analysis.purification import attacks
 from moe_jax.api import load
+from moe_jax.checkpoints import stream_writer
+from moe_jax.config import parse
 from moe_jax.data import tokenizer as tokenizer_lib
-from moe_jax.runs import trained_run
+from moe_jax.devices import partitioning
+from moe_jax.interop import source
+from moe_jax.runs import first_state, run_record, trained_run
+from moe_jax.training import lora, value_head
 from tests import in_process, tiny
 
 TOKENIZER = tokenizer_lib.byte_tokenizer('<bos>', '<eos>')
@@ -29,6 +35,8 @@ def run_of(seed=0, **more):
     model__max_seq_len=32,
     data__chat_format='marks',
     data__tokenizer='bytes',
+    data__bos_token='<bos>',
+    data__eos_token='<eos>',
     **more,
   )
   variables = {
@@ -97,6 +105,63 @@ def test_score_counts_both_sets(place, capsys):
   said = capsys.readouterr().out.splitlines()
   assert said[0].startswith('clean accuracy: ') and said[0].endswith(' of 6')
   assert said[1].startswith('attack success: ') and said[1].endswith(' of 3')
+
+
+def saved(workdir, run, added):
+  """A run on the disk of which the last checkpoint is left; `added` is no weight of the model."""
+  meta = {
+    'config': parse.to_dict(run.cfg),
+    'tokenizer': trained_run.digest(TOKENIZER),
+    'data_fingerprint': 'text',
+  }
+  params = run.variables['params'] | added
+  state = jax.device_get({**run.variables, 'params': params})
+  with stream_writer.Writer(workdir / 'checkpoints', run.step, state, meta) as writer:
+    for name, leaf in source.by_name(state).items():
+      writer.write(name, (), leaf)
+  TOKENIZER.save(workdir / 'tokenizer.json')
+  run_record.write(workdir, run.cfg, argv=[], data_fingerprint='text')
+
+
+TUNED = {'init_from': 'base', 'model__moe__balance__expert_level__weight': 0.0}
+PPO = {'objective__kind': 'policy', 'objective__policy__algorithm': 'ppo'}
+HEAD = {'kernel': np.ones((16, 1), np.float32), 'bias': np.ones(1, np.float32)}
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {'trainable__kind': 'lora'},
+    PPO | {'objective__policy__max_new_tokens': 8, 'data__source': 'arithmetic'},
+  ],
+  ids=['lora', 'ppo'],
+)
+def test_a_reset_run_is_read_scored_and_started_from(tmp_path, monkeypatch, capsys, changes):
+  make_mesh, one = partitioning.make_mesh, jax.devices()[:1]
+  base, tuned = run_of(0), run_of(1, **TUNED, **changes)
+  monkeypatch.setattr(partitioning, 'make_mesh', lambda cfg, devices=one: make_mesh(cfg, devices))
+  monkeypatch.chdir(tmp_path)
+  params = dict(tuned.variables['params'])
+  begin = functools.partial(lora.started, tuned.cfg, rng=jax.random.key(0))
+  pairs = {k: v for k, v in tiny.jit(begin)(params).items() if k not in params}
+  pairs = jax.tree.map(lambda a: a + 0.1, pairs)
+  head = {value_head.KEY: HEAD} if value_head.is_used(tuned.cfg) else {}
+  saved(tmp_path / 'base', base, {})
+  saved(tmp_path / 'tuned', tuned, pairs | head)
+  for name in ('clean', 'attacked'):
+    (tmp_path / f'{name}.jsonl').write_text(attacks.to_jsonl(EXAMPLES))
+  do('reset', *FLAGS, '--method=mixing', '--reserve=1')  # all of the tuned run is kept
+  found = trained_run.load('new')
+  want = tiny.jit(lora.merged)(params | pairs)
+  same = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+  jax.tree.map(same, found.variables['params'], want)
+  assert found.cfg.trainable.kind == 'all' and not value_head.is_used(found.cfg)
+  assert found.cfg.objective.kind == ('sft' if head else 'next_token')
+  do('score', '--workdir=new', '--examples=clean.jsonl', '--attacked=attacked.jsonl')
+  assert 'clean accuracy: ' in capsys.readouterr().out
+  own = run_of(**TUNED | {'init_from': 'new'}).cfg
+  started = first_state.of_run(own).read(own, found.mesh, lambda line: None)
+  jax.tree.map(same, started['params'], want)
 
 
 def test_success_and_bias_count_opposite_answers(monkeypatch):

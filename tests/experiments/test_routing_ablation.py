@@ -143,6 +143,24 @@ def test_spread_of_one_value_and_of_none():
   assert spread.spread([None], 2) == '-' and spread.spread([], 2) == '-'
 
 
+def test_tokens_of_a_run_count_its_ramp(study, monkeypatch):
+  # 200 steps of 4 rows of 128 tokens, then 100 of 8.
+  def ramped(cfg):
+    train = dataclasses.replace(cfg.train, num_steps=300, batch_size=8, batch_ramp=((200, 4),))
+    return dataclasses.replace(cfg, train=train)
+
+  configs = {name: ramped(cfg) for name, cfg in study.configs.items()}
+  assert matching.tokens(configs['gshard']) == 128 * (200 * 4 + 100 * 8) == 204_800
+  assert 'seeds, 204,800 to 204,800 tokens' in matching.text(study.described, configs, 2)
+  study = study._replace(configs=configs)
+  said = report._verdicts(study, report.grade(study.results, configs))[2]
+  assert 'runs of 204,800 tokens' in said.text
+  resolve = arms.resolve
+  monkeypatch.setattr(arms, 'resolve', lambda *given: ramped(resolve(*given)))
+  (points, *_) = lengths.points({100: study.results, 300: study.results}, 'tiny').values()
+  assert [point.tokens for point in points] == [204_800] * 2
+
+
 def test_speed_counts_the_tokens_of_the_steps(monkeypatch):
   monkeypatch.setattr(step_rates, 'ROUNDS', 1)
   monkeypatch.setattr(step_rates, 'STEPS', 2)
@@ -179,7 +197,8 @@ def study():
   configs = resolved('tiny', results)
   rates = dict.fromkeys(results, 1000.0) | {'dense': 1500.0}
   described = matching.describe(configs)
-  swept = {'gshard': {0.003: {0: 2.1}, 0.006: {0: 2.0}, 0.012: {0: 2.2}}}
+  tried = {0.003: {0: 2.1}, 0.006: {0: 2.0}, 0.012: {0: 2.2}}
+  swept = {'gshard': learning_rates.Tried(300, tried)}
   return report.Study('tiny', configs, results, rates, described, swept)
 
 
@@ -240,8 +259,8 @@ def test_a_diverged_run_is_last_and_decides_nothing(study, tmp_path):
   assert order[-1] == 'deepseekmoe' and '| not finite | not finite |' in rows[len(order) - 1]
   assert 'deepseekmoe' not in (tmp_path / 'pairs.csv').read_text()
   # Such a rate is no best one, wherever it is among those that were tried.
-  swept = {'gshard': {0.003: {0: float('nan')}, 0.006: {0: 2.0}, 0.012: {0: float('inf')}}}
-  assert learning_rates.best(swept) == {'gshard': 0.006}
+  tried = {0.003: {0: float('nan')}, 0.006: {0: 2.0}, 0.012: {0: float('inf')}}
+  assert learning_rates.best({'gshard': learning_rates.Tried(300, tried)}) == {'gshard': 0.006}
 
 
 def test_holm_reads_all_claims_together(study):
@@ -428,26 +447,6 @@ def test_claims_are_graded_over_the_seeds_that_both_arms_have(study):
   del study.results['dense'][0], study.results['hash'][1]
   names = [g.claim.name for g in report.grade(study.results, study.configs)]
   assert not any(name.startswith('hash against dense') for name in names)
-
-
-def test_the_commands_train_all_runs_and_hide_the_machine():
-  results = {
-    'gshard': dict.fromkeys(range(5)),
-    'hash': {3: None, 7: None},
-    'dense': dict.fromkeys(range(5)),
-    'm4': {7: None},
-  }
-  given = ['--scale', 'tiny', '-workdir=/some/where', '--out', '/else', '--earlier=there']
-  given.append('--seeds=9')
-  common = 'python -m experiments.routing_ablation --workdir=W --scale=tiny'
-  assert report.commands_of(given, results) == [
-    f'{common} --arms=gshard,dense --seeds=5',
-    f'{common} --arms=hash --seeds=3,7',
-    f'{common} --arms=m4 --seeds=7,7',  # a single number says how many
-  ]
-  # Without their names those aside would not be trained.
-  (line,) = report.commands_of(given, dict.fromkeys(arms.ARMS, {0: None}))
-  assert line == f'{common} --arms={",".join(arms.ARMS)} --seeds=1'
 
 
 def test_claims_against_the_length_of_training(study, tmp_path):

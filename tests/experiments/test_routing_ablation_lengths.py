@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from experiments.routing_ablation import all_pairs, lengths
+from experiments.routing_ablation import all_pairs, arms, length_pictures, lengths, report
 from moe_jax.analysis import paired
 from tests import in_process
 from tests.experiments import test_routing_ablation as ablation
@@ -32,6 +32,25 @@ def test_an_upcycled_arm_against_a_run_as_long_as_its_own_and_its_start():
   assert point.tokens == 102_400  # its own
   assert point.graded.difference.mean == pytest.approx(2.1 - 2.2 - 0.03 / 3)
   assert point.graded.plain == 'contradicted'  # clearly below: no equality
+
+
+def test_where_whole_runs_cross_zero():
+  claim = next(c for c in arms.CLAIMS if (c.arm, c.baseline) == ('deepseekmoe', 'gshard'))
+
+  def point(tokens, *differences):
+    found = paired.interval(differences)
+    return lengths.Point(tokens, report.Graded(claim, found, 'p', 2.0, 1.0, holm='h'), (0.1, 0.2))
+
+  some = [point(1_000_000, 0.19, 0.21), point(4_000_000, 0.1, -0.5), point(16_000_000, -0.3, -0.31)]
+  crossing = length_pictures.crossing_of(some)  # half-way of the logarithm
+  assert crossing.tokens == pytest.approx(2_000_000) and crossing.lower_after
+  assert (crossing.low, crossing.high) == (1_000_000, 16_000_000)
+  text = length_pictures.over_lengths(some)
+  assert text == 'Over whole runs: below zero after 2.00M tokens [1.00M, 16.0M]'
+  assert 'the mean is above zero at every length' in length_pictures.over_lengths(some[:1])
+  assert 'the mean is below zero at every length' in length_pictures.over_lengths(some[1:])
+  table = lengths.blocks({claim: some}, [])[-1]
+  assert table.rows[2][-2:] == ['p', 'h']
 
 
 def test_any_two_arms_against_each_other(tmp_path):

@@ -8,68 +8,11 @@ from experiments.common import local_jobs
 from experiments.routing_ablation import (
   arms,
   budget,
-  learning_rates,
   measure,
   progress,
 )
 from experiments.routing_ablation import study as study_lib
 from moe_jax import errors
-
-BITS = {
-  'gshard': {0.003: {0: 2.0, 1: 2.2}, 0.006: {0: 1.9, 1: 2.2}, 0.012: {0: 2.5, 1: 1.9}},
-  'deepseekmoe': {0.003: {0: 1.8}, 0.006: {0: 1.9}, 0.012: {0: 2.0}},
-}
-
-
-def test_rates_are_at_least_three_positive_numbers():
-  assert learning_rates.rates(['0.012', '3e-3', '0.006', '0.006']) == [0.003, 0.006, 0.012]
-  for wrong in (
-    ['a', '1', '2'],
-    ['1', '2', '1'],
-    ['0', '1', '2'],
-    ['-1', '1', '2'],
-    ['1', '2', 'nan'],
-  ):
-    with pytest.raises(errors.InputError, match='--learning_rates='):
-      learning_rates.rates(wrong)
-
-
-def test_the_rate_of_the_lowest_mean_is_that_of_the_family():
-  chosen = learning_rates.best(BITS)
-  assert chosen == {'gshard': 0.006, 'deepseekmoe': 0.003}
-  pages = {name: arms.resolve(arms.ARMS[name], 'tiny') for name in ('gshard', 'hash', 'mha', 'm4')}
-  rates = {name: cfg.optim.peak_lr for name, cfg in learning_rates.applied(pages, chosen).items()}
-  assert rates == {'gshard': 0.006, 'hash': 0.006, 'mha': 0.003, 'm4': 0.006}  # m4: not swept
-
-
-def test_every_family_is_that_of_its_first_arm():
-  families = {arm.family for arm in arms.ARMS.values()}
-  assert families == {'gshard', 'deepseekmoe', 'm4', 'loss_free', 'mla'}
-  assert all(arms.ARMS[family].family == family for family in families)
-  whole_models = {name: arms.resolve(arm, 'tiny').model for name, arm in arms.ARMS.items()}
-  latent = {name for name, model in whole_models.items() if model.attention.kind == 'mla'}
-  assert latent == {name for name, arm in arms.ARMS.items() if arm.family == 'mla'}
-  models = {name: model.moe for name, model in whole_models.items()}
-  raw_sigmoid = {
-    name for name, moe in models.items() if moe.score_func == 'sigmoid' and not moe.norm_topk_prob
-  }
-  assert raw_sigmoid == {name for name, arm in arms.ARMS.items() if arm.family == 'loss_free'}
-  coarse = {name for name, arm in arms.ARMS.items() if arm.family == 'gshard'}
-  whole = {n for n, moe in models.items() if not (moe.num_shared_experts and moe.num_experts)}
-  assert coarse == whole - {'ds_moe'}  # arms without shared experts
-
-
-def test_the_table_of_rates_says_what_is_at_an_edge():
-  _, table, words = learning_rates.blocks(BITS)
-  assert table.header == ['family', '0.003', '0.006', '0.012']
-  assert table.rows[0] == [
-    '`gshard`',
-    '2.1000 ± 0.1414',
-    '**2.0500 ± 0.2121**',
-    '2.2000 ± 0.4243',
-  ]
-  assert 'The best of `deepseekmoe` is at an edge' in words.text
-  assert learning_rates.blocks({}) == []
 
 
 def results(**bits):

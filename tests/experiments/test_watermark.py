@@ -1,5 +1,6 @@
 """The commands on a model of random weights, and the study's figures on made-up results."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -87,6 +88,23 @@ def test_a_number_and_a_text_are_written_attacked_and_read(do):
   do(*cut, '--attack=paste', '--file=host.txt')
   (said, _) = map(json.loads, do('decode', *KEY, '--texts=cut.json', '--scan').splitlines())
   assert len(json.loads(pathlib.Path('cut.json').read_text())[0]['ids']) == 150 and len(said) <= 1
+
+
+def test_a_message_has_no_more_bits_than_its_key_says(do):
+  few = ('--message_bits=8', '--chunk_bits=20', '--tokens_per_bit=2', '--secret=5')
+  assert '8 bits in 50 tokens' in do('key', *KEY, *few)
+  pathlib.Path('plain.txt').write_text('No message stands in this text, which anyone may have.' * 2)
+  read = ('decode', *KEY, '--file=plain.txt', '--threshold=0')
+  said = json.loads(do(*read))
+  assert 0 <= said['message'] < 2**8
+  assert json.loads(do(*read, '--as_text'))['message'] is not None
+
+
+def test_a_key_that_is_refused_leaves_no_file(do):
+  for rate in ('inf', 'nan', '1e308'):
+    with pytest.raises(errors.InputError, match='tokens_per_bit=.* must be finite'):
+      do('key', *KEY, f'--tokens_per_bit={rate}')
+    assert not pathlib.Path('key.json').exists()
 
 
 def test_bad_input_is_one_error(do, run, monkeypatch):
@@ -206,3 +224,67 @@ def test_a_kept_result_of_other_settings_is_refused(tmp_path):
   with pytest.raises(errors.InputError, match='is of other settings: .*another --workdir'):
     study._kept(path, {'prompts': 3, 'arms': [(1, 2)]}, work, None, 7)
   assert study.secret(0) != study.secret(1) != study.secret(1, 1)
+
+
+@pytest.fixture
+def studied(run, monkeypatch, tmp_path):
+  """The study with works that note their names; `given` has what `_load` gives."""
+  given = {
+    'writer': run,
+    'judge': run,
+    'small': run,
+    'known': None,
+    'prompts': {},
+    'unmarked': np.zeros(600, int),
+  }
+  done = []
+  monkeypatch.setattr(study, '_load', lambda: study.Models(**given))
+  monkeypatch.setattr(report, 'write', lambda *_: None)
+  for name in ('_texts', '_attacks', '_windows', '_times'):
+    monkeypatch.setattr(study, name, lambda *_, name=name: done.append(name))
+
+  class Study:
+    __name__ = 'watermark'
+    define_flags = staticmethod(command.define_flags)
+    main = staticmethod(study.main)
+
+  def call(*arguments):
+    in_process.run(Study, f'--workdir={tmp_path}/runs', f'--out={tmp_path}/out', *arguments)
+
+  return call, given, done
+
+
+def of_other_weights(run):
+  params = jax.tree.map(lambda a: a + 1, run.variables['params'])
+  trained = dataclasses.replace(run.trained, variables={'params': params})
+  return run_lib.Run(trained, 'W')
+
+
+@pytest.mark.parametrize('name, field', [('small', 'proxy'), ('writer', 'runs'), ('judge', 'runs')])
+def test_results_of_another_run_are_refused(studied, run, name, field):
+  call, given, done = studied
+  for _ in range(2):
+    call('--seeds=1', '--windows=5')
+  assert done == ['_texts', '_attacks', '_windows', '_times']  # the second time nothing
+  given[name] = of_other_weights(run)
+  with pytest.raises(errors.InputError, match=f'is of other settings: {field}=.*another --workdir'):
+    call('--seeds=1', '--windows=5')
+
+
+def test_windows_that_cannot_be_read_are_refused_before_anything_is_written(studied):
+  call, given, done = studied
+  # A window takes 50 tokens, and 10 stand before the first one: 600 hold 11 for every seed.
+  for flags, words in (
+    (('--windows=0',), '--windows=0 must be at least 1 for each of 5 seeds'),
+    (('--windows=4',), '--windows=4 must be at least 1 for each of 5 seeds'),
+    (('--windows=60',), '--windows=60 needs 610 held-out tokens per seed, and there are 600'),
+  ):
+    with pytest.raises(errors.InputError, match=words):
+      call(*flags)
+  given['unmarked'] = np.zeros(300, int)
+  with pytest.raises(errors.InputError, match='has 300 tokens, and must have more than 300'):
+    call('--windows=5')
+  assert not done
+  given['unmarked'] = np.zeros(600, int)
+  call('--windows=55')
+  assert done.count('_windows') == 5

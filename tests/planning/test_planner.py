@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from moe_jax import errors
+from moe_jax.config import parse
 from moe_jax.devices import partitioning
 from moe_jax.planning import (
   chips,
@@ -18,6 +19,7 @@ from moe_jax.planning import (
 from moe_jax.training import train_state
 from tests import tiny
 from tests.planning import requests
+from tests.training.test_policy_loss import RUN
 
 
 def on_first_device(tree) -> int:
@@ -96,3 +98,14 @@ def test_fast_axes_do_not_cross_slices():
   two = dataclasses.replace(requests.request(), topology=chips.parse('v5e:2x2*2'), estimate=True)
   with pytest.raises(errors.InputError, match=r'dcn_data=1 times dcn_fsdp=1 must multiply to it'):
     planner.plan(two)
+
+
+def test_answers_are_planned_with_buffers_that_lose_nothing():
+  """`--max_vio` then says how uneven the load is, and makes no buffers that a run would refuse."""
+  uneven = dataclasses.replace(requests.request(**RUN), max_vio=0.5)
+  cfg, notes = planner.prepared(uneven)
+  assert cfg.model.moe.exchange.buffer_factor == 0
+  assert notes == ("objective.kind='policy' loses no assignment: buffers are of the worst case",)
+  parse.from_dict(parse.to_dict(cfg))
+  cfg, notes = planner.prepared(dataclasses.replace(requests.request(), max_vio=0.5))
+  assert cfg.model.moe.exchange.buffer_factor == 1.5 and not notes

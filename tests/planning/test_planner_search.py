@@ -27,6 +27,10 @@ def test_a_larger_machine_grows_as_pods_do():
   assert doubled('v5e:4x4') == ('v5e:4x8', 1) and doubled('v5e:8x16') == ('v5e:16x16', 1)
   assert doubled('v5e:16x16') == ('v5e:16x16*2', 2)
   assert doubled('v5p:4x4x4') == ('v5p:4x4x8', 1) and doubled('h100:8') == ('h100:16', 1)
+  for few in range(1, 9):  # whole nodes, which `chips.parse` takes
+    (name, _) = doubled(f'h100:{few}')
+    assert name == f'h100:{2 * few if few < 5 else 16 if few == 8 else 8}'
+    assert chips.parse(name).num_devices > few
 
 
 def test_what_does_not_fit_says_what_would():

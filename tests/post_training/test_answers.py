@@ -6,11 +6,12 @@ import pytest
 from configs import base, sft
 from moe_jax import errors
 from moe_jax.config import schema
-from moe_jax.data import sources
+from moe_jax.data import chat_template, conversations, sources, template_worker
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.inference import generate
 from moe_jax.post_training import answers
 from moe_jax.rewards import reward
+from moe_jax.rewards import text as text_rewards
 
 
 @pytest.fixture
@@ -69,9 +70,21 @@ def test_counts(data):
   assert [right for _, _, right in told] == [False, True] * 35
 
 
-def test_equality_judges_other_answers():
-  judge = answers.is_right('conversations')
-  assert judge(' {"a": 1}\n', '{"a": 1}') and not judge('{"a": 2}', '{"a": 1}')
+@pytest.mark.parametrize(
+  'gold, text, right',
+  [
+    ('{"a": 1}', ' {"a": 1}\n', True),
+    ('{"a": 1}', '{"a": 2}', False),
+    ('7 * 6 = 42.\n#### 42', 'That is 6 * 7, so 42.\n#### 42', True),
+    ('7 * 6 = 42.\n#### 42', '7 * 6 = 42.\n#### 41', False),
+    ('7 * 6 = 42.\n#### 42', '42', False),  # the form is the solution's
+    ('42', 'It is 42.', True),
+    (r'So it is \boxed{x}.', r'\boxed{x}', True),
+  ],
+)
+def test_conversations_are_judged_by_the_answer_as_the_reward_does(gold, text, right):
+  assert answers.is_right('conversations')(text, gold) == right
+  assert text_rewards.answer('', (), text, {'answer': gold}).value == right
 
 
 def test_wilsons_interval():
@@ -115,3 +128,31 @@ def test_programs_are_judged_by_what_runs_them(tmp_path):
   assert str(found).endswith('40 ended within the limit; error 20; right 10; time 10')
   with pytest.raises(errors.InputError, match='answers that must be run'):
     answers.measure(model, questions, data, 8)
+
+
+def test_what_a_template_writes_before_an_answer_is_no_part_of_it(data, monkeypatch):
+  monkeypatch.setattr(
+    chat_template, '_ask', lambda request: template_worker.answer(request, lambda: None)
+  )
+  thinks = (
+    "{% for m in messages %}{{ '<' + m.role + '>' }}{% if m.role == 'assistant' %}"
+    "{{ '<think></think>' }}{% endif %}{{ m.content + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+  )
+  data = dataclasses.replace(
+    data, source='conversations', path='', chat_format='template', chat_template=thinks
+  )
+  asked = answers.Question((conversations.Turn('user', 'Capital of France?', False),), 'Paris')
+  tokenizer = tokenizer_lib.byte_tokenizer(data.bos_token, data.eos_token)
+  written = generate.Generation([[0] * 5], ['<think></think>Paris'], 1.0)
+  model = types.SimpleNamespace(config=None, tokenizer=tokenizer, complete=lambda *unused: written)
+  told, items = [], []
+  found = answers.measure(model, [asked], data, 8, lambda *one: told.append(one))
+  assert found.right == 1 and told == [(asked, 'Paris', True)]
+
+  def submit(batch):
+    items.extend(batch)
+    return types.SimpleNamespace(result=lambda: [reward.Reward(1.0, {}, 'right')])
+
+  answers.measure(model, [asked], data, 8, rewards=types.SimpleNamespace(submit=submit))
+  assert [item.text for item in items] == ['Paris']

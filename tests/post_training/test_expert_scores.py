@@ -58,6 +58,23 @@ def test_a_scaling_factor_does_not_scale_the_scores(subject):
   np.testing.assert_allclose(found.token.sum(axis=1), 1, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+  'changes, axes',
+  [
+    ({'capacity__policy': 'score', 'capacity__factor': 0.5, 'capacity__at_eval': True}, {}),
+    ({'exchange__kind': 'all_to_all', 'exchange__buffer_factor': 1.0}, {'expert': 4}),
+  ],
+)
+def test_nothing_is_dropped_whatever_the_config_says(subject, found, changes, axes):
+  """Choices that a layer left out would change the states, and so the choices, of later ones."""
+  variables, batch = subject
+  given = {f'model__moe__{key}': value for key, value in changes.items()}
+  model = tiny.make(model__moe__balance__expert_level__weight=0.0, **given).model
+  scores = expert_scores.measure(model, variables, tiny.mesh(data=1, **axes), [batch])
+  np.testing.assert_allclose(scores.token, found.token, atol=1e-6)
+  np.testing.assert_allclose(scores.gate, found.gate, atol=1e-5)
+
+
 def test_who_has_no_choices_has_no_scores(subject):
   dense = tiny.make(model__moe__num_experts=0)
   for model in (dense.model, tiny.make(model__moe__router='ds_moe').model):

@@ -1,10 +1,11 @@
+import dataclasses
 import types
 
 import pytest
 
 from configs import base, sft
 from moe_jax.config import schema
-from moe_jax.data import preferences, sources
+from moe_jax.data import conversations, preferences, sources
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.inference import generate
 from moe_jax.inference import sampling as sampling_lib
@@ -72,3 +73,30 @@ def test_a_wrong_answer_that_ended_against_a_right_one(data, questions):
       assert pair.chosen[:-1] == questions[i].prompt
       own = pair.chosen[-1].content.startswith('Hence.')
       assert own == (i % 4 == 1) and (own or pair.chosen[-1].content == questions[i].answer)
+
+
+def test_a_right_answer_in_other_words_is_not_rejected(data):
+  """What the gold solution states decides, as in rewards; its words do not."""
+  question = answers.Question(
+    (conversations.Turn('user', 'Six shelves of seven?', False),), '7 * 6 = 42.\n#### 42'
+  )
+  texts = [' 6 * 7, so 42.\n#### 42', ' 7 * 6 = 48.\n#### 48']
+
+  def complete(prompts, max_new_tokens, sampling):
+    del prompts, max_new_tokens
+    return generate.Generation([[0] * 5], [texts[sampling.seed]], 1.0)
+
+  model = types.SimpleNamespace(
+    config=None, tokenizer=tokenizer_lib.byte_tokenizer('<s>', '</s>'), complete=complete
+  )
+  (found,) = pairs.sampled(
+    model,
+    [question],
+    dataclasses.replace(data, source='conversations', path='unread'),
+    samples=2,
+    max_new_tokens=8,
+    sampling=sampling_lib.Sampling(seed=0),
+  )
+  assert (found.right, found.wrong) == (1, 1)
+  pair = preferences.from_row(found.row)
+  assert (pair.chosen[-1].content, pair.rejected[-1].content) == tuple(map(str.strip, texts))

@@ -111,12 +111,25 @@ def test_step_ends_are_the_tokens_that_reach_them():
     return ''.join(pieces[i] for i in ids)
 
   # Behind the space that opens the answer: 'abc' ends with token 1, 'abc\nd' with token 2.
-  assert policy_batches.step_ends(decode, [1, 2, 3, 4], [3, 5, 7], 1) == [1, 2, 3]
-  assert policy_batches.step_ends(decode, [1, 2, 3, 4], [1], 1) == [0]
+  assert policy_batches.step_ends(decode, [1, 2, 3, 4], [3, 5, 7], 1, False) == [1, 2, 3]
+  assert policy_batches.step_ends(decode, [1, 2, 3, 4], [1], 1, False) == [0]
   # What stands behind the text is at the last token: that which ends it, where it has ended.
-  pieces[0] = ''
-  assert policy_batches.step_ends(decode, [1, 2, 0], [3, 4], 1) == [1, 2]
-  assert policy_batches.step_ends(decode, [0], [1], 0) == [0]
+  assert policy_batches.step_ends(decode, [1, 2, 0], [3, 4], 1, True) == [1, 2]
+  assert policy_batches.step_ends(decode, [1, 2], [3, 4], 1, False) == [1, 1]
+  assert policy_batches.step_ends(decode, [0], [1], 0, True) == [0]
+  # So does the last step, unless something more is said behind it.
+  pieces[5] = '\n'
+  assert policy_batches.step_ends(decode, [1, 2, 3, 4, 5, 0], [3, 7], 1, True) == [1, 5]
+  assert policy_batches.step_ends(decode, [1, 2, 3, 4, 5, 0], [3], 1, True) == [1]
+
+
+@pytest.mark.parametrize('ended', [False, True])
+def test_a_step_ends_with_the_last_byte_of_its_last_character(ended):
+  def decode(ids):
+    return bytes(i for i in ids if i < 256).decode(errors='replace')
+
+  ids = [*'一。\n二。'.encode(), *([256] if ended else [])]
+  assert policy_batches.step_ends(decode, ids, [2, 5], 0, ended) == [5, 12 + ended]
 
 
 def test_the_gap_between_sampler_and_trainer():

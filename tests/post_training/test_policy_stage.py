@@ -13,8 +13,9 @@ import moe_jax
 from moe_jax import errors
 from moe_jax.data import conversations
 from moe_jax.post_training import answers, policy_batches, policy_stage, rollouts, stages
-from moe_jax.rewards import pool, reward
+from moe_jax.rewards import pool, registry, reward
 from moe_jax.runs import metric_log, policy_plot
+from moe_jax.training import policy_loss
 from tests import tiny
 from tests.inference.test_generate import sentencepiece
 from tests.post_training.conftest import SIZES
@@ -100,10 +101,22 @@ def test_a_reward_is_won_and_replay_changes_nothing_in_float32(base, tmp_path):
   np.testing.assert_allclose(replayed[0]['grad_norm'], free[0]['grad_norm'], rtol=1e-4)
 
 
+@pytest.mark.slow
+def test_a_router_that_keeps_all_experts_learns(base, tmp_path):
+  changes = {'model.moe.router': 'ds_moe', 'model.moe.dispatch': 'dense', 'train.num_steps': 2}
+  changes |= {'model.moe.expert_bias.update_rule': 'none', 'objective.policy.replay': 'none'}
+  (first, _) = lines(tune(base, tmp_path / 'run', **changes))
+  assert first['experts_differ'] == 0 and first['sampler_log_ratio_max'] < 1e-4
+
+
 def test_another_objective_has_no_such_stage(base, tmp_path):
   assert stages.of(base.config) is None
   with pytest.raises(errors.InputError, match='must begin with a reward of steps'):
     tune(base, tmp_path / 'run', **{'objective.policy.supervision': 'process'})
+  with pytest.raises(errors.InputError, match=r"reward='steps \+ length' must be one reward"):
+    made(reward='steps + length', supervision='process')
+  made(reward='2 * steps', supervision='process')
+  made(reward='steps + length')
   with pytest.raises(errors.InputError, match='prompts=400'):
     tune(base, tmp_path / 'run', **{'objective.policy.prompts': 400})
   assert not (tmp_path / 'run').exists()
@@ -238,7 +251,7 @@ def test_steps_end_where_they_do_whatever_a_decoder_leaves_out():
   answer = rollouts.Answer(0, prompt, new, False, scores, scores, scores, None)
   said, skipped = stage._text(answer)
   assert said == 'h h h'
-  ends = policy_batches.step_ends(inner.decode, new, [1, 3, 5], skipped)
+  ends = policy_batches.step_ends(inner.decode, new, [1, 3, 5], skipped, False)
   assert [inner.decode(new[: end + 1]) for end in ends] == ['h', 'h h', 'h h h']
 
 
@@ -271,3 +284,124 @@ def test_answers_are_judged_as_they_end_and_each_gets_its_own_reward(monkeypatch
   first, second = (question.prompt[-1].content for question in stage._asked(0))
   assert events == [(second, '2'), (first, '0'), (second, '3'), (first, '1'), 'written']
   assert [[one.reward.value for one in group] for group in groups] == [[0, 1], [2, 3]]
+
+
+END = 256  # a token of the end behind the 256 bytes
+
+
+def grouped(monkeypatch, texts, found, judge=None, **policy):
+  """The first group of answers of these texts, a token a byte; those that end in '$' are complete.
+
+  Args:
+    monkeypatch: of pytest.
+    texts: of the answers.
+    found: what each is worth, or None for what the policy's own reward says of it.
+    judge: of steps.
+    policy: of the run.
+  """
+  policy = {'prompts': 1, 'group_size': len(texts), 'eval_questions': 0} | policy
+  stage, written = made(**policy), []
+  stage._judge = judge
+  for text in texts:
+    ids = [*text.removesuffix('$').encode(), *([END] if text.endswith('$') else [])]
+    zeros = np.zeros(len(ids), np.float32)
+    written.append(
+      rollouts.Answer(0, [1], ids, text.endswith('$'), zeros, zeros, zeros, experts=None)
+    )
+
+  def decode(ids):
+    return bytes(i for i in ids if i < END).decode(errors='replace')
+
+  def sample(variables, prompts, draw, *, on_answer):
+    for number, one in enumerate(written):
+      on_answer(number, one)
+    return rollouts.Rollouts(written, 1.0)
+
+  def submit(items):
+    ((_, ids, text, _),) = items
+    future, given = concurrent.futures.Future(), found
+    if given is None:
+      worth = registry.build(stage._policy.reward)('', ids, text, SUM)
+    else:
+      worth = given[next(numbers)]
+    future.set_result((worth, ''))
+    return pool.Scored([future])
+
+  numbers = iter(range(len(texts)))
+  stage._sampler = types.SimpleNamespace(sample=sample)
+  stage._pool = types.SimpleNamespace(submit=submit)
+  stage._tokenizer = types.SimpleNamespace(decode=decode)
+  monkeypatch.setattr(stage, '_prompts', lambda questions: [[1]] * len(questions))
+  monkeypatch.setattr(policy_stage.chat_formats, 'said', lambda data, text: text)
+  ((group,), _) = stage._groups({}, 0)
+  return group
+
+
+SUM = {'question': 'What is 7 + 5 - 3?', 'answer': '7 + 5 = 12\n12 - 3 = 9\nThe answer is 9.'}
+
+
+def test_a_reward_of_one_step_at_the_end_is_that_of_the_outcome(monkeypatch):
+  """Of the end token too: an answer's last step ends with it."""
+  texts = ['The answer is 9.$', 'The answer is 8.\n$', '九$']
+  steps = [
+    reward.Reward(v, {}, 'right', [(len(t.strip('\n$')), v)]) for v, t in zip([1, 0, 0.2], texts)
+  ]
+  outcome = grouped(monkeypatch, texts, steps)
+  process = grouped(monkeypatch, texts, steps, supervision='process', reward='steps')
+  for a, b in zip(outcome, process, strict=True):
+    assert a.advantages.all() and len(a.advantages) == len(a.answer.tokens)
+    np.testing.assert_allclose(b.advantages, a.advantages, rtol=1e-9)
+
+
+def test_a_cut_answer_is_not_punished_for_the_steps_that_did_not_come(monkeypatch):
+  """Of PPO with bootstrapped values: the phantom ones were -1.33, and raised all others by 0.33."""
+  texts = [f'{SUM["answer"]}$', '7 + 5 = 12\n12 - 3', '7 + 5 = 13\n13 - 3 = 10\nThe answer is 10.$']
+  policy = {'algorithm': 'ppo', 'supervision': 'process', 'reward': 'steps'}
+  policy |= {'kl_weight': 0.0, 'truncated': 'bootstrap'}
+  right, cut = grouped(monkeypatch, texts[:2], None, **policy)
+  assert not right.rewards.any() and not cut.rewards.any()  # each step is as good as the mean
+  right, cut, wrong = grouped(monkeypatch, texts, None, **policy)
+  mean = 5 / 7  # steps 1 1 1, 1, 0 1 0
+  assert right.rewards[[9, 20, -1]] == pytest.approx([1 - mean] * 3)
+  assert cut.rewards.nonzero()[0].tolist() == [9] and cut.rewards[9] == pytest.approx(1 - mean)
+  assert wrong.rewards[[9, -1]] == pytest.approx([-mean] * 2)
+
+
+def test_a_judge_finds_an_answer_without_a_step_the_worst(monkeypatch):
+  """Its end token is a wrong step: it had no advantage, and others, below the mean, a lower one."""
+  monkeypatch.setattr(
+    policy_stage.step_scores,
+    'score',
+    lambda judge, solutions, tell_unread: [np.full(len(one.ends), 0.5) for one in solutions],
+  )
+  judge = types.SimpleNamespace(cfg=tiny.make())
+  found = [reward.Reward(0.0, {}, 'wrong')] * 3
+  policy = {'supervision': 'process', 'reward': 'steps', 'std': 'none'}
+  spoken, empty, blank = grouped(monkeypatch, ['a\nb$', '$', ' \n$'], found, judge, **policy)
+  assert empty.reward.step_rewards == [(1, 0.0)] and empty.reward.value == 0
+  # Steps 0.5, 0.5, 0, 0: mean 0.25.
+  np.testing.assert_allclose(spoken.advantages, [0.5, 0.25, 0.25, 0.25])
+  np.testing.assert_allclose(empty.advantages, [-0.25])
+  np.testing.assert_allclose(blank.advantages, [-0.25] * 3)
+
+
+def test_answers_of_a_router_that_keeps_all_experts_are_learned_from(monkeypatch):
+  """E columns, not K: they are not replayed, and only compared with what the trainer chooses."""
+  ds_moe = {'model__moe__router': 'ds_moe', 'model__moe__dispatch': 'dense'}
+  plain = {'objective__policy__replay': 'none', 'objective__policy__kl_weight': 0.0}
+  cfg = tiny.make(**RUN | ds_moe | plain)
+  stage, experts = stages.of(cfg), np.tile(np.arange(8, dtype=np.int32), (2, 3, 1))
+  scores = np.zeros(2, np.float32)
+  answer = rollouts.Answer(0, [1, 2], [5, 3], True, scores, scores, scores, experts)
+  one = policy_batches.Judged(answer, reward.Reward(1.0, {}, 'right'), np.ones(2))
+  params = tiny.params(cfg.model)
+  stage._state = types.SimpleNamespace(params=params)
+
+  def measured(variables, batch, value=None):
+    assert policy_loss.EXPERTS not in batch
+    shape = batch['tokens'].shape
+    return policy_stage._Measured(np.zeros(shape), np.tile(experts[0, 0], (*shape, 2, 1)), None)
+
+  monkeypatch.setattr(stage, '_measured', measured)
+  batch, _ = stage._learnable({}, [one])
+  assert policy_loss.EXPERTS not in batch and stage.figures['experts_differ'] == 0

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from moe_jax.post_training import advantages, policy_batches, rollouts, value_targets
+from moe_jax.rewards import steps
 from moe_jax.training import policy_loss
 from tests import tiny
 from tests.post_training.test_policy_batches import ANSWERS, answer, worth
@@ -87,6 +88,29 @@ def test_steps_are_rewarded_where_they_end_and_less_their_mean():
   assert first.tolist() == [0.75, 0, 0.25]
   first, second = token_rewards(found, cut, truncated='leave_out', supervision='process')
   assert not first.any() and not second.any()
+
+
+@pytest.mark.parametrize(
+  'text, came',
+  [
+    ('7 + 5 = 12\n12 - 3', [(10, 1.0)]),  # neither the line that is cut nor an answer
+    ('7 + 5 = 12\n', [(10, 1.0)]),
+    ('7 + 5 = 12 \r\n', [(10, 1.0)]),
+    ('7 + 5 = 12', []),
+    ('7 + 5 = 13\n13 - 3 = 1', [(10, 0.0)]),
+    ('The answer is 9.', []),  # it may still be 9.5
+    ('', []),
+  ],
+)
+def test_an_answer_that_goes_on_is_rewarded_for_the_steps_that_it_has_completed(text, came):
+  example = {'question': 'What is 7 + 5 - 3?', 'answer': 'The answer is 9.'}
+  found, policy = steps.steps('', (), text, example), make(truncated='bootstrap').objective.policy
+  cut = ANSWERS[0]._replace(ended=False)
+  assert value_targets.of_what_came(policy, cut, text, found).step_rewards == came
+  assert value_targets.of_what_came(policy, ANSWERS[0], text, found) == found
+  kept = dataclasses.replace(policy, truncated='keep')
+  assert value_targets.of_what_came(kept, cut, text, found) == found
+  assert value_targets.of_what_came(policy, cut, text, worth(1.0)) == worth(1.0)
 
 
 def filled(found, *, answers=ANSWERS, values=None, reference=None, **changes):

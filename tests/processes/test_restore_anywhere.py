@@ -9,7 +9,7 @@ import pytest
 
 from configs import smoke
 from moe_jax.checkpoints import checkpointer
-from moe_jax.config import parse, schema
+from moe_jax.config import batch_sizes, parse, schema
 from moe_jax.data import pipeline
 from moe_jax.devices import partitioning
 from moe_jax.runs import checks, train_run
@@ -113,7 +113,7 @@ def test_the_data_is_the_same_on_every_mesh(cache):
   cfg = make(cache, 'eight')
   _, corpus = checks.prepare(make(cache, 'one'))
   length = cfg.model.max_seq_len
-  options = dict(seed=0, max_seq_len=length, batch_size_at=lambda n: 8, num_steps=3)
+  options = dict(seed=0, max_seq_len=length, batch_sizes=batch_sizes.BatchSizes(8), num_steps=3)
   whole = pipeline.TrainBatches(corpus, **options)
   parts = [
     pipeline.TrainBatches(corpus, **options, shards=(i, 7 - i), num_shards=8) for i in range(4)

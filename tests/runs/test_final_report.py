@@ -2,11 +2,15 @@
 
 import errno
 import gzip
+import json
 import random
 import types
 
+import numpy as np
 import pytest
 
+from moe_jax.data import corpus as corpus_lib
+from moe_jax.data import pipeline
 from moe_jax.runs import final_report, goodput
 from moe_jax.training import evaluate
 from tests import tiny
@@ -39,7 +43,7 @@ def test_a_report_without_room_for_plots_is_whole_and_its_time_is_counted(
   monkeypatch.setattr(final_report.plots, 'loss_curve', full)
   cfg = tiny.make(train__sample_prompt='')
   run = types.SimpleNamespace(cfg=cfg, variables=None, mesh=None, step=3)
-  heldout = types.SimpleNamespace(num_bytes=3)
+  heldout = types.SimpleNamespace(learned=None)
   corpus = types.SimpleNamespace(heldout_bytes=lambda: b'abc', heldout=heldout)
   said = []
   final_report.finish(run, corpus, tmp_path, said.append)
@@ -62,12 +66,35 @@ def test_a_report_without_room_for_routing_figures_is_whole(tmp_path, monkeypatc
 
   monkeypatch.setattr(final_report.routing_figures, 'write', full)
   run = types.SimpleNamespace(cfg=tiny.make(train__sample_prompt=''), step=3)
-  heldout = types.SimpleNamespace(num_bytes=3)
+  heldout = types.SimpleNamespace(learned=None)
   corpus = types.SimpleNamespace(heldout_bytes=lambda: b'abc', heldout=heldout)
   said = []
   final_report._write(run, corpus, tmp_path, figures, said.append)
   assert (tmp_path / 'evaluation.json').exists() and 'heldout.npz cannot be written' in caplog.text
   assert said[-1].startswith('wrote: ') and 'routing' not in said[-1]
+
+
+def test_the_compressors_get_the_conversations_that_are_measured(tmp_path, monkeypatch):
+  figures = types.SimpleNamespace(as_dict=lambda step: {}, routing=None, preference=None)
+  monkeypatch.setattr(final_report, 'draw', lambda *unused: [])
+  cfg = tiny.make(train__sample_prompt='', model__max_seq_len=16)
+  sizes = np.array([4, 40, 17, 18])  # tokens; a row of 16 has 16 targets
+  split = corpus_lib.TokenSplit(
+    tokens=np.zeros(sizes.sum(), np.int32),
+    offsets=np.concatenate([[0], np.cumsum(sizes)]),
+    doc_bytes=np.array([3, 50, 20, 21]),
+    doc_domain=np.zeros(4, np.int32),
+    learned=np.ones(sizes.sum(), bool),
+  )
+  whole = b'aaa' + b'b' * 50 + bytes(range(20)) + b'd' * 21
+  corpus = types.SimpleNamespace(heldout_bytes=lambda: whole, heldout=split)
+  said = []
+  run = types.SimpleNamespace(cfg=cfg, step=3)
+  final_report._write(run, corpus, tmp_path, figures, said.append)
+  want = final_report.compressed_bits_per_byte(b'aaa' + bytes(range(20)))
+  record = json.loads((tmp_path / 'evaluation.json').read_text())
+  assert record['compressors_bits_per_byte'] == want
+  assert pipeline.num_bytes(split, 16) == 23 and 'of the same 23 bytes: gzip' in said[1]
 
 
 def test_a_run_of_preferences_is_drawn_with_its_own_loss_and_rewards(tmp_path, monkeypatch):

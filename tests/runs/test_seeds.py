@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import smoke
-from moe_jax import errors
+from moe_jax import atomic_files, errors
 from moe_jax.config import parse, schema
 from moe_jax.devices import partitioning
 from moe_jax.runs import checks, metric_log, run_record, seeds, train_run, trained_run
@@ -172,6 +172,57 @@ def test_a_trained_arm_is_not_trained_again(trained):
   for one, other in zip(runs, again):
     jax.tree.map(np.testing.assert_array_equal, one.variables, other.variables)
   assert len(metric_log.read_metrics(root / 'arm' / str(SEEDS[0]))) == 6
+
+
+def test_a_kill_while_the_common_steps_are_deleted_costs_nothing(trained, monkeypatch):
+  root, cfg, _ = trained
+  workdir = shutil.copytree(root / 'arm', root / 'half_deleted')
+
+  def killed(path):
+    half = path / 'checkpoints' / '6' / 'state' / 'x'
+    half.parent.mkdir(parents=True)
+    half.touch()
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(seeds.shutil, 'rmtree', killed)
+    with pytest.raises(KeyboardInterrupt):
+      seeds.run_training(cfg, SEEDS, workdir)
+  again, _ = seeds.run_training(cfg, SEEDS, workdir)
+  assert again[0].step == 6
+  assert sorted(p.name for p in workdir.iterdir()) == ['0', '3']
+
+
+def test_all_workdirs_are_locked_until_all_is_written(trained, monkeypatch):
+  root, cfg, _ = trained
+  workdir, looked = root / 'arm', []
+
+  def looking(name):
+    plain = getattr(seeds, name)
+
+    def call(*args, **kwargs):
+      for place in ('together', *map(str, SEEDS)):
+        with pytest.raises(errors.InputError, match='being written by another process'):
+          with atomic_files.lock(workdir / place):
+            pass
+      looked.append(name)
+      return plain(*args, **kwargs)
+
+    monkeypatch.setattr(seeds, name, call)
+
+  looking('_fit')
+  looking('save_one')
+  seeds.run_training(cfg, SEEDS, workdir)
+  assert looked == ['_fit', 'save_one', 'save_one']
+
+
+def test_a_seed_that_is_being_trained_elsewhere_is_refused(trained):
+  root, cfg, _ = trained
+  before = sorted(root.glob('arm/**/*'))
+  with atomic_files.lock(root / 'arm' / str(SEEDS[1])):
+    with pytest.raises(errors.InputError, match='being written by another process'):
+      seeds.run_training(cfg, SEEDS, root / 'arm')
+  assert sorted(root.glob('arm/**/*')) == before
 
 
 def test_a_trained_arm_is_not_taken_for_one_of_another_text(trained, monkeypatch):

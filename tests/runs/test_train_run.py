@@ -14,7 +14,7 @@ import pytest
 from configs import smoke
 from moe_jax import atomic_files, errors
 from moe_jax.balance import routing_figures
-from moe_jax.config import parse, schema
+from moe_jax.config import batch_sizes, parse, schema
 from moe_jax.data import corpus as corpus_lib
 from moe_jax.data import packing, pipeline
 from moe_jax.devices import partitioning
@@ -401,7 +401,7 @@ def test_divergence_is_one_clear_error_and_saves_nothing(cache, tmp_path):
   corpus = corpus_lib.load_corpus(cfg.data, cfg.model.vocab_size, cfg.train.seed)
   (want,) = pipeline.train_batches(
     corpus, seed=cfg.train.seed, max_seq_len=cfg.model.max_seq_len, num_steps=bad,
-    start_step=bad - 1, batch_size_at=lambda step: 8,
+    start_step=bad - 1, batch_sizes=batch_sizes.BatchSizes(8),
   )  # fmt: skip
   np.testing.assert_array_equal(dump.batch['tokens'], want['tokens'])
 

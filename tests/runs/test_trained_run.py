@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import pytest
 from configs import smoke
 from moe_jax.config import parse
 from moe_jax.runs import train_run, trained_run
+from tests.runs import damaged_step
 
 ROOT = pathlib.Path(__file__).parents[2]
 LOAD = """
@@ -46,6 +48,24 @@ def test_loading_gives_the_weights_of_the_last_step(trained):
   assert loaded.step == run.step == 2
   assert jax.tree.structure(loaded.variables) == jax.tree.structure(run.variables)
   jax.tree.map(np.testing.assert_array_equal, loaded.variables, run.variables)
+
+
+def test_an_older_step_is_loaded_with_its_own_config(trained, tmp_path):
+  run, workdir = trained
+  workdir = shutil.copytree(workdir, tmp_path / 'run')
+  per_tok = run.cfg.model.moe.num_experts_per_tok
+  damaged_step.add(workdir, {'model.moe.num_experts_per_tok': per_tok - 1})
+  loaded = trained_run.load(workdir)
+  assert loaded.step == run.step and loaded.cfg == trained_run.load(workdir, run.step).cfg
+  assert loaded.cfg.model.moe.num_experts_per_tok == per_tok
+  jax.tree.map(np.testing.assert_array_equal, loaded.variables, run.variables)
+
+
+def test_an_older_step_is_loaded_although_a_newer_config_has_other_arrays(trained, tmp_path):
+  run, workdir = trained
+  workdir = shutil.copytree(workdir, tmp_path / 'run')
+  damaged_step.add(workdir, {'model.moe.expert_bias.update_rule': 'sign'})
+  assert trained_run.load(workdir).step == run.step
 
 
 def test_loading_imports_no_optimizer(trained):

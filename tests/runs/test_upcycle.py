@@ -16,7 +16,7 @@ from experiments import upcycle
 from moe_jax import atomic_files, errors
 from moe_jax.analysis.comparison import workdirs
 from moe_jax.balance import expert_similarity, routing_figures
-from moe_jax.config import parse, schema
+from moe_jax.config import batch_sizes, parse, schema
 from moe_jax.data import kept_files, pipeline
 from moe_jax.devices import partitioning
 from moe_jax.models import model_variables, transformer
@@ -24,6 +24,7 @@ from moe_jax.runs import checks, metric_log, train_run, trained_run, upcycle_run
 from moe_jax.runs import upcycle as runs_upcycle
 from moe_jax.training import cross_entropy
 from tests import in_process, tiny
+from tests.runs import damaged_step
 from tests.storage import conftest as storage
 
 MAKE_MESH = partitioning.make_mesh
@@ -262,7 +263,7 @@ def first_loss(loaded: trained_run.Run, cfg: schema.Config) -> float:
     corpus,
     seed=cfg.train.seed,
     max_seq_len=cfg.model.max_seq_len,
-    batch_size_at=lambda step: size,
+    batch_sizes=batch_sizes.BatchSizes(size),
     num_steps=1,
   )[0]
   inputs = [batch[key] for key in ('tokens', 'positions', 'segment_ids')]
@@ -293,6 +294,16 @@ def test_training_goes_on_from_the_dense_models_loss(cache, dense, tmp_path):
   assert (figures['expert_similarity'] > 0.999).all()
   with pytest.raises(errors.InputError, match='already holds checkpoints'):
     upcycle_run.create(dense, None, cfg, tmp_path)
+
+
+def test_an_older_step_is_compared_with_its_own_config(cache, dense, tmp_path):
+  source = shutil.copytree(dense, tmp_path / 'dense')
+  damaged_step.add(source, {'model.attention.rope.theta': 5e5})
+  changed = make_config(cache, **COPIES, model__attention__rope__theta=5e5)
+  with pytest.raises(errors.InputError, match='rope.theta=500000.0 must be that of the dense'):
+    upcycle_run.create(source, None, changed, tmp_path / 'moe')
+  upcycle_run.create(source, None, make_config(cache, **COPIES), tmp_path / 'moe', say=print)
+  assert (tmp_path / 'moe' / 'checkpoints' / '0').is_dir()
 
 
 def test_a_mesh_that_orders_its_devices_otherwise(cache, dense, tmp_path, monkeypatch):

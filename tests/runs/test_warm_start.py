@@ -13,6 +13,7 @@ from moe_jax.config import parse, schema
 from moe_jax.devices import partitioning
 from moe_jax.models import model_variables
 from moe_jax.runs import checks, first_state, train_run, warm_start
+from tests.runs import damaged_step
 
 MAKE_MESH = partitioning.make_mesh
 LATENT = {
@@ -68,6 +69,29 @@ def start(cache, source, **overrides):
   cfg = make(cache, init_from=str(source), **overrides)
   mesh, corpus = checks.prepare(cfg)
   return first_state.make(cfg, first_state.of_run(cfg), mesh, corpus, lines.append), lines
+
+
+def test_an_older_step_is_started_from_with_its_own_config(cache, source, tmp_path):
+  """The form of the bias decides whether it is taken over."""
+  workdir, trained = source
+  workdir = shutil.copytree(workdir, tmp_path / 'source')
+  changes = {'model.moe.norm_topk_prob': not make(cache).model.moe.norm_topk_prob}
+  damaged_step.add(workdir, changes | {'model.moe.expert_bias.form': 'multiplicative'})
+  state, lines = start(cache, workdir)
+  assert lines == [f'starting from the weights of {workdir}, step 2']
+  biases = (state.router_state, trained.variables['router_state'])
+  np.testing.assert_array_equal(*(model_variables.moe_state(b)['expert_bias'] for b in biases))
+
+
+def test_an_older_step_that_does_not_fit_is_refused(cache, source, tmp_path):
+  workdir = shutil.copytree(source[0], tmp_path / 'source')
+  damaged_step.add(workdir, {'model.mlp_dim': 96})
+  cfg = make(cache, init_from=str(workdir), model__mlp_dim=96)
+  mesh, corpus = checks.prepare(cfg)
+  weights = first_state.of_run(cfg)
+  checks.check_source(cfg, weights.meta, corpus)  # the record of the newest step fits
+  with pytest.raises(errors.InputError, match='model.mlp_dim: 64 -> 96'):
+    first_state.make(cfg, weights, mesh, corpus, print)
 
 
 def long_context(length: int = 128) -> dict:

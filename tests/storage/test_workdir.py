@@ -247,6 +247,77 @@ def test_an_unfinished_step_in_the_bucket_is_neither_brought_nor_kept(objects):
   assert names(objects) == {'config.json'}
 
 
+@pytest.mark.parametrize(
+  'strange',
+  [
+    '.gitignore',
+    'notes/.x',
+    'checkpoints/best/d/x',
+    f'checkpoints/best/{LAST}',
+    'b/checkpoints/4/x',
+  ],
+)
+def test_what_no_run_uploads_is_never_deleted(objects, strange):
+  objects.pipe_file(f'b1/runs/a/{strange}', b'x')
+  for _ in range(2):  # from an empty disk, and from the folder that was kept
+    with opened() as place:
+      write(place, 'config.json')
+  assert names(objects) == {strange, 'config.json'}
+
+
+@pytest.mark.parametrize('guard', ['.lease/1', '.session'])
+def test_a_run_in_a_folder_below_is_let_alone(objects, guard):
+  below = {f'tuned/{guard}', 'tuned/checkpoints/8/d/x', 'tuned/config.json'}
+  for name in below:
+    objects.pipe_file(f'b1/runs/a/{name}', b'theirs')
+  for _ in range(2):
+    with opened() as place:
+      assert not (place / 'tuned').exists()
+      write(place, 'config.json')
+    assert names(objects) == below | {'config.json'}
+  with workdir.copied(urls.parse(URL), '--workdir', 1) as place:
+    assert {p.name for p in place.iterdir()} == {'config.json'}
+
+
+def test_a_run_begun_in_a_folder_that_was_brought_is_not_overwritten(objects):
+  """An upcycled start lies below, and later somebody trains it there."""
+  objects.pipe_file('b1/runs/a/tuned/config.json', b'old')
+  with opened() as place:
+    assert (place / 'tuned/config.json').exists()
+    write(place, 'config.json')
+  with workdir.opened(f'{URL}/tuned', '--workdir', print) as place:
+    write(place, 'config.json', text='of the run below')
+  with opened() as place:
+    write(place, 'config.json', text='new')
+  assert objects.cat_file('b1/runs/a/tuned/config.json') == b'of the run below'
+
+
+def test_runs_one_below_the_other_go_on_at_once(objects):
+  with workdir.opened(f'{URL}/tuned', '--workdir', print) as inner:
+    with opened() as outer:
+      write(outer, 'config.json')
+    write(inner, 'checkpoints/8/x', f'checkpoints/8/{LAST}')
+  assert f'tuned/checkpoints/8/{LAST}' in names(objects)
+
+
+def test_a_folder_named_checkpoints_is_the_run_s_own_whatever_lies_there(objects):
+  with opened() as place:
+    write(place, 'checkpoints/4/x', f'checkpoints/4/{LAST}')
+  objects.pipe_file('b1/runs/a/checkpoints/.session', b'of a mistaken --workdir')
+  shutil.rmtree(workdir._home(urls.parse(URL)))
+  with opened() as place:
+    assert (place / 'checkpoints/4/x').exists()
+
+
+def test_what_others_put_beside_a_run_between_two_starts_stays(objects):
+  with opened() as place:
+    write(place, 'config.json', 'checkpoints/4/x', f'checkpoints/4/{LAST}')
+  objects.pipe_file('b1/runs/a/notes.txt', b'x')
+  with opened() as place:  # the folder here is kept, so the notes are not in it
+    shutil.rmtree(place / 'checkpoints')
+  assert names(objects) == {'config.json', 'notes.txt'}
+
+
 def test_a_run_that_lost_its_lease_uploads_nothing_more(objects):
   with pytest.raises(lease.LostError):
     with opened() as place:

@@ -1,5 +1,6 @@
 import numpy as np
 
+from moe_jax.config import batch_sizes
 from moe_jax.data import corpus, pipeline
 from moe_jax.devices import partitioning
 from moe_jax.training import batches
@@ -25,7 +26,7 @@ def test_the_batches_of_a_run_are_those_of_its_seed_length_ramp_and_steps():
       text(),
       seed=3,
       max_seq_len=16,
-      batch_size_at=lambda step: 4 if step < 2 else 8,
+      batch_sizes=batch_sizes.BatchSizes(8, ((2, 4),)),
       start_step=1,
       num_steps=5,
     )

@@ -6,9 +6,11 @@ import numpy as np
 import optax
 import pytest
 
+from moe_jax.devices import partitioning
 from moe_jax.models import model_variables
-from moe_jax.training import optim
+from moe_jax.training import optim, train_state, value_head
 from tests import tiny
+from tests.training.test_policy_loss import RUN
 
 EXACT = dict(rel=1e-5)  # float32 schedules
 
@@ -156,3 +158,46 @@ def test_moments_are_kept_in_their_dtype_and_computed_with_in_float32():
   assert {leaf.dtype for leaf in jax.tree.leaves(optax.tree.get(plain, 'nu'))} == {
     jnp.dtype('float32')
   }
+
+
+@pytest.mark.parametrize('beta2', [0.95, 0.999])
+def test_adam_counts_for_a_policy_only_what_its_moments_have_seen(beta2):
+  """Behind 200 steps of the value head alone the first update was 0.45 or 1.4 rates."""
+  cfg = tiny.make(optim__beta2=beta2, optim__clip_norm=0.0, optim__weight_decay=0.0).optim
+  head = {'kernel': jnp.ones((2, 1))}
+  both = {**PARAMS, value_head.KEY: head}
+  optimizer, plain = optim.optimizer(cfg, 20, rests=True), optim.optimizer(cfg, 20)
+  update = tiny.jit(optimizer.update)
+
+  def gradients(step, resting):
+    rng = np.random.default_rng(step)
+    drawn = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), jnp.float32), both)
+    return value_head.alone(jnp.bool_(resting), drawn, jax.tree.map(jnp.zeros_like, drawn))
+
+  state, own, heads = optimizer.init(both), plain.init(PARAMS), plain.init(head)
+  for step in range(204):
+    resting, applied = step < 200, step not in (7, 201)  # of either kind one that is not applied
+    flags = {'applied': jnp.bool_(applied)}
+    grads = gradients(step, resting)
+    found, state = update(grads, state, both, resting=jnp.bool_(resting), **flags)
+    if not resting:
+      expected, own = plain.update(value_head.without(grads), own, PARAMS, **flags)
+      if applied:
+        tiny.assert_trees_close(value_head.without(found), expected, rtol=1e-5, atol=1e-9)
+      if step == 200:
+        np.testing.assert_allclose(np.abs(found['a']['scale']), cfg.peak_lr, rtol=1e-4)
+    expected, heads = plain.update(grads[value_head.KEY], heads, head, **flags)
+    if applied:
+      tiny.assert_trees_close(found[value_head.KEY], expected, rtol=1e-5, atol=1e-9)
+
+
+def test_a_policy_that_never_rests_has_the_state_of_every_other_run():
+  policy = {'objective__policy__algorithm': 'ppo', 'objective__policy__kl_weight': 0.0}
+  warm, plain = (
+    train_state.boxed_state(tiny.make(**RUN | policy, objective__policy__ppo__value_warmup=n))
+    for n in (1, 0)
+  )
+  warm, plain = (partitioning.unbox(state) for state in (warm, plain))
+  assert len(jax.tree.leaves(warm.opt_state)) == len(jax.tree.leaves(plain.opt_state)) + 1
+  direct = jax.eval_shape(optim.optimizer(tiny.make().optim, 20).init, plain.params)
+  assert jax.tree.structure(plain.opt_state) == jax.tree.structure(direct)

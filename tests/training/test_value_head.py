@@ -169,6 +169,13 @@ def test_the_head_learns_at_its_own_rate():
 
 
 @pytest.mark.slow
+def test_the_first_step_of_the_policy_is_the_rate():
+  (_, first, second), (_, metrics) = warmed()
+  moved = second[0]['final_norm']['scale'] - first[0]['final_norm']['scale']
+  np.testing.assert_allclose(np.abs(moved), metrics['lr'], rtol=1e-2)
+
+
+@pytest.mark.slow
 def test_two_devices_learn_as_one():
   (*_, one), metrics = warmed()
   (*_, two), others = two_steps(

@@ -1,5 +1,6 @@
 """Messages come back, and how sure they are is neither more nor less than chance allows."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -39,7 +40,7 @@ def marked(request):
 
 def test_a_thousand_messages_come_back(marked):
   scheme, messages, hits, _ = marked
-  chunks = [decode.read(scheme, each) for each in hits]
+  chunks = [decode.read(scheme, each, 0) for each in hits]
   assert [chunk.value for chunk in chunks] == messages
   # Nothing outweighs delta: every token is available, and no other message has that.
   assert all(chunk.hits == chunk.places == 40 > chunk.runner_up for chunk in chunks)
@@ -71,7 +72,7 @@ def test_counts_are_those_of_every_message_on_its_own(marked):
   for text in hits[:5]:
     part = decode.Hits(text.seeds[:10], text.found[:10])  # short: others come close, or are ahead
     counts = counts_of(scheme, decode.Hits(text.seeds, FIRST * text.found))
-    found = decode.read(scheme, part)
+    found = decode.read(scheme, part, 0)
     assert (found.value, found.hits) == (int(np.argmax(counts)), max(counts))
     assert found.runner_up == sorted(counts)[-2]
 
@@ -99,6 +100,25 @@ def test_text_of_no_message_is_claimed_no_more_often_than_said():
     assert share <= level + 3 * np.sqrt(level / 300)
   assert np.mean(np.array(p_values) <= 0.8) > 0.3  # and no more careful than it has to be
   assert np.mean(np.array(naive) <= 0.05) > 0.2
+
+
+@pytest.mark.parametrize('message_bits, bits', [(4, (4,)), (12, (4, 8)), (16, (8, 8))])
+def test_only_what_a_chunk_can_say_is_searched_and_corrected_for(message_bits, bits):
+  scheme = dataclasses.replace(VANILLA, message_bits=message_bits)
+  for seed in range(20):  # of text without a mark
+    text = np.random.default_rng(seed).integers(V, size=scheme.num_tokens)
+    hits = look(scheme, text)
+    chunks = decode.read_all(scheme, hits)
+    assert scheme.message([chunk.value for chunk in chunks]) < 2**message_bits
+    for number, (chunk, own) in enumerate(zip(chunks, bits, strict=True)):
+      part = slice(number * scheme.chunk_tokens, (number + 1) * scheme.chunk_tokens)
+      counts = counts_of(scheme, decode.Hits(hits.seeds[part], hits.found[part]))[: 2**own]
+      assert (chunk.value, chunk.hits) == (int(np.argmax(counts)), max(counts))
+      assert chunk.runner_up == sorted(counts)[-2]
+      seeds, where = np.unique(hits.seeds[part], return_inverse=True)
+      sums = np.zeros((len(seeds), scheme.partitions), int)
+      np.add.at(sums, where, hits.found[part])
+      assert chunk.p_value == pytest.approx(min(1.0, decode.tail(sums, chunk.hits) * 2**own))
 
 
 def test_tail_is_a_binomial_where_places_differ_and_half_is_hit():

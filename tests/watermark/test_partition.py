@@ -97,6 +97,9 @@ def test_messages_are_cut_into_chunks_and_put_together():
   assert (scheme.num_chunks, scheme.chunk_tokens, scheme.num_tokens) == (3, 50, 160)
   assert scheme.chunks((1 << 40) + (2 << 20) + 3) == (1, 2, 3)
   assert scheme.message(scheme.chunks(2**50 - 1)) == 2**50 - 1
+  assert [scheme.bits_of(n) for n in range(3)] == [10, 20, 20]
+  for bits, first in ((8, 8), (20, 20), (40, 20), (41, 1)):
+    assert partition.Scheme('vanilla', 0, message_bits=bits).bits_of(0) == first
   for message in (-1, 2**50):
     with pytest.raises(errors.InputError, match=r'below 2\^50: message_bits=50; take a smaller'):
       scheme.chunks(message)
@@ -109,7 +112,10 @@ def test_messages_are_cut_into_chunks_and_put_together():
     ({'key': 2**64}, 'below 2'),
     ({'chunk_bits': 21}, 'chunk_bits=21 must be 1 to 20'),
     ({'message_bits': 0}, 'message_bits=0 must be at least 1'),
-    ({'chunk_bits': 1, 'tokens_per_bit': 0.5}, 'at least a token per chunk'),
+    ({'chunk_bits': 1, 'tokens_per_bit': 0.5}, 'at least a token per chunk: 1/1 with chunk_bits=1'),
+    ({'tokens_per_bit': float('inf')}, 'tokens_per_bit=inf must be finite'),
+    ({'tokens_per_bit': float('nan')}, 'tokens_per_bit=nan must be finite'),
+    ({'tokens_per_bit': 1e308}, r'tokens_per_bit=1e\+308 must be finite'),  # times 20 is not
     ({'partitions': 1}, 'partitions=1 must be 2 to'),
     ({'window': 0}, 'window=0 must be at least 1'),
     ({'prefix': 11}, 'prefix=11 must be 1 to window=10'),

@@ -11,6 +11,7 @@ Axis letters: W label words, Y demonstrations, J width of all heads.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -30,6 +31,13 @@ class States(NamedTuple):
 
   queries: np.ndarray  # [B, J], of the last tokens
   keys: np.ndarray  # [B, W, J], of label words, means over the demonstrations of a class
+
+
+class Ratios(NamedTuple):
+  """What tells two classes apart."""
+
+  positive: np.ndarray  # of queries of the one class
+  negative: np.ndarray  # of the other
 
 
 def deep_layer(num_layers: int) -> int:
@@ -76,8 +84,8 @@ def distances(queries: np.ndarray, keys: np.ndarray, directions: int = DIRECTION
   return found / found.max()
 
 
-def pair_auc(log_probs: np.ndarray, answers: np.ndarray, i: int, j: int) -> float:
-  """Measured: AUC of class i against j; NaN where no query is of one of them.
+def pair_ratios(log_probs: np.ndarray, answers: np.ndarray, i: int, j: int) -> Ratios:
+  """log p_i - log p_j of the queries of either class.
 
   Args:
     log_probs: [B, W], among the label words.
@@ -86,7 +94,16 @@ def pair_auc(log_probs: np.ndarray, answers: np.ndarray, i: int, j: int) -> floa
     j: the other.
   """
   ratio = log_probs[:, i] - log_probs[:, j]
-  positive, negative = ratio[answers == i], ratio[answers == j]
+  return Ratios(ratio[answers == i], ratio[answers == j])
+
+
+def pair_auc(sets: Sequence[Ratios]) -> float | None:
+  """Measured: AUC of the one class against the other; None where no query is of one of them.
+
+  Args:
+    sets: of the same pair of classes, whose queries are taken together.
+  """
+  positive, negative = (np.concatenate(own) for own in zip(*sets))
   if not len(positive) or not len(negative):
-    return float('nan')
+    return None
   return correlation.auc(positive, negative)

@@ -76,6 +76,6 @@ def multiclass_auc(scores: np.ndarray, labels: np.ndarray) -> float:
 
 
 def cumulative(aucs: np.ndarray) -> np.ndarray:
-  """R_l of AUCROC [X]: [X], 1 in the last layer."""
+  """R_l of AUCROC [X]: [X], 1 in the last layer; NaN where all layers together are at chance."""
   excess = np.cumsum(aucs - 0.5)
-  return excess / excess[-1]
+  return excess / (excess[-1] or np.nan)

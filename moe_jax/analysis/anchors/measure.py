@@ -182,7 +182,10 @@ def loyalties(prepared: Prepared, found: blocking.Predictions) -> Figures:
 
 
 def correlation_part(prepared: Prepared, resamples: int = 200) -> Figures:
-  """AUCROC and R by layer, with percentiles of a bootstrap over sets."""
+  """AUCROC and R by layer, with percentiles of a bootstrap over sets.
+
+  They are None where the model predicts one label only.
+  """
   settings = prepared.settings
   scores = correlation.scores(*prepared.model, prepared.batch, size=settings.size)
   labels = prepared.whole.label
@@ -198,14 +201,22 @@ def correlation_part(prepared: Prepared, resamples: int = 200) -> Figures:
       for _ in range(resamples)
     ]
   )
-  low, high = np.nanpercentile(drawn, [2.5, 97.5], axis=0)
   aucs = of_rows(places)
+  if np.isnan(aucs).any():  # one label is predicted, and so in every resample
+    low = high = aucs
+  else:
+    low, high = np.nanpercentile(drawn, [2.5, 97.5], axis=0)
   return {
-    'auc': aucs.tolist(),
-    'low': low.tolist(),
-    'high': high.tolist(),
-    'cumulative': correlation.cumulative(aucs).tolist(),
+    'auc': _defined(aucs),
+    'low': _defined(low),
+    'high': _defined(high),
+    'cumulative': _defined(correlation.cumulative(aucs)),
   }
+
+
+def _defined(values: np.ndarray) -> list[float | None]:
+  """Numbers by layer, None for NaN, which JSON has not."""
+  return [None if np.isnan(value) else float(value) for value in values]
 
 
 def reweight_part(prepared: Prepared) -> Figures:
@@ -213,11 +224,9 @@ def reweight_part(prepared: Prepared) -> Figures:
   subject, settings, sets = prepared.subject, prepared.settings, prepared.sets
   flat = joined(subject, prepared.task, sets, queries=lambda one: one.more)
   each = len(sets[0].more)
-  length = flat.tokens.shape[1]
   examples = prompts.Batch(
     *(np.moveaxis(a.reshape(len(sets), each, *a.shape[1:]), 0, 1) for a in flat)
   )
-  del length
   out: Figures = {}
   for rate in (reweight.PAPER_RATE, reweight.REPOSITORY_RATE):
     fitted = reweight.fit(*prepared.model, examples, rate=rate, seed=settings.seed)
@@ -288,7 +297,7 @@ def confusion_part(prepared: Prepared) -> Figures:
   layer = confusion.deep_layer(prepared.subject.cfg.num_layers)
   states = confusion.states(*prepared.model, batch, layer, size=settings.size)
   predicted: dict[tuple[str, str], list[float]] = {}
-  positive: dict[tuple[str, str], list[np.ndarray]] = {}
+  ratios: dict[tuple[str, str], list[confusion.Ratios]] = {}
   for number, one in enumerate(prepared.sets):
     rows = slice(number * settings.queries, (number + 1) * settings.queries)
     found = confusion.distances(states.queries, states.keys[rows].mean(axis=0))
@@ -298,15 +307,11 @@ def confusion_part(prepared: Prepared) -> Figures:
       for j in order[a + 1 :]:
         pair = one.classes[i], one.classes[j]
         predicted.setdefault(pair, []).append(float(found[i, j]))
-        here = np.isin(answers, (i, j))
-        ratio = (log_probs[:, i] - log_probs[:, j])[here]
-        positive.setdefault(pair, []).append(np.stack([ratio, answers[here] == i]))
+        ratios.setdefault(pair, []).append(confusion.pair_ratios(log_probs, answers, i, j))
   pairs = []
   for pair, values in predicted.items():
-    ratio, is_first = np.concatenate(positive[pair], axis=1)
-    one, two = ratio[is_first > 0], ratio[is_first == 0]
-    measured = correlation.auc(one, two) if len(one) and len(two) else float('nan')
-    pairs.append([*pair, float(np.mean(values)), measured, len(ratio)])
+    asked = sum(len(one.positive) + len(one.negative) for one in ratios[pair])
+    pairs.append([*pair, float(np.mean(values)), confusion.pair_auc(ratios[pair]), asked])
   return {'layer': layer, 'pairs': pairs}
 
 

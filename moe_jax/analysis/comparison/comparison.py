@@ -61,14 +61,14 @@ class Comparison:
 
   def claims(self, baseline: str = '') -> list[verdicts.Claim]:
     """Every other group's held-out figures against those of a group, '' being `baseline`."""
-    return verdicts.against(self.group(baseline or self.baseline), self.groups, self.series)
+    return verdicts.against(self.group(baseline or self.baseline), self.groups)
 
   def curve(self, arm: str, baseline: str = '') -> difference_curves.Curve | None:
     """The paired difference of the training loss of two groups; None where they are no pairs."""
     first, second = self.group(arm), self.group(baseline or self.baseline)
     if fairness.reasons(first, second):
       return None
-    return verdicts.curve_of(first, second, self.series)
+    return verdicts.curve_of(first, second)
 
   def curve_reasons(self, arm: str, baseline: str = '') -> list[str]:
     """Why there is no `curve` of two groups."""
@@ -76,12 +76,13 @@ class Comparison:
     return reasons or ['no step was logged with a finite loss in every run of both']
 
   def curve_verdict(self, arm: str, baseline: str = '') -> str:
-    """What the `curve` of two groups says alone, where nothing was evaluated."""
+    """What the `curve` of two groups says alone, where nothing was evaluated at its end."""
     curve = self.curve(arm, baseline)
     if curve is None or len(curve.tokens) < difference_curves.MIN_POINTS:
       return paired.UNDECIDED
     found = difference_curves.outcome(curve, 'lower')
-    if fairness.same_rates(self.group(arm), self.group(baseline or self.baseline)):
+    first, second = self.group(arm), self.group(baseline or self.baseline)
+    if difference_curves.same_rates(first.cfg.optim, second.cfg.optim):
       return verdicts.in_words(found.verdict)
     return verdicts.in_words(paired.verdict(found.end, 'lower'))
 
@@ -110,6 +111,8 @@ class Comparison:
         lines.append(f'{one.name}: {len(behind)} of {len(runs)} runs at step {min(behind)} of {of}')
       elif not all(run.held_out for run in runs):
         lines.append(f'{one.name}: runs without evaluation.json, and so without held-out figures')
+      if left_out := curves.left_out(one):
+        lines.append(f'{one.name}: its curves leave out {left_out}')
       series = self.series[one.name]
       if series is not None and (counted := curves.not_finite(series)):
         lines.append(f'{one.name}: curves leave out logged steps without a finite loss, {counted}')

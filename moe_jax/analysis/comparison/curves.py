@@ -1,4 +1,7 @@
-"""What was logged over training, group by group: losses, balance, loads, and what was spent."""
+"""What was logged over training, group by group: losses, balance, loads, and what was spent.
+
+A run that is not as far as the others would end their curves where it is: see `seeds`.
+"""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,7 +20,7 @@ MAX_STEPS = 24  # of the loads that are shown
 
 
 class Series(NamedTuple):
-  """Figures of a group at the steps that all of its seeds have logged."""
+  """Figures of a group's `seeds` at the steps that all of these have logged."""
 
   seeds: list[int]
   steps: np.ndarray  # [points]
@@ -44,23 +47,42 @@ class Load(NamedTuple):
   relative: list[np.ndarray]  # [layers, E] of each step; 1 = balanced
 
 
+def seeds(*groups: groups_lib.Group) -> list[int]:
+  """The seeds whose runs are finished in all groups; without any, those that have logged a step."""
+  common = [seed for seed in groups[0].runs if all(seed in one.runs for one in groups)]
+  logged = [seed for seed in common if all(one.runs[seed].metrics for one in groups)]
+  return [seed for seed in logged if all(one.runs[seed].is_finished for one in groups)] or logged
+
+
+def left_out(group: groups_lib.Group) -> str:
+  """`seed 3 at step 50, seed 4 without a logged step`, of what is not in `seeds`; '' if all are."""
+  drawn = seeds(group)
+  return ', '.join(
+    f'seed {seed} at step {run.step}' if run.metrics else f'seed {seed} without a logged step'
+    for seed, run in group.runs.items()
+    if seed not in drawn
+  )
+
+
 def series(group: groups_lib.Group) -> Series | None:
-  """The logged figures of a group; None if its seeds have no step in common."""
-  runs = list(group.runs.values())
-  common = set.intersection(*({line['step'] for line in run.metrics} for run in runs))
+  """The logged figures of a group; None if its `seeds` have no step in common."""
+  runs = {seed: group.runs[seed] for seed in seeds(group)}
+  if not runs:
+    return None
+  common = set.intersection(*({line['step'] for line in run.metrics} for run in runs.values()))
   if not common:
     return None
   steps = np.asarray(sorted(common))
-  found = [{line['step']: line for line in run.metrics} for run in runs]
+  found = [{line['step']: line for line in run.metrics} for run in runs.values()]
   cfg = group.cfg
   tokens = np.asarray(optim.tokens_at(cfg.train, cfg.model.max_seq_len, steps.tolist()), float)
   values = {key: np.asarray([_column(lines, steps, key) for lines in found]) for key in KEYS}
   return Series(
-    list(group.runs),
+    list(runs),
     steps,
     tokens,
     tokens * flops.train_flops_per_token(cfg.model),
-    np.mean([_seconds(run, steps) for run in runs], axis=0),
+    np.mean([_seconds(run, steps) for run in runs.values()], axis=0),
     values,
   )
 
@@ -109,47 +131,43 @@ def thinned(series: Series, num: int = MAX_POINTS) -> Series:
 
 
 def difference(
-  first: Series | None, second: Series | None, seeds: Sequence[int]
+  first: groups_lib.Group, second: groups_lib.Group, seeds: Sequence[int]
 ) -> difference_curves.Curve | None:
-  """Of the training loss of `first` minus `second`, at the steps that both have.
+  """The training loss of `first` minus that of `second`; None without a step that has all of it.
 
   Args:
-    first: of an arm.
-    second: of its baseline.
-    seeds: that are paired.
+    first: an arm.
+    second: its baseline.
+    seeds: that are paired; both groups have them.
   """
-  if first is None or second is None:
+  pairs = [[one.runs[seed].losses for seed in seeds] for one in (first, second)]
+  logged = [set(losses) for some in pairs for losses in some]
+  steps = sorted(set.intersection(*logged)) if logged else []
+  values, baseline = (
+    np.asarray([[losses[step] for step in steps] for losses in some]) for some in pairs
+  )
+  if not steps or not np.isfinite(values - baseline).all(axis=0).any():
     return None
-  steps = np.intersect1d(first.steps, second.steps)
-  if not len(steps):
-    return None
-  values, baseline = (_losses(one, seeds, steps) for one in (first, second))
-  if not np.isfinite(values - baseline).all(axis=0).any():
-    return None
-  return difference_curves.curve(first.tokens[np.isin(first.steps, steps)], values, baseline)
-
-
-def _losses(series: Series, seeds: Sequence[int], steps: np.ndarray) -> np.ndarray:
-  """[seeds, steps] of these seeds and steps."""
-  rows = series.values['loss'][[series.seeds.index(seed) for seed in seeds]]
-  return rows[:, np.isin(series.steps, steps)]
+  tokens = optim.tokens_at(first.cfg.train, first.cfg.model.max_seq_len, steps)
+  return difference_curves.curve(tokens, values, baseline)
 
 
 def routing(group: groups_lib.Group) -> tuple[Balance, Load] | None:
   """Balance per layer over training and the loads of its first seed; None without any."""
   if not group.cfg.model.is_moe:
     return None
-  histories = [dict(run.routing()) for run in group.runs.values()]
-  steps = sorted(set.intersection(*(set(history) for history in histories)))
+  kept = {seed: dict(group.runs[seed].routing()) for seed in seeds(group)}
+  histories = {seed: history for seed, history in kept.items() if history}
+  steps = sorted(set.intersection(*map(set, histories.values()))) if histories else []
   if not steps:
     return None
   shown = [steps[i] for i in _spread(len(steps), MAX_POINTS)]
-  max_vio = np.mean([[h[step]['max_vio'] for step in shown] for h in histories], axis=0).T
-  first = group.cfg.model.num_dense_layers
-  own = sorted(histories[0])
-  few = [own[i] for i in _spread(len(own), MAX_STEPS)]
-  relative = [_relative(histories[0][step]['load']) for step in few]
-  return Balance(shown, first, max_vio), Load(next(iter(group.runs)), few, first, relative)
+  max_vio = [[history[step]['max_vio'] for step in shown] for history in histories.values()]
+  layer = group.cfg.model.num_dense_layers
+  first, own = next(iter(histories.items()))
+  few = [sorted(own)[i] for i in _spread(len(own), MAX_STEPS)]
+  relative = [_relative(own[step]['load']) for step in few]
+  return Balance(shown, layer, np.mean(max_vio, axis=0).T), Load(first, few, layer, relative)
 
 
 def _spread(num: int, most: int) -> list[int]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from moe_jax.analysis import difference_curves
 from moe_jax.analysis.comparison import groups as groups_lib
 from moe_jax.config import schema
 from moe_jax.planning import describe, matched_budgets
@@ -30,7 +29,8 @@ def seeds(first: groups_lib.Group, second: groups_lib.Group) -> list[int]:
 def reasons(first: groups_lib.Group, second: groups_lib.Group) -> list[str]:
   """Why no difference of two groups can be called real; empty if their pairs are pairs.
 
-  A pair is two runs with the same seed, tokenizer, text and order of it.
+  A pair is two runs with the same seed, tokenizer, text and order of it, and schedules of one
+  length.
   """
   pairs = [(first.runs[seed], second.runs[seed]) for seed in seeds(first, second)]
   if not pairs:
@@ -50,13 +50,13 @@ def reasons(first: groups_lib.Group, second: groups_lib.Group) -> list[str]:
     values = [_value(one.cfg, key) for one in (first, second)]
     if values[0] != values[1]:
       found.append(f'the data order differs ({key}: {values[0]} and {values[1]})')
+  lengths = [one.cfg.train.num_steps for one in (first, second)]
+  if lengths[0] != lengths[1]:
+    found.append(
+      f'the schedules differ in length (train.num_steps: {lengths[0]} and {lengths[1]}), so they '
+      'are not comparable at equal steps'
+    )
   return found
-
-
-def same_rates(first: groups_lib.Group, second: groups_lib.Group) -> bool:
-  """Whether two groups have the same learning rate at every step, and so the same length."""
-  lengths = {one.cfg.train.num_steps for one in (first, second)}
-  return len(lengths) == 1 and difference_curves.same_rates(first.cfg.optim, second.cfg.optim)
 
 
 def _value(cfg: schema.Config, key: str) -> object:

@@ -132,9 +132,10 @@ function drawCurves() {
     if (!found) continue;
     const x = group.curves[state.x];
     if (state.seeds) {
+      const seeds = group.curves.seeds;
       found.seeds.forEach((y, i) => traces.push({x, y, mode: 'lines', opacity: 0.55,
-        line: {color: colourOf(group.name), width: 1}, name: `${group.name}, seed ${group.seeds[i]}`,
-        hovertemplate: `%{y:.4f}<extra>${escaped(group.name)}, seed ${group.seeds[i]}</extra>`}));
+        line: {color: colourOf(group.name), width: 1}, name: `${group.name}, seed ${seeds[i]}`,
+        hovertemplate: `%{y:.4f}<extra>${escaped(group.name)}, seed ${seeds[i]}</extra>`}));
     } else {
       traces.push(...bandTraces(group.name, x, found));
     }

@@ -50,6 +50,7 @@ def _group(found: comparison_lib.Comparison, name: str) -> dict[str, Any]:
 
 def _series(series: curves.Series) -> dict[str, Any]:
   found: dict[str, Any] = {
+    'seeds': series.seeds,
     'steps': _numbers(series.steps),
     'tokens': _numbers(series.tokens),
     'flops': _numbers(series.flops),

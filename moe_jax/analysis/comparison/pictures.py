@@ -76,7 +76,7 @@ def _losses(found: comparison_lib.Comparison, out: pathlib.Path) -> Drawn | None
   panels = fig.subplots(1, 3, sharey=True)
   for axes, (key, title) in zip(panels, _SPENT.items()):
     for name, one in series.items():
-      _band(axes, getattr(one, key), one.values['loss'], name, colours(found)[name])
+      band(axes, getattr(one, key), one.values['loss'], name, colours(found)[name])
     axes.set_xlabel(title)
     axes.grid(True)
     axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
@@ -92,8 +92,8 @@ def _losses(found: comparison_lib.Comparison, out: pathlib.Path) -> Drawn | None
 _NOTE = comparison_lib.COST_NOTE
 
 
-def _band(axes: Any, x: np.ndarray, values: np.ndarray, label: str, colour: str):
-  """Mean and interval of values [seeds, points]; a gap where a seed has none."""
+def band(axes: Any, x: np.ndarray, values: np.ndarray, label: str, colour: Any):
+  """Draws mean and 95 % interval of values [seeds, points]; a gap where a seed has none."""
   around = [paired.interval(column.tolist()) for column in values.T]
   axes.plot(x, [one.mean for one in around], label=label, color=colour, lw=1.6)
   if len(values) > 1:

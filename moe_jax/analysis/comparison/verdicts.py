@@ -1,19 +1,22 @@
 """What the runs of two groups say: paired differences of held-out figures, and of the loss.
 
-A difference is called lower or higher only between pairs of runs that saw the same batches.
+A difference is called lower or higher only between pairs of runs that saw the same batches, with
+schedules of one length.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from moe_jax.analysis import difference_curves, paired
 from moe_jax.analysis.comparison import curves, fairness
 from moe_jax.analysis.comparison import groups as groups_lib
+from moe_jax.training import optim
 
 LOWER, HIGHER = 'lower', 'higher'
 NOT_COMPARABLE = 'not comparable'
 BITS = 'bits_per_byte'
+NEAR = 0.1  # share of a figure's tokens; a curve that ends further away says nothing of the figure
 FIGURES = {  # held-out figure -> (what it is, digits); lower is better in all of them
   BITS: ('held-out bits per byte', 4),
   'max_vio': ('MaxVio over the held-out text', 2),
@@ -34,6 +37,7 @@ class Claim(NamedTuple):
   plain: str  # of this figure at this length alone
   holm: str  # when all claims against the baseline are read together
   p_value: float
+  ends_curve: bool = False  # whether the figure is of where `curve_of` the two ends
 
 
 def held_out(group: groups_lib.Group, figure: str) -> dict[int, float]:
@@ -48,24 +52,19 @@ def interval(group: groups_lib.Group, figure: str) -> paired.Interval | None:
   return paired.interval(values) if values else None
 
 
-def against(
-  baseline: groups_lib.Group,
-  groups: Sequence[groups_lib.Group],
-  series: Mapping[str, curves.Series | None],
-) -> list[Claim]:
+def against(baseline: groups_lib.Group, groups: Sequence[groups_lib.Group]) -> list[Claim]:
   """Every held-out figure of every other group against the baseline.
 
   Args:
     baseline: one of the groups.
     groups: all of them.
-    series: `curves.series` of each, by its name.
   """
   found = []
   for arm in groups:
     if arm.name == baseline.name:
       continue
     reasons = fairness.reasons(arm, baseline)
-    curve = None if reasons else curve_of(arm, baseline, series)
+    curve = None if reasons else curve_of(arm, baseline)
     for figure in FIGURES:
       claim = _claim(arm, baseline, figure, reasons, curve)
       if claim is not None:
@@ -77,18 +76,24 @@ def against(
 
 
 def at_end(claims: Sequence[Claim]) -> dict[str, str]:
-  """{arm: verdict} on held-out bits per byte, of the arms that have a difference there."""
-  return {c.arm: c.verdict for c in claims if c.figure == BITS and c.difference is not None}
+  """{arm: verdict} on held-out bits per byte, of the arms whose curves end where it is of."""
+  return {c.arm: c.verdict for c in claims if c.figure == BITS and c.ends_curve}
 
 
-def curve_of(
-  arm: groups_lib.Group,
-  baseline: groups_lib.Group,
-  series: Mapping[str, curves.Series | None],
-) -> difference_curves.Curve | None:
-  """The paired difference of the training loss; see `curves.difference`."""
-  seeds = fairness.seeds(arm, baseline)
-  return curves.difference(series[arm.name], series[baseline.name], seeds) if seeds else None
+def graded(arm: groups_lib.Group, baseline: groups_lib.Group, figure: str = BITS) -> list[int]:
+  """The seeds of which both groups have a held-out figure."""
+  return [seed for seed in held_out(arm, figure) if seed in held_out(baseline, figure)]
+
+
+def curve_of(arm: groups_lib.Group, baseline: groups_lib.Group) -> difference_curves.Curve | None:
+  """The paired difference of the training loss, of the seeds that are graded; see `curves`.
+
+  Pairs without a logged step are left out. Where nothing is graded, it is that of `curves.seeds`.
+  """
+  logged = [
+    seed for seed in graded(arm, baseline) if arm.runs[seed].metrics and baseline.runs[seed].metrics
+  ]
+  return curves.difference(arm, baseline, logged or curves.seeds(arm, baseline))
 
 
 def _claim(
@@ -102,7 +107,7 @@ def _claim(
   values, base = held_out(arm, figure), held_out(baseline, figure)
   if not values or not base:
     return None
-  seeds = [seed for seed in values if seed in base]
+  seeds = graded(arm, baseline, figure)
   steps = {g.runs[seed].held_out['step'] for g in (arm, baseline) for seed in seeds}
   if not reasons and not seeds:
     reasons = ['no seed that both have was evaluated']
@@ -117,10 +122,18 @@ def _claim(
   differences = [values[seed] - base[seed] for seed in seeds]
   found = paired.interval(differences)
   plain = in_words(paired.verdict(found, 'lower'))
-  moves = figure == BITS and _moves(found, curve, arm, baseline, seeds)
+  ends_curve = _ends(curve, arm, steps.pop())
+  moves = figure == BITS and ends_curve and _moves(found, curve, arm, baseline, seeds)
   verdict = difference_curves.NOT_YET if moves else plain
   p_value = paired.p_value(differences, 'lower')
-  return Claim(arm.name, baseline.name, figure, seeds, [], found, verdict, plain, plain, p_value)
+  names = (arm.name, baseline.name, figure)
+  return Claim(*names, seeds, [], found, verdict, plain, plain, p_value, ends_curve)
+
+
+def _ends(curve: difference_curves.Curve | None, arm: groups_lib.Group, step: int) -> bool:
+  """Whether a curve ends about where a figure was taken, after that step."""
+  (tokens,) = optim.tokens_at(arm.cfg.train, arm.cfg.model.max_seq_len, [step])
+  return curve is not None and abs(curve.end - tokens) <= NEAR * tokens
 
 
 def _not_finite(
@@ -146,7 +159,7 @@ def _moves(
   """Whether bits per byte wait for longer runs, by the slope of the training loss."""
   if curve is None or len(curve.tokens) < difference_curves.MIN_POINTS:
     return False
-  if not fairness.same_rates(arm, baseline):
+  if not difference_curves.same_rates(arm.cfg.optim, baseline.cfg.optim):
     return False
   bits, nats = (held_out(baseline, key) for key in (BITS, 'loss'))
   if not all(seed in nats for seed in seeds):

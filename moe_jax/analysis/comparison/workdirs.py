@@ -4,6 +4,7 @@ No checkpoint is opened and no model built, so a run may still be training.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -45,6 +46,12 @@ class RunFiles:
   @property
   def is_finished(self) -> bool:
     return self.step >= self.cfg.train.num_steps
+
+  @functools.cached_property
+  def losses(self) -> dict[int, float]:
+    """Training loss by logged step; NaN where it was not finite."""
+    logged = {line['step']: line.get('loss') for line in self.metrics}
+    return {step: float('nan') if loss is None else loss for step, loss in logged.items()}
 
   def routing(self) -> list[tuple[int, dict[str, Any]]]:
     """(step, figures) of its `routing/<step>.npz`, see `routing_figures`."""

@@ -20,9 +20,16 @@ def test_distances_count_the_directions_of_the_queries():
 
 def test_measured_confusion():
   log_probs = np.log([[0.5, 0.4, 0.1], [0.2, 0.7, 0.1], [0.1, 0.2, 0.7], [0.3, 0.6, 0.1]])
-  answers = np.array([0, 1, 2, 0])
-  assert confusion.pair_auc(log_probs, answers, 0, 1) == 1.0  # 1.25 and 0.5 against 0.29
-  assert np.isnan(confusion.pair_auc(log_probs, np.zeros(4, int), 0, 1))
+  own = confusion.pair_ratios(log_probs, np.array([0, 1, 2, 0]), 0, 1)
+  np.testing.assert_allclose(np.exp(own.positive), [1.25, 0.5])
+  np.testing.assert_allclose(np.exp(own.negative), [2 / 7])
+  assert confusion.pair_auc([own]) == 1.0
+  # Queries of another set count with them: one of class 1 whose 0.9 lies between 1.25 and 0.5.
+  more = confusion.pair_ratios(np.log([[0.45, 0.5]]), np.array([1]), 0, 1)
+  assert confusion.pair_auc([own, more]) == 3 / 4
+  nothing = confusion.pair_ratios(log_probs, np.zeros(4, int), 0, 1)
+  assert confusion.pair_auc([nothing]) is None
+  assert confusion.pair_auc([nothing, own]) == 5.5 / 6  # one of six is 2 / 7 too
 
 
 @pytest.mark.parametrize('layers, deep', [(48, 32), (6, 4), (1, 0)])

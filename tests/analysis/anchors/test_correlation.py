@@ -37,6 +37,7 @@ def test_one_against_one():
 def test_cumulative():
   got = correlation.cumulative(np.array([0.5, 0.6, 0.9]))
   np.testing.assert_allclose(got, [0.0, 0.2, 1.0], atol=1e-12)
+  assert np.isnan(correlation.cumulative(np.array([0.5, 0.5]))).all()
 
 
 def test_attention_of_a_class_is_summed_over_heads_and_demonstrations():

@@ -1,13 +1,14 @@
 """All parts on a tiny MoE model, and what the report makes of them."""
 
 import json
+import types
 
 import numpy as np
 import pytest
 
 from experiments.anchors import claims, report, tables
 from moe_jax import errors
-from moe_jax.analysis.anchors import measure, prompts, tasks
+from moe_jax.analysis.anchors import confusion, correlation, measure, prompts, tasks
 from moe_jax.data import tokenizer as tokenizer_lib
 from moe_jax.data.tasks import episodes
 from tests import tiny
@@ -66,6 +67,58 @@ def test_every_part_and_the_report(tmp_path):
   merged = tables.merged([record, other])
   mine = np.mean(record['blocking']['first/1/label']['label_loyalty'])
   assert merged['blocking']['first/1/label']['label_loyalty'] == [pytest.approx(mine), 0.0]
+
+
+def drawn(labels, answers):
+  """Two sets of two queries each, of which a model has predicted `labels`; no model is asked."""
+  rng = np.random.default_rng(0)
+  whole = types.SimpleNamespace(
+    label=np.array(labels), log_probs=np.log(rng.dirichlet([1, 1, 1], size=4))
+  )
+  return measure.Prepared(
+    types.SimpleNamespace(cfg=types.SimpleNamespace(num_layers=2), variables={}),
+    None,
+    measure.Settings(sets=2, queries=2),
+    (types.SimpleNamespace(classes=('x', 'y', 'z')),) * 2,
+    types.SimpleNamespace(answer=np.array(answers)),
+    whole,
+  )
+
+
+@pytest.mark.filterwarnings('error')
+def test_what_is_not_defined_is_null_and_said_so(monkeypatch, tmp_path):
+  rng = np.random.default_rng(1)
+  scores = rng.dirichlet([1, 1, 1], size=(2, 4))
+  monkeypatch.setattr(measure.correlation, 'scores', lambda *_, **__: scores)
+  states = confusion.States(rng.normal(size=(4, 8)), rng.normal(size=(4, 3, 8)))
+  monkeypatch.setattr(measure.confusion, 'states', lambda *_, **__: states)
+  told = drawn([0, 1, 2, 1], [0, 1, 2, 0])
+  found = measure.correlation_part(told, resamples=3)
+  auc = [correlation.multiclass_auc(one, told.whole.label) for one in scores]
+  assert found['auc'] == auc and None not in found['cumulative']
+  one = drawn([1, 1, 1, 1], [0, 1, 1, 0])  # one label is predicted, and class z never asked about
+  found = measure.correlation_part(one, resamples=3)
+  assert found == dict.fromkeys(('auc', 'low', 'high', 'cumulative'), [None, None])
+  record = {
+    'step': 1,
+    'task': 't',
+    'settings': {'sets': 2, 'queries': 2},
+    'accuracy': [0.5, 0.5],
+    'chance': 1 / 3,
+    'correlation': found,
+    'confusion': measure.confusion_part(one),
+  }
+  pairs = {(a, b): tuple(rest) for a, b, _, *rest in record['confusion']['pairs']}
+  assert pairs['x', 'z'] == (None, 2) and pairs['y', 'z'] == (None, 2)
+  first = one.whole.log_probs[:, 0] - one.whole.log_probs[:, 1]
+  assert pairs['x', 'y'] == (correlation.auc(first[[0, 3]], first[[1, 2]]), 4)
+  record = json.loads(json.dumps(record, allow_nan=False))
+  _, of_auc, of_pairs = report.lines(record)
+  assert of_auc == 'The model predicts one label only, so that AUCROC is undefined.'
+  assert 'over 1 pairs is undefined: it needs three' in of_pairs
+  assert of_pairs.endswith('The AUC of 2 pairs is undefined: no query was of one of the classes.')
+  report.write(record, tmp_path)
+  assert (tmp_path / 'correlation.png').exists() and (tmp_path / 'confusion.png').exists()
 
 
 def test_prompts_of_all_sets_and_what_is_too_long():

@@ -59,8 +59,28 @@ def test_a_curve_waits_for_its_slope_only_at_one_learning_rate(tmp_path):
     return line
 
   assert ': not yet decided at' in sentence('same')
-  for name, second in (('rate', {'optim__peak_lr': 0.5}), ('length', {'train__num_steps': 48})):
-    assert ': lower at' in sentence(name, **second)
+  assert ': lower at' in sentence('rate', optim__peak_lr=0.5)
+
+
+@pytest.mark.parametrize('held_out', [True, False])
+@pytest.mark.parametrize('steps', [24, 48])
+def test_runs_of_different_lengths_are_not_graded_at_equal_steps(tmp_path, held_out, steps):
+  # At step 24 the runs of 24 are at the end of their schedule, those of 48 in the middle of theirs.
+  paths = written.two_groups(tmp_path, train__num_steps=48, steps=steps, held_out=held_out)
+  if not held_out:
+    for path in paths[:3]:
+      (path / 'evaluation.json').unlink()
+  found = comparison.compare(paths)
+  text = str(found)
+  assert 'Not comparable: bias against plain' in text
+  assert 'the schedules differ in length (train.num_steps: 48 and 24)' in text
+  against = page_data.data(found)['against']['plain']
+  assert list(against['differences']['bias']) == ['reasons']
+  graded = [text, found.curve_verdict('bias'), json.dumps(against)]
+  made = files.write(found, tmp_path / 'out', with_page=False)
+  graded += [path.read_text() for path in made.tables]
+  assert not any('lower' in one.lower() or 'higher' in one.lower() for one in graded)
+  assert 'differences.png' not in {path.name for path, _ in made.pictures}
 
 
 def test_no_curve_without_pairs(tmp_path):

@@ -15,7 +15,7 @@ def grouped(paths):
 
 
 def test_steps_that_all_seeds_have(tmp_path):
-  paths = [written.run(tmp_path / str(seed), seed=seed, steps=24 - 8 * seed) for seed in (0, 1)]
+  paths = [written.run(tmp_path / str(seed), seed=seed, steps=22 - 6 * seed) for seed in (0, 1)]
   (group,) = grouped(paths)
   found = curves.series(group)
   np.testing.assert_array_equal(found.steps, np.arange(2, 17, 2))
@@ -48,12 +48,37 @@ def test_thinned_curves_are_means(tmp_path):
   assert curves.thinned(found, 12) is found
 
 
+@pytest.mark.parametrize('steps, words', [(6, 'at step 6'), (0, 'without a logged step')])
+def test_a_run_behind_the_others_does_not_cut_their_curves(tmp_path, steps, words):
+  paths = [written.run(tmp_path / str(seed), seed=seed) for seed in (0, 1)]
+  paths.append(written.run(tmp_path / '2', seed=2, steps=steps, held_out=False, routing=False))
+  (group,) = grouped(paths)
+  found = curves.series(group)
+  assert found.seeds == [0, 1] and found.steps[-1] == 24 and len(found.values['loss']) == 2
+  assert curves.left_out(group) == f'seed 2 {words}'
+  balance, load = curves.routing(group)
+  assert balance.steps == [8, 16, 24] and load.seed == 0
+  (alone,) = grouped(paths[2:])
+  assert (curves.series(alone) is None) == (steps == 0) and curves.routing(alone) is None
+
+
+def test_seeds_that_two_groups_have_finished(tmp_path):
+  paths = written.two_groups(tmp_path, 2)
+  assert curves.seeds(*grouped(paths)) == [0, 1] and curves.left_out(grouped(paths)[0]) == ''
+  paths.append(written.run(tmp_path / 'plain2', seed=2))  # finished in one of the groups only
+  paths.append(written.run(tmp_path / 'bias2', seed=2, steps=6, **written.BIAS))
+  paths.append(written.run(tmp_path / 'plain3', seed=3))  # in one of them at all
+  assert curves.seeds(*grouped(paths)) == [0, 1]
+  half = [written.run(tmp_path / f'half{i}', seed=i, steps=8 * i) for i in (0, 1, 2)]
+  assert curves.seeds(*grouped(half)) == [1, 2]  # none is finished
+
+
 def test_difference_is_paired(tmp_path):
-  first, second = map(curves.series, grouped(written.two_groups(tmp_path)))
+  first, second = grouped(written.two_groups(tmp_path))
   found = curves.difference(second, first, [0, 2])
   np.testing.assert_allclose(found.differences[0], -0.2)
   np.testing.assert_allclose(found.differences[1], -0.198)  # the seeds' own 0.2 is not seen
-  assert curves.difference(None, first, [0]) is None
+  assert curves.difference(second, first, []) is None
 
 
 def test_loads_and_balance(tmp_path):

@@ -5,12 +5,10 @@ import pytest
 from moe_jax.analysis.comparison import comparison, fairness, groups, verdicts, workdirs
 from tests.analysis.comparison import written
 
-BIAS = {'model__moe__expert_bias__update_rule': 'sign'}
-
 
 def pair(tmp_path, **second):
   """A run, and another with a bias and what `second` says."""
-  paths = [written.run(tmp_path / 'a'), written.run(tmp_path / 'b', **(BIAS | second))]
+  paths = [written.run(tmp_path / 'a'), written.run(tmp_path / 'b', **(written.BIAS | second))]
   return groups.group([workdirs.read(path) for path in paths])
 
 
@@ -31,6 +29,11 @@ def test_pairs_are_pairs(tmp_path):
       {'model__max_seq_len': 8},
       'the data order differs (model.max_seq_len: 16 and 8)',
     ),
+    (
+      {'train__num_steps': 48},
+      'the schedules differ in length (train.num_steps: 24 and 48), so they are not comparable at '
+      'equal steps',
+    ),
     ({'seed': 1}, 'they have no seed in common'),
   ],
 )
@@ -39,7 +42,7 @@ def test_why_they_are_none(tmp_path, second, why):
 
 
 def test_a_lost_tokenizer_is_no_equal_one(tmp_path):
-  paths = [written.run(tmp_path / 'a'), written.run(tmp_path / 'b', **BIAS)]
+  paths = [written.run(tmp_path / 'a'), written.run(tmp_path / 'b', **written.BIAS)]
   for path in paths:
     (path / 'tokenizer.json').unlink()
   (why,) = fairness.reasons(*groups.group([workdirs.read(path) for path in paths]))
@@ -51,7 +54,7 @@ def test_a_text_that_is_not_known_is_no_equal_one(tmp_path, first):
   second = 'imported' if first == 'text' else first
   found = [
     written.run(tmp_path / 'a', fingerprint=first),
-    written.run(tmp_path / 'b', fingerprint=second, **BIAS),
+    written.run(tmp_path / 'b', fingerprint=second, **written.BIAS),
   ]
   (why,) = fairness.reasons(*groups.group([workdirs.read(path) for path in found]))
   assert why.startswith('the text of a run is not known (data_fingerprint')

@@ -32,6 +32,15 @@ def test_groups_and_what_they_say_of_each_other(tmp_path):
   assert found['settings'] == [['model.moe.expert_bias.update_rule', 'none', 'sign']]
 
 
+def test_curves_name_the_seeds_that_they_are_of(tmp_path):
+  paths = [
+    written.run(tmp_path / f'a{seed}', seed=seed, steps=24 * (seed > 0)) for seed in range(3)
+  ]
+  (group,) = page_data.data(comparison.compare(paths))['groups']
+  assert group['seeds'] == [0, 1, 2] and group['curves']['seeds'] == [1, 2]
+  assert np.shape(group['curves']['loss']['seeds']) == (2, 12)
+
+
 def test_what_is_no_pair_has_reasons_and_no_curve(tmp_path):
   found = made(tmp_path, tokenizer='{"other": 1}')
   assert found['against']['plain']['differences']['bias'] == {'reasons': ['the tokenizers differ']}

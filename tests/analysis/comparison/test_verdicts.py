@@ -1,5 +1,6 @@
 """Verdicts on held-out figures of written runs."""
 
+import numpy as np
 import pytest
 
 from moe_jax.analysis import difference_curves, paired
@@ -60,6 +61,50 @@ def test_a_difference_that_moves_is_not_yet_decided(tmp_path):
   # With another learning rate the slope is one of the schedule, and nothing waits for it.
   faster = claims(tmp_path / 'faster', loss=0.95, slope=0.2, optim__peak_lr=0.5)['bits_per_byte']
   assert faster.verdict == verdicts.LOWER
+
+
+@pytest.mark.parametrize('steps', [6, 0])
+def test_a_pair_that_has_just_begun_says_nothing_of_finished_ones(tmp_path, steps):
+  # Up to step 12 the difference rises by 0.5 per doubling, and then stays: -0.2 in four pairs.
+  paths = written.two_groups(tmp_path, 4)
+  for path in paths[4:]:
+    written.rewritten(path, rise=0.5)
+  begun = {'seed': 4, 'steps': steps, 'held_out': False}
+  paths.append(written.run(tmp_path / 'plain4', **begun))
+  paths.append(written.run(tmp_path / 'bias4', loss=0.8, **begun, **written.BIAS))
+  written.rewritten(paths[-1], rise=0.5)
+  found = comparison.compare(paths)
+  bits, _ = found.claims()
+  assert bits.verdict == verdicts.LOWER and bits.seeds == [0, 1, 2, 3]
+  curve = found.curve('bias')
+  assert curve.end == 24 * 8 * 16 and np.shape(curve.differences) == (4, 12)
+  assert ', training loss: lower at 0.003M tokens: -0.19' in found.curve_sentences()[0]
+  behind = f'at step {steps}' if steps else 'without a logged step'
+  assert f'bias: its curves leave out seed 4 {behind}' in found.remarks()
+
+
+@pytest.mark.parametrize('logged, evaluated', [(6, 24), (24, 6)])
+def test_a_slope_from_elsewhere_holds_no_figure_back(tmp_path, logged, evaluated):
+  paths = written.two_groups(tmp_path, 3, loss=0.95, slope=0.2)
+  for path in paths:
+    written.rewritten(path, logged)
+    file = path / 'evaluation.json'
+    file.write_text(file.read_text().replace('"step": 24', f'"step": {evaluated}'))
+  found = comparison.compare(paths)
+  bits, _ = found.claims()
+  assert bits.verdict == verdicts.LOWER and not bits.ends_curve
+  # The curve has a verdict of its own, where it ends.
+  own = {6: 'lower at 0.001M', 24: 'not yet decided at 0.003M'}[logged]
+  assert f', training loss: {own} tokens' in found.curve_sentences()[0]
+
+
+def test_graded_seeds_without_a_log_are_left_out_of_the_curve(tmp_path):
+  paths = written.two_groups(tmp_path, 3)
+  (paths[1] / 'metrics.jsonl').write_text('')
+  found = comparison.compare(paths)
+  bits, _ = found.claims()
+  assert bits.verdict == verdicts.LOWER and bits.seeds == [0, 1, 2]
+  assert len(found.curve('bias').differences) == 2
 
 
 def test_holm_reads_both_figures_together(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from moe_jax.config import parse
 from tests import tiny
 
 POINTS = 12  # logged steps, every second one
+BIAS = {'model__moe__expert_bias__update_rule': 'sign'}  # of the second of `two_groups`
 
 
 def run(
@@ -64,9 +65,18 @@ def run(
 
 def two_groups(top: pathlib.Path, num_seeds: int = 3, **second) -> list[pathlib.Path]:
   """`plain0`, `plain1` ... and `bias0` ..., whose loss is 0.2 lower."""
-  second = {'loss': 0.8, 'model__moe__expert_bias__update_rule': 'sign'} | second
+  second = {'loss': 0.8} | BIAS | second
   plain = [run(top / f'plain{seed}', seed=seed) for seed in range(num_seeds)]
   return plain + [run(top / f'bias{seed}', seed=seed, **second) for seed in range(num_seeds)]
+
+
+def rewritten(path: pathlib.Path, until: int = 2 * POINTS, rise: float = 0.0):
+  """Cuts the log of a written run; its loss comes from below up to step 12, `rise` per doubling."""
+  lines = [json.loads(line) for line in (path / 'metrics.jsonl').read_text().splitlines()]
+  for line in lines:
+    line['loss'] += rise * float(np.log2(min(line['step'] / 12, 1)))
+  kept = [line for line in lines if line['step'] <= until]
+  (path / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in kept))
 
 
 def diverged(path: pathlib.Path, *steps: int):
