@@ -14,6 +14,7 @@ probabilities add up to less, and the routed part of the output starts that much
 Axis letters: W width of a dense FFN, m = W / F slices.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -115,17 +116,23 @@ def plan(dense: schema.ModelConfig, model: schema.ModelConfig) -> Layout:
 
 
 def _check_equal(dense: schema.ModelConfig, model: schema.ModelConfig):
-  names = [*_EQUAL, *(('mlp_dim',) if model.num_dense_layers else ())]
-  for name in names:
+  for group in (*_EQUAL, *(('mlp_dim',) if model.num_dense_layers else ())):
+    values, known = (_fields(cfg, group) for cfg in (model, dense))
+    for name, value in values.items():
+      errors.require(
+        value == known[name],
+        f'config.model.{name}={value} must be that of the dense model in --from, {known[name]}; '
+        f'pass --config.model.{name}={known[name]}',
+      )
 
-    def get(cfg, name=name):
-      return functools.reduce(getattr, name.split('.'), cfg)
 
-    errors.require(
-      get(dense) == get(model),
-      f'config.model.{name}={get(model)} must be that of the dense model in --from, {get(dense)}; '
-      f'pass --config.model.{name}={get(dense)}',
-    )
+def _fields(cfg: schema.ModelConfig, name: str) -> dict[str, Any]:
+  """The value of a field by its name, or of every field of a group by theirs."""
+  value = functools.reduce(getattr, name.split('.'), cfg)
+  if not dataclasses.is_dataclass(value):
+    return {name: value}
+  own = (_fields(cfg, f'{name}.{field.name}') for field in dataclasses.fields(value))
+  return {key: one for fields in own for key, one in fields.items()}
 
 
 def _check_whole_copies(moe: moe_config.MoEConfig, routed: int):
