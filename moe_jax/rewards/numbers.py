@@ -79,8 +79,9 @@ def answer_in(text: str, solution: str) -> str | None:
 
 
 def is_right(text: str, solution: str) -> bool:
-  """Whether a text gives the answer of a solution, see `answer_in`."""
-  return answer_in(text, solution) == answer_in(solution, solution)
+  """Whether a text gives the answer of a solution, see `answer_in`; no answer is that of none."""
+  given = answer_in(text, solution)
+  return given is not None and given == answer_in(solution, solution)
 
 
 def stated(text: str, form: str) -> str | None:

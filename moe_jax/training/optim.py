@@ -60,11 +60,6 @@ def _stages(cfg: schema.OptimConfig, num_steps: int) -> optax.Schedule:
   return optax.join_schedules(parts, ends[:-1])
 
 
-def batch_size_at(cfg: schema.TrainConfig, step: int) -> int:
-  """Sequences in the global batch of `step`: the ramp entry still in force, or `batch_size`."""
-  return batch_sizes.of(cfg).at(step)
-
-
 def tokens_at(cfg: schema.TrainConfig, max_seq_len: int, steps: Sequence[int]) -> list[int]:
   """Tokens that a run was trained on after each of `steps`, every row counted as full."""
   sizes = batch_sizes.of(cfg)

@@ -396,8 +396,7 @@ def tokens_until(cfg: schema.Config, step: int) -> int:
   ends = [until for until, _ in cfg.train.batch_ramp]
   changes = sorted({0, step, *(end for end in ends if end < step)})
   rows = sum(
-    (end - start) * optim.batch_size_at(cfg.train, start)
-    for start, end in zip(changes, changes[1:])
+    (end - start) * batch_sizes.of(cfg.train).at(start) for start, end in zip(changes, changes[1:])
   )
   return rows * cfg.model.max_seq_len
 
@@ -440,7 +439,7 @@ def test_the_batch_grows_over_the_tokens_of_the_paper(page, first, last, tokens)
   cfg = preset(page)
   end = cfg.train.batch_ramp[-1][0]
   assert tokens_until(cfg, end) == pytest.approx(tokens, rel=1e-4)  # half a step
-  sizes = [optim.batch_size_at(cfg.train, step) for step in (0, end - 1, end)]
+  sizes = [batch_sizes.of(cfg.train).at(step) for step in (0, end - 1, end)]
   assert sizes[0] == first and sizes[1] < sizes[2] == last
   assert all(size % 32 == 0 for _, size in cfg.train.batch_ramp)  # what the page says to use
 

@@ -123,3 +123,9 @@ def test_a_whole_number_is_read_whole_whatever_stands_behind_it(text):
 )
 def test_the_answer_that_a_text_gives(text, solution, found):
   assert numbers.answer_in(text, solution) == found
+
+
+def test_no_answer_is_that_of_a_solution_without_one():
+  assert numbers.is_right('so it is 3*6.\n#### 18', '#### 18')
+  assert not numbers.is_right('nothing here', r'\boxed{}')
+  assert numbers.answer_in('', r'\boxed{}') == numbers.answer_in(r'\boxed{}', r'\boxed{}') is None

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from moe_jax.config import batch_sizes
 from moe_jax.devices import partitioning
 from moe_jax.models import model_variables
 from moe_jax.training import optim, train_state, value_head
@@ -79,14 +80,14 @@ def test_stages_by_hand():
 
 def test_batch_size_ramp():
   cfg = tiny.make(train__batch_ramp=((3, 2), (5, 4)), train__batch_size=8).train
-  sizes = [optim.batch_size_at(cfg, step) for step in range(7)]
+  sizes = [batch_sizes.of(cfg).at(step) for step in range(7)]
   assert sizes == [2, 2, 2, 4, 4, 8, 8]
-  assert optim.batch_size_at(tiny.make().train, 0) == 8
+  assert batch_sizes.of(tiny.make().train).at(0) == 8
 
 
 def test_tokens_at_counts_the_ramp():
   cfg = tiny.make(train__batch_ramp=((3, 2), (5, 4)), train__batch_size=8).train
-  sizes = [optim.batch_size_at(cfg, step) for step in range(9)]
+  sizes = [batch_sizes.of(cfg).at(step) for step in range(9)]
   want = [10 * sum(sizes[:step]) for step in range(10)]
   assert optim.tokens_at(cfg, 10, range(10)) == want
   assert optim.tokens_at(cfg, 10, [3, 7]) == [60, 300]  # 3 x 2; 2 x 4 and 2 x 8 rows more
