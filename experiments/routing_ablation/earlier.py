@@ -20,22 +20,32 @@ KEPT = ('loss', 'train_drop_rate', 'step', 'seconds', 'commit', 'peak_lr')
 KEPT += (*measure.GATES, measure.SAVED)
 
 
-def read(directory: pathlib.Path, pages: Mapping[str, schema.Config]) -> measure.Results:
+def read(
+  directory: pathlib.Path, pages: Mapping[str, schema.Config], scale: str
+) -> measure.Results:
   """All runs of a report.
 
   Args:
     directory: of results.csv and runs.csv; without the latter, as older reports are, the runs have
       no curves.
     pages: every arm as its page has it; older reports do not say their learning rates.
+    scale: of these; older reports do not say theirs.
 
   Raises:
-    errors.InputError: there is no such report, or an arm of it is known no more.
+    errors.InputError: there is no such report, it is of another scale, or an arm of it is known no
+      more.
   """
   path = directory / 'runs.csv'
   curves = _curves(_rows(path)) if path.exists() else {}
   found: dict[str, dict[int, dict[str, Any]]] = {}
   for row in _rows(directory / 'results.csv'):
     arm, seed = row['arm'], int(row['seed'])
+    other = row.get('scale') or scale
+    errors.require(
+      other == scale,
+      f'--earlier={directory} has runs at --scale={other}, where --scale={scale} is asked for; name '
+      'a report of this scale',
+    )
     errors.require(
       arm in pages,
       f'--earlier={directory}: {arm!r} in results.csv is none of the arms {", ".join(pages)}; '

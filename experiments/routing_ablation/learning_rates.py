@@ -24,9 +24,13 @@ _UNKNOWN = 0  # steps, of the oldest reports
 
 
 class Tried(NamedTuple):
-  """What the learning rates of one family came to."""
+  """What the learning rates of one family came to.
 
-  steps: int  # of its runs; a rate that is best at one length need not be at another
+  A rate that is best at one size and length need not be at another.
+  """
+
+  scale: str  # of its runs; '' = not known, of the oldest reports
+  steps: int  # of its runs
   bits: Mapping[float, Mapping[int, float]]  # rate -> seed -> bits per byte
 
 
@@ -63,6 +67,7 @@ def workdir(root: pathlib.Path, rate: float) -> pathlib.Path:
 
 def read(
   root: pathlib.Path,
+  scale: str,
   families: Mapping[str, int],
   tried: Sequence[float],
   seeds: Sequence[int],
@@ -73,16 +78,17 @@ def read(
 
   Args:
     root: of the study.
+    scale: of the study.
     families: names of their first arms, and the steps of these.
     tried: rates.
     seeds: of each.
     known: runs of an earlier report of these steps, which were not trained again.
-    swept: its sweep; what is of other steps is not taken.
+    swept: its sweep; what is of another scale or of other steps is not taken.
   """
   found: dict[str, Tried] = {}
   for family, steps in families.items():
     bits: dict[float, dict[int, float]] = {}
-    before = at_length(swept, family, steps)
+    before = of_runs_like(swept, family, scale, steps)
     for rate in sorted({*tried, *before}):  # no rate of an earlier sweep is lost
       runs = measure.read({family: workdir(root, rate)}, seeds)[family]
       runs |= {
@@ -95,14 +101,16 @@ def read(
       if by_seed:
         bits[rate] = dict(sorted(by_seed.items()))
     if bits:
-      found[family] = Tried(steps, bits)
+      found[family] = Tried(scale, steps, bits)
   return found
 
 
-def at_length(swept: Sweep, family: str, steps: int) -> Mapping[float, Mapping[int, float]]:
-  """What a sweep says of a family's rates by runs of so many steps: rate -> seed -> bits."""
+def of_runs_like(
+  swept: Sweep, family: str, scale: str, steps: int
+) -> Mapping[float, Mapping[int, float]]:
+  """What a sweep says of a family's rates by runs of this size and length: rate -> seed -> bits."""
   one = swept.get(family)
-  return one.bits if one and one.steps == steps else {}
+  return one.bits if one and (one.scale, one.steps) == (scale, steps) else {}
 
 
 def best(sweep: Sweep) -> dict[str, float]:
@@ -113,7 +121,7 @@ def best(sweep: Sweep) -> dict[str, float]:
 
   return {
     family: min(bits, key=lambda rate: mean(list(bits[rate].values())))
-    for family, (_, bits) in sweep.items()
+    for family, (_, _, bits) in sweep.items()
   }
 
 
@@ -131,24 +139,25 @@ def csv_text(sweep: Sweep) -> str:
   """A line per family, rate and seed."""
   text = io.StringIO()
   writer = csv.writer(text, lineterminator='\n')
-  writer.writerow(['family', 'steps', 'peak_lr', 'seed', arms.BITS])
-  for family, (steps, bits) in sweep.items():
+  writer.writerow(['family', 'scale', 'steps', 'peak_lr', 'seed', arms.BITS])
+  for family, (scale, steps, bits) in sweep.items():
     for rate, by_seed in bits.items():
-      writer.writerows([family, steps, f'{rate:g}', seed, value] for seed, value in by_seed.items())
+      run = (family, scale, steps, f'{rate:g}')
+      writer.writerows([*run, seed, value] for seed, value in by_seed.items())
   return text.getvalue()
 
 
 def from_csv(path: pathlib.Path) -> dict[str, Tried]:
   """What `csv_text` wrote to a file; {} without the file."""
   found: dict[str, dict[float, dict[int, float]]] = {}
-  steps: dict[str, int] = {}
+  of: dict[str, tuple[str, int]] = {}
   if path.exists():
     with path.open(newline='') as file:
       for row in csv.DictReader(file):
-        steps[row['family']] = int(row.get('steps') or _UNKNOWN)
+        of[row['family']] = (row.get('scale') or '', int(row.get('steps') or _UNKNOWN))
         by_rate = found.setdefault(row['family'], {})
         by_rate.setdefault(float(row['peak_lr']), {})[int(row['seed'])] = float(row[arms.BITS])
-  return {family: Tried(steps[family], bits) for family, bits in found.items()}
+  return {family: Tried(*of[family], bits) for family, bits in found.items()}
 
 
 def of_report(directory: pathlib.Path) -> dict[str, Tried]:
@@ -172,7 +181,7 @@ def blocks(sweep: Sweep) -> list[html_report.Block]:
     return []
   tried, chosen = sorted({rate for one in sweep.values() for rate in one.bits}), best(sweep)
   rows, edges = [], []
-  for family, (_, bits) in sweep.items():
+  for family, (_, _, bits) in sweep.items():
     cells = [_cell(bits.get(rate, {}), rate == chosen[family]) for rate in tried]
     rows.append([f'`{family}`', *cells])
     if chosen[family] in (min(bits), max(bits)):
@@ -194,17 +203,15 @@ def blocks(sweep: Sweep) -> list[html_report.Block]:
 
 
 def _lengths(sweep: Sweep) -> str:
-  """How long the runs of the sweep are: `after 3,000 steps`, or by family."""
-  by_steps: dict[int, list[str]] = {}
+  """What the runs of the sweep are: `after 3,000 steps at --scale=tiny`, or by family."""
+  families: dict[str, list[str]] = {}
   for family, one in sweep.items():
-    by_steps.setdefault(one.steps, []).append(f'`{family}`')
-  words = {
-    steps: f'after {steps:,} steps' if steps != _UNKNOWN else 'at a length that it does not say'
-    for steps in by_steps
-  }
-  if len(words) == 1:
-    return words[next(iter(words))]
-  return ', '.join(f'{words[steps]} of {" and ".join(names)}' for steps, names in by_steps.items())
+    length = f'after {one.steps:,} steps' if one.steps != _UNKNOWN else 'at an unknown length'
+    size = f'`--scale={one.scale}`' if one.scale else 'an unknown scale'
+    families.setdefault(f'{length} at {size}', []).append(f'`{family}`')
+  if len(families) == 1:
+    return next(iter(families))
+  return ', '.join(f'{words} of {" and ".join(names)}' for words, names in families.items())
 
 
 def _cell(by_seed: Mapping[int, float], chosen: bool) -> str:

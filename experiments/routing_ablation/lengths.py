@@ -76,7 +76,7 @@ def read(directories: Sequence[pathlib.Path], scale: str) -> dict[int, Any]:
   by_steps: dict[int, Any] = {}
   for directory in directories:
     pages = {arm.name: arms.resolve(arm, scale) for arm in arms.of_scale(scale)}
-    runs = earlier.read(directory, pages)
+    runs = earlier.read(directory, pages, scale)
     steps = sorted({run['step'] for by_seed in runs.values() for run in by_seed.values()})
     errors.require(
       len(steps) == 1, f'--reports={directory} must have runs of one length, and has {steps} steps'

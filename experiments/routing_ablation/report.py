@@ -369,9 +369,9 @@ def csv_text(study: Study) -> str:
   keys = [*arms.FIGURES, *earlier.KEPT]
   text = io.StringIO()
   writer = csv.writer(text, lineterminator='\n')
-  writer.writerow(['arm', 'seed', *keys, 'tokens_per_second'])
+  writer.writerow(['arm', 'seed', *keys, 'tokens_per_second', 'scale'])
   for name, runs in study.results.items():
     for seed, figures in runs.items():
       row = ['' if figures.get(key) is None else figures[key] for key in keys]
-      writer.writerow([name, seed, *row, round(study.rates[name])])
+      writer.writerow([name, seed, *row, round(study.rates[name]), study.scale])
   return text.getvalue()

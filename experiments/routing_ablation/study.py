@@ -50,7 +50,9 @@ def main(unused_argv: Sequence[str]):
   pages = {arm.name: arms.resolve(arm, values.scale, *given) for arm in arms.of_scale(values.scale)}
   asked = [arm.name for arm in arms.choose(values.arms, values.scale)]
   numbers = local_jobs.seeds(values.seeds)
-  known = earlier.read(pathlib.Path(values.earlier), pages) if values.earlier else {}
+  known = {}
+  if values.earlier:
+    known = earlier.read(pathlib.Path(values.earlier), pages, values.scale)
   root = pathlib.Path(values.workdir or '.' if values.dry_run else cli.required('workdir'))
   there = finished.arms_in(root, list(pages))
   if values.learning_rates:  # the sweep trains these
@@ -253,6 +255,9 @@ def _sweep(
   numbers = local_jobs.seeds(values.rate_seeds)
   families = list(dict.fromkeys(arms.ARMS[name].family for name in asked))
 
+  def like(name: str, steps: int) -> Mapping[float, Mapping[int, float]]:
+    return learning_rates.of_runs_like(swept, name, values.scale, steps)
+
   def units_of(names: Sequence[str]) -> list[Unit]:
     return [
       Unit(name, cfg, learning_rates.workdir(root, rate), (seed,))
@@ -261,7 +266,7 @@ def _sweep(
       for name in names
       for cfg in [learning_rates.with_rate(pages[name], rate)]
       if seed not in earlier.at_rate(known.get(name, {}), cfg)
-      and seed not in learning_rates.at_length(swept, name, cfg.train.num_steps).get(rate, {})
+      and seed not in like(name, cfg.train.num_steps).get(rate, {})
     ]
 
   units = units_of(families)
@@ -283,7 +288,7 @@ def _sweep(
     name for name in others if name not in families and all(map(_is_swept, units_of([name])))
   ]
   lengths = {name: pages[name].train.num_steps for name in families}
-  return learning_rates.read(root, lengths, tried, numbers, known, swept)
+  return learning_rates.read(root, values.scale, lengths, tried, numbers, known, swept)
 
 
 def _after_sweep(

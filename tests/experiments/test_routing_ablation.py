@@ -198,7 +198,7 @@ def study():
   rates = dict.fromkeys(results, 1000.0) | {'dense': 1500.0}
   described = matching.describe(configs)
   tried = {0.003: {0: 2.1}, 0.006: {0: 2.0}, 0.012: {0: 2.2}}
-  swept = {'gshard': learning_rates.Tried(300, tried)}
+  swept = {'gshard': learning_rates.Tried('tiny', 300, tried)}
   return report.Study('tiny', configs, results, rates, described, swept)
 
 
@@ -260,7 +260,7 @@ def test_a_diverged_run_is_last_and_decides_nothing(study, tmp_path):
   assert 'deepseekmoe' not in (tmp_path / 'pairs.csv').read_text()
   # Such a rate is no best one, wherever it is among those that were tried.
   tried = {0.003: {0: float('nan')}, 0.006: {0: 2.0}, 0.012: {0: float('inf')}}
-  assert learning_rates.best({'gshard': learning_rates.Tried(300, tried)}) == {'gshard': 0.006}
+  assert learning_rates.best({'gshard': learning_rates.Tried('tiny', 300, tried)}) == {'gshard': 0.006}
 
 
 def test_holm_reads_all_claims_together(study):
@@ -348,7 +348,7 @@ def published(study, tmp_path):
 
 def test_runs_of_an_earlier_report_say_the_same(published):
   study, directory = published
-  again = earlier.joined(earlier.read(directory, study.configs), {})
+  again = earlier.joined(earlier.read(directory, study.configs, 'tiny'), {})
   assert {name: list(runs) for name, runs in again.items()} == dict.fromkeys(study.configs, [0, 1])
   for one, other in zip(
     report.grade(study.results, study.configs), report.grade(again, study.configs), strict=True
@@ -385,14 +385,14 @@ def test_an_older_report_was_trained_at_the_rates_of_the_pages(published):
     ','.join(c for i, c in enumerate(row.split(',')) if i != at) for row in (header, *lines)
   ]
   path.write_text('\n'.join(without) + '\n')
-  read = earlier.read(directory, study.configs)
+  read = earlier.read(directory, study.configs, 'tiny')
   assert read['gshard'][0]['peak_lr'] == study.configs['gshard'].optim.peak_lr == 0.006
 
 
 def test_a_report_without_curves_gives_its_figures(published):
   study, directory = published
   (directory / 'runs.csv').unlink()
-  results = earlier.read(directory, study.configs)
+  results = earlier.read(directory, study.configs, 'tiny')
   results['gshard'][7] = study.results['gshard'][0]
   graded = report.grade(results, study.configs)
   assert [g.verdict for g in graded] == [
@@ -409,7 +409,7 @@ def test_a_report_without_curves_gives_its_figures(published):
 def test_runs_of_an_earlier_report_stand_beside_new_ones(published):
   """New seeds, new arms, arms of the report that are not asked for; its own runs come first."""
   study, directory = published
-  read = earlier.read(directory, study.configs)
+  read = earlier.read(directory, study.configs, 'tiny')
   new = {'gshard': {5: run_of(1.5, seconds=None), 1: run_of(9.9)}, 'switch': {0: run_of(2.1)}}
   both = earlier.joined(read, new)
   assert list(both) == [name for name in arms.ARMS if name in study.configs or name == 'switch']
@@ -419,7 +419,7 @@ def test_runs_of_an_earlier_report_stand_beside_new_ones(published):
 
 def test_an_earlier_report_that_does_not_fit_is_refused(published):
   study, directory = published
-  read = earlier.read(directory, study.configs)
+  read = earlier.read(directory, study.configs, 'tiny')
   earlier.check(directory, read, study.configs)
   with pytest.raises(
     errors.InputError, match='runs of 3 steps, where gshard is to have 3000; give'
@@ -429,11 +429,13 @@ def test_an_earlier_report_that_does_not_fit_is_refused(published):
   with pytest.raises(errors.InputError, match='m4 at a peak rate of 0.006, .*have 0.012; give'):
     earlier.check(directory, read, faster)
   with pytest.raises(errors.InputError, match='results.csv is missing there'):
-    earlier.read(directory / 'no', study.configs)
+    earlier.read(directory / 'no', study.configs, 'tiny')
+  with pytest.raises(errors.InputError, match='has runs at --scale=tiny, where --scale=mini is'):
+    earlier.read(directory, study.configs, 'mini')
   path = directory / 'results.csv'
   path.write_text(path.read_text().replace('gshard,', 'gshart,'))
   with pytest.raises(errors.InputError, match="'gshart' in results.csv is none of the arms"):
-    earlier.read(directory, study.configs)
+    earlier.read(directory, study.configs, 'tiny')
 
 
 def test_claims_are_graded_over_the_seeds_that_both_arms_have(study):

@@ -8,9 +8,9 @@ from moe_jax import errors
 Tried = learning_rates.Tried
 SWEEP = {
   'gshard': Tried(
-    3000, {0.003: {0: 2.0, 1: 2.2}, 0.006: {0: 1.9, 1: 2.2}, 0.012: {0: 2.5, 1: 1.9}}
+    'tiny', 3000, {0.003: {0: 2.0, 1: 2.2}, 0.006: {0: 1.9, 1: 2.2}, 0.012: {0: 2.5, 1: 1.9}}
   ),
-  'deepseekmoe': Tried(3000, {0.003: {0: 1.8}, 0.006: {0: 1.9}, 0.012: {0: 2.0}}),
+  'deepseekmoe': Tried('tiny', 3000, {0.003: {0: 1.8}, 0.006: {0: 1.9}, 0.012: {0: 2.0}}),
 }
 
 
@@ -62,33 +62,37 @@ def test_the_table_of_rates_says_what_is_at_an_edge():
     '2.2000 ± 0.4243',
   ]
   assert 'The best of `deepseekmoe` is at an edge' in words.text
-  assert 'peak learning rate, after 3,000 steps, mean' in words.text
+  assert 'peak learning rate, after 3,000 steps at `--scale=tiny`, mean' in words.text
   assert learning_rates.blocks({}) == []
 
 
-def test_a_sweep_of_another_length_is_none_of_this_one(tmp_path):
-  """What 3,000 steps say of a rate is no figure of 10,000."""
+def test_a_sweep_of_another_length_or_size_is_none_of_this_one(tmp_path):
+  """What 3,000 steps of a tiny model say of a rate is no figure of 10,000 or of a larger one."""
   known = {'gshard': {0: {arms.BITS: 1.3, 'peak_lr': 0.006}, 7: {arms.BITS: 1.0, 'peak_lr': 0.006}}}
   tried, seeds = [0.003, 0.006], [0, 1]
-  found = learning_rates.read(tmp_path, {'gshard': 10_000}, tried, seeds, known, SWEEP)
-  assert found == {'gshard': Tried(10_000, {0.006: {0: 1.3}})}
+  found = learning_rates.read(tmp_path, 'tiny', {'gshard': 10_000}, tried, seeds, known, SWEEP)
+  assert found == {'gshard': Tried('tiny', 10_000, {0.006: {0: 1.3}})}
+  found = learning_rates.read(tmp_path, 'mini', {'gshard': 3000}, tried, seeds, {}, SWEEP)
+  assert found == {}
   # Of the same length, what was swept is kept, and a run that is there counts before it.
-  found = learning_rates.read(tmp_path, {'gshard': 3000}, tried, seeds, known, SWEEP)
+  found = learning_rates.read(tmp_path, 'tiny', {'gshard': 3000}, tried, seeds, known, SWEEP)
   bits = {0.003: {0: 2.0, 1: 2.2}, 0.006: {0: 1.3, 1: 2.2}, 0.012: {0: 2.5, 1: 1.9}}
-  assert found == {'gshard': Tried(3000, bits)}
-  assert learning_rates.at_length(SWEEP, 'm4', 3000) == {}
+  assert found == {'gshard': Tried('tiny', 3000, bits)}
+  assert learning_rates.of_runs_like(SWEEP, 'm4', 'tiny', 3000) == {}
 
 
-def test_the_table_says_the_length_of_each_family(tmp_path):
-  mixed = {**SWEEP, 'm4': Tried(10_000, {0.003: {0: 1.2}}), 'mla': Tried(0, {0.003: {0: 1.2}})}
+def test_the_table_says_the_size_and_length_of_each_family(tmp_path):
+  mixed = {**SWEEP, 'm4': Tried('mini', 10_000, {0.003: {0: 1.2}})}
+  mixed['mla'] = Tried('', 0, {0.003: {0: 1.2}})
   words = learning_rates.blocks(mixed)[-1].text
-  assert 'after 3,000 steps of `gshard` and `deepseekmoe`, after 10,000 steps of `m4`, ' in words
-  assert 'at a length that it does not say of `mla`' in words
+  assert 'after 3,000 steps at `--scale=tiny` of `gshard` and `deepseekmoe`, ' in words
+  assert 'after 10,000 steps at `--scale=mini` of `m4`, ' in words
+  assert 'at an unknown length at an unknown scale of `mla`' in words
   path = tmp_path / learning_rates.FILE
   path.write_text(learning_rates.csv_text(mixed))
   assert learning_rates.from_csv(path) == mixed
   path.write_text('family,peak_lr,seed,bits_per_byte\ngshard,0.003,1,2.5\n')  # of an older report
-  assert learning_rates.from_csv(path) == {'gshard': Tried(0, {0.003: {1: 2.5}})}
+  assert learning_rates.from_csv(path) == {'gshard': Tried('', 0, {0.003: {1: 2.5}})}
 
 
 def test_the_commands_train_all_runs_and_hide_the_machine():

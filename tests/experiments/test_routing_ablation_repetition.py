@@ -88,7 +88,7 @@ def test_the_difference_between_runs_that_copy_as_well():
 
 def test_what_is_published_follows_from_the_published_runs(tmp_path):
   pages = {arm.name: arms.resolve(arm, 'tiny') for arm in arms.of_scale('tiny')}
-  results = earlier.read(TOP / 'tiny_10000', pages)
+  results = earlier.read(TOP / 'tiny_10000', pages, 'tiny')
   *_, text, bullets = repetition.blocks(tmp_path / 'a.png', results, [MAIN])
   published = (TOP / 'tiny_10000' / 'report.md').read_text()
   assert text.text in published and f'- {bullets.items[0]}' in published
