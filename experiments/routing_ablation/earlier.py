@@ -43,8 +43,8 @@ def read(
     other = row.get('scale') or scale
     errors.require(
       other == scale,
-      f'--earlier={directory} has runs at --scale={other}, where --scale={scale} is asked for; name '
-      'a report of this scale',
+      f'--earlier={directory} has runs at --scale={other}, where --scale={scale} is asked for; '
+      'name a report of this scale',
     )
     errors.require(
       arm in pages,

@@ -260,7 +260,8 @@ def test_a_diverged_run_is_last_and_decides_nothing(study, tmp_path):
   assert 'deepseekmoe' not in (tmp_path / 'pairs.csv').read_text()
   # Such a rate is no best one, wherever it is among those that were tried.
   tried = {0.003: {0: float('nan')}, 0.006: {0: 2.0}, 0.012: {0: float('inf')}}
-  assert learning_rates.best({'gshard': learning_rates.Tried('tiny', 300, tried)}) == {'gshard': 0.006}
+  swept = {'gshard': learning_rates.Tried('tiny', 300, tried)}
+  assert learning_rates.best(swept) == {'gshard': 0.006}
 
 
 def test_holm_reads_all_claims_together(study):
