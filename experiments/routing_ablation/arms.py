@@ -58,6 +58,7 @@ FAMILIES = {  # of those whose rate is not that of raw softmax gates
 ASIDE = ('capacity_score', 'capacity_batch_priority', 'v2_dropping', 'loss_free_proportional')
 ASIDE += ('balanced', 'skewed', 'm1')
 EXPERTS = (15, 31, 63, 127)  # routed, 7 of them active
+NORMALISED_WEIGHT = 1e-2  # of the balance loss of `aux_normalised`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +122,16 @@ def _strong_loss(scale: str) -> ml_collections.ConfigDict:
   return page
 
 
+def _normalised_loss(scale: str) -> ml_collections.ConfigDict:
+  """The loss of `aux` in DeepSeek-V3's form: that each token's scores are divided by their sum.
+
+  So it has nothing to gain from smaller gates. Its weight is the one whose MaxVio is near that of
+  `loss_free` at the scale tiny; V3's own, 1e-4, is beside a bias that does the work.
+  """
+  page = _loss_free('aux')(scale)
+  return recipes.minimise(page, normalized_expert_level=NORMALISED_WEIGHT)
+
+
 def _mha(scale: str) -> ml_collections.ConfigDict:
   return recipes.multi_head(_variant('')(scale))
 
@@ -181,6 +192,12 @@ def _arms() -> dict[str, Arm]:
   others = (
     Arm('aux', '2 shared + 6 of 64, sigmoid, balanced by a loss', _loss_free('aux'), 'loss_free'),
     Arm('aux_x10', '`aux` with ten times that loss', _strong_loss, 'loss_free'),
+    Arm(
+      'aux_normalised',
+      '`aux` with scores divided by their sum in the loss, as DeepSeek-V3 has it',
+      _normalised_loss,
+      'loss_free',
+    ),
     Arm(
       'loss_free',
       '2 shared + 6 of 64, sigmoid, balanced by a bias',
@@ -279,6 +296,14 @@ CLAIMS = (
     BITS,
     'lower',
     'no choice between balance and perplexity, as the weight of a loss is one (2408.15664)',
+    SIZES,
+  ),
+  Claim(
+    'loss_free',
+    'aux_normalised',
+    BITS,
+    'lower',
+    'the same against a loss that balances as well (2408.15664)',
     SIZES,
   ),
   Claim(

@@ -244,12 +244,26 @@ def bootstrap_near_optimal(
   for group in (budgets == budget for budget in different):
     lowest = np.nanmin(redrawn[:, group], axis=1, keepdims=True)
     chosen[:, group] = redrawn[:, group] <= (1 + band) * lowest
-  # Least squares of each sample's chosen points: `fit_power_law`, all samples at once.
-  x, y = np.log(budgets), np.log(np.asarray(values, float))
+  values = np.broadcast_to(np.asarray(values, float), redrawn.shape)
+  return _power_laws(budgets, values, chosen)
+
+
+def _power_laws(x: np.ndarray, y: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+  """`fit_power_law` of every sample at once, each through its chosen points.
+
+  Args:
+    x: [n].
+    y: [samples, n], 1 where it is not chosen and has no value.
+    chosen: [samples, n], at least two different x of each sample.
+
+  Returns:
+    [samples, 2], ln coefficient and exponent.
+  """
+  x, y = np.log(x), np.log(y)
   centre, share = x.mean(), chosen / chosen.sum(axis=1, keepdims=True)
   x = x - centre
-  mean_x, mean_y = share @ x, share @ y
-  slope = (share @ (x * y) - mean_x * mean_y) / (share @ (x * x) - mean_x**2)
+  mean_x, mean_y = share @ x, (share * y).sum(axis=1)
+  slope = ((share * y) @ x - mean_x * mean_y) / (share @ (x * x) - mean_x**2)
   slope = np.where(np.abs(slope) < NO_SLOPE, 0.0, slope)
   return np.stack([mean_y - slope * (mean_x + centre), slope], axis=1)
 
@@ -383,24 +397,36 @@ def fit_allocation(
     reasons = {f'{budget:.3g}': p.problem for budget, p in parabolas.items()}
     raise ValueError(f'x_opt(C) needs two budgets with a minimum; problems: {reasons}')
   optimum = fit_power_law([p.budget for p in used], [parabolas[p.budget].minimum for p in used])
-  rng, found, rejected = np.random.default_rng(seed), [], 0
   # Budgets have similar scatter and few points each, so that they lend each other residuals.
   pool = np.concatenate([_widened(parabolas[p.budget].residuals, 3) for p in used])
-  for _ in range(samples):
-    points = []
-    for profile in used:
-      clean = parabolas[profile.budget](profile.sizes)
-      redrawn = fit_parabola(profile.sizes, clean + rng.choice(pool, len(clean)))
-      if redrawn.problem:
-        rejected += 1
-      else:
-        points.append((profile.budget, redrawn.minimum))
-    if len(points) >= 2:
-      law = fit_power_law(*zip(*points))
-      found.append((np.log(law.coefficient), law.exponent))
-  return Allocation(
-    optimum, parabolas, np.array(found).reshape(-1, 2), rejected / (samples * len(used))
-  )
+  drawn = np.random.default_rng(seed).choice(pool, (samples, sum(len(p.sizes) for p in used)))
+  minima = np.empty((samples, len(used)))
+  for i, (p, noise) in enumerate(zip(used, _parts(drawn, [len(p.sizes) for p in used]))):
+    minima[:, i] = _minima(p.sizes, parabolas[p.budget](p.sizes) + noise)
+  there = np.isfinite(minima)
+  enough = there.sum(axis=1) >= 2
+  budgets, points = np.array([p.budget for p in used]), np.where(there, minima, 1.0)
+  laws = _power_laws(budgets, points[enough], there[enough])
+  return Allocation(optimum, parabolas, laws, 1 - float(there.mean()))
+
+
+def _parts(drawn: np.ndarray, widths: Sequence[int]) -> list[np.ndarray]:
+  """[samples, sum of the widths] -> an array [samples, width] for each."""
+  return np.split(drawn, np.cumsum(widths)[:-1], axis=1)
+
+
+def _minima(sizes: np.ndarray, losses: np.ndarray) -> np.ndarray:
+  """`fit_parabola` of every sample at once: [samples, n] losses at [n] sizes -> [samples].
+
+  nan where the parabola has no minimum among the sizes, its `Parabola.problem`.
+  """
+  log_sizes = np.log(np.asarray(sizes, float))
+  u = log_sizes - log_sizes.mean()
+  curvature, slope, _ = np.polyfit(u, losses.T, 2)
+  with np.errstate(divide='ignore', invalid='ignore', over='ignore'):
+    vertex = -slope / (2 * curvature)
+    there = (curvature > 0) & (vertex >= u.min()) & (vertex <= u.max())
+    return np.where(there, np.exp(vertex + log_sizes.mean()), np.nan)
 
 
 def fit_loss_curve(budgets, losses) -> LossCurve:

@@ -75,6 +75,28 @@ def test_a_minimum_outside_of_the_sizes_is_named_and_left_out():
     scaling_laws.fit_allocation([good[0], scaling_laws.Profile(1e19, below.sizes, below.losses)])
 
 
+def test_every_redrawn_allocation_is_the_fit_of_its_redrawn_profiles():
+  """All samples at once, beside one after the other; some profiles lose their minimum."""
+  profiles = [profile(b, 0.03, 3, reach=(0.2, 1.5)) for b in BUDGETS[:2]]
+  profiles.append(profile(BUDGETS[2], 0.03, 3))
+  found = scaling_laws.fit_allocation(profiles, samples=60, seed=2)
+  parabolas = [found.parabolas[p.budget] for p in profiles]
+  pool = np.concatenate([p.residuals * np.sqrt(8 / 5) for p in parabolas])  # 3 of 8 are fitted
+  rng, laws, rejected = np.random.default_rng(2), [], 0
+  for _ in range(60):
+    points = []
+    for one, parabola in zip(profiles, parabolas):
+      redrawn = scaling_laws.fit_parabola(one.sizes, parabola(one.sizes) + rng.choice(pool, 8))
+      rejected += bool(redrawn.problem)
+      points += [] if redrawn.problem else [(one.budget, redrawn.minimum)]
+    if len(points) >= 2:
+      law = scaling_laws.fit_power_law(*zip(*points))
+      laws.append((np.log(law.coefficient), law.exponent))
+  assert rejected > 0 and 0 < len(laws) < 60
+  np.testing.assert_allclose(found.samples, laws, rtol=1e-7)
+  assert found.rejected == pytest.approx(rejected / 180)
+
+
 def test_near_optimal_is_a_quarter_of_a_per_cent():
   losses = [2.0, 2.0049, 2.0051, np.nan]
   assert scaling_laws.near_optimal(losses).tolist() == [True, True, False, False]
