@@ -1,11 +1,13 @@
 """The study: what its arms cost, verdicts from constructed figures, and (slow) the command."""
 
 import base64
+import copy
 import dataclasses
 import io
 import json
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -87,7 +89,12 @@ def run_of(bits, vio=0.5, dropped=0.0, **more):
 
 
 @pytest.fixture
-def study():
+def study(described):
+  return copy.deepcopy(described)
+
+
+@pytest.fixture(scope='module')
+def described():
   """Two seeds; deepseekmoe better by 0.1 in both, hash against dense by +0.1 and -0.1."""
   results = {
     'gshard': {0: run_of(2.0), 1: run_of(2.2)},
@@ -243,15 +250,25 @@ def test_report_is_whole(study, tmp_path):
 
 
 @pytest.fixture
-def published(study, tmp_path):
+def published(study, written, tmp_path):
   """(the study with pages of three steps, directory of its report)."""
+  shutil.copytree(written, tmp_path, dirs_exist_ok=True)
+  return _of_three_steps(study), tmp_path
+
+
+@pytest.fixture(scope='module')
+def written(described, tmp_path_factory):
+  directory = tmp_path_factory.mktemp('published')
+  report.write(directory, _of_three_steps(described), ['python -m this'])
+  return directory
+
+
+def _of_three_steps(study):
   configs = {
     name: dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, num_steps=3))
     for name, cfg in study.configs.items()
   }
-  study = study._replace(configs=configs)
-  report.write(tmp_path, study, ['python -m this'])
-  return study, tmp_path
+  return study._replace(configs=configs)
 
 
 def test_runs_of_an_earlier_report_say_the_same(published):
