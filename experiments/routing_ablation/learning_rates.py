@@ -202,6 +202,28 @@ def blocks(sweep: Sweep) -> list[html_report.Block]:
   ]
 
 
+def from_elsewhere(sweep: Sweep, configs: Mapping[str, schema.Config], scale: str) -> str:
+  """Says that rates were tried on runs of another size or length than these arms; '' if not.
+
+  Of three seeds each, at the best rates of the scale tiny the scale mini said that fine-grained
+  experts are ahead, at its own that they are behind, and both intervals were far from zero.
+  """
+  others: dict[str, Tried] = {}
+  for name, cfg in configs.items():
+    family = arms.ARMS[name].family
+    one = sweep.get(family)
+    if one and (one.scale, one.steps) != (scale, cfg.train.num_steps):
+      others[family] = one
+  if not others:
+    return ''
+  steps = ' or '.join(f'{n:,}' for n in sorted({c.train.num_steps for c in configs.values()}))
+  return (
+    f'The peak rates are the best {_lengths(others)}, where these runs are of {steps} steps at '
+    f'`--scale={scale}`. A best rate moves with size and length, for one arm more than for '
+    'another, and may turn a verdict round: `--learning_rates` tries them on these runs.'
+  )
+
+
 def _lengths(sweep: Sweep) -> str:
   """What the runs of the sweep are: `after 3,000 steps at --scale=tiny`, or by family."""
   families: dict[str, list[str]] = {}

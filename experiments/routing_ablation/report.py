@@ -232,6 +232,8 @@ def _verdicts(study: Study, graded: Sequence[Graded]) -> list[html_report.Block]
       )
     )
   blocks.append(html_report.Bullets(lines or ['No two arms of a claim were trained.']))
+  if rates := learning_rates.from_elsewhere(study.swept, study.configs, study.scale):
+    blocks.append(html_report.Text(rates))
   blocks.append(
     html_report.Text(
       'Differences are paired by seed (same start, same batches): mean [95 % confidence interval, '

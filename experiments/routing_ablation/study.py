@@ -65,6 +65,10 @@ def main(unused_argv: Sequence[str]):
     return
   names = [name for name in names if name in asked or name in known or _has_rate(name, swept)]
   found = learning_rates.applied({name: pages[name] for name in names}, learning_rates.best(swept))
+  if not local_jobs.is_shard() and (
+    words := learning_rates.from_elsewhere(swept, {n: found[n] for n in asked}, values.scale)
+  ):
+    print(words, flush=True)
   known = _at_these_rates(known, found)
   workdirs = {
     name: learning_rates.workdir(root, found[name].optim.peak_lr) if _by_rate() else root

@@ -194,11 +194,17 @@ def test_runs_of_an_earlier_report_are_tried_rates_too(study, tmp_path):
   assert text.split('## Learning rates')[1].split('## Do')[0] in report_of(tmp_path / 'third')
 
 
-def test_the_best_rates_of_another_report_are_used(study, tmp_path):
+def test_the_best_rates_of_another_report_are_used(study, tmp_path, capsys):
   study('--arms=gshard', '--seeds=1', '--learning_rates=0.003,0.012,0.024', '--rate_seeds=1')
   given = (f'--rates_from={tmp_path / "report"}', f'--workdir={tmp_path / "other"}')
   trained = study('--arms=gshard,hash,m4', '--seeds=1', '--steps=600', *given)
   assert trained == [('gshard', 0.012, 0), ('hash', 0.012, 0), ('m4', 0.006, 0)]
+  said = (
+    'The peak rates are the best after 3,000 steps at `--scale=tiny`, where these runs are of 600'
+  )
+  assert said in capsys.readouterr().out
+  assert said in (tmp_path / 'other' / 'report' / 'report.md').read_text()
+  assert 'The peak rates' not in (tmp_path / 'report' / 'report.md').read_text()
   with pytest.raises(errors.InputError, match='--rates_from=.*has no rates.csv'):
     study('--arms=gshard', '--seeds=1', f'--rates_from={tmp_path / "rates"}')
   with pytest.raises(errors.InputError, match='cannot both be given'):

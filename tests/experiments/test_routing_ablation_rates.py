@@ -95,6 +95,19 @@ def test_the_table_says_the_size_and_length_of_each_family(tmp_path):
   assert learning_rates.from_csv(path) == {'gshard': Tried('', 0, {0.003: {1: 2.5}})}
 
 
+def test_rates_of_runs_of_another_size_or_length_are_said_to_be():
+  pages = {name: arms.resolve(arms.ARMS[name], 'tiny') for name in ('gshard', 'hash', 'm4')}
+  assert learning_rates.from_elsewhere(SWEEP, pages, 'tiny') == ''  # m4 has none
+  words = learning_rates.from_elsewhere(SWEEP, pages, 'mini')
+  assert words.startswith(
+    'The peak rates are the best after 3,000 steps at `--scale=tiny`, where these runs are of '
+    '3,000 steps at `--scale=mini`.'
+  )
+  longer = {'hash': arms.resolve(arms.ARMS['hash'], 'tiny', 10_000)}
+  assert 'these runs are of 10,000 steps' in learning_rates.from_elsewhere(SWEEP, longer, 'tiny')
+  assert learning_rates.from_elsewhere(SWEEP, {'m4': pages['m4']}, 'mini') == ''
+
+
 def test_the_commands_train_all_runs_and_hide_the_machine():
   results = {
     'gshard': dict.fromkeys(range(5)),
