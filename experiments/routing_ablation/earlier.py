@@ -57,6 +57,12 @@ def read(
   return found
 
 
+def speeds(directory: pathlib.Path) -> dict[str, float]:
+  """Training tokens per second by arm, as the report has them; {} of one that has none."""
+  rates = {row['arm']: row.get('tokens_per_second') for row in _rows(directory / 'results.csv')}
+  return {name: float(rate) for name, rate in rates.items() if rate}
+
+
 def check(directory: pathlib.Path, runs: measure.Results, configs: Mapping[str, schema.Config]):
   """Refuses runs that were trained otherwise than these configs say.
 

@@ -187,9 +187,10 @@ def blocks(sweep: Sweep) -> list[html_report.Block]:
     if chosen[family] in (min(bits), max(bits)):
       edges.append(f'`{family}`')
   seeds = sorted({s for one in sweep.values() for runs in one.bits.values() for s in runs})
+  of_seeds = f'mean ± sample standard deviation over seeds {", ".join(map(str, seeds))}'
   words = (
-    f'Held-out bits per byte by peak learning rate, {_lengths(sweep)}, mean ± sample '
-    f'standard deviation over seeds {", ".join(map(str, seeds))}; the rate in bold is that of '
+    f'Held-out bits per byte by peak learning rate, {_lengths(sweep)}, '
+    f'{of_seeds if len(seeds) > 1 else f"of seed {seeds[0]}"}; the rate in bold is that of '
     'every arm of the family. Choosing by seeds that are also compared favours each arm by about '
     'as much.'
   )

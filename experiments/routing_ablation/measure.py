@@ -159,22 +159,48 @@ def _read(workdir: pathlib.Path, arm: str, seed: int) -> dict[str, Any]:
   return json.loads(where.read_text()) | {'commit': commit, 'peak_lr': peak_lr}
 
 
-def rates(workdir: pathlib.Path, configs: Mapping[str, schema.Config]) -> dict[str, float]:
+def rates(
+  workdir: pathlib.Path, configs: Mapping[str, schema.Config], known: Mapping[str, float]
+) -> dict[str, float]:
   """Training tokens per second by arm, one seed, arms timed in turns; each is measured once.
 
   Arms that come later are timed in turns with one of before, GShard if it is there: a machine that
   is faster or slower by then is so for that one too, and what it makes of it is taken out.
+
+  Args:
+    workdir: keeps what was measured.
+    configs: of the arms.
+    known: those of an earlier report, which are not timed again.
   """
   where = workdir / 'speed.json'
-  found = json.loads(where.read_text()) if where.exists() else {}
+  kept = json.loads(where.read_text()) if where.exists() else {}
+  found = _beside(known, kept) if known else kept
   missing = [name for name in configs if name not in found]
   if missing:
-    before = sorted(set(configs) & set(found), key=lambda name: name != 'gshard')[:1]
+    before = _one_of(set(configs) & set(found))
     timed = step_rates.tokens_per_second({name: configs[name] for name in [*before, *missing]})
-    faster = timed[before[0]] / found[before[0]] if before else 1.0
-    found |= {name: timed[name] / faster for name in missing}
+    found = _beside(found, timed)
     atomic_files.write_text(where, json.dumps(found, indent=2) + '\n')
   return {name: found[name] for name in configs}
+
+
+def _one_of(names: set[str]) -> list[str]:
+  """One arm by which two measurements can be compared, or none."""
+  return sorted(names, key=lambda name: (name != 'gshard', name))[:1]
+
+
+def _beside(before: Mapping[str, float], later: Mapping[str, float]) -> dict[str, float]:
+  """Both, later ones as fast as they would have been before; without a common arm, only `before`.
+
+  All of `later` if nothing is before.
+  """
+  if not before:
+    return dict(later)
+  found = dict(before)
+  for common in _one_of(set(before) & set(later)):
+    faster = later[common] / before[common]
+    found |= {name: rate / faster for name, rate in later.items() if name not in before}
+  return found
 
 
 def hours_text(results: Results) -> str:

@@ -172,13 +172,14 @@ def _report(
   if not configs:
     return
   values = flags.FLAGS
+  speeds = earlier.speeds(pathlib.Path(values.earlier)) if values.earlier else {}
   written = report.write(
     pathlib.Path(values.out) if values.out else root / 'report',
     report.Study(
       values.scale,
       configs,
       results,
-      measure.rates(root, configs),
+      measure.rates(root, configs, speeds),
       {name: described[name] for name in configs},
       swept,
     ),

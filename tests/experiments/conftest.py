@@ -53,7 +53,7 @@ def study(tmp_path, monkeypatch):
   monkeypatch.setattr(
     measure, 'finished', lambda workdir, arm, seed: measure.path(workdir, arm, seed).exists()
   )
-  monkeypatch.setattr(measure, 'rates', lambda _, configs: dict.fromkeys(configs, 1.0))
+  monkeypatch.setattr(measure, 'rates', lambda _, configs, known: dict.fromkeys(configs, 1.0))
   monkeypatch.setattr(pictures, 'draw', lambda *_: [])  # test_routing_ablation.py draws them
 
   def call(*words, failing=None):

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from experiments.routing_ablation import arms, finished, measure
+from experiments.routing_ablation import arms, earlier, finished, measure
 from moe_jax import errors
 
 
@@ -107,8 +107,8 @@ def test_runs_with_and_without_rates_are_not_mixed(study, tmp_path, capsys):
 def test_an_earlier_report_stands_beside_the_workdir(study, tmp_path):
   study('--arms=gshard', '--seeds=3', f'--workdir={tmp_path / "there"}')
   study('--arms=hash', '--seeds=2')
-  earlier = f'--earlier={tmp_path / "there" / "report"}'
-  assert study('--arms=gshard', '--seeds=4', earlier) == [('gshard', 0.006, 3)]
+  before = f'--earlier={tmp_path / "there" / "report"}'
+  assert study('--arms=gshard', '--seeds=4', before) == [('gshard', 0.006, 3)]
   assert arms_of(report_of(tmp_path)) == {'gshard': '4', 'hash': '2'}
 
 
@@ -120,11 +120,30 @@ def test_arms_that_come_later_are_timed_beside_one_of_before(tmp_path, monkeypat
     return {name: speed[name] for name in configs}
 
   monkeypatch.setattr(measure.step_rates, 'tokens_per_second', timed)
-  assert measure.rates(tmp_path, {'hash': None}) == {'hash': 200.0}
-  assert measure.rates(tmp_path, {'gshard': None, 'hash': None}) == {'gshard': 100.0, 'hash': 200.0}
+  assert measure.rates(tmp_path, {'hash': None}, {}) == {'hash': 200.0}
+  both = {'gshard': None, 'hash': None}
+  assert measure.rates(tmp_path, both, {}) == {'gshard': 100.0, 'hash': 200.0}
   speed |= {'gshard': 50.0, 'm4': 30.0}  # the machine is busy now
   both = {'hash': None, 'gshard': None, 'm4': None}
-  assert measure.rates(tmp_path, both) == {'hash': 200.0, 'gshard': 100.0, 'm4': 60.0}
+  assert measure.rates(tmp_path, both, {}) == {'hash': 200.0, 'gshard': 100.0, 'm4': 60.0}
   assert calls == [['hash'], ['hash', 'gshard'], ['gshard', 'm4']]
-  assert measure.rates(tmp_path, {'hash': None}) == {'hash': 200.0} and len(calls) == 3
+  assert measure.rates(tmp_path, {'hash': None}, {}) == {'hash': 200.0} and len(calls) == 3
   assert set(json.loads((tmp_path / 'speed.json').read_text())) == {'hash', 'gshard', 'm4'}
+  # A report from a machine four times as fast: nothing of it is timed again.
+  known = {'hash': 800.0, 'm2': 500.0}
+  three = {'hash': None, 'm4': None, 'm2': None}
+  assert measure.rates(tmp_path, three, known) == {'hash': 800.0, 'm4': 240.0, 'm2': 500.0}
+  assert len(calls) == 3
+  # Without a common arm, what was timed here is timed again beside one of the report's.
+  speed |= {'m2': 10.0}
+  found = measure.rates(tmp_path, {'m4': None, 'm2': None}, {'m2': 500.0})
+  assert found == {'m4': 1500.0, 'm2': 500.0} and calls[3:] == [['m2', 'm4']]
+
+
+def test_speeds_of_an_earlier_report(tmp_path):
+  (tmp_path / 'results.csv').write_text(
+    'arm,seed,tokens_per_second\ngshard,0,100\ngshard,1,100\nhash,0,250\n'
+  )
+  assert earlier.speeds(tmp_path) == {'gshard': 100.0, 'hash': 250.0}
+  (tmp_path / 'results.csv').write_text('arm,seed\ngshard,0\n')  # of an older report
+  assert earlier.speeds(tmp_path) == {}
